@@ -1,0 +1,1 @@
+"""Checkpoints: write.py makes them, read.py finds the newest whole one."""

@@ -1,0 +1,144 @@
+"""What a person sees of a run: a header, a progress line, a summary. Rank 0 only; the others are silent.
+
+On a terminal the progress line is live; elsewhere (under horovodrun, in a log file) a plain line comes every few
+seconds. What stays on the screen also goes to the run's log.txt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+PLAIN_EVERY_S = 5.0
+
+
+class Silent:
+    """Of every rank but 0."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def progress(self, values: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def header(self, lines: dict[str, str]) -> None:
+        pass
+
+    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+        pass
+
+
+class Screen:
+    """Of rank 0."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+            TextColumn("{task.fields[line]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self._task: Any = None
+        self._log: Path | None = None
+        self._shown = 0.0
+        self._rate: tuple[float, float] | None = None  # seconds and tokens when this process began
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def header(self, lines: dict[str, str]) -> None:
+        self._log = Path(lines["run"]) / "log.txt"
+        for name, text in lines.items():
+            self.say(f"{name:9} {text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+        if self._log is not None:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    def progress(self, values: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self._rate is None:
+            self._rate = values["seconds"], values["tokens"]
+        if now - self._shown < (0.1 if self.live else PLAIN_EVERY_S):
+            return
+        self._shown = now
+        tokens, budget = values["tokens"], values["budget"]
+        passed = values["seconds"] - self._rate[0]
+        rate = (tokens - self._rate[1]) / passed if passed > 0 else math.nan
+        spent = values["blocked"] + values["compute"]
+        left = max(0, budget - tokens) / rate if rate else math.nan
+        parts = [
+            f"loss {values['loss']:.3f}",
+            f"{rate:,.0f} tokens/s",
+            f"{100 * values['blocked'] / spent if spent else 0:.0f}% blocked",
+            f"{_duration(left)} left",
+        ]
+        line = " · ".join(part for part in parts if "nan" not in part)
+        if not self.live:
+            self.say(f"{tokens:>11,} tokens  {min(100, 100 * tokens / budget):3.0f}%  {line}")
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=budget, line="")
+        self._progress.update(self._task, completed=min(tokens, budget), description=f"{tokens:,} tokens", line=line)
+
+    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+        self._progress.stop()
+        if end["reason"] == "stop":
+            self.say(
+                f"stopped at {end['tokens']:,} tokens; `hvdllm train resume={run}` goes on from the last checkpoint"
+            )
+            return
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        rows = {
+            "tokens": f"{end['tokens']:,} in {_duration(end['seconds'])} ({end['tokens'] / end['seconds']:,.0f} a second)",
+            "training loss": f"{end['loss']:.4f} nats a token",
+        }
+        if end["eval_loss"] is not None:
+            rows["validation loss"] = f"{end['eval_loss']:.4f} nats a token, {end['bits_per_byte']:.3f} bits per byte"
+        if end["mfu"] is not None:
+            rows["MFU"] = f"{100 * end['mfu']:.1f}% of the devices' peak"
+        if end["data_waited_s"] > 0.01 * end["seconds"]:
+            rows["data"] = f"the loop waited {end['data_waited_s']:.1f} s for data: a faster disk would help"
+        rows["peak memory"] = f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB on rank 0"
+        rows["files"] = run
+        for name, text in rows.items():
+            table.add_row(name, escape(text))
+        self.console.print()
+        self.console.print(table)
+        if sample:
+            self.console.print()
+            self.console.print("a sample:", style="bold")
+            self.console.print(escape(sample.rstrip()))
+        self.console.print()
+        self.console.print(escape(f'next: hvdllm sample {run} "def main("   ·   hvdllm evaluate {run}'))
+
+
+def make_show(rank: int) -> Screen | Silent:
+    return Screen() if rank == 0 else Silent()
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds) or math.isinf(seconds):
+        return "nan"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

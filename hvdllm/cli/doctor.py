@@ -1,0 +1,250 @@
+"""`hvdllm doctor`: what this machine has, and the command that mends what it lacks.
+
+Whatever could be broken is loaded in a process of its own, so a build that crashes or hangs is a line in the
+table. Exit code 1 if the main job, two ranks under horovodrun, cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60
+"""How long a probe may take; a cold import of torch from a network disk can take half of it."""
+
+REQUIRED = ("numpy", "hydra-core", "safetensors", "tokenizers", "rich")
+
+LIBMPI = """
+import json, os, re
+try:
+    maps = open("/proc/self/maps").read()
+except OSError:  # no Linux
+    maps = ""
+libmpi = sorted({os.path.realpath(path) for path in re.findall(r"/\\S*/libmpi\\.so\\S*", maps)})
+"""
+
+TORCH = """
+import json, torch
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda, devices=devices)))
+"""
+
+HOROVOD = f"""
+import horovod, horovod.torch as hvd
+{LIBMPI}
+built = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, name + "_built")()]
+print(json.dumps(dict(version=horovod.__version__, built=built, libmpi=libmpi)))
+"""
+
+# Importing mpi4py.MPI would initialise MPI, which on some login nodes ends the process.
+MPI4PY = f"""
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+{LIBMPI}
+library = MPI.Get_library_version().strip(chr(0)).split(",")[0].splitlines()[0]
+print(json.dumps(dict(version=mpi4py.__version__, library=library, libmpi=libmpi)))
+"""
+
+TWO_RANKS = """
+import horovod.torch as hvd, torch
+hvd.init()
+assert hvd.allreduce(torch.tensor([1.0 + hvd.rank()]), op=hvd.Sum).item() == 3
+"""
+
+
+@dataclass
+class Row:
+    """One line of the table: a thing, what was found of it, and the command that mends it where it is amiss."""
+
+    name: str
+    found: str
+    mend: str = ""
+    needed: bool = True
+    """Whether the main job needs it."""
+
+    @property
+    def mark(self) -> str:
+        return "ok" if not self.mend else "broken" if self.needed else "lacking"
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="hvdllm doctor", description="What this machine has, and how to mend the rest."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    as_json: bool = parser.parse_args(argv).json
+
+    rows = examine()
+    able = not any(row.mark == "broken" for row in rows)
+    if as_json:
+        print(json.dumps({"main_job": able, "rows": [{**asdict(row), "mark": row.mark} for row in rows]}, indent=1))
+    else:
+        show(rows, able)
+    return 0 if able else 1
+
+
+def examine() -> list[Row]:
+    with ThreadPoolExecutor() as pool:
+        torch, horovod, mpi4py = pool.map(probe, (TORCH, HOROVOD, MPI4PY))
+    rows = [
+        Row("Python", f"{platform.python_version()}, {sys.executable}"),
+        Row("cores", f"{usable_cores()} usable"),
+        *torch_rows(torch),
+        *library_rows(),
+        *horovod_rows(horovod, torch),
+        *mpi_rows(horovod, mpi4py),
+    ]
+    if all(row.mark != "broken" for row in rows):
+        rows.append(two_ranks(horovod))
+    return rows
+
+
+def show(rows: list[Row], able: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    style = {"ok": "green", "lacking": "yellow", "broken": "red"}
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "found", "mended by"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(Text(row.name, style[row.mark]), Text(row.found), Text(row.mend))
+    console = Console()
+    console.print(table)
+    verdict = "The main job can run" if able else "The main job cannot run"
+    console.print(f"{verdict}: horovodrun --gloo -np 2 hvdllm train", style="green" if able else "red", highlight=False)
+
+
+def torch_rows(torch: dict[str, Any]) -> list[Row]:
+    gpu = Path("/dev/nvidia0").exists()
+    if "error" in torch:
+        return [Row("torch", why(torch, "torch"), setup())]
+    if torch["devices"]:
+        names = ", ".join(f"{torch['devices'].count(name)} x {name}" for name in sorted(set(torch["devices"])))
+        return [Row("torch", f"{torch['version']} on {names}")]
+    if gpu:
+        return [Row("torch", f"{torch['version']} does not see this machine's GPU", setup("--nccl"), needed=False)]
+    return [Row("torch", f"{torch['version']} on CPU")]
+
+
+def library_rows() -> list[Row]:
+    versions = {name: version(name) for name in REQUIRED}
+    missing = [name for name, found in versions.items() if not found]
+    found = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
+    return [Row("libraries", found, f"pip install {' '.join(missing)}" if missing else "")]
+
+
+def horovod_rows(horovod: dict[str, Any], torch: dict[str, Any]) -> list[Row]:
+    if "error" in horovod:
+        return [Row("Horovod", why(horovod, "horovod"), setup())]
+    found = f"{horovod['version']} with {', '.join(horovod['built'])}"
+    if torch.get("devices") and "nccl" not in horovod["built"]:
+        return [Row("Horovod", f"{found}, without NCCL for these GPUs", setup("--nccl"), needed=False)]
+    if not launcher():
+        return [Row("Horovod", f"{found}, but no horovodrun", setup())]
+    return [Row("Horovod", found)]
+
+
+def mpi_rows(horovod: dict[str, Any], mpi4py: dict[str, Any]) -> list[Row]:
+    if "mpi" not in horovod.get("built", ["mpi"]):
+        mend = setup("--nccl" if "nccl" in horovod["built"] else "--cpu")
+        return [Row("MPI", "not built into Horovod: horovodrun --gloo only", mend, needed=False)]
+    rows = []
+    mpirun = shutil.which("mpirun")
+    if mpirun:
+        lines = output([mpirun, "--version"]).splitlines()
+        rows.append(Row("MPI", f"{next((line for line in lines if line.strip()), 'unknown')}, {mpirun}"))
+        if "Open MPI" in rows[0].found and not shutil.which("ssh"):
+            rows.append(Row("ssh", "missing: Open MPI would not start", "export OMPI_MCA_plm=isolated", needed=False))
+    else:
+        rows.append(Row("MPI", "no mpirun on PATH", "load your MPI module, or as root " + setup(), needed=False))
+    if "error" in mpi4py:
+        rows.append(Row("mpi4py", why(mpi4py, "mpi4py"), "pip install mpi4py", needed=False))
+    elif horovod.get("libmpi") and horovod["libmpi"] != mpi4py["libmpi"]:
+        found = f"{mpi4py['version']} on {' '.join(mpi4py['libmpi'])}, Horovod on {' '.join(horovod['libmpi'])}"
+        mend = (
+            "MPICC=$(command -v mpicc) pip install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py"
+        )
+        rows.append(Row("mpi4py", found, mend, needed=False))
+    else:
+        shared = ", the same library as Horovod's" if horovod.get("libmpi") else ""
+        rows.append(Row("mpi4py", f"{mpi4py['version']} on {mpi4py['library']}{shared}"))
+    return rows
+
+
+def two_ranks(horovod: dict[str, Any]) -> Row:
+    controller = "gloo" if "gloo" in horovod["built"] else "mpi"
+    command = [launcher(), f"--{controller}", "-np", "2", sys.executable, "-c", TWO_RANKS]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        found = f"no answer within {SECONDS} s under horovodrun --{controller}"
+    else:
+        if done.returncode == 0:
+            return Row("two ranks", f"add up under horovodrun --{controller}")
+        found = f"fail under horovodrun --{controller}: {last_line(done.stderr) or 'no message'}"
+    return Row("two ranks", found, "horovodrun --network-interfaces lo --gloo -np 2 hvdllm train")
+
+
+def probe(code: str) -> dict[str, Any]:
+    """What `code` prints as JSON in a process of its own, or {"error": why it did not}."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {SECONDS} s"}
+    if done.returncode == 0:
+        facts: dict[str, Any] = json.loads(last_line(done.stdout))
+        return facts
+    if done.returncode < 0:
+        return {"error": f"killed by signal {-done.returncode}"}
+    return {"error": last_line(done.stderr) or f"exit code {done.returncode}"}
+
+
+def why(facts: dict[str, Any], module: str) -> str:
+    missing = facts["error"].endswith(f"No module named '{module}'")
+    return "missing" if missing else f"does not load: {facts['error']}"
+
+
+def output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def launcher() -> str:
+    """horovodrun beside this Python, which need not be on PATH."""
+    beside = Path(sys.executable).with_name("horovodrun")
+    return str(beside) if beside.exists() else shutil.which("horovodrun") or ""
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setup(option: str = "") -> str:
+    clone = Path(__file__).parents[2] / "jobs" / "setup.sh"
+    return f"{'' if clone.exists() else 'from a clone of hvdllm: '}jobs/setup.sh {option}".rstrip()

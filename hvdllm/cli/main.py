@@ -1,0 +1,91 @@
+"""`hvdllm COMMAND ...`: finds the command, and turns what it raises into one sentence and an exit code.
+
+Exit codes: 0 done; 1 the run failed; 2 the request cannot work; 130 ended by a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+
+from hvdllm import __version__
+from hvdllm.errors import PeerError, RunError, UserError
+
+COMMANDS = {
+    "train": "train a model: alone, or as a rank under horovodrun, mpirun or srun",
+    "prepare": "make the token shards that train would make by itself",
+    "sample": "let a run's model continue a text",
+    "evaluate": "a run's validation loss, again",
+    "bench": "measure: `hvdllm bench step` compares our step with a plain PyTorch loop",
+    "doctor": "what this machine has, and what to do about what it has not",
+}
+WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0's sentence is not lost
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command. argv: without the program's name."""
+    words = sys.argv[1:] if argv is None else argv
+    lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "hvdllm",
+        description="Trains transformer language models over Horovod, with the exchange of gradients in plain sight.",
+        epilog=f"commands:\n{lines}\n\n`hvdllm COMMAND --help` says more. Try `hvdllm train`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hvdllm {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
+    if not words:
+        parser.print_help()
+        return 2
+    given = parser.parse_args(words[:1])
+    try:
+        module = importlib.import_module(f"hvdllm.cli.{given.command}")
+        code: int = module.run(words[1:])
+        return code
+    except UserError as error:
+        return _end(str(error), 2, once=True)
+    except RunError as error:
+        return _end(str(error), 1, once=False)
+    except PeerError as error:
+        return _end(str(error), 1, once=False, quiet=True)
+    except KeyboardInterrupt:
+        return _end("ended at once; the last checkpoint counts", 130, once=False)
+    except BrokenPipeError:  # `hvdllm train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return _end("this is a bug in hvdllm; the lines above say where", 1, once=False)
+
+
+def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
+    """Says the sentence and ends the process, past Horovod's own end, which would wait for the other ranks.
+
+    once: all ranks raised the same, rank 0 says it and the others wait to be ended by the launcher. quiet: another
+    rank says why. Should nobody end this rank within WAIT_S, it says what it knows.
+    """
+    from hvdllm.world.detect import Place, place
+    from hvdllm.world.signals import deafen
+
+    deafen()
+    try:
+        here = place()
+    except UserError:
+        here = Place()
+    who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
+    if (once and here.rank > 0) or quiet:
+        time.sleep(WAIT_S)
+    print(f"{who}{sentence}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if here.size > 1:
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

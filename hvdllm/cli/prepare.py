@@ -1,0 +1,41 @@
+"""hvdllm prepare: makes the token shards that train would make by itself, and says what is in them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from hvdllm.config.compose import compose
+from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
+
+
+def run(words: Sequence[str]) -> int:
+    """Takes the settings that train takes: text=files text.path=… text.tokenizer=… data_dir=…
+
+    The table goes to stdout, what happens meanwhile to stderr. Raises UserError.
+    """
+    config = compose(words)
+    started = time.perf_counter()
+    corpus = prepare(config.text, data_folder(config.data_dir), say=lambda text: print(text, file=sys.stderr))
+    print(table(corpus, time.perf_counter() - started))
+    return 0
+
+
+def table(corpus: Corpus, seconds: float) -> str:
+    rows = [
+        ("folder", str(corpus.folder)),
+        ("training", _side(corpus.train_shard)),
+        ("validation", _side(corpus.validation_shard)),
+        ("vocabulary", f"{corpus.tokenizer.vocab:,} tokens"),
+        ("data hash", corpus.data_hash),
+        ("tokenizer hash", corpus.tokenizer.hash),
+        ("seconds", f"{seconds:.1f}"),
+        *(("note", note) for note in corpus.notes),
+    ]
+    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _side(shard: Shard) -> str:
+    density = f", {shard.bytes / shard.tokens:.3f} bytes a token" if shard.tokens else ""
+    return f"{shard.documents:,} documents, {shard.tokens:,} tokens{density}"

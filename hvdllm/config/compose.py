@@ -1,0 +1,210 @@
+"""From the files in conf/ and the words of the command line to a typed Config, or to one sentence.
+
+Hydra composes (groups, presets, overrides); its schemas catch unknown keys and wrong types, but not what
+`+`, `++` and `~` add or take away, so the result is compared with the dataclasses field by field. Classes
+are looked up in a dict, never named by a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdllm.config import schema
+from hvdllm.config.schema import Config
+from hvdllm.errors import UserError
+
+TOKEN_SETTINGS = (
+    "budget_tokens",
+    "batch_tokens",
+    "eval_tokens",
+    "sample_tokens",
+    "schedule.horizon",
+) + tuple(f"{act}_every" for act in ("eval", "save", "log", "sample"))
+
+
+def conf_dir() -> Path:
+    """The folder of the yaml files: inside the package when installed from a wheel, beside it in a clone.
+
+    `pkg://` would fail where a clone shadows the wheel, so Hydra gets a path.
+    """
+    package = Path(__file__).resolve().parents[1]
+    return next(d for d in (package / "conf", package.parent / "conf") if (d / "train.yaml").exists())
+
+
+def options(group: str) -> list[str]:
+    """The names that `group=name` takes."""
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def compose(words: Sequence[str]) -> Config:
+    """The configuration of the defaults and these overrides. Raises UserError with one sentence."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register()
+    if bad := next((word for word in words if word.lstrip("+~").startswith("hydra.")), None):
+        raise UserError(f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own")
+    words = [_whole_numbers(word) for word in words]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            node = hydra_compose("train", overrides=list(words))
+        return _typed(node)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=null
+        raise UserError(_sentence(error, words)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, each group with the `name` of the option whose settings it holds."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = {"name": option_name(f.name, value), **dataclasses.asdict(value)}  # type: ignore[arg-type]
+        out[f.name] = value
+    return out
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of to_dict, for a run folder's config.yaml. Raises UserError where it does not fit this version."""
+    config = Config()
+    for f in dataclasses.fields(Config):
+        if f.name not in values:
+            raise UserError(
+                f"the configuration of this run has no `{f.name}`: it was written by another version of hvdllm"
+            )
+        value = values[f.name]
+        if f.name in schema.SCHEMAS:
+            known = schema.SCHEMAS[f.name].get(str((value or {}).get("name")))
+            if known is None:
+                raise UserError(f"the configuration of this run names an unknown {f.name}: {value!r}")
+            try:
+                value = known(**{k: v for k, v in value.items() if k != "name"})
+            except TypeError as error:
+                raise UserError(f"the configuration of this run does not fit this version of hvdllm: {error}") from None
+        setattr(config, f.name, value)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """What --cfg job prints and what a run folder's config.yaml holds."""
+    import yaml
+
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def option_name(group: str, settings: Any) -> str:
+    """allreduce for an AllReduce."""
+    return next(name for name, kind in schema.SCHEMAS[group].items() if kind is type(settings))
+
+
+def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once)."""
+    last = {word.lstrip("+~").split("=", 1)[0]: word for word in (*old, *new)}
+    return list(last.values())
+
+
+# ------------------------------------------------------------------ inside
+def _register() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=Config, package="_global_")
+    for group, kinds in schema.SCHEMAS.items():
+        for name, kind in kinds.items():
+            store.store(group=f"schema/{group}", name=name, node=kind)
+
+
+def _whole_numbers(word: str) -> str:
+    """budget_tokens=1e6 as people write it: OmegaConf takes no float for an int, even a whole one."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+") not in TOKEN_SETTINGS:
+        return word
+    whole = re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", value)
+    return f"{key}={int(float(value))}" if whole and not value.isdigit() and float(value).is_integer() else word
+
+
+def _typed(node: Any) -> Config:
+    from omegaconf import OmegaConf
+
+    config = Config()
+    for f, value in _fields(Config, node, ""):
+        if f.name in schema.SCHEMAS:
+            kinds = schema.SCHEMAS[f.name].values()
+            kind = OmegaConf.get_type(node, f.name)
+            if kind not in kinds:
+                raise UserError(f"{f.name} has no settings: choose one with {f.name}={'|'.join(options(f.name))}")
+            value = kind(**{inner.name: v for inner, v in _fields(kind, node[f.name], f"{f.name}.")})
+        setattr(config, f.name, value)
+    return config
+
+
+def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """Each field with its plain value. Raises UserError for extras, gaps, and values that alone are wrong."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in node:
+        if key not in known:
+            raise UserError(_unknown(f"{where}{key}"))
+    for name, f in known.items():
+        if name not in node:
+            raise UserError(f"{where}{name} was taken away: every setting has a value, leave it at its default")
+        value = node[name]
+        if isinstance(value, (DictConfig, ListConfig)) and name not in schema.SCHEMAS:
+            value = OmegaConf.to_container(value, resolve=True)
+        choices, least = f.metadata.get("choices"), f.metadata.get("least")
+        if choices and value not in choices:
+            raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}")
+        if least is not None and value is not None and not value >= least:
+            raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
+        if isinstance(value, float) and value != value:
+            raise UserError(f"{where}{name}={value} is not a number: give it a value")
+        yield f, value
+
+
+def _unknown(key: str) -> str:
+    names = [f.name for f in dataclasses.fields(Config)]
+    for group, kinds in schema.SCHEMAS.items():
+        names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
+    # A short word in the wrong place (lr for optim.lr) is found by its last part.
+    near = difflib.get_close_matches(key, names, 2, 0.6) or [n for n in names if n.split(".")[-1] == key.split(".")[-1]]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`hvdllm train --help` lists them all"
+    return f"there is no setting `{key}`: {hint}"
+
+
+def _sentence(error: Exception, words: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's paragraphs as one sentence."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for word in words:
+        try:
+            OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):
+            return f"`{word}` cannot be read: settings are given as key=value, values with special characters in quotes"
+    text = f"{error}\n{error.__cause__ or ''}"
+    if found := re.search(
+        r"Could not find '(.*?)'.*?Available options in '(.*?)':\s*(.*?)(?:\n\s*Config|\n\n|$)", text, re.S
+    ):
+        what, group, names = found.groups()
+        return f"there is no {group}={what.split('/')[-1]}: choose one of {', '.join(names.split())}"
+    key = re.search(r"full_key: (\S+)", text)
+    if found := re.search(r"Value '(.*?)'.*could not be converted to (\w+)", text):
+        return f"{key.group(1) if key else 'a setting'}={found.group(1)}: not a value of type {found.group(2).lower()}"
+    if found := re.search(r"field '(\w+)' is not Optional|Key '(\w+)' not in '", text):
+        if found.group(1):
+            return f"{key.group(1) if key else found.group(1)} cannot be null: give it a value"
+        return _unknown(key.group(1) if key else found.group(2))
+    if found := re.search(r"Could not (?:override|append|delete)[^']*'([^']*)'", text):
+        return _unknown(found.group(1).lstrip("+~"))
+    word = next((f"`{w}`: " for w in words if w in text), f"{key.group(1)}: " if key else "")
+    return word + " ".join(str(error.__cause__ or error).split("\n")[0].split())

@@ -1,0 +1,100 @@
+"""Where a GPU is told from a CPU: choosing it, reading it late, telling time on it.
+
+Not run on a GPU by the tests: the CUDA branches.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+
+import torch
+
+from hvdllm.errors import UserError
+
+
+class Later:
+    """Numbers of a device tensor, read by the host later: copied through pinned memory, no stall of the stream.
+
+    x: a small tensor; its values at the time of the call count.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        if x.is_cuda:
+            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.host.copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = x.clone()
+
+    def read(self) -> list[float]:
+        """The values. On CUDA waits until the copy, and no later work, is done."""
+        if hasattr(self, "event"):
+            self.event.synchronize()
+        values: list[float] = self.host.reshape(-1).tolist()
+        return values
+
+
+class Mark:
+    """A point in time: of the host, or on CUDA of the current stream (an event), since the host runs ahead there."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.time = time.perf_counter()
+
+    def until(self, later: Mark) -> float:
+        """Seconds between the two. On CUDA both must have passed: read it a round later."""
+        if hasattr(self, "event"):
+            later.event.synchronize()
+            return float(self.event.elapsed_time(later.event)) / 1e3
+        return later.time - self.time
+
+
+def choose(kind: str, local_rank: int) -> torch.device:
+    """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda: this machine has no GPU that torch can use; take device=cpu, or see `hvdllm doctor`"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device=cuda: {torch.cuda.device_count()} GPUs here, too few for local rank {local_rank}: "
+            "start at most one rank a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (an affinity mask counts)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def name(device: torch.device) -> str:
+    """The GPU's or the CPU's name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process held at most: of GPU memory, or resident on the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,16 @@
+"""The three ways a command ends early. cli/main.py alone turns them into a sentence and an exit code."""
+
+
+class UserError(Exception):
+    """The request cannot work: one sentence that says what is wrong, where, and what to do. Exit code 2.
+
+    Raised before training starts, wherever possible with the same words on every rank: rank 0 says it.
+    """
+
+
+class RunError(Exception):
+    """The run cannot go on (a gradient that is not finite, a full disk). One sentence, exit code 1."""
+
+
+class PeerError(Exception):
+    """Another rank failed, and that rank says why: this one only waits to be ended. Exit code 1."""

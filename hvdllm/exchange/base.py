@@ -1,0 +1,152 @@
+"""The exchange protocol, and each of its words defined once.
+
+round       what closes together on all ranks: for a synchronous exchange one global batch
+mark        a point that all ranks share; the only place of a Commit
+commit      one optimizer step with everybody's gradients; `tokens` committed is the same number everywhere
+flight      one thing travelling: launched, landed (arrived), land (wait for it; applies nothing)
+sum         over tokens and ranks, never a mean: the update divides once, by the tokens of all ranks
+meta        the exact numbers of a round (tokens, loss, asks, seconds), one float64 vector of its own
+pieces      a rank's slice of every bucket of the one map; where replicas are whole, everything
+owns        an exchange that leaves gradients in the flat vector says so in `attach`
+
+The loop sees nothing else of an exchange, so a new one adds a file here, a settings class and a line in
+trainer/build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hvdllm.world.base import Asks, Flight, World
+
+
+class Batch(Protocol):
+    """A micro-batch, number `index` of this rank's share of `round`. inputs, targets: [B, T], or None where tokens
+    is 0: an empty one, no graph is run. last: it closes the share."""
+
+    inputs: torch.Tensor | None
+    targets: torch.Tensor | None
+    tokens: int
+    last: bool
+    round: int
+    index: int
+
+
+class Stream(Protocol):
+    """Where micro-batches come from: a pure function of seed and position."""
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
+        """This rank's share of each global batch, dealt by count in equal parts; one list a part."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a commit only one commit later, when the meta that carries it has landed.
+
+    loss_sum is in nats over loss_tokens tokens of all ranks; the seconds and micro-batches are one number a rank.
+    """
+
+    loss_sum: float
+    loss_tokens: float
+    grad_norm: float
+    compute_s: list[float]
+    blocked_s: list[float]
+    flight_s: list[float]
+    micro_batches: list[float]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """tokens, step: committed by all ranks, this one included. lr: of this step. staleness: of its gradients, in steps.
+
+    before: the report of the commit before this one (None for the first). asks: of any rank, the same on all.
+    """
+
+    tokens: int
+    step: int
+    lr: float
+    staleness: float
+    before: Report | None
+    asks: Asks
+
+
+@dataclass
+class State:
+    """What a checkpoint holds of an exchange and its update.
+
+    shared: plain values, equal on all ranks. spans: the elements of the flat vector that this rank hands out
+    (none where another rank holds the same); sharded: vectors by name over those elements. mine: plain values
+    of this rank alone. On load, `sharded` covers the whole map.
+    """
+
+    shared: dict[str, Any]
+    spans: list[Any]
+    sharded: dict[str, torch.Tensor]
+    mine: dict[str, Any]
+
+
+class Meta(Protocol):
+    """What the update needs of a round: its tokens (all ranks), and those committed with it."""
+
+    tokens: float
+    committed: int
+
+
+class Update(Protocol):
+    """What a summed gradient does (optim/update.py). Vectors are lists of slices, one a piece."""
+
+    def attach(self, flat: Any, pieces: list[Any]) -> None: ...
+
+    def step(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
+
+    def weights(self) -> AbstractContextManager[None]: ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]: ...
+
+    def load(self, shared: dict[str, Any], vectors: dict[str, torch.Tensor]) -> None: ...
+
+
+class Wire(Protocol):
+    """How a sum travels (exchange/wire/). key: fixed name of one stream of sums, `grad.<bucket>`."""
+
+    def sum(self, x: torch.Tensor, key: str) -> Flight:
+        """Every rank gets the decoded sum, in place."""
+
+
+class Exchange(Protocol):
+    """When a round closes, at which weights gradients are taken, who waits for whom."""
+
+    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+        """Installs hooks that only enqueue; returns the module to call."""
+
+    def feed(self, stream: Stream) -> Iterator[Batch]:
+        """Micro-batches, hooks armed before each forward; endless. Raises NotFinite in the round after a bad one."""
+
+    def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
+        """After a backward: launch, land, apply. A Commit only at a mark."""
+
+    def consensus(self) -> AbstractContextManager[None]:
+        """Within: the weights a user would keep; after: this rank's own again. Raises NotFinite."""
+
+    def settle(self) -> Report | None:
+        """Nothing travels any more; the report of the last commit. Collective."""
+
+    def state(self) -> State:
+        """The replica as it is; never inside consensus. Raises NotFinite."""
+
+    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+        """From a checkpoint of any world size; mine: what each rank there was had of its own."""
+
+
+class NotFinite(Exception):
+    """The summed gradient of `round` is not finite: the update was masked, on every rank alike."""
+
+    def __init__(self, step: int, round: int, norm: float) -> None:
+        super().__init__(f"step {step}: gradient norm {norm}")
+        self.step, self.round, self.norm = step, round, norm

@@ -1,0 +1,1 @@
+"""How a sum travels: one file a wire."""

@@ -1,0 +1,273 @@
+"""A decoder-only transformer: GPT-2 or Llama, or anything between them, by its settings alone.
+
+With the same weights, logits and gradients equal those of transformers' GPT2LMHeadModel and LlamaForCausalLM
+to rounding (tests/models/test_oracle.py). Sources: Radford et al., 2019 (GPT-2); Touvron et al., 2023 (Llama);
+Su et al., 2021 (rotary positions, the form that pairs feature i with i + E/2); Ainslie et al., 2023 (grouped
+queries); Zhang and Sennrich, 2019 (RMSNorm); Shazeer, 2020 (SwiGLU).
+
+Names end in their axes:
+    B  sequences of the micro-batch     D  width of the residual stream     M  hidden features of the MLP
+    T  tokens of a sequence             H  heads of queries                 V  vocabulary, padded
+    E  features of a head, D / H        K  heads of keys, and of values     N  B x T, tokens of the micro-batch
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from hvdllm.config.schema import Model
+
+# TokenLoss takes as many tokens at a time as have CHUNK logits (2 MiB of fp32: a core's cache), but not so few that
+# the products become slow. On a GPU there is no cache to fit, and each chunk costs launches.
+CHUNK = 2**19
+LEAST_ROWS = {"cpu": 256, "cuda": 2048}
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its weights undrawn: init_weights draws them, or a checkpoint holds them."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its weights undrawn, as Linear does."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def make_norm(settings: Model) -> nn.Module:
+    if settings.norm == "rmsnorm":
+        return nn.RMSNorm(settings.width, eps=settings.norm_eps)
+    return nn.LayerNorm(settings.width, eps=settings.norm_eps, bias=settings.bias)
+
+
+def rope_tables(context: int, features: int, theta: float) -> Tensor:
+    """cos and sin of position x frequency, shape [2, context, features / 2], in fp64.
+
+    In fp64 whatever the model's dtype, and rounded where it is used: an angle of 2,000 radians has lost
+    three digits in fp32, and an fp64 model would never get them back.
+    """
+    frequency_E2 = theta ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
+    angle_TE2 = torch.outer(torch.arange(context, dtype=torch.float64), frequency_E2)
+    return torch.stack([angle_TE2.cos(), angle_TE2.sin()])
+
+
+def rotate(x_BHTE: Tensor, rope_2TE2: Tensor) -> Tensor:
+    """Turn each pair of features (i, i + E/2) of the token at place t by the angle t x frequency_i."""
+    cos_TE2, sin_TE2 = rope_2TE2
+    left, right = x_BHTE.chunk(2, dim=-1)
+    return torch.cat([left * cos_TE2 - right * sin_TE2, right * cos_TE2 + left * sin_TE2], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `qkv` holds the rows of all query heads, then key heads, then value heads."""
+
+    def __init__(self, settings: Model) -> None:
+        super().__init__()
+        self.heads = settings.heads
+        self.kv_heads = settings.kv_heads or settings.heads
+        self.features = settings.width // settings.heads
+        self.dropout = settings.dropout
+        rows = (self.heads + 2 * self.kv_heads) * self.features
+        self.qkv = Linear(settings.width, rows, bias=settings.bias)
+        self.out = Linear(settings.width, settings.width, bias=settings.bias)
+
+    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        H, K = self.heads, self.kv_heads
+        qkv_BHTE = self.qkv(x_BTD).view(B, T, H + 2 * K, self.features).transpose(1, 2)
+        if rope_2TE2 is None:
+            q_BHTE, k_BKTE, v_BKTE = qkv_BHTE.split([H, K, K], dim=1)
+        else:
+            qk_BHTE, v_BKTE = qkv_BHTE.split([H + K, K], dim=1)
+            # Under autocast the tables are fp32, so the rotation is, and only its result is rounded.
+            q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).type_as(v_BKTE).split([H, K], dim=1)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            enable_gqa=K < H,
+        )
+        y_BTD = self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
+        return F.dropout(y_BTD, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """GELU (tanh form) or SwiGLU; for SwiGLU `up` holds the gate's rows first, then those it multiplies."""
+
+    def __init__(self, settings: Model) -> None:
+        super().__init__()
+        hidden = settings.mlp_width or 4 * settings.width
+        self.gated = settings.mlp == "swiglu"
+        self.dropout = settings.dropout
+        self.up = Linear(settings.width, 2 * hidden if self.gated else hidden, bias=settings.bias)
+        self.down = Linear(hidden, settings.width, bias=settings.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h_BTM = self.up(x_BTD)
+        if self.gated:
+            gate_BTM, h_BTM = h_BTM.chunk(2, dim=-1)
+            h_BTM = F.silu(gate_BTM) * h_BTM
+        else:
+            h_BTM = F.gelu(h_BTM, approximate="tanh")
+        return F.dropout(self.down(h_BTM), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normed copy of the residual stream and added back to it."""
+
+    def __init__(self, settings: Model) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(settings)
+        self.attention = Attention(settings)
+        self.mlp_norm = make_norm(settings)
+        self.mlp = MLP(settings)
+
+    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TE2)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class TokenLoss(torch.autograd.Function):
+    """Sum of the cross entropies of the output layer, without ever holding the logits of all tokens.
+
+    Equals F.cross_entropy(x @ head.T, target, reduction="sum"), value and gradients, to rounding. Both are
+    computed chunk by chunk of tokens while the chunk's logits are in the cache, the gradient already in the
+    forward; the backward only scales it. (The idea is Liger's fused linear cross entropy, Hsu et al., 2024.)
+    A step of model=tiny takes 10 % less time; a vocabulary of 50,000 saves gigabytes. Under autocast the
+    products are in its dtype, the softmax and the sums over chunks in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
+        kind, (N, V) = x_ND.device.type, (len(x_ND), len(head_VD))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        rows = max(LEAST_ROWS[kind], CHUNK // V)
+        total = torch.zeros((), dtype=exact, device=x_ND.device)
+        graded = any(ctx.needs_input_grad)
+        if graded:
+            dx_ND, dhead_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
+        with torch.autocast(kind, enabled=False):
+            head_VD = head_VD.to(dtype)
+            for start in range(0, N, rows):
+                x_nD = x_ND[start : start + rows].to(dtype)
+                target_n1 = target_N[start : start + rows, None]
+                log_p_nV = (x_nD @ head_VD.T).to(exact).log_softmax(dim=-1)
+                total -= log_p_nV.gather(1, target_n1).sum()
+                if graded:
+                    dlogits_nV = log_p_nV.exp_()
+                    dlogits_nV.scatter_add_(1, target_n1, dlogits_nV.new_full(target_n1.shape, -1.0))
+                    dlogits_nV = dlogits_nV.to(dtype)
+                    dx_ND[start : start + rows] = dlogits_nV @ head_VD
+                    dhead_VD += dlogits_nV.T @ x_nD
+        if graded:
+            ctx.save_for_backward(dx_ND, dhead_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx_ND, dhead_VD = ctx.saved_tensors
+        return grad * dx_ND, grad * dhead_VD, None
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over `vocab` token ids (padded: size.pad_vocab). Its weights are undrawn.
+
+    Parameters are registered in the order in which the forward uses them. Tied, the output layer is no
+    parameter of its own: it reads `embed.weight`, so it stays tied when the trainer re-points that
+    parameter's data into its flat vector. The model computes in the dtype of its parameters.
+    """
+
+    def __init__(self, settings: Model, vocab: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embed = Embedding(vocab, settings.width)
+        learned = settings.positions == "learned"
+        self.positions = Embedding(settings.context, settings.width) if learned else None
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        self.norm = make_norm(settings)
+        self.head = None if settings.tied else Linear(settings.width, vocab, bias=False)
+        features = settings.width // settings.heads
+        rope = None if learned else rope_tables(settings.context, features, settings.rope_theta)
+        self.rope: Tensor | None
+        self.register_buffer("rope", rope, persistent=False)
+
+    @property
+    def output(self) -> Tensor:
+        """Weights [V, D] of the output layer."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def features(self, ids_BT: Tensor) -> Tensor:
+        """What the output layer reads: the normed residual stream [B, T, D] behind the last block."""
+        T = ids_BT.shape[1]
+        x_BTD = self.embed(ids_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[:T]
+        rope_2TE2 = None if self.rope is None else self.rope[:, :T].to(x_BTD.dtype)
+        x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
+        again = self.settings.checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            if again:
+                x_BTD = checkpoint(
+                    block,
+                    x_BTD,
+                    rope_2TE2,
+                    use_reentrant=False,
+                    preserve_rng_state=self.settings.dropout > 0,  # saving it costs a copy a block
+                )
+            else:
+                x_BTD = block(x_BTD, rope_2TE2)
+        return self.norm(x_BTD)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] of the token after each of ids [B, T] (integers below V; T <= context)."""
+        return F.linear(self.features(ids_BT), self.output)
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Sum (no mean) over the B x T tokens of -ln p(target), in nats: an fp32 scalar, fp64 in fp64 models.
+
+        Targets are int64. Padded ids take part in the softmax, as in nanoGPT: they are never a target, so
+        they soon cost nothing.
+        """
+        x_ND = self.features(inputs_BT).flatten(0, 1)
+        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten())
+        return total
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> None:
+    """Draw all weights by GPT-2's scheme: normal, deviation 0.02, and 0.02 / sqrt(2 x layers) for the layers
+    that add to the residual stream (2 a block); biases 0, norms 1.
+
+    Drawn on the CPU in fp32, in order of registration, from a generator of their own: the same seed gives
+    the same weights on every rank and device and in every precision, and the global generators stay as they
+    were.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        deviation = 0.02 / math.sqrt(2 * model.settings.layers) if residual else 0.02
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
+
+
+def compile_blocks(model: GPT, backend: str = "inductor") -> None:
+    """torch.compile each block in place. Never the whole model: its backward would be one graph, and all
+    gradient hooks would fire in its last half millisecond (DESIGN rule 13)."""
+    for block in model.blocks:
+        block.compile(backend=backend)

@@ -1,0 +1,126 @@
+"""How large a model is, how many operations a token costs and what a device can do. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hvdllm.config.schema import Model
+from hvdllm.errors import UserError
+
+PAD = 64  # rows: matrix kernels like their sizes divisible by 64
+
+
+def pad_vocab(tokens: int) -> int:
+    """Rows of the embedding for a vocabulary of `tokens`: the next multiple of 64. 257 bytes-and-end give 320."""
+    return -(-tokens // PAD) * PAD
+
+
+def check_model(settings: Model) -> None:
+    """Raises UserError, in one sentence, if no transformer has these settings."""
+    width, heads, kv_heads = settings.width, settings.heads, settings.kv_heads
+    if width % heads:
+        raise UserError(f"model.width={width} is no multiple of model.heads={heads}: choose a width that is.")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise UserError(
+            f"model.kv_heads={kv_heads} is no divisor of model.heads={heads}: "
+            "each head of keys serves as many query heads as the others."
+        )
+    if settings.positions == "rope" and width // heads % 2:
+        raise UserError(
+            f"model.positions=rope turns pairs of features, and a head has {width // heads} "
+            f"(model.width={width} / model.heads={heads}): choose an even number."
+        )
+    if settings.mlp_width is not None and settings.mlp_width < 1:
+        raise UserError(f"model.mlp_width={settings.mlp_width} leaves the MLP no features: choose at least 1.")
+    if settings.dropout >= 1:
+        raise UserError(f"model.dropout={settings.dropout} drops everything: choose a share below 1.")
+
+
+def _matrices(settings: Model, vocab: int) -> int:
+    """Weights that multiply each token: all matrices of the blocks, and the output layer, tied or not."""
+    width = settings.width
+    kv_width = width // settings.heads * (settings.kv_heads or settings.heads)
+    hidden = settings.mlp_width or 4 * width
+    attention = width * (width + 2 * kv_width) + width * width
+    mlp = width * hidden * (3 if settings.mlp == "swiglu" else 2)
+    return settings.layers * (attention + mlp) + vocab * width
+
+
+def count_parameters(settings: Model, vocab: int) -> int:
+    """Parameters of GPT(settings, vocab), exactly; tied weights count once. `vocab` as padded."""
+    width = settings.width
+    kv_width = width // settings.heads * (settings.kv_heads or settings.heads)
+    hidden = settings.mlp_width or 4 * width
+    tables = (0 if settings.tied else vocab * width) + (
+        settings.context * width if settings.positions == "learned" else 0
+    )
+    norm = width * (2 if settings.norm == "layernorm" and settings.bias else 1)
+    up = hidden * (2 if settings.mlp == "swiglu" else 1)
+    biases = (width + 2 * kv_width) + width + up + width if settings.bias else 0
+    return _matrices(settings, vocab) + tables + settings.layers * (2 * norm + biases) + norm
+
+
+def flops_per_token(settings: Model, vocab: int) -> int:
+    """Floating-point operations that training on one token costs, forward and backward, as MFU counts them.
+
+    6 x the matrices' weights (output layer included, embeddings, biases and norms not) + 12 x layers x width x
+    context for attention: PaLM, appendix B (Chowdhery et al., 2022). By that convention the causal mask does
+    not halve the attention, and what checkpointing computes again is not counted.
+    """
+    return 6 * _matrices(settings, vocab) + 12 * settings.layers * settings.width * settings.context
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a whole replica holds between two steps; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW: the running means of the gradient and of its square
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def memory(settings: Model, vocab: int, precision: str) -> Memory:
+    """Bytes for weights, gradients and AdamW's state; with bf16 (autocast) all three are fp32."""
+    one = count_parameters(settings, vocab) * (8 if precision == "fp64" else 4)
+    return Memory(weights=one, gradients=one, optimizer=2 * one)
+
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each precision of ours
+# (bf16: tensor cores with fp32 sums, without sparsity; fp32: no TF32; fp64: tensor cores where there are). The first
+# pattern found in the device's name counts. None: the hardware lacks it, or the sheet does not say.
+_PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
+    # name                      bf16   fp32   fp64
+    (r"\bB200\b", 2250.0, 75.0, 37.0),
+    (r"\b(H200|GH200)\b", 989.4, 66.9, 66.9),
+    (r"\bH100 PCIe\b", 756.0, 51.0, 51.0),
+    (r"\bH100 NVL\b", 835.5, 60.0, 60.0),
+    (r"\bH100\b", 989.4, 66.9, 66.9),
+    (r"\bA100\b", 312.0, 19.5, 19.5),
+    (r"\bA30\b", 165.0, 10.3, 10.3),
+    (r"\bA10\b", 125.0, 31.2, None),
+    (r"\bL40S\b", 362.0, 91.6, None),
+    (r"\bL40\b", 181.0, 90.5, None),
+    (r"\bL4\b", 121.0, 30.3, None),
+    (r"\bV100-SXM", None, 15.7, 7.8),
+    (r"\bV100-PCIE", None, 14.0, 7.0),
+    (r"\bT4\b", None, 8.1, None),
+    (r"\bRTX 5090$", 209.5, 104.8, None),
+    (r"\bRTX 4090$", 165.2, 82.6, None),
+    (r"\bRTX 3090$", 71.0, 35.6, None),
+    (r"\bRTX A6000$", 154.8, 38.7, None),
+]
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak in FLOP/s of the device torch.cuda.get_device_name() names; None where unknown (any CPU)."""
+    column = {"bf16": 1, "fp32": 2, "fp64": 3}[precision]
+    for row in _PEAKS:
+        if re.search(str(row[0]), device_name):
+            peak = row[column]
+            return None if peak is None else float(peak) * 1e12
+    return None

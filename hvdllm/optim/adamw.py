@@ -1,0 +1,46 @@
+"""AdamW on slices: torch's fused functional form, bit-equal however the flat vector is cut."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.adamw import adamw
+
+from hvdllm.config.schema import AdamW
+
+VECTORS = ("m", "v")  # means of gradients and of their squares
+
+
+def step(
+    settings: AdamW,
+    lr: float,
+    decayed: bool,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    vectors: dict[str, list[torch.Tensor]],
+    steps: list[torch.Tensor],
+    scale: torch.Tensor | None,
+    found_inf: torch.Tensor,
+) -> None:
+    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included.
+
+    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g²;  x -= lr (wd x + (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps))
+    (Loshchilov and Hutter, 2019, algorithm 2).
+    """
+    adamw(
+        params,
+        grads,
+        vectors["m"],
+        vectors["v"],
+        [],
+        steps,
+        fused=True,
+        grad_scale=scale,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        lr=lr,
+        weight_decay=settings.weight_decay if decayed else 0.0,
+        eps=settings.eps,
+        maximize=False,
+    )

@@ -1,0 +1,235 @@
+"""batch = f(seed, position): the samples of a run and their order are the same for any number of ranks.
+
+window    context + 1 consecutive tokens, at stride context; W = (tokens - 1) // context of them
+epoch     every window once, in the order permutation(seed, epoch)
+position  how many windows were taken: position k is window k % W of the order of epoch k // W
+round     `batch` windows, position round x batch and on, dealt to the ranks as evenly as it goes:
+          each rank a consecutive share, the first `batch % size` ranks one window more
+batch     (a micro-batch) at most `micro_batch` sequences of a rank's share: one forward pass
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from hvdllm.errors import UserError
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch of one rank. An empty one (a rank without a share) has no tensors and runs no graph."""
+
+    inputs: torch.Tensor | None  # int64 [sequences, context], on the device
+    targets: torch.Tensor | None  # int64 [sequences, context]: inputs one token later
+    tokens: int  # sequences x context: the targets counted in the loss
+    last: bool  # closes this rank's share of the round
+    round: int = 0  # that share() takes: with `index` and the rank the place that dropout is seeded by
+    index: int = 0  # number of this micro-batch in the rank's share
+
+
+def deal(count: int, rank: int, size: int) -> tuple[int, int]:
+    """(first, count) of one rank's consecutive share when `count` things are dealt to `size` ranks."""
+    each, more = divmod(count, size)
+    return rank * each + min(rank, more), each + (rank < more)
+
+
+def permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the windows in an epoch, int64 [windows].
+
+    By RandomState, whose stream NumPy has frozen (NEP 19): a run resumed under another NumPy reads on in the
+    same order, which Generator.permutation does not promise.
+    """
+    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+    return np.random.RandomState(bits).permutation(windows)
+
+
+class Stream:
+    """One rank's micro-batches, read ahead by a thread of its own.
+
+    rounds() moves the stream and share() does not; state() is a few integers. `waited_s` says for how long
+    the loop stood waiting for data, in seconds, the first round (which nothing could hide) left out.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        context: int,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int,
+        size: int,
+        device: torch.device,
+        ahead: int = 2,
+    ) -> None:
+        """tokens: unsigned [n]; context: tokens a sequence has; batch: sequences a round has, over all ranks;
+        micro_batch: sequences at most in one Batch; ahead: rounds kept ready.
+
+        Raises UserError where the text has fewer windows than one round takes.
+        """
+        self.windows = count_windows(tokens, context)
+        if self.windows < batch:
+            raise UserError(
+                f"the training text has {self.windows} windows of model.context={context} tokens, fewer than the "
+                f"{batch} that one batch takes: give more text, or lower batch_tokens or model.context"
+            )
+        self.batch, self.micro_batch = batch, micro_batch
+        self.rank, self.size = rank, size
+        self.device, self.ahead = device, ahead
+        self.position = 0  # windows handed out to all ranks
+        self.waited_s = 0.0
+        self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
+        # A round touches at most two epochs, for windows >= batch.
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(self.windows, seed, epoch))
+        self._pool: ThreadPoolExecutor | None = None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def share(self, round: int, parts: int = 1) -> list[Batch]:
+        """This rank's micro-batches of one round (of one part of `batch / parts` windows, where parts > 1:
+        round then counts parts). Pure: any round, as often as asked, whatever rounds() has done."""
+        return self._arrive(self._load(round, self._part(parts)), round)
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
+        """share(t, parts) of every t from the position on, without end. state() counts a round from its yield
+        on: saved after the last micro-batch of round t, it resumes with round t + 1.
+
+        Raises what the thread raised, at the round that it could not make.
+        """
+        part = self._part(parts)
+        if self.position % part:
+            raise ValueError(f"position {self.position} is inside a part of {part} windows")
+        self.close()
+        pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
+        first = self.position // part
+        ready: deque[Future[_Loaded]] = deque(
+            pool.submit(self._load, first + k, part) for k in range(max(1, self.ahead))
+        )
+        try:
+            while True:
+                since = time.perf_counter()
+                loaded = ready.popleft().result()
+                if self.position > first * part:
+                    self.waited_s += time.perf_counter() - since
+                self.position += part
+                ready.append(pool.submit(self._load, self.position // part + len(ready), part))
+                yield self._arrive(loaded, self.position // part - 1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands: rounds handed out, and the same place as epoch and window (of so many) in it."""
+        epoch, window = divmod(self.position, self.windows)
+        return {"round": self.position // self.batch, "epoch": epoch, "window": window, "windows": self.windows}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Goes to the place that state() named, for any world size. Ends a rounds() under way.
+
+        Raises UserError where the place does not exist with this text and this batch.
+        """
+        position = state["epoch"] * self.windows + state["window"]
+        if state["windows"] != self.windows or state["round"] != position // self.batch:
+            raise UserError(
+                f"the checkpoint stands at round {state['round']} of a text of {state['windows']} windows, not of one "
+                f"of {self.windows} at {self.batch} a batch: resume with the text and batch it was made with"
+            )
+        self.close()
+        self.position = position
+
+    def close(self) -> None:
+        """Ends the thread; rounds() may be called again."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _part(self, parts: int) -> int:
+        if self.batch % parts:
+            raise ValueError(f"a batch of {self.batch} windows has no {parts} equal parts")
+        return self.batch // parts
+
+    def _load(self, number: int, part: int) -> _Loaded:
+        """This rank's share of part `number`, copied or on its way to the device. Runs in the thread."""
+        first, count = deal(part, self.rank, self.size)
+        if count == 0:
+            return None
+        epochs, places = np.divmod(np.arange(count) + number * part + first, self.windows)
+        rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        inputs, targets = _pair(self._windows, rows)
+        if self._copies is None:
+            return inputs, targets, None
+        with torch.cuda.stream(self._copies):
+            # Pinned memory is not given away again before the copy out of it has run: the allocator sees to it.
+            on_device = [x.pin_memory().to(self.device, non_blocking=True) for x in (inputs, targets)]
+            return *on_device, self._copies.record_event()
+
+    def _arrive(self, loaded: _Loaded, round: int) -> list[Batch]:
+        """The micro-batches of a share, as views of its one pair of tensors. Runs in the loop's thread."""
+        if loaded is None:
+            return [Batch(None, None, 0, last=True, round=round)]
+        inputs, targets, copied = loaded
+        if copied is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(copied)  # the device waits, the host does not
+            inputs.record_stream(here)  # the memory came from the side stream: not to be reused under our feet
+            targets.record_stream(here)
+        pairs = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+        return [Batch(x, y, x.numel(), i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
+
+
+# inputs, targets and, on CUDA, the event after their copies; None: this rank has no share.
+_Loaded = tuple[torch.Tensor, torch.Tensor, Any] | None
+
+
+def count_windows(tokens: np.ndarray, context: int) -> int:
+    return max(0, (len(tokens) - 1) // context)
+
+
+def validation(
+    tokens: np.ndarray,
+    *,
+    context: int,
+    eval_tokens: int,
+    micro_batch: int,
+    rank: int,
+    size: int,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's (inputs, targets), int64 [sequences, context] on the device, of the first eval_tokens of
+    the validation text: always the same windows, in their order in the text, dealt to the ranks like a batch.
+
+    eval_tokens is rounded down to whole windows, at least one; 0: all. A rank may get none.
+    Raises UserError, at the call, where the text has not one window.
+    """
+    windows = count_windows(tokens, context)
+    if windows == 0:
+        raise UserError(
+            f"the validation text has {len(tokens)} tokens, less than one window of model.context={context} and 1: "
+            "set text.validation, raise text.validation_share, or switch evaluation off with eval_every=0"
+        )
+    if eval_tokens:
+        windows = min(windows, max(1, eval_tokens // context))
+    first, count = deal(windows, rank, size)
+    view = sliding_window_view(tokens, context + 1)[::context]
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for at in range(first, first + count, micro_batch):
+            inputs, targets = _pair(view, np.arange(at, min(at + micro_batch, first + count)))
+            yield inputs.to(device), targets.to(device)
+
+    return batches()
+
+
+def _pair(windows: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, each contiguous int64 [rows, context], of some windows."""
+    picked = windows[rows].astype(np.int64)
+    return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in (picked[:, :-1], picked[:, 1:]))  # type: ignore[return-value]

@@ -1,0 +1,87 @@
+"""One micro-batch forward and backward, and finding out which gradient was not finite."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdllm.errors import RunError
+from hvdllm.exchange.base import Batch, NotFinite
+from hvdllm.trainer.flat import Flat
+from hvdllm.world.base import World
+
+NOTHING = torch.zeros((), dtype=torch.float64)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16: matrix products in bfloat16, weights and sums stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+class Loss(nn.Module):
+    """A language model as what training needs of it: (inputs, targets) [B, T] to the SUM of token losses, nats.
+
+    Dropout, when on, is drawn anew from (seed, round, rank, micro-batch), so that a run resumed in mid-way draws
+    the same.
+    """
+
+    def __init__(self, model: nn.Module, *, precision: str, device: torch.device, seed: int, rank: int, dropout: bool):
+        super().__init__()
+        self.model, self.precision, self.device = model, precision, device
+        self.seed, self.rank, self.dropout = seed, rank, dropout
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
+        """place: the round and the number of this micro-batch in it."""
+        if self.dropout:
+            round_, index = place
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, round_, self.rank, index]).generate_state(1)[0]))
+        with autocast(self.precision, self.device):
+            loss: torch.Tensor = self.model.loss(inputs, targets)  # type: ignore[operator, union-attr]
+        return loss
+
+
+def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Adds the gradient of the batch's SUM of token losses in place; returns that sum, detached, on the device.
+
+    The backward starts from 1 + 0 x loss: a loss that is not finite makes its gradients so, and with them the
+    sum of all ranks, which every rank sees.
+    """
+    if batch.tokens == 0:
+        return NOTHING
+    loss = model(batch.inputs, batch.targets, (batch.round, batch.index))
+    value = loss.detach()
+    loss.backward(1 + 0 * value)
+    return value
+
+
+def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: World) -> RunError:
+    """Replays the bad round on every rank without exchange (a batch is a function of its position, and the
+    weights are still those before the round) and says where the first bad number came up. Collective.
+    """
+    found: dict[str, Any] = {}
+    batches = stream.share(error.round)
+    for batch in batches:
+        flat.g.zero_()
+        loss = backward(model, batch).item()
+        if batch.tokens and not bool(torch.isfinite(flat.g).all()):
+            # Backward order: the last registered tensor's gradient is complete first.
+            name = next(n for n in reversed(flat.at) if not bool(torch.isfinite(flat.view(n, flat.g)).all()))
+            found = {"tensor": name, "loss": loss, "batch": batch.index + 1, "of": len(batches)}
+            break
+    says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
+    rank = next((rank for rank, said in enumerate(says) if said), None)
+    if rank is None:
+        return RunError(
+            f"step {error.step}: the sum of gradients is not finite (norm {error.norm}) although each rank's own is: "
+            "it overflowed; nothing was updated"
+        )
+    said = says[rank]
+    return RunError(
+        f"step {error.step}: the gradient of `{said['tensor']}` is not finite on rank {rank} (micro-batch {said['batch']} "
+        f"of {said['of']}, loss {said['loss']:g}); nothing was updated: lower optim.lr, or look at the text of this batch"
+    )

@@ -1,0 +1,325 @@
+"""The objects of a run, made from a checked configuration in one visible order, and the run itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdllm import device as devices
+from hvdllm.checkpoint import read
+from hvdllm.config import compose, schema
+from hvdllm.config.schema import Config
+from hvdllm.errors import RunError, UserError
+from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.base import NotFinite, State
+from hvdllm.exchange.wire.plain import Plain
+from hvdllm.models import size
+from hvdllm.models.generate import generate
+from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.optim.schedule import factor
+from hvdllm.optim.update import Update
+from hvdllm.runs import Folder
+from hvdllm.text import shards
+from hvdllm.text.shards import Corpus
+from hvdllm.text.stream import Stream, validation
+from hvdllm.trainer import account
+from hvdllm.trainer.backward import Loss, explain
+from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.due import Due, Show
+from hvdllm.trainer.evaluate import Evaluation, evaluate
+from hvdllm.trainer.flat import Flat
+from hvdllm.trainer.loop import train
+from hvdllm.trainer.resume import Start, decide
+from hvdllm.world.base import World
+from hvdllm.world.detect import Place
+
+EXCHANGES: dict[type, Any] = {schema.AllReduce: AllReduce}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> None:
+    """Trains. Every rank calls it. Raises UserError before training, RunError in it."""
+    start = agreed_start(config, world, show)
+    if start.finished:
+        show.say(f"{start.finished}; a larger budget_tokens goes on")
+        return
+    device = agreed_device(config, world)
+    corpus = agreed_corpus(config, world, show)
+    model = build_model(config, corpus.tokenizer.vocab, device)
+    flat = Flat(model, world.size, config.exchange.bucket_mb * 2**20)
+    resumed = read.read_state(Path(start.checkpoint)) if start.checkpoint and world.rank == 0 else None
+    resumed = json.loads(world.texts(json.dumps(resumed), "load.state")[0])
+    horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
+    if resumed and resumed["data_hash"] != corpus.data_hash:
+        raise UserError(
+            f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
+        )
+    update = Update(config.optim, factor(config.schedule, horizon))
+    exchange = EXCHANGES[type(config.exchange)](config.exchange)
+    loss = Loss(
+        model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
+        dropout=config.model.dropout > 0,
+    )  # fmt: skip
+    module = exchange.attach(loss, flat, update, Plain(world), world)
+    agree_on_weights(flat, world)
+    stream = Stream(
+        corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
+        micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,
+    )  # fmt: skip
+    folder = Folder(Path(start.folder)) if world.rank == 0 else None
+    clock = Clock(world, resumed["seconds"] if resumed else 0.0)
+    due = Due(
+        config, world=world, flat=flat, exchange=exchange, update=update, stream=stream, clock=clock,
+        evaluate=lambda: evaluate_run(config, model, corpus, device, world),
+        sample=lambda tokens: sample_run(config, model, corpus, world, tokens) if world.rank == 0 else "",
+        extra={"horizon": horizon, "data_hash": corpus.data_hash},
+        folder=folder, show=show, grace_s=grace(place),
+    )  # fmt: skip
+    hosts = account.hosts(device, world)
+    if resumed is not None:
+        vectors = {
+            kind: read.share_vector(Path(start.checkpoint or ""), kind, flat, world)
+            for kind in ("model", *update.vectors)
+        }
+        exchange.load(State(resumed["shared"], [], vectors, {}), resumed["mine"])
+        stream.load(resumed["stream"])
+        due.load(resumed["due"])
+    if folder is not None:
+        open_folder(folder, config, overrides, start, resumed, corpus, hosts, world)
+    show.header(header(config, corpus, hosts, world, start, resumed))
+    for note in corpus.notes:
+        show.say(note)
+
+    reason = "failed"
+    clock.start()
+    try:
+        with closing(stream):
+            train(stream, module, exchange, due, config.budget_tokens)
+        reason = "budget" if due.finished else "stop"
+    except NotFinite as error:
+        raise explain(error, stream, module, flat, world) from None
+    finally:
+        if folder is not None:
+            end = end_record(reason, config, model, due, clock, stream, hosts, device, world)
+            try:
+                folder.record("end", end, sync=True)
+            except RunError:
+                if reason != "failed":
+                    raise
+            folder.close()
+    if folder is not None:
+        show.finish(end, start.folder, due.last_sample)
+
+
+# ------------------------------------------------------------------ what the ranks must agree on
+def agreed_start(config: Config, world: World, show: Show) -> Start:
+    """Rank 0's decision, on every rank."""
+    start, problem = None, None
+    if world.rank == 0:
+        try:
+            start = decide(config, show.say)
+        except UserError as error:
+            problem = str(error)
+    said = json.loads(world.texts(json.dumps([problem, start and start.to_json()]), "start.folder")[0])
+    if said[0]:
+        raise UserError(said[0])
+    return Start(**json.loads(said[1]))
+
+
+def agreed_device(config: Config, world: World) -> torch.device:
+    device, problem = torch.device("cpu"), None
+    try:
+        device = devices.choose(config.device.kind, world.local_rank)
+    except UserError as error:
+        problem = str(error)
+    world.agree(problem, "start.device")
+    return device
+
+
+def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
+    """The prepared text, the same on all ranks. The first rank of each host prepares what is missing."""
+    where = shards.data_folder(config.data_dir)
+    corpus, problem = None, None
+    for turn in (True, False):
+        if (world.local_rank == 0) == turn:
+            try:
+                corpus = shards.prepare(config.text, where, say=show.say)
+                check_corpus(config, corpus)
+            except UserError as error:
+                problem = str(error)
+        world.agree(problem, f"start.text.{int(turn)}")
+    assert corpus is not None
+    if len(set(world.texts(corpus.data_hash, "start.data"))) > 1:
+        raise UserError(
+            "the ranks have different text or tokenizers (text=stdlib differs between Python versions): prepare it once "
+            "into a data_dir that all hosts share, or give all hosts the same files"
+        )
+    return corpus
+
+
+def check_corpus(config: Config, corpus: Corpus) -> None:
+    """What can only be known with the text at hand. Raises UserError."""
+    context = config.model.context
+    windows, batch = max(0, len(corpus.train) - 1) // context, config.batch_tokens // context
+    if windows < batch:
+        raise UserError(
+            f"the training text has {windows} windows of {context} tokens, fewer than the {batch} of one global batch: "
+            "give it more text, or lower batch_tokens or model.context"
+        )
+    if config.eval_every:
+        validation(
+            corpus.validation, context=context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0, size=1,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+
+
+def agree_on_weights(flat: Flat, world: World) -> None:
+    """Every rank drew its weights from the same seed: a difference is an error, not something to paper over."""
+    sums = world.texts(flat.x.double().sum().item().hex(), "start.weights")
+    if len(set(sums)) > 1:
+        raise UserError("the ranks drew different weights from the same seed: they need the same versions of torch")
+
+
+# ------------------------------------------------------------------ the parts
+def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
+    """vocab: of the tokenizer; the model's is padded. Weights as drawn from the seed."""
+    model = GPT(config.model, size.pad_vocab(vocab)).to(DTYPES[config.precision])
+    init_weights(model, config.seed)
+    model = model.to(device)
+    if config.model.compile:
+        compile_blocks(model)
+    return model
+
+
+def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.device, world: World) -> Evaluation:
+    """The validation loss of these weights, as every evaluation of a run defines it. Collective."""
+    batches = validation(
+        corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens,
+        micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device,
+    )  # fmt: skip
+    return evaluate(model, batches, corpus.tokenizer.token_bytes, config.precision, device, world)
+
+
+def sample_run(config: Config, model: GPT, corpus: Corpus, world: World, tokens: int) -> str:
+    """The prompt and what the model makes of it; the same for the same weights and committed tokens."""
+    tokenizer = corpus.tokenizer
+    prompt = [tokenizer.end, *tokenizer.encode([config.sample_prompt])[0].tolist()]
+    seed = torch.Generator().manual_seed(config.seed * 1_000_003 + tokens)
+    out = generate(
+        model, prompt, tokens=config.sample_tokens, vocab=tokenizer.vocab, generator=seed, stop=tokenizer.end
+    )
+    return tokenizer.decode([*prompt[1:], *out])
+
+
+def grace(place: Place) -> float | None:
+    """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
+    if place.launcher == "none":
+        return None
+    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 2))
+    return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0}[place.launcher]
+
+
+# ------------------------------------------------------------------ what is written
+def open_folder(
+    folder: Folder,
+    config: Config,
+    overrides: list[str],
+    start: Start,
+    resumed: dict[str, Any] | None,
+    corpus: Corpus,
+    hosts: list[dict[str, Any]],
+    world: World,
+) -> None:
+    folder.create(config)
+    if start.again:
+        folder.cut(resumed["shared"]["tokens"] if resumed else None)
+    corpus.tokenizer.save(folder.path / "tokenizer.json")
+    vocab = size.pad_vocab(corpus.tokenizer.vocab)
+    folder.record(
+        "run",
+        {
+            "command": account.command(),
+            "overrides": overrides,
+            "config": compose.to_dict(config),
+            "git": account.git(),
+            "versions": account.versions(),
+            "world": world.size,
+            "ranks": hosts,
+            "threads": hosts[0]["threads"],
+            "slurm": account.slurm(),
+            "data_hash": corpus.data_hash,
+            "tokenizer_hash": corpus.tokenizer.hash,
+            "parameters": size.count_parameters(config.model, vocab),
+            "flops_per_token": size.flops_per_token(config.model, vocab),
+        },
+        sync=True,
+    )
+    if start.again:
+        what = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
+        folder.record("event", {"what": what, "tokens": resumed["shared"]["tokens"] if resumed else 0})
+
+
+def header(
+    config: Config,
+    corpus: Corpus,
+    hosts: list[dict[str, Any]],
+    world: World,
+    start: Start,
+    resumed: dict[str, Any] | None,
+) -> dict[str, str]:
+    """What stands above the progress line."""
+    names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
+    machines = len({rank["host"] for rank in hosts})
+    context = config.model.context
+    parameters = size.count_parameters(config.model, size.pad_vocab(corpus.tokenizer.vocab))
+    ranks = f"{world.size} on {machines} host{'s' * (machines > 1)}, {hosts[0]['threads']} threads each"
+    text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
+    batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
+    going_on = {"goes on": f"from {resumed['shared']['tokens']:,} tokens"} if resumed else {}
+    return {
+        "model": f"{parameters / 1e6:.2f} M parameters, {config.precision}",
+        "text": f"{compose.option_name('text', config.text)}, {text}",
+        "exchange": compose.option_name("exchange", config.exchange),
+        "update": f"{batch}, {compose.option_name('optim', config.optim)}",
+        "ranks": ranks,
+        "device": ", ".join(names),
+        "run": start.folder,
+        **going_on,
+    }
+
+
+def end_record(
+    reason: str,
+    config: Config,
+    model: GPT,
+    due: Due,
+    clock: Clock,
+    stream: Stream,
+    hosts: list[dict[str, Any]],
+    device: torch.device,
+    world: World,
+) -> dict[str, Any]:
+    """reason: budget, stop or failed. mfu: share of the devices' peak that the model's own FLOPs took, where known."""
+    seconds = clock.seconds()
+    vocab = model.output.shape[0]
+    peak = size.peak_flops(hosts[0]["device"], config.precision)
+    flops = size.flops_per_token(config.model, vocab) * due.tokens_here
+    return {
+        "reason": reason,
+        "tokens": due.tokens,
+        "seconds": seconds,
+        "loss": None if math.isnan(due.last_loss) else due.last_loss,
+        "eval_loss": due.last_eval.loss if due.last_eval else None,
+        "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
+        "tokens_not_committed": 0,  # a synchronous exchange commits all it computes; rounds under way at a failure aside
+        "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
+        "peak_memory_bytes": devices.peak_memory(device),
+        "device_hours": clock.wall_s() * world.size / 3600,
+        "data_waited_s": stream.waited_s,
+    }

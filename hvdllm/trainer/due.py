@@ -1,0 +1,254 @@
+"""The acts of a run: log, evaluate, sample, save. Which are due is a function of committed tokens and asks alone,
+so every rank does the same ones in the same order. Acts change no weight.
+
+A milestone is crossed where `tokens // every` changes, so the cadence needs no state and may change on resume.
+The mark that meets the budget evaluates, samples and saves; a stop only saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from hvdllm.checkpoint import write
+from hvdllm.config.schema import Config
+from hvdllm.errors import RunError
+from hvdllm.exchange.base import Commit, Exchange, Report, Update
+from hvdllm.runs import Folder
+from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.evaluate import Evaluation, replicas_agree
+from hvdllm.trainer.flat import Flat
+from hvdllm.world.base import World
+
+
+class Show(Protocol):
+    """What a person sees (cli/display.py); silent on all ranks but 0."""
+
+    def progress(self, values: dict[str, Any]) -> None:
+        """Called at every commit: tokens, budget, loss, tokens_per_s, blocked, seconds."""
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+    def header(self, lines: dict[str, str]) -> None:
+        """What is trained, how and where; before the first round."""
+
+    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+        """The summary: the `end` record, where the files are, the last sample."""
+
+
+@dataclass
+class Window:
+    """Sums since the last `commit` record; part of the checkpoint."""
+
+    loss_sum: float = 0.0
+    loss_tokens: float = 0.0
+    compute_s: float = 0.0
+    blocked_s: float = 0.0
+    blocked_s_max: float = 0.0
+    flight_s: float = 0.0
+    micro_batches: float = 0.0
+    staleness: list[float] = field(default_factory=list)
+
+    def add(self, report: Report) -> None:
+        self.loss_sum += report.loss_sum
+        self.loss_tokens += report.loss_tokens
+        self.compute_s += fmean(report.compute_s)
+        self.blocked_s += fmean(report.blocked_s)
+        self.blocked_s_max += max(report.blocked_s)
+        self.flight_s += fmean(report.flight_s)
+        self.micro_batches += sum(report.micro_batches)
+
+
+class Due:
+    """budget: tokens. evaluate, sample: called within consensus() and weights(), on every rank.
+
+    folder and show write and say; on ranks other than 0 folder is None and show says nothing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        world: World,
+        flat: Flat,
+        exchange: Exchange,
+        update: Update,
+        stream: Any,
+        clock: Clock,
+        evaluate: Callable[[], Evaluation],
+        sample: Callable[[int], str],
+        extra: dict[str, Any],
+        folder: Folder | None,
+        show: Show,
+        grace_s: float | None,
+    ) -> None:
+        self.config, self.world, self.flat, self.exchange, self.update = config, world, flat, exchange, update
+        self.stream, self.clock, self._evaluate, self._sample = stream, clock, evaluate, sample
+        self.extra, self.folder, self.show, self.grace_s = extra, folder, show, grace_s
+        self.tokens = self.step = self._tokens_loaded = 0
+        self.window = Window()
+        self.pending: dict[str, Any] | None = None  # a `commit` record that waits for its loss
+        self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
+        self.bytes_before = 0.0  # sent in earlier lives of this run
+        self.last_loss, self.last_sample = float("nan"), ""
+        self.last_eval: Evaluation | None = None
+        self.finished = False
+        self.saved: Path | None = None
+        self._save_s = 0.0
+        self._first_steps: list[float] = []
+
+    @property
+    def tokens_here(self) -> int:
+        """Committed by this process, earlier lives of the run left out."""
+        return self.tokens - self._tokens_loaded
+
+    # ------------------------------------------------------------------ the loop's two calls
+    def act(self, commit: Commit) -> None:
+        config, before = self.config, self.tokens
+        self.tokens, self.step = commit.tokens, commit.step
+        self._close_record(commit.before)
+        met = commit.tokens >= config.budget_tokens
+        stop = commit.asks.stop and not met
+
+        def due(every: int) -> bool:
+            return bool(every) and not stop and (met or commit.tokens // every != before // every)
+
+        self.window.staleness.append(commit.staleness)
+        if bool(config.log_every) and (met or stop or commit.tokens // config.log_every != before // config.log_every):
+            self._open_record(commit)
+        self._progress()
+        evaluate, sample = due(config.eval_every), due(config.sample_every)
+        save = due(config.save_every) or commit.asks.save or (stop and bool(config.save_every))
+        if evaluate or sample or save:
+            seconds = self.clock.seconds()
+            with self.clock.act():
+                if evaluate:
+                    self.evaluate(seconds)
+                if sample:
+                    self.sample()
+                if save:
+                    self.save(seconds)
+        self.finished = met
+
+    def finish(self, report: Report | None) -> None:
+        """After settle: the last commit's record is complete; the weights to keep are written."""
+        self._close_record(report)
+        if self.finished and self.config.save_every:
+            with self.exchange.consensus(), self.update.weights():
+                if self.folder is not None:
+                    write.write_final(self.folder.path, self.flat, self.flat.x)
+
+    # ------------------------------------------------------------------ acts
+    def evaluate(self, seconds: float) -> None:
+        with self.exchange.consensus(), self.update.weights():
+            result = self._evaluate()
+            agree = replicas_agree(self.flat.x, self.world)
+        self.last_eval = result
+        if self.folder is not None:
+            values = {"tokens": self.tokens, "seconds": seconds, "loss": result.loss}
+            values |= {"bits_per_byte": result.bits_per_byte, "replicas_agree": agree}
+            self.folder.record("eval", values)
+        self.show.say(
+            f"{self.tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+        )
+        if not agree:
+            raise RunError(
+                f"step {self.step}: the replicas differ although this exchange keeps them identical; the last checkpoint "
+                "may be of either: check the network and memory of the hosts, then resume"
+            )
+
+    def sample(self) -> None:
+        with self.exchange.consensus(), self.update.weights():
+            text = self._sample(self.tokens)
+        self.last_sample = text
+        if self.folder is not None:
+            self.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
+
+    def save(self, seconds: float) -> None:
+        values = {"seconds": seconds, "stream": self.stream.state(), "due": self.state(), **self.extra}
+        begin = self.clock.wall_s()
+        path = write.write(
+            self.folder.path if self.folder is not None else Path(), self.flat, self.exchange.state(), values,
+            self.world, self.config.keep,
+        )  # fmt: skip
+        self._save_s = self.clock.wall_s() - begin
+        if self.folder is not None and path is not None:
+            self.saved = path
+            self.folder.record("save", {"tokens": self.tokens, "step": self.step, "path": str(path)}, sync=True)
+
+    # ------------------------------------------------------------------ records
+    def _open_record(self, commit: Commit) -> None:
+        seconds = self.clock.seconds()
+        self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
+        self.pending["bytes"] = self.bytes_before + self.world.bytes_sent
+
+    def _close_record(self, report: Report | None) -> None:
+        """Books what is now known of the commit before, and writes its record if it has one."""
+        if report is None:
+            return
+        self.window.add(report)
+        self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
+        if self.pending is None:
+            return
+        window, head, last = self.window, self.pending, self.last_record
+        passed = head["seconds"] - last["seconds"]
+        values = {
+            "step": head["step"],
+            "tokens": head["tokens"],
+            "seconds": head["seconds"],
+            "loss": window.loss_sum / max(window.loss_tokens, 1.0),
+            "lr": head["lr"],
+            "grad_norm": report.grad_norm,
+            "compute_s": window.compute_s,
+            "blocked_s": window.blocked_s,
+            "blocked_s_max": window.blocked_s_max,
+            "flight_s": window.flight_s,
+            "bytes_sent": head["bytes"] - last["bytes"],
+            "staleness_mean": fmean(window.staleness) if window.staleness else 0.0,
+            "staleness_max": max(window.staleness, default=0.0),
+            "micro_batches": window.micro_batches,
+            "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
+        }
+        if self.folder is not None:
+            self.folder.record("commit", values)
+        self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
+        self.window, self.pending = Window(), None
+
+    def _progress(self) -> None:
+        seconds = self.clock.seconds()
+        self.show.progress(
+            {"tokens": self.tokens, "budget": self.config.budget_tokens, "loss": self.last_loss, "seconds": seconds,
+             "blocked": self.window.blocked_s, "compute": self.window.compute_s}
+        )  # fmt: skip
+        if self.grace_s is not None and len(self._first_steps) < 4:
+            self._first_steps.append(seconds)
+            if len(self._first_steps) == 4:
+                self._warn_of_grace((self._first_steps[3] - self._first_steps[0]) / 3)
+
+    def _warn_of_grace(self, step_s: float) -> None:
+        assert self.grace_s is not None
+        if 2 * step_s + self._save_s > self.grace_s:
+            self.show.say(
+                f"a step takes {step_s:.1f} s, so two of them and a save do not fit into the {self.grace_s:.0f} s that the "
+                "launcher leaves after Ctrl-C: a run that is stopped goes on from its last checkpoint"
+            )
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> dict[str, Any]:
+        last_eval = asdict(self.last_eval) if self.last_eval else None
+        return {
+            "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
+            "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
+            "bytes": self.bytes_before + self.world.bytes_sent,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
+        self.window, self.last_record = Window(**state["window"]), state["last_record"]
+        self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
+        self._tokens_loaded = self.tokens
+        self.last_eval = Evaluation(**state["last_eval"]) if state["last_eval"] else None

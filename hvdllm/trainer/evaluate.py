@@ -1,0 +1,58 @@
+"""Validation loss over a fixed prefix of the validation windows, and whether the replicas agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdllm.trainer.backward import autocast
+from hvdllm.world.base import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats a token. bits_per_byte: of the text that those tokens stand for."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    token_bytes: np.ndarray,
+    precision: str,
+    device: torch.device,
+    world: World,
+) -> Evaluation:
+    """batches: this rank's (inputs, targets), each [B, T]. token_bytes [vocab]: bytes of text a token stands for.
+
+    The sums over all ranks, in float64, divided once. Collective. Leaves the model in training mode as found.
+    """
+    was = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    table = torch.as_tensor(token_bytes.astype(np.float64))
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for inputs, targets in batches:
+        with autocast(precision, device):
+            loss += model.loss(inputs, targets)  # type: ignore[operator, union-attr]
+        sums[1] += targets.numel()
+        sums[2] += table[targets.cpu()].sum()
+    sums[0] = loss
+    model.train(was)
+    total, tokens, size = world.sum(sums, "act.evaluate").land().tolist()
+    return Evaluation(total / tokens, total / np.log(2) / max(size, 1.0), int(tokens))
+
+
+def replicas_agree(x: torch.Tensor, world: World) -> bool:
+    """Do all ranks hold the same bits? One pass over x and one number a rank. Collective."""
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    own = x.view(integer).sum(dtype=torch.int64).reshape(1).cpu()
+    return len(set(world.gather(own, "act.replicas").land().tolist())) == 1

@@ -1,0 +1,22 @@
+"""The whole loop. Every exchange runs in it unchanged; what each word means stands in exchange/base.py."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hvdllm.exchange.base import Exchange, Stream
+from hvdllm.trainer.backward import backward
+from hvdllm.trainer.due import Due
+
+
+def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Due, budget: int) -> None:
+    """Trains until `budget` tokens are committed by all ranks, or a rank asks for a stop."""
+    for batch in exchange.feed(stream):  # arms the hooks BEFORE the forward; batch.last closes this rank's share
+        loss = backward(model, batch)  # SUM of token losses; gradients add up in place
+        commit = exchange.advance(batch, loss)  # launch, land, apply; a Commit only at a mark, else None
+        if commit is None:
+            continue
+        due.act(commit)  # log, evaluate, sample, save: the same list on every rank, in order
+        if commit.tokens >= budget or commit.asks.stop:
+            break
+    due.finish(exchange.settle())  # nothing travels any more

@@ -1,0 +1,62 @@
+"""Which launcher started this process, read from the environment alone: no Horovod, no MPI, no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hvdllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. launcher: none, horovodrun, mpirun or srun."""
+
+    launcher: str = "none"
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """The first of Horovod's, torchrun's, Open MPI's, PMIx's and Slurm's variables that is there decides.
+
+    Slurm's count only inside a step: a batch script without srun has SLURM_PROCID too.
+    Raises UserError for ranks that could not find each other.
+    """
+
+    def at(launcher: str, *names: str) -> Place:
+        return Place(launcher, *(int(env[name]) for name in names))
+
+    if "HOROVOD_RANK" in env:
+        return at("horovodrun", *(f"HOROVOD_{v}" for v in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+    if "TORCHELASTIC_RUN_ID" in env and "RANK" in env:
+        raise UserError("torchrun starts ranks that Horovod cannot join: start them with horovodrun, mpirun or srun")
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return at("mpirun", *(f"OMPI_COMM_WORLD_{v}" for v in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+        if "PMIX_RANK" not in env:
+            if size == 1:
+                return Place()
+            raise UserError(
+                f"srun started {size} processes that know nothing of each other: start them with srun --mpi=pmix"
+            )
+        tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(size))))
+        node = int(env.get("SLURM_NODEID", "0"))
+        return Place("srun", int(env["PMIX_RANK"]), size, int(env.get("SLURM_LOCALID", "0")), tasks[node])
+    if "PMIX_RANK" in env:
+        raise UserError("a PMIx launcher other than mpirun and srun started this: use mpirun, srun or horovodrun")
+    return Place()
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    out: list[int] = []
+    for part in text.split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
+            out += [int(found[1])] * int(found[2] or 1)
+    return out

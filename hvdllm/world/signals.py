@@ -1,0 +1,98 @@
+"""Ctrl-C, SIGTERM and a launcher that is gone, as asks that every rank will hear of.
+
+SIGINT and SIGTERM ask for a checkpoint and an end, SIGUSR1 for a checkpoint alone. The handlers only set a
+flag: the next meta takes it along, and all ranks act on it at the same mark.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+from hvdllm.world.base import Asks
+
+LAUNCHERS = {"horovodrun", "mpirun", "mpiexec", "orterun", "orted", "prte", "prted", "prterun", "srun", "slurmstepd"}
+GRACE_S = 10.0  # seconds to save in, once the launcher is gone
+
+
+def listen(asks: Asks, alone: bool) -> None:
+    """Takes over SIGINT, SIGTERM and SIGUSR1. `alone`: a second Ctrl-C ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if alone and asks.stop and number == signal.SIGINT:
+            deafen()
+            raise KeyboardInterrupt
+        asks.stop = asks.save = True
+        if alone and number == signal.SIGINT:
+            sys.stderr.write("\nstopping at the next mark, with a checkpoint; Ctrl-C again ends at once\n")
+
+    def save(number: int, frame: FrameType | None) -> None:
+        asks.save = True
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, save)
+
+
+def deafen() -> None:
+    """Signals mean again what they mean to any process: a run that has failed must not outlive its launcher."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def watch_launcher(asks: Asks) -> None:
+    """A thread that asks for a stop when the launcher is gone, and ends the process GRACE_S later.
+
+    A launcher killed by SIGKILL tells nobody: its ranks would train on, or wait for each other, unseen.
+    """
+    watched = _up_to_launcher()
+
+    def watch() -> None:
+        while all(_started(pid) == at for pid, at in watched.items()):
+            time.sleep(1.0)
+        asks.stop = asks.save = True
+        time.sleep(GRACE_S)
+        os._exit(1)
+
+    if watched:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _up_to_launcher() -> dict[int, str]:
+    """The ancestors up to the topmost launcher, as pid: start time; those above it (a shell) may well end before us.
+
+    On a remote host the chain ends at the first sshd, which lives as long as the launcher's connection.
+    """
+    chain: list[tuple[int, str]] = []
+    keep = 0
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().decode(errors="replace").split("\0")[:3]
+        except OSError:
+            break
+        names = {os.path.basename(word) for word in words}
+        chain.append((pid, _started(pid)))
+        if names & LAUNCHERS:
+            keep = len(chain)
+        elif any(name.startswith("sshd") for name in names):
+            keep = keep or len(chain)
+            break
+        pid = parent
+    return dict(chain[:keep])
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks, so that a pid used again is not taken for the old one; "" if gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -1,0 +1,51 @@
+"""A world of one: this process alone. Nothing travels, no Horovod is imported."""
+
+from __future__ import annotations
+
+import torch
+
+from hvdllm.errors import UserError
+from hvdllm.world.base import Asks
+
+
+class Landed:
+    """A flight that has arrived."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def landed(self) -> bool:
+        return True
+
+    def land(self) -> torch.Tensor:
+        return self.value
+
+
+class SingleWorld:
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+    bytes_sent = 0.0
+
+    def __init__(self) -> None:
+        self.asks = Asks()
+
+    def sum(self, x: torch.Tensor, name: str) -> Landed:
+        return Landed(x)
+
+    def gather(self, x: torch.Tensor, name: str) -> Landed:
+        return Landed(x)
+
+    def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Landed:
+        return Landed(x)
+
+    def texts(self, text: str, name: str) -> list[str]:
+        return [text]
+
+    def agree(self, problem: str | None, name: str) -> None:
+        if problem:
+            raise UserError(problem)
+
+    def close(self) -> None:
+        pass

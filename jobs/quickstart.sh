@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# From a fresh machine to a trained model: sets everything up (jobs/setup.sh), then two ranks under horovodrun train
+# a small transformer on the Python standard library's own source. More settings may follow, as for hvdllm train:
+#
+#   jobs/quickstart.sh [SETTING=VALUE ...]
+#
+# @PRINTED@
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+jobs/setup.sh
+export PATH=$PWD/.venv/bin:$PATH
+
+horovodrun --gloo -np 2 hvdllm train experiment=laptop "$@"
+
+runs=runs name=''
+for setting; do
+  case $setting in runs_dir=*) runs=${setting#*=} ;; name=*) name=${setting#*=} ;; esac
+done
+# shellcheck disable=SC2012 # names of runs are plain
+run=$runs/${name:-$(ls -t "$runs" | head -1)}
+cat <<END
+
+What to try next, after  . .venv/bin/activate
+  hvdllm sample $run "def main("         the model goes on writing
+  hvdllm evaluate $run                   its validation loss again
+  hvdllm train --help                        every setting; each may follow jobs/quickstart.sh too
+  jobs/quickstart.sh name=mine               train under a name; stopped by Ctrl-C, the same command goes on
+END
