@@ -15,13 +15,15 @@ import datetime
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
+
+Say = Callable[[str], None]  # takes one sentence for a person
 
 
 def new_name() -> str:

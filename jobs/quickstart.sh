@@ -19,11 +19,9 @@ for setting; do
 done
 # shellcheck disable=SC2012 # names of runs are plain
 run=$runs/${name:-$(ls -t "$runs" | head -1)}
-cat <<END
-
-What to try next, after  . .venv/bin/activate
-  hvdllm sample $run "def main("         the model goes on writing
-  hvdllm evaluate $run                   its validation loss again
-  hvdllm train --help                        every setting; each may follow jobs/quickstart.sh too
-  jobs/quickstart.sh name=mine               train under a name; stopped by Ctrl-C, the same command goes on
-END
+next() { printf '  %-48s %s\n' "$@"; }
+printf '\nWhat to try next, after  . .venv/bin/activate\n'
+next "hvdllm sample $run \"class \"" "the model goes on writing"
+next "hvdllm evaluate $run" "its validation loss again"
+next "jobs/quickstart.sh name=mine budget_tokens=6e6" "longer; after Ctrl-C the same command goes on"
+next "hvdllm train --help" "every setting, each may follow jobs/quickstart.sh too"

@@ -56,18 +56,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hvdllm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = str(folder / "bin" / "python")
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     requirements = importlib.metadata.requires("hvdllm") or []
-    packages = folder / "packages"
-    packages.mkdir()
     for found in closure([text for text in requirements if "extra ==" not in text]).values():
         for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(found.locate_file(top).resolve())
-    (site / "packages.pth").write_text(f"{packages}\n")
-    call(python, "-m", "pip", "install", "-q", "--no-index", str(wheel), cwd=folder)
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+    call(sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-index", str(wheel), cwd=folder)
     return str(folder / "bin" / "hvdllm")
 
 

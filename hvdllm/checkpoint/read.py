@@ -49,13 +49,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None:
-    """Fills a vector over the map with `kind` (model, m, v). Raises UserError where a tensor is missing or misfits."""
+    """Fills a vector over the map with `kind`: model, m, v; "" in final/. Raises UserError where a tensor misfits."""
     parts, covered = [], dict.fromkeys(flat.at, 0)
     try:
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    prefix, _, rest = key.partition("/")
+                    prefix, _, rest = key.rpartition("/")
                     name, _, start = rest.partition("@")
                     if prefix == kind and name in covered:
                         values = tensors.get_tensor(key)

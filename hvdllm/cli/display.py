@@ -44,8 +44,9 @@ class Silent:
 class Screen:
     """Of rank 0."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, alone: bool) -> None:
+        # mpirun gives its ranks a terminal of their own, but puts a prefix before every line of theirs.
+        self.console = Console(highlight=False, soft_wrap=True, force_terminal=None if alone else False)
         self.live = self.console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
@@ -109,11 +110,13 @@ class Screen:
             return
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows = {
-            "tokens": f"{end['tokens']:,} in {_duration(end['seconds'])} ({end['tokens'] / end['seconds']:,.0f} a second)",
+            "tokens": f"{end['tokens']:,} in {_duration(end['seconds'])}",
+            "tokens a second": f"{end['tokens'] / end['seconds']:,.0f}",
             "training loss": f"{end['loss']:.4f} nats a token",
         }
         if end["eval_loss"] is not None:
-            rows["validation loss"] = f"{end['eval_loss']:.4f} nats a token, {end['bits_per_byte']:.3f} bits per byte"
+            bits = f"{end['bits_per_byte']:.3f} bits per byte"
+            rows["validation loss"] = f"{end['eval_loss']:.4f} nats a token, {bits}"
         if end["mfu"] is not None:
             rows["MFU"] = f"{100 * end['mfu']:.1f}% of the devices' peak"
         if end["data_waited_s"] > 0.01 * end["seconds"]:
@@ -132,8 +135,9 @@ class Screen:
         self.console.print(escape(f'next: hvdllm sample {run} "def main("   ·   hvdllm evaluate {run}'))
 
 
-def make_show(rank: int) -> Screen | Silent:
-    return Screen() if rank == 0 else Silent()
+def make_show(rank: int, alone: bool) -> Screen | Silent:
+    """alone: no launcher stands between this process and the terminal."""
+    return Screen(alone) if rank == 0 else Silent()
 
 
 def _duration(seconds: float) -> str:

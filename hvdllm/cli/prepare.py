@@ -6,8 +6,17 @@ import sys
 import time
 from collections.abc import Sequence
 
+from hvdllm.cli.flags import settings_only
 from hvdllm.config.compose import compose
 from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
+
+USAGE = """hvdllm prepare [setting=value ...] [--help]
+
+Makes the token shards that train would make by itself. It reads the settings text.* and data_dir:
+
+  hvdllm prepare
+  hvdllm prepare text=files text.path=notes/ text.tokenizer=bytes
+"""
 
 
 def run(words: Sequence[str]) -> int:
@@ -15,7 +24,10 @@ def run(words: Sequence[str]) -> int:
 
     The table goes to stdout, what happens meanwhile to stderr. Raises UserError.
     """
-    config = compose(words)
+    settings = settings_only(list(words), USAGE, compose)
+    if settings is None:
+        return 0
+    config = compose(settings)
     started = time.perf_counter()
     corpus = prepare(config.text, data_folder(config.data_dir), say=lambda text: print(text, file=sys.stderr))
     print(table(corpus, time.perf_counter() - started))

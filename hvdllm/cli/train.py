@@ -58,7 +58,7 @@ def train(config: Config, words: list[str], here: Place) -> None:
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
-    with make_show(world.rank) as show:
+    with make_show(world.rank, here.launcher == "none") as show:
         build.run(config, words, here, world, show)
     world.close()
 

@@ -20,8 +20,8 @@ def check(config: Config, place: Place) -> None:
     sequences = config.batch_tokens // context
     if sequences < place.size:
         raise UserError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the {place.size} "
-            f"ranks: at least {place.size * context}, or start fewer ranks"
+            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
+            f"{place.size} ranks: at least {place.size * context}, or start fewer ranks"
         )
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")

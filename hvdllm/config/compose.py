@@ -19,12 +19,9 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 
 TOKEN_SETTINGS = (
-    "budget_tokens",
-    "batch_tokens",
-    "eval_tokens",
-    "sample_tokens",
-    "schedule.horizon",
-) + tuple(f"{act}_every" for act in ("eval", "save", "log", "sample"))
+    *("budget_tokens", "batch_tokens", "eval_tokens", "sample_tokens", "schedule.horizon"),
+    *(f"{act}_every" for act in ("eval", "save", "log", "sample")),
+)
 
 
 def conf_dir() -> Path:
@@ -140,7 +137,7 @@ def _typed(node: Any) -> Config:
         if f.name in schema.SCHEMAS:
             kinds = schema.SCHEMAS[f.name].values()
             kind = OmegaConf.get_type(node, f.name)
-            if kind not in kinds:
+            if kind is None or kind not in kinds:
                 raise UserError(f"{f.name} has no settings: choose one with {f.name}={'|'.join(options(f.name))}")
             value = kind(**{inner.name: v for inner, v in _fields(kind, node[f.name], f"{f.name}.")})
         setattr(config, f.name, value)

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from hvdllm.config.schema import AllReduce as Settings
+from hvdllm.device import Later, Mark
 from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, State, Stream, Update, Wire
 from hvdllm.exchange.buckets import Buckets
-from hvdllm.device import Later, Mark
 from hvdllm.exchange.meta import MetaPost, MetaSum
 from hvdllm.world.base import Flight, World
 
@@ -59,6 +59,7 @@ class AllReduce:
         self._slot = dict.fromkeys(("compute_s", "blocked_s", "flight_s", "micro_batches"), 0.0)
         self._norm = math.nan
         self._parity = 0
+        self._launched: Mark | None = None  # of this round's first bucket
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         self.flat, self.update, self.world = flat, update, world

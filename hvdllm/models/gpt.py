@@ -14,6 +14,7 @@ Names end in their axes:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,8 +90,8 @@ class Attention(nn.Module):
             q_BHTE, k_BKTE, v_BKTE = qkv_BHTE.split([H, K, K], dim=1)
         else:
             qk_BHTE, v_BKTE = qkv_BHTE.split([H + K, K], dim=1)
-            # Under autocast the tables are fp32, so the rotation is, and only its result is rounded.
-            q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).type_as(v_BKTE).split([H, K], dim=1)
+            # Under autocast the tables are fp32, so the rotation is too; attention rounds its result to bf16.
+            q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).split([H, K], dim=1)
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE,
             k_BKTE,
@@ -218,9 +219,8 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.positions.weight[:T]
         rope_2TE2 = None if self.rope is None else self.rope[:, :T].to(x_BTD.dtype)
         x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
-        again = self.settings.checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            if again:
+            if self.settings.checkpointing:
                 x_BTD = checkpoint(
                     block,
                     x_BTD,
@@ -266,7 +266,7 @@ def init_weights(model: GPT, seed: int) -> None:
         parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
 
 
-def compile_blocks(model: GPT, backend: str = "inductor") -> None:
+def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile each block in place. Never the whole model: its backward would be one graph, and all
     gradient hooks would fire in its last half millisecond (DESIGN rule 13)."""
     for block in model.blocks:

@@ -28,7 +28,7 @@ def step(
     sgd(
         params,
         grads,
-        vectors["m"] if settings.momentum else [None] * len(params),  # type: ignore[list-item]
+        [m if settings.momentum else None for m in vectors["m"]],
         fused=True,
         grad_scale=scale,
         found_inf=found_inf,

@@ -61,13 +61,14 @@ class Update:
         norm = total(squares).sqrt() / meta.tokens
         read_later = Later(norm)  # before the optimizer's kernels, so that reading does not wait for them
         self.bad.logical_or_(~torch.isfinite(norm))
-        scale = torch.full_like(norm, meta.tokens)
+        divisor = torch.full_like(norm, meta.tokens)
         if self.settings.clip:
-            scale = scale * (norm / self.settings.clip).clamp_(min=1.0)
+            divisor *= (norm / self.settings.clip).clamp_(min=1.0)
+        scale: torch.Tensor | None = divisor
         if norm.dtype == torch.float64:  # the fused kernels take a float32 scale only
-            for g in grad:
-                g /= scale
             scale = None
+            for g in grad:
+                g /= divisor
         lr = self.settings.lr * self.factor(meta.committed)
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]

@@ -41,7 +41,7 @@ class Loss(nn.Module):
             round_, index = place
             torch.manual_seed(int(np.random.SeedSequence([self.seed, round_, self.rank, index]).generate_state(1)[0]))
         with autocast(self.precision, self.device):
-            loss: torch.Tensor = self.model.loss(inputs, targets)  # type: ignore[operator, union-attr]
+            loss: torch.Tensor = self.model.loss(inputs, targets)  # type: ignore[operator]
         return loss
 
 
@@ -82,6 +82,7 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
         )
     said = says[rank]
     return RunError(
-        f"step {error.step}: the gradient of `{said['tensor']}` is not finite on rank {rank} (micro-batch {said['batch']} "
-        f"of {said['of']}, loss {said['loss']:g}); nothing was updated: lower optim.lr, or look at the text of this batch"
+        f"step {error.step}: the gradient of `{said['tensor']}` is not finite on rank {rank} (micro-batch "
+        f"{said['batch']} of {said['of']}, loss {said['loss']:g}); nothing was updated: lower optim.lr, or look at the "
+        "text of this batch"
     )

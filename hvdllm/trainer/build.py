@@ -157,8 +157,8 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
     assert corpus is not None
     if len(set(world.texts(corpus.data_hash, "start.data"))) > 1:
         raise UserError(
-            "the ranks have different text or tokenizers (text=stdlib differs between Python versions): prepare it once "
-            "into a data_dir that all hosts share, or give all hosts the same files"
+            "the ranks have different text or tokenizers (text=stdlib differs between Python versions): prepare it "
+            "once into a data_dir that all hosts share, or give all hosts the same files"
         )
     return corpus
 
@@ -181,7 +181,7 @@ def check_corpus(config: Config, corpus: Corpus) -> None:
 
 def agree_on_weights(flat: Flat, world: World) -> None:
     """Every rank drew its weights from the same seed: a difference is an error, not something to paper over."""
-    sums = world.texts(flat.x.double().sum().item().hex(), "start.weights")
+    sums = world.texts(str(flat.x.double().sum().item()), "start.weights")
     if len(set(sums)) > 1:
         raise UserError("the ranks drew different weights from the same seed: they need the same versions of torch")
 
@@ -221,7 +221,7 @@ def grace(place: Place) -> float | None:
     """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
     if place.launcher == "none":
         return None
-    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 2))
+    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 2))  # noqa: SIM112 - MPI's spelling
     return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0}[place.launcher]
 
 
@@ -317,7 +317,7 @@ def end_record(
         "loss": None if math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
-        "tokens_not_committed": 0,  # a synchronous exchange commits all it computes; rounds under way at a failure aside
+        "tokens_not_committed": 0,  # a synchronous exchange commits all it computes (a round cut by a failure aside)
         "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
         "peak_memory_bytes": devices.peak_memory(device),
         "device_hours": clock.wall_s() * world.size / 3600,

@@ -157,8 +157,8 @@ class Due:
         )
         if not agree:
             raise RunError(
-                f"step {self.step}: the replicas differ although this exchange keeps them identical; the last checkpoint "
-                "may be of either: check the network and memory of the hosts, then resume"
+                f"step {self.step}: the replicas differ although this exchange keeps them identical; the last "
+                "checkpoint may be of either: check the network and memory of the hosts, then resume"
             )
 
     def sample(self) -> None:
@@ -233,8 +233,8 @@ class Due:
         assert self.grace_s is not None
         if 2 * step_s + self._save_s > self.grace_s:
             self.show.say(
-                f"a step takes {step_s:.1f} s, so two of them and a save do not fit into the {self.grace_s:.0f} s that the "
-                "launcher leaves after Ctrl-C: a run that is stopped goes on from its last checkpoint"
+                f"a step takes {step_s:.1f} s, so two of them and a save do not fit into the {self.grace_s:.0f} s "
+                "that the launcher leaves after Ctrl-C: a run that is stopped goes on from its last checkpoint"
             )
 
     # ------------------------------------------------------------------ checkpoint

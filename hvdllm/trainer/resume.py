@@ -84,7 +84,7 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
     """Raises UserError naming the settings that differ and may not."""
 
     def flat(values: dict[str, Any]) -> dict[str, Any]:
-        out = {}
+        out: dict[str, Any] = {}
         for key, value in values.items():
             if key not in MAY_DIFFER:
                 inner = value if isinstance(value, dict) else {"": value}

@@ -122,8 +122,12 @@ def test_compiled_blocks_give_the_same_gradients(shape: dict) -> None:
         # Both from within torch's compiler: it imports what torch deprecated, and looks at .grad of what it traces.
         warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
-        compile_blocks(compiled, backend="aot_eager")
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compile_blocks(compiled, backend=counter)
         found = gradients(compiled, compiled.loss(inputs_BT, targets_BT))
+    assert counter.frame_count >= 1
     assert [name for name, _ in compiled.named_parameters()] == names
     expected = gradients(plain, plain.loss(inputs_BT, targets_BT))
     for mine, theirs in zip(found, expected, strict=True):
@@ -253,6 +257,15 @@ def test_loss_under_autocast_is_no_bf16_sum() -> None:
         assert logits_NV.dtype == torch.bfloat16
         plain = F.cross_entropy(logits_NV.float(), targets_BT.flatten(), reduction="sum")
         assert model.loss(inputs_BT, targets_BT).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_the_output_layer_is_a_bf16_product_under_autocast() -> None:
+    x_ND, head_VD = torch.randn(50, 32), torch.randn(VOCAB, 32)
+    target_N = torch.arange(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = gpt.TokenLoss.apply(x_ND, head_VD, target_N)
+    logits_NV = (x_ND.bfloat16() @ head_VD.bfloat16().T).float()
+    torch.testing.assert_close(rounded, F.cross_entropy(logits_NV, target_N, reduction="sum"), rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------ dropout

@@ -1,0 +1,154 @@
+"""Our step against a plain PyTorch loop of the same model, batch and dtype, in one process.
+
+plain: forward, backward, clip_grad_norm_, torch.optim.AdamW(fused=True), zero_grad, on batches that lie ready.
+ours:  the exchange, the update on flat slices, the stream with its thread; everything of `hvdllm train` but acts.
+
+Blocks of steps alternate (ours, plain, plain, ours, ...); the ratio of each pair counts, and pairs are added until
+the 95 % interval of their median is as narrow as asked, or the time is over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvdllm.bench.paired import Ratio, ratio
+from hvdllm.config.schema import Config
+from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.wire.plain import Plain
+from hvdllm.models.gpt import GPT
+from hvdllm.optim.schedule import factor
+from hvdllm.optim.update import Update
+from hvdllm.text.shards import Corpus
+from hvdllm.text.stream import Stream
+from hvdllm.trainer.backward import Loss, autocast, backward
+from hvdllm.trainer.build import build_model
+from hvdllm.trainer.flat import Flat
+from hvdllm.world.single import SingleWorld
+
+
+def measure(
+    config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float
+) -> dict[str, Any]:
+    """Figures of both sides: tokens per second, the optimizer's own milliseconds, and the paired ratio."""
+    ours, our_update = our_step(config, corpus, device)
+    plain, plain_update = plain_step(config, corpus, device)
+    block = 4
+    for _ in range(2):
+        timed(ours, block, device)
+        timed(plain, block, device)
+    pairs: list[tuple[float, float]] = []
+    end = time.monotonic() + seconds
+    found = Ratio(math.nan, math.nan, math.nan, 0)
+    while len(pairs) < 6 or (time.monotonic() < end and (len(pairs) < 30 or found.half_width > half_width)):
+        if len(pairs) % 2:
+            b, a = timed(plain, block, device), timed(ours, block, device)
+        else:
+            a, b = timed(ours, block, device), timed(plain, block, device)
+        pairs.append((a, b))
+        if len(pairs) >= 6:
+            found = ratio([plain_s / ours_s for ours_s, plain_s in pairs])
+    updates = [(timed(our_update, 10, device), timed(plain_update, 10, device)) for _ in range(20)]
+    tokens = config.batch_tokens * block
+    middle = [sorted(column)[len(column) // 2] for column in zip(*pairs, strict=True)]
+    optimizer = [1e3 * min(column) / 10 for column in zip(*updates, strict=True)]
+    return {
+        "tokens_per_s": {"ours": tokens / middle[0], "plain": tokens / middle[1]},
+        "optimizer_ms": {"ours": optimizer[0], "plain": optimizer[1]},
+        "ratio": found.median,
+        "ratio_low": found.low,
+        "ratio_high": found.high,
+        "half_width": found.half_width,
+        "pairs": found.pairs,
+        "steps_a_block": block,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def timed(step: Callable[[], object], times: int, device: torch.device) -> float:
+    """Seconds that `times` steps take, the device's work included."""
+    begin = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One commit a call; and the update alone."""
+    world = SingleWorld()
+    model = build_model(config, corpus.tokenizer.vocab, device)
+    flat = Flat(model, 1, config.exchange.bucket_mb * 2**20)
+    update = Update(config.optim, factor(config.schedule, 10**12))
+    exchange = AllReduce(config.exchange)
+    loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)
+    module = exchange.attach(loss, flat, update, Plain(world), world)
+    feed = exchange.feed(make_stream(config, corpus, device))
+
+    def step() -> None:
+        while exchange.advance(batch := next(feed), backward(module, batch)) is None:
+            pass
+
+    counts = type("Counts", (), {"tokens": 1.0, "committed": 1})()
+
+    def update_only() -> None:
+        update.step(exchange.pieces, exchange.gradients, counts, lambda sums: sums)
+        flat.g.zero_()
+
+    return step, update_only
+
+
+def plain_step(
+    config: Config, corpus: Corpus, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One step a call, as anybody would write it; and its clip and optimizer alone."""
+    model: GPT = build_model(config, corpus.tokenizer.vocab, device)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.optim.beta1, config.optim.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, fused=True)
+    stream = make_stream(config, corpus, device)
+    rounds = itertools.cycle([stream.share(t) for t in range(min(64, stream.windows // stream.batch))])
+
+    def update_only() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or math.inf)
+        optimizer.step()
+
+    def step() -> None:
+        for batch in next(rounds):
+            assert batch.inputs is not None and batch.targets is not None
+            with autocast(config.precision, device):
+                loss = model.loss(batch.inputs, batch.targets) / config.batch_tokens
+            loss.backward()
+        update_only()
+        optimizer.zero_grad()
+
+    def update_kept() -> None:
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        update_only()
+
+    return step, update_kept
+
+
+def make_stream(config: Config, corpus: Corpus, device: torch.device) -> Stream:
+    return Stream(
+        corpus.train,
+        context=config.model.context,
+        batch=config.batch_tokens // config.model.context,
+        micro_batch=config.micro_batch,
+        seed=config.seed,
+        rank=0,
+        size=1,
+        device=device,
+    )

@@ -1,0 +1,46 @@
+"""`hvdllm evaluate RUN`: a run's validation loss again, by the definition that the run itself used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
+    parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
+    parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
+    given = parser.parse_args(argv)
+
+    from hvdllm import runs
+    from hvdllm.errors import UserError
+    from hvdllm.text import shards
+    from hvdllm.trainer.build import evaluate_run
+    from hvdllm.trainer.restore import restore
+    from hvdllm.world.single import SingleWorld
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    found = restore(given.run, given.step, say)
+    corpus = shards.prepare(found.config.text, shards.data_folder(given.data_dir or found.config.data_dir), say=say)
+    trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
+    if trained not in (None, corpus.data_hash):
+        raise UserError(
+            f"the text here is not the one {given.run} was trained on (text=stdlib differs between Python versions): "
+            "evaluate it where it was trained, or give --data-dir the shards of that machine"
+        )
+    result = evaluate_run(found.config, found.model, corpus, found.device, SingleWorld())
+    if given.json:
+        values = {"checkpoint": str(found.source), "loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        print(json.dumps(values | {"tokens": result.tokens}))
+    else:
+        print(
+            f"{found.source}: validation loss {result.loss:.4f} nats a token, {result.bits_per_byte:.3f} bits per byte "
+            f"({result.tokens:,} tokens)"
+        )
+    return 0

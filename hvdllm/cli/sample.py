@@ -1,0 +1,43 @@
+"""`hvdllm sample RUN TEXT`: let a run's model continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("hvdllm sample", description="Lets a run's model continue a text.")
+    parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument("text", nargs="?", default="", help="what to continue; default: a new document")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to write at most (200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token, 1 as learnt (0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0: from all (50)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
+    given = parser.parse_args(argv)
+    for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+
+    import torch
+
+    from hvdllm.models.generate import generate
+    from hvdllm.trainer.restore import restore
+
+    found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
+    tokenizer = found.tokenizer
+    prompt = [tokenizer.end, *tokenizer.encode([given.text])[0].tolist()]
+    out = generate(
+        found.model,
+        prompt,
+        tokens=given.tokens,
+        vocab=tokenizer.vocab,
+        generator=torch.Generator().manual_seed(given.seed),
+        temperature=given.temperature,
+        top_k=given.top_k or None,
+        stop=tokenizer.end,
+    )
+    print(tokenizer.decode([*prompt[1:], *out]))
+    return 0

@@ -1,0 +1,56 @@
+"""A finished or stopped run's model, ready to be sampled or evaluated, on this machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hvdllm import device as devices
+from hvdllm import runs
+from hvdllm.checkpoint import read
+from hvdllm.config.schema import Config
+from hvdllm.errors import UserError
+from hvdllm.models.gpt import GPT
+from hvdllm.text.tokenize import Tokenizer
+from hvdllm.trainer.build import DTYPES, build_model
+from hvdllm.trainer.flat import Flat
+
+
+@dataclass(frozen=True)
+class Restored:
+    """source: the folder that the weights were read from."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: GPT
+    device: torch.device
+    source: Path
+
+
+def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
+    """The newest whole checkpoint's weights (that of `step` where given); final/ where a copy has no checkpoints.
+
+    Raises UserError where there is nothing to read.
+    """
+    config = runs.read_config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if step is None:
+        source = read.newest(folder, say)
+    else:
+        source = folder / "checkpoints" / str(step)
+        if problem := read.broken(source):
+            have = ", ".join(path.name for path in read.steps(folder)) or "none"
+            raise UserError(f"{source} cannot be read ({problem}); the checkpoints of this run are of step: {have}")
+    final = folder / "final"
+    if source is None and not (final / "model.safetensors").exists():
+        raise UserError(f"{folder} has no whole checkpoint and no final/: train it for longer, or copy it again")
+    device = devices.choose("auto" if config.precision != "fp64" else "cpu", 0)
+    torch.set_num_threads(config.device.threads or devices.usable_cores())
+    config.model.compile = False
+    model = build_model(config, tokenizer.vocab, torch.device("cpu"))
+    flat = Flat(model, 1, math.inf)
+    read.read_vector(source or final, "model" if source else "", flat, flat.x)
+    return Restored(config, tokenizer, model.to(device, DTYPES[config.precision]), device, source or final)

@@ -1,0 +1,78 @@
+"""What goes wrong, or in the way, at a place that a test names. Faults are [rank, step]: after that step's acts."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from hvdllm.exchange.buckets import Buckets
+from hvdllm.trainer.backward import Loss
+from hvdllm.trainer.due import Due
+
+
+@contextmanager
+def meddle(
+    rank: int,
+    stop: Any = None,  # asks for a stop, as a signal does
+    kill: Any = None,  # SIGKILL
+    fail: Any = None,  # raises
+    bad: Any = None,  # [rank, round, parameter or None]: its gradient there is NaN; None: the loss is
+    jitter: bool = False,  # random sleeps in hooks and between micro-batches
+    slow_s: float = 0.0,  # sleep after every step
+) -> Iterator[None]:
+    act, forward, launch_full = Due.act, Loss.forward, Buckets._launch_full
+    draw = random.Random(os.urandom(8))
+
+    def acting(self: Due, commit: Any) -> None:
+        act(self, commit)
+        time.sleep(slow_s)
+        here = [rank, commit.step]
+        if here == stop:
+            self.world.asks.stop = True
+        if here == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here == fail:
+            raise ValueError("an apple fell on the fan")
+
+    def forwarding(self: Loss, inputs: torch.Tensor, targets: torch.Tensor, place: Any) -> torch.Tensor:
+        if jitter:
+            time.sleep(draw.expovariate(1000))
+        loss = forward(self, inputs, targets, place)
+        if bad is None or [rank, place[0]] != bad[:2]:
+            return loss
+        if bad[2] is None:
+            return loss * float("nan")
+        # Through the graph and not by a hook on the parameter, so that only this one is touched.
+        return loss + Poison.apply(dict(self.model.named_parameters())[bad[2]])
+
+    def launching(self: Buckets) -> None:
+        if jitter:
+            time.sleep(draw.expovariate(2000))
+        launch_full(self)
+
+    with ExitStack() as stack:
+        for owner, name, double in ((Due, "act", acting), (Loss, "forward", forwarding)):
+            stack.enter_context(patch.object(owner, name, double))
+        stack.enter_context(patch.object(Buckets, "_launch_full", launching))
+        yield
+
+
+class Poison(torch.autograd.Function):
+    """Adds 0 to the loss and NaN to one gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(ctx.saved_tensors[0], float("nan"))
