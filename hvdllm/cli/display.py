@@ -55,6 +55,7 @@ class Screen:
         self._task: Any = None
         self._log: Path | None = None
         self._shown = 0.0
+        self._smooth = {"loss": math.nan, "blocked": math.nan}  # single steps are too noisy to read
         self._rate: tuple[float, float] | None = None  # seconds and tokens when this process began
 
     def __enter__(self) -> Screen:
@@ -76,6 +77,10 @@ class Screen:
 
     def progress(self, values: dict[str, Any]) -> None:
         now = time.monotonic()
+        for name in self._smooth:
+            if not math.isnan(values[name]):
+                old = self._smooth[name]
+                self._smooth[name] = values[name] if math.isnan(old) else old + 0.05 * (values[name] - old)
         if self._rate is None:
             self._rate = values["seconds"], values["tokens"]
         if now - self._shown < (0.1 if self.live else PLAIN_EVERY_S):
@@ -84,12 +89,11 @@ class Screen:
         tokens, budget = values["tokens"], values["budget"]
         passed = values["seconds"] - self._rate[0]
         rate = (tokens - self._rate[1]) / passed if passed > 0 else math.nan
-        spent = values["blocked"] + values["compute"]
         left = max(0, budget - tokens) / rate if rate else math.nan
         parts = [
-            f"loss {values['loss']:.3f}",
+            f"loss {self._smooth['loss']:.3f}",
             f"{rate:,.0f} tokens/s",
-            f"{100 * values['blocked'] / spent if spent else 0:.0f}% blocked",
+            f"{100 * self._smooth['blocked']:.0f}% blocked",
             f"{_duration(left)} left",
         ]
         line = " · ".join(part for part in parts if "nan" not in part)

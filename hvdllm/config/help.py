@@ -15,7 +15,7 @@ def print_help(usage: str, config: Any) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(escape(usage))
+    console.print(escape(usage), soft_wrap=True)
 
     def table(title: str, settings: Any, prefix: str = "") -> None:
         grid = Table(

@@ -34,7 +34,10 @@ class Text:
         None, "path, list or glob of the validation text; null: documents chosen by a hash of their content"
     )
     validation_share: float = setting(
-        0.05, "share of documents held out where text.validation is null; 5 % of 11 MB is 500 kB", least=0
+        0.05,
+        "share of documents (of 64 KiB pieces where files are larger) held out where text.validation is null; 0: none, "
+        "and where none qualifies the one with the smallest hash; 5 % of 11 MB is 500 kB",
+        least=0,
     )
 
 
@@ -198,18 +201,18 @@ class Config:
         "auto",
         "auto (go on if the run's folder has a checkpoint), never, must, or the path of a run to go on with",
     )
-    budget_tokens: int = setting(1_500_000, "tokens to train on; rounded up to whole batches", least=1)
+    budget_tokens: int = setting(1_200_000, "tokens to train on; rounded up to whole batches", least=1)
     batch_tokens: int = setting(
-        4096,
+        2048,
         "tokens an update (the global batch, whatever the world size); a multiple of model.context",
         least=1,
     )
     micro_batch: int = setting(
         16, "sequences a forward pass; as many as memory holds, has no effect on the result", least=1
     )
-    eval_every: int = setting(500_000, "tokens between evaluations; 0: never, not even at the end", least=0)
-    save_every: int = setting(500_000, "tokens between checkpoints; 0: never, not even at the end", least=0)
-    sample_every: int = setting(500_000, "tokens between samples of text; 0: never, not even at the end", least=0)
+    eval_every: int = setting(400_000, "tokens between evaluations; 0: never, not even at the end", least=0)
+    save_every: int = setting(400_000, "tokens between checkpoints; 0: never, not even at the end", least=0)
+    sample_every: int = setting(400_000, "tokens between samples of text; 0: never, not even at the end", least=0)
     log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
     keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1)
     eval_tokens: int = setting(65_536, "tokens of an evaluation, always the same first ones; 0: all", least=0)

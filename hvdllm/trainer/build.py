@@ -305,7 +305,7 @@ def end_record(
     device: torch.device,
     world: World,
 ) -> dict[str, Any]:
-    """reason: budget, stop or failed. mfu: share of the devices' peak that the model's own FLOPs took, where known."""
+    """reason: budget, stop or failed. loss: of the last `commit` record. mfu: share of the peak, where it is known."""
     seconds = clock.seconds()
     vocab = model.output.shape[0]
     peak = size.peak_flops(hosts[0]["device"], config.precision)
@@ -314,7 +314,7 @@ def end_record(
         "reason": reason,
         "tokens": due.tokens,
         "seconds": seconds,
-        "loss": None if math.isnan(due.last_loss) else due.last_loss,
+        "loss": due.recorded_loss if due.recorded_loss is not None or math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
         "tokens_not_committed": 0,  # a synchronous exchange commits all it computes (a round cut by a failure aside)

@@ -28,7 +28,7 @@ class Show(Protocol):
     """What a person sees (cli/display.py); silent on all ranks but 0."""
 
     def progress(self, values: dict[str, Any]) -> None:
-        """Called at every commit: tokens, budget, loss, tokens_per_s, blocked, seconds."""
+        """Called at every commit: tokens, budget, seconds; loss and blocked (a share) of the commit before."""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -94,7 +94,8 @@ class Due:
         self.pending: dict[str, Any] | None = None  # a `commit` record that waits for its loss
         self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
         self.bytes_before = 0.0  # sent in earlier lives of this run
-        self.last_loss, self.last_sample = float("nan"), ""
+        self.last_loss, self.last_blocked, self.last_sample = float("nan"), 0.0, ""
+        self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
         self.finished = False
         self.saved: Path | None = None
@@ -192,6 +193,8 @@ class Due:
             return
         self.window.add(report)
         self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
+        blocked = sum(report.blocked_s)
+        self.last_blocked = blocked / max(blocked + sum(report.compute_s), 1e-9)
         if self.pending is None:
             return
         window, head, last = self.window, self.pending, self.last_record
@@ -213,6 +216,7 @@ class Due:
             "micro_batches": window.micro_batches,
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }
+        self.recorded_loss = values["loss"]
         if self.folder is not None:
             self.folder.record("commit", values)
         self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
@@ -220,10 +224,13 @@ class Due:
 
     def _progress(self) -> None:
         seconds = self.clock.seconds()
-        self.show.progress(
-            {"tokens": self.tokens, "budget": self.config.budget_tokens, "loss": self.last_loss, "seconds": seconds,
-             "blocked": self.window.blocked_s, "compute": self.window.compute_s}
-        )  # fmt: skip
+        values = {
+            "tokens": self.tokens,
+            "budget": self.config.budget_tokens,
+            "seconds": seconds,
+            "loss": self.last_loss,
+        }
+        self.show.progress({**values, "blocked": self.last_blocked})
         if self.grace_s is not None and len(self._first_steps) < 4:
             self._first_steps.append(seconds)
             if len(self._first_steps) == 4:

@@ -1,0 +1,73 @@
+"""Every command of the README but jobs/test.sh is run, with smaller budgets and this machine in place of the nodes."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+# The whole set-up in a new environment is what test_wheel.py does; jobs/test.sh is what runs this test.
+ELSEWHERE = ("python3 -m venv", "jobs/test.sh", ". .venv/bin/activate")
+SMALL = ["model.layers=1", "model.width=32", "device.threads=1", "eval_tokens=2048", "sample_tokens=8"]
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith(ELSEWHERE)]
+
+
+def test_the_readme_has_commands_of_every_kind() -> None:
+    kinds = {
+        word for line in commands() for word in ("quickstart", "horovodrun --gloo", "mpirun", "doctor") if word in line
+    }
+    assert kinds == {"quickstart", "horovodrun --gloo", "mpirun", "doctor"}
+    assert "python3 -m venv ~/hvdllm-try && . ~/hvdllm-try/bin/activate && pip install . && hvdllm train" in README
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder to work in, where the README's relative paths exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "README.md", folder)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    return folder
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("line", commands())
+def test_command(line: str, desk: Path) -> None:
+    words = shlex.split(line)
+    train = "train" in words and "--help" not in words and "--cfg" not in words
+    if words[0] == "jobs/quickstart.sh":
+        words[0] = str(ROOT / words[0])
+        words.append(f"runs_dir={desk}/runs")
+        train = True
+    if train:  # a smaller budget, that of the resumed run above that of the run it goes on with
+        going_on = any(word.startswith("resume=") for word in words)
+        words = [word for word in words if not word.startswith("budget_tokens=")]
+        words += [f"budget_tokens={30000 if going_on else 20000}", *([] if going_on else SMALL)]
+    if "-H" in words:
+        at = words.index("-H")
+        words[at + 1] = "localhost:2"
+        del words[words.index("--network-interfaces") : words.index("--network-interfaces") + 2]
+    if "bench" in words:
+        words[words.index("--seconds") + 1] = "1"
+        words += SMALL[:3]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    if shutil.which("ssh") is None:
+        environment["OMPI_MCA_plm"] = "isolated"
+    done = subprocess.run(words, cwd=desk, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    if train:
+        assert "tokens" in done.stdout and "next: hvdllm sample" in done.stdout
