@@ -166,12 +166,13 @@ flags=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET
 [ "$device" = cpu ] || flags+=(HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED
   CUDA_HOME="$CUDA_HOME" HOROVOD_CUDA_HOME="$CUDA_HOME" CUDACXX="$nvcc")
 
-mend() { # what Horovod 0.28.1 lacks today: the C++ of the torch it is built for, and Gloo's interface in process sets
+mend() { # what Horovod 0.28.1 lacks today: torch's C++, Gloo's interface in process sets, a build for CPU where CUDA is
   local standard=17
   "$py" -c 'import re, sys, torch; sys.exit([*map(int, re.findall(r"\d+", torch.__version__)[:2])] < [2, 14])' && standard=20
   replace 'CMAKE_CXX_STANDARD 14' "CMAKE_CXX_STANDARD $standard" CMakeLists.txt horovod/torch/CMakeLists.txt
   replace 'assert(global_context.IsEnabled());' '&\n  gloo_iface_ = global_context.gloo_iface_;' \
     horovod/common/gloo/gloo_context.cc
+  [ "$device" = nccl ] || replace 'torch.version.cuda is not None' False cmake/Modules/FindPytorch.cmake
 }
 replace() { # replace OLD NEW FILE...
   local file
@@ -230,10 +231,14 @@ try() { # try NAME COMMAND...: sets status; not called as a condition, which wou
   set -e
   if ((status)); then echo failed; else echo "$((SECONDS - start)) s"; fi
 }
+reason() { # what the log says of the failure, in a line
+  { grep -E -m1 '^ *CMake Error|: (fatal )?error:|^(ERROR|error|E):|Error:' "$log" || tail -1 "$log"; } |
+    sed 's/^ *//' | cut -c1-200
+}
 step() { # step NAME WHAT-TO-DO COMMAND...
   try "$1" "${@:3}"
   ((status == 0)) ||
-    fail "$1 failed ($({ grep -i error "$log" || cat "$log"; } | tail -1)); the log is $log; $2"
+    fail "$1 failed ($(reason)); the log is $log; $2"
 }
 pip() { "$py" -m pip --disable-pip-version-check --no-input "$@"; }
 pip_install() { pip install -c "$constraints" "$@"; } # -c adds to constraints the user has set already
@@ -307,7 +312,7 @@ if ! torch_fits; then
     try "PyTorch $torch+cpu" pip install "${pip_args[@]}" "torch==$torch+cpu"
     # The second is how pip puts the first where the user's constraints name torch.
     if ((status)) && ! grep -qE 'No matching distribution|ResolutionImpossible' "$log"; then
-      fail "PyTorch failed ($({ grep -i error "$log" || cat "$log"; } | tail -1)); the log is $log; $advice"
+      fail "PyTorch failed ($(reason)); the log is $log; $advice"
     elif ((status)); then
       say "  Your package indexes have no CPU build of torch $torch, so the ordinary one comes, several GB with CUDA's" \
         "libraries; the CPU index named on PyTorch's install page may go into HVDLLM_PIP_ARGS."

@@ -17,7 +17,7 @@ def print_help(usage: str, config: Any) -> None:
     console = Console(highlight=False)
     console.print(escape(usage), soft_wrap=True)
 
-    def table(title: str, settings: Any, prefix: str = "") -> None:
+    def table(title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:
         grid = Table(
             title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False
         )
@@ -26,24 +26,22 @@ def print_help(usage: str, config: Any) -> None:
         grid.add_column("what it is", overflow="fold")
         for f in dataclasses.fields(settings):
             value = getattr(settings, f.name)
-            if not dataclasses.is_dataclass(value):
+            if not dataclasses.is_dataclass(value) and f.name not in without:
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
                 grid.add_row(prefix + f.name, escape(shown), escape(f.metadata["doc"]))
         console.print(grid)
         console.print()
 
     table("Settings (a name, = and a value)", config)
-    for group in schema.SCHEMAS:
-        settings = getattr(config, group)
-        choices = ", ".join(compose.options(group))
-        about = " ".join((type(settings).__doc__ or "").split())
-        table(f"{group}=…, one of: {choices}\n  {about}", settings, f"{group}.")
-        others = [k for k in schema.SCHEMAS[group].values() if k is not type(settings)]
-        for kind in others:
-            extra = {f.name for f in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(settings)}
-            name = compose.option_name(group, kind())
-            more = f" It has also: {', '.join(f'{group}.{n}' for n in sorted(extra))}." if extra else ""
-            console.print(escape(f"  {group}={name}: {' '.join((kind.__doc__ or '').split())}{more}"))
-        if others:
-            console.print()
-    console.print(f"experiment=…, whole experiments, one of: {', '.join(compose.options('experiment'))}")
+    for group, kinds in schema.SCHEMAS.items():
+        chosen = getattr(config, group)
+        known = frozenset(f.name for f in dataclasses.fields(chosen))
+        table(f"{group}=..., one of: {', '.join(compose.options(group))}\n{_about(chosen)}", chosen, f"{group}.")
+        for name, kind in kinds.items():
+            if kind is not type(chosen):
+                table(f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
+    console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
+
+
+def _about(settings: Any) -> str:
+    return " ".join((type(settings).__doc__ or "").split())

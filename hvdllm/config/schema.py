@@ -59,7 +59,7 @@ class Files(Text):
 class Model:
     """A decoder-only transformer: GPT-2 or Llama by its settings. The presets in conf/model set them."""
 
-    layers: int = setting(4, "blocks", least=1)
+    layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1)
     width: int = setting(128, "features of the residual stream (d_model)", least=1)
     heads: int = setting(4, "attention heads; a divisor of the width", least=1)
     kv_heads: int | None = setting(None, "heads of keys and values (grouped-query attention); null: as heads")

@@ -1,0 +1,119 @@
+"""Schedules, and optimizers on slices, against a few lines of NumPy."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hvdllm.config.schema import SGD, AdamW, Constant, Cosine, WarmupStableDecay
+from hvdllm.optim.schedule import factor
+from hvdllm.optim.update import Update
+from hvdllm.trainer.flat import Span
+
+N, DECAYED, TOKENS = 96, 64, 10.0
+SETTINGS = [
+    AdamW(lr=0.01, clip=1.0),
+    AdamW(lr=0.01, clip=0.0, weight_decay=0.3),
+    SGD(lr=0.01, momentum=0.0, clip=1.0),
+    SGD(lr=0.01, momentum=0.9, weight_decay=0.1, clip=0.0),
+    SGD(lr=0.01, momentum=0.9, nesterov=True, clip=2.0),
+]
+
+
+def gradients(steps: int = 7) -> list[np.ndarray]:
+    """Sums over TOKENS tokens whose means have norms from 0.1 to 100: one step of Adam would not see a scale."""
+    draw = np.random.default_rng(0)
+    norms = np.geomspace(0.1, 100, steps)[draw.permutation(steps)]
+    raw = draw.standard_normal((steps, N))
+    return [TOKENS * norm * g / np.linalg.norm(g) for norm, g in zip(norms, raw, strict=True)]
+
+
+def ours(
+    settings: AdamW | SGD, cuts: list[int], dtype: torch.dtype, grads: list[np.ndarray]
+) -> tuple[torch.Tensor, Update]:
+    """x after these steps, cut into pieces at `cuts`."""
+    borders = sorted({0, DECAYED, N, *cuts})
+    spans = [Span(a, b, b <= DECAYED) for a, b in itertools.pairwise(borders)]
+    x = torch.linspace(-1, 1, N, dtype=dtype)
+    update = Update(settings, lambda tokens: 1 / tokens)
+    update.attach(SimpleNamespace(x=x), spans)
+    for k, g in enumerate(grads, 1):
+        pieces = [torch.tensor(g, dtype=dtype)[a:b].contiguous() for a, b, _ in spans]
+        lr, norm = update.step(
+            [x[a:b] for a, b, _ in spans], pieces, SimpleNamespace(tokens=TOKENS, committed=k), lambda v: v
+        )
+        assert lr == pytest.approx(0.01 / k)
+        if np.isfinite(g).all():
+            assert norm.read()[0] == pytest.approx(np.linalg.norm(g) / TOKENS, rel=1e-5)
+    return x, update
+
+
+def oracle(settings: AdamW | SGD, grads: list[np.ndarray]) -> np.ndarray:
+    x, m, v = np.linspace(-1, 1, N), np.zeros(N), np.zeros(N)
+    wd = settings.weight_decay * (np.arange(N) < DECAYED)
+    for t, total in enumerate(grads, 1):
+        g, lr = total / TOKENS, settings.lr / t
+        if settings.clip:
+            g = g * min(1.0, settings.clip / np.linalg.norm(g))
+        if isinstance(settings, AdamW):
+            b1, b2 = settings.beta1, settings.beta2
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            x = x - lr * wd * x - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + settings.eps)
+        else:
+            g = g + wd * x
+            m = settings.momentum * m + g
+            x = x - lr * (g + settings.momentum * m if settings.nesterov else m)
+    return x
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_equals_numpy(settings: AdamW | SGD) -> None:
+    grads = gradients()
+    np.testing.assert_allclose(ours(settings, [], torch.float64, grads)[0].numpy(), oracle(settings, grads), atol=1e-12)
+    np.testing.assert_allclose(ours(settings, [], torch.float32, grads)[0].numpy(), oracle(settings, grads), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: AdamW | SGD) -> None:
+    """With clipping off: the norm's own sum is allowed another rounding."""
+    settings = type(settings)(**{**vars(settings), "clip": 0.0})
+    assert torch.equal(
+        ours(settings, [], torch.float32, gradients())[0], ours(settings, [16, 48, 80], torch.float32, gradients())[0]
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does(settings: AdamW | SGD) -> None:
+    grads = gradients()
+    bad = grads[3].copy()
+    bad[70] = np.inf
+    x, update = ours(settings, [], torch.float32, [*grads[:3], bad, *grads[4:]])
+    expected, before = ours(settings, [], torch.float32, grads[:3])
+    assert torch.equal(x, expected)
+    assert all(torch.equal(update.vectors[name], before.vectors[name]) for name in before.vectors)
+
+
+def test_state_goes_on_bit_equal() -> None:
+    grads = gradients()
+    whole, _ = ours(SETTINGS[0], [], torch.float32, grads)
+    x, update = ours(SETTINGS[0], [], torch.float32, grads[:3])
+    again = Update(SETTINGS[0], lambda tokens: 1 / tokens)
+    spans = [Span(0, DECAYED, True), Span(DECAYED, N, False)]
+    again.attach(SimpleNamespace(x=x), spans)
+    again.load(*update.state())
+    for k, g in enumerate(grads[3:], 4):
+        pieces = [torch.tensor(g, dtype=torch.float32)[a:b].contiguous() for a, b, _ in spans]
+        again.step([x[a:b] for a, b, _ in spans], pieces, SimpleNamespace(tokens=TOKENS, committed=k), lambda v: v)
+    assert torch.equal(x, whole)
+
+
+def test_schedules() -> None:
+    constant = factor(Constant(warmup=0.1), 1000)
+    assert [constant(t) for t in (50, 100, 5000)] == [0.5, 1.0, 1.0]
+    cosine = factor(Cosine(warmup=0.1, floor=0.2), 1000)
+    assert [cosine(t) for t in (1, 100, 550, 1000, 2000)] == pytest.approx([0.01, 1.0, 0.6, 0.2, 0.2])
+    stable = factor(WarmupStableDecay(warmup=0.1, decay=0.2, floor=0.1), 1000)
+    assert [stable(t) for t in (100, 800, 900, 1000, 3000)] == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+    assert factor(Cosine(warmup=0.0), 1000)(1) == pytest.approx(1.0, abs=1e-4)

@@ -1,0 +1,76 @@
+"""Which launcher started us, from environments as the launchers make them."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from hvdllm.errors import UserError
+from hvdllm.world import signals
+from hvdllm.world.base import Asks, first_problem
+from hvdllm.world.detect import Place, place
+
+HOROVOD = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
+MPI = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2312", strict=True)}
+STEP = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_NODEID": "1"}
+PMIX = {"PMIX_RANK": "3", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Place()),
+        (HOROVOD, Place("horovodrun", 1, 4, 1, 2)),
+        ({**MPI, **HOROVOD}, Place("horovodrun", 1, 4, 1, 2)),
+        (MPI, Place("mpirun", 2, 3, 1, 2)),
+        ({**STEP, **PMIX}, Place("srun", 3, 5, 1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Place()),  # a batch script without srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Place()),
+    ],
+)
+def test_place(env: dict[str, str], expected: Place) -> None:
+    assert place(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "says"), [(STEP, "--mpi=pmix"), ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "torchrun"), (PMIX, "PMIx")]
+)
+def test_ranks_that_could_not_find_each_other_are_refused(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        place(env)
+
+
+def test_first_problem() -> None:
+    assert first_problem(["", ""]) is None
+    assert first_problem(["no GPU", "no GPU"]) == "no GPU"
+    assert first_problem(["", "no GPU"]) == "on rank 1: no GPU"
+
+
+@pytest.fixture
+def asks() -> Iterator[Asks]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield Asks()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_only_ask(asks: Asks) -> None:
+    signals.listen(asks, alone=False)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert asks.take() == Asks(stop=False, save=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        assert asks.stop
+    assert asks.take() == Asks(stop=True, save=True) and asks == Asks()
+
+
+def test_alone_a_second_interrupt_ends_at_once(asks: Asks) -> None:
+    signals.listen(asks, alone=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert asks.stop
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
