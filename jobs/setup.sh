@@ -131,7 +131,8 @@ if [ "$device" = nccl ]; then
   nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
   nvcc=${nvcc:-$(command -v nvcc || true)}
   [ -x "$nvcc" ] || fail "Horovod with NCCL needs CUDA's compiler: load a CUDA module or set CUDA_HOME, or say --cpu."
-  CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$nvcc")")")}
+  # The nvcc on PATH may be a wrapper: it knows itself where its toolkit is.
+  CUDA_HOME=${CUDA_HOME:-$(realpath "$("$nvcc" --dryrun -c -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')")}
 fi
 
 case $device in cpu) device_text="CPU" ;; nccl) device_text="CUDA with NCCL, $nvcc" ;; esac

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hvdllm.config.schema import Model
 from hvdllm.models import gpt
@@ -60,6 +61,15 @@ def test_loss_is_the_sum_of_cross_entropies(shape: dict, dtype: torch.dtype, mon
         torch.testing.assert_close(mine, theirs, **close)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(inputs_BT, targets_BT), plain, **close)
+
+
+def test_an_evaluation_computes_no_gradient() -> None:
+    model, (inputs_BT, targets_BT) = build(GPT2), draw()
+    with torch.no_grad(), FlopCounterMode(display=False) as logits:
+        model(inputs_BT)
+    with torch.no_grad(), FlopCounterMode(display=False) as loss:
+        model.loss(inputs_BT, targets_BT)
+    assert loss.get_total_flops() == logits.get_total_flops()
 
 
 def test_loss_adds_up_over_micro_batches() -> None:
@@ -263,7 +273,7 @@ def test_the_output_layer_is_a_bf16_product_under_autocast() -> None:
     x_ND, head_VD = torch.randn(50, 32), torch.randn(VOCAB, 32)
     target_N = torch.arange(50)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = gpt.TokenLoss.apply(x_ND, head_VD, target_N)
+        rounded = gpt.TokenLoss.apply(x_ND, head_VD, target_N, False)
     logits_NV = (x_ND.bfloat16() @ head_VD.bfloat16().T).float()
     torch.testing.assert_close(rounded, F.cross_entropy(logits_NV, target_N, reduction="sum"), rtol=1e-6, atol=0)
 

@@ -21,7 +21,14 @@ from hvdllm.text.stream import Stream
 
 pytestmark = pytest.mark.ranks
 STEPS, LONG = 20, 50
-FP64 = ["precision=fp64", "model.positions=learned", "model.norm=layernorm", "model.bias=true", "schedule=cosine"]
+FP64 = [
+    "precision=fp64",
+    "model.positions=learned",
+    "model.norm=layernorm",
+    "model.bias=true",
+    "schedule=cosine",
+    "optim.clip=1.9",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def plain_loop(tmp: Path) -> tuple[dict[str, torch.Tensor], list[float], list[fl
         loss.backward()
         norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
         for p in parameters.values():
-            p.grad *= min(1.0, 0.5 / norm.item())
+            p.grad *= min(1.0, 1.9 / norm.item())
         # Warm-up over a twentieth of the run, here one step; then half a cosine down to a tenth.
         progress = torch.tensor((step + 1 - 0.05 * STEPS) / (0.95 * STEPS), dtype=torch.float64)
         for group in optimizer.param_groups:
@@ -78,7 +85,7 @@ def plain_loop(tmp: Path) -> tuple[dict[str, torch.Tensor], list[float], list[fl
 
 def test_fp64_weights_equal_a_plain_loop(tmp: Path) -> None:
     final, loss, norm = plain_loop(tmp)
-    assert max(norm) > 0.5 > min(norm), "clipping is active, and not always"
+    assert max(norm) > 1.9 > min(norm), "clipping is active, and not always"
     for n in (1, 2, 3, 4):
         run = tmp / "runs" / f"fp64-{n}"
         assert weights(run).keys() == final.keys()
