@@ -106,8 +106,8 @@ class Job:
         return max(pid for pid, env in self.pids().items() if str(rank) in (env.get(name) for name in names))
 
     def signal(self, number: int) -> None:
-        """To the launcher alone."""
-        self.process.send_signal(number)
+        """As a terminal's Ctrl-C does: to the launcher and what shares its process group, not to its ranks."""
+        os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL to all of them."""

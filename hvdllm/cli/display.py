@@ -127,6 +127,8 @@ class Screen:
             rows["data"] = f"the loop waited {end['data_waited_s']:.1f} s for data: a faster disk would help"
         rows["peak memory"] = f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB on rank 0"
         rows["files"] = run
+        table.add_column()
+        table.add_column(overflow="fold")
         for name, text in rows.items():
             table.add_row(name, escape(text))
         self.console.print()

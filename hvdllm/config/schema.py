@@ -62,7 +62,7 @@ class Model:
     layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1)
     width: int = setting(128, "features of the residual stream (d_model)", least=1)
     heads: int = setting(4, "attention heads; a divisor of the width", least=1)
-    kv_heads: int | None = setting(None, "heads of keys and values (grouped-query attention); null: as heads")
+    kv_heads: int | None = setting(None, "heads of keys and values (grouped-query attention); null: as heads", least=1)
     mlp_width: int | None = setting(None, "hidden features of the MLP; null: 4 x width")
     context: int = setting(128, "tokens a sequence (window) has", least=1)
     positions: str = setting(
@@ -79,7 +79,7 @@ class Model:
         "share of activations dropped; 0, because below one epoch it only costs, and worlds agree only at 0",
         least=0,
     )
-    compile: bool = setting(False, "torch.compile, block by block; about 5 s at the start, worth it on long runs")
+    compile: bool = setting(False, "torch.compile, block by block; about 10 s at the start, worth it on long runs")
     checkpointing: bool = setting(
         False, "compute each block's activations again in the backward: less memory, about a third more time"
     )

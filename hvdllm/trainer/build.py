@@ -221,7 +221,7 @@ def grace(place: Place) -> float | None:
     """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
     if place.launcher == "none":
         return None
-    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 2))  # noqa: SIM112 - MPI's spelling
+    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 1))  # noqa: SIM112 - MPI's spelling
     return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0}[place.launcher]
 
 

@@ -78,7 +78,8 @@ def _up_to_launcher() -> dict[int, str]:
                 words = file.read().decode(errors="replace").split("\0")[:3]
         except OSError:
             break
-        names = {os.path.basename(word) for word in words}
+        # The first word of each: horovodrun --mpi becomes `/bin/sh -c "mpirun ..."`.
+        names = {os.path.basename(word.split(" ", 1)[0]) for word in words}
         chain.append((pid, _started(pid)))
         if names & LAUNCHERS:
             keep = len(chain)

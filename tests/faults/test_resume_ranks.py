@@ -118,13 +118,14 @@ def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> Non
     n, run = (1 if how == "alone" else 2), tmp_path / "runs" / "a"
     words = words_of(tmp_path, "a", 100)
     runs([{"words": words_of(tmp_path, "b", 100)}], n, tmp_path, "gloo")
-    more = {"OMPI_MCA_odls_base_sigkill_timeout": "30"} if how == "mpi" else {}
-    with Job(meddled(words, slow_s=0.05), how, n, **more) as job:
+    more = {"OMPI_MCA_odls_base_sigkill_timeout": "4"} if how == "mpi" else {}
+    with Job(meddled(words, slow_s=0.2), how, n, **more) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         job.signal(number)
-        job.wait()
+        done = job.wait()
         assert not job.pids()
-    assert records(run, "end")[-1]["reason"] == "stop" and len(records(run, "save")) == 1
+    assert records(run, "end")[-1]["reason"] == "stop", done.out
+    assert len(records(run, "save")) == 1
     launch([*HVDLLM, "train", *words], "gloo" if n > 1 else "alone", n)
     assert same_bits(run, tmp_path / "runs" / "b")
 
