@@ -4,7 +4,10 @@
 #
 #   jobs/test.sh [PYTEST ARGUMENT ...]
 #
-# @PRINTED@
+# On two cores it takes about three minutes for the set-up, once, and about ten for the tests. It printed at its end:
+#
+#   == pytest
+#   ... passed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
