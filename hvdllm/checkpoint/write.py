@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hvdllm.errors import RunError
@@ -25,6 +26,9 @@ from hvdllm.exchange.base import State
 from hvdllm.runs import sync_folder, write_whole
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World
+
+# safetensors reports a full disk in an error class of its own.
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write(folder: Path, flat: Flat, state: State, extra: dict[str, Any], world: World, keep: int) -> Path | None:
@@ -54,25 +58,19 @@ def write(folder: Path, flat: Flat, state: State, extra: dict[str, Any], world: 
         manifest = {file.name: _sha256_synced(file) for file in sorted(beside.iterdir())}
         write_whole(beside / "manifest.json", json.dumps({"sha256": manifest}, indent=1))
         aside = folder / "checkpoints" / f".{step}.old"
+        shutil.rmtree(aside, ignore_errors=True)  # of a life that was killed between the renames
         if final.exists():  # broken, or of a life before this one: the new one takes its place by two renames
             os.replace(final, aside)
         os.replace(beside, final)
         sync_folder(final.parent)
         shutil.rmtree(aside, ignore_errors=True)
         prune(folder, keep)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk in an error class of its own
+    except DISK_ERRORS as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunError(
             f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space and start again with "
             "the same name; the checkpoints before it are whole"
         ) from None
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            shutil.rmtree(beside, ignore_errors=True)
-            raise RunError(
-                f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space"
-            ) from None
-        raise
     return final
 
 
@@ -87,7 +85,8 @@ def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
         sync_folder(folder)
-    except OSError as error:
+    except DISK_ERRORS as error:
+        shutil.rmtree(beside, ignore_errors=True)
         raise RunError(
             f"cannot write {final} ({error}): free some space; the last checkpoint holds the same weights"
         ) from None

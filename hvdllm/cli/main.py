@@ -75,12 +75,14 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
     deafen()
     try:
         here = place()
-    except UserError:
-        here = Place()
+    except UserError:  # ranks that know nothing of each other still have numbers
+        rank = next((int(os.environ[v]) for v in ("SLURM_PROCID", "RANK", "PMIX_RANK") if v in os.environ), 0)
+        here = Place("srun", rank, rank + 1)
     who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
     if (once and here.rank > 0) or quiet:
         time.sleep(WAIT_S)
-    print(f"{who}{sentence}", file=sys.stderr, flush=True)
+    if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end nobody: rank 0 has spoken
+        print(f"{who}{sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:
         os._exit(code)

@@ -173,7 +173,7 @@ def _unknown(key: str) -> str:
     for group, kinds in schema.SCHEMAS.items():
         names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
     if key in names:
-        return f"`{key}` is a setting, but not of the options chosen here; and one that is takes no + or ~ before it"
+        return f"`{key}` belongs to another option than the one chosen, or was given with + or ~: see --help"
     # A short word in the wrong place (lr for optim.lr) is found by its last part.
     near = difflib.get_close_matches(key, names, 2, 0.6) or [n for n in names if n.split(".")[-1] == key.split(".")[-1]]
     hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`hvdllm train --help` lists them all"
@@ -192,10 +192,10 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
             return f"`{word}` cannot be read: settings are given as key=value, values with special characters in quotes"
     text = f"{error}\n{error.__cause__ or ''}"
     if "Config group override must be" in text:  # model=null, or a word without a key
-        words = [w for w in words if not isinstance(OverridesParser.create().parse_override(w).value(), str)]
-        word = next(
-            w for w in words if w.partition("=")[0] in ("experiment", *schema.SCHEMAS) or w.startswith(("=", "@"))
-        )
+        groups = ("", "experiment", *schema.SCHEMAS)
+        parsed = {word: OverridesParser.create().parse_override(word) for word in words}
+        odd = [w for w, p in parsed.items() if p.key_or_group in groups and not isinstance(p.value(), str)]
+        word = odd[0] if odd else " ".join(words)
         return f"`{word}` cannot be read: a group takes the name of an option, model=tiny for example"
     if found := re.search(
         r"Could not find '(.*?)'.*?Available options in '(.*?)':\s*(.*?)(?:\n\s*Config|\n\n|$)", text, re.S
