@@ -205,7 +205,7 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if found := re.search(r"Value '(.*?)'.*could not be converted to (\w+)", text):
         return f"{key.group(1) if key else 'a setting'}={found.group(1)}: not a value of type {found.group(2).lower()}"
-    if found := re.search(r"field '(\w+)' is not Optional|Key '(\w+)' not in '", text):
+    if found := re.search(r"field '([\w.]+)' is not Optional|Key '(\w+)' not in '", text):
         if found.group(1):
             return f"{key.group(1) if key else found.group(1)} cannot be null: give it a value"
         return _unknown(key.group(1) if key else found.group(2))

