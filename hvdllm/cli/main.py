@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"hvdllm.cli.{given.command}")
         code: int = module.run(words[1:])
+        sys.stdout.flush()  # here, where it is caught that nobody reads
         return code
     except UserError as error:
         return _end(str(error), 2, once=True)
