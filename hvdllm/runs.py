@@ -11,6 +11,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -130,7 +131,8 @@ class Folder:
 
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # a record that did not fit is in its buffer still; record() said so
+                self._metrics.close()
             self._metrics = None
 
     def _guard(self) -> _DiskGuard:

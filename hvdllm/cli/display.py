@@ -6,6 +6,7 @@ seconds. What stays on the screen also goes to the run's log.txt.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -72,7 +73,8 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(escape(text))
         if self._log is not None:
-            with open(self._log, "a", encoding="utf-8") as file:
+            # A disk that is full ends the run where a record or checkpoint does not fit, with a sentence.
+            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def progress(self, values: dict[str, Any]) -> None:

@@ -69,8 +69,8 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
         flat.g.zero_()
         loss = backward(model, batch).item()
         if batch.tokens and not bool(torch.isfinite(flat.g).all()):
-            # Backward order: the last registered tensor's gradient is complete first.
-            name = next(n for n in reversed(flat.at) if not bool(torch.isfinite(flat.view(n, flat.g)).all()))
+            # Backward order: the last registered tensor's gradient is complete first. (flat.at has another order.)
+            name = next(n for n in reversed(flat.parameters) if not bool(torch.isfinite(flat.view(n, flat.g)).all()))
             found = {"tensor": name, "loss": loss, "batch": batch.index + 1, "of": len(batches)}
             break
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]

@@ -100,7 +100,10 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     clock.start()
     try:
         with closing(stream):
-            train(stream, module, exchange, due, config.budget_tokens)
+            if due.finished:  # before this life of the run, which was killed behind its last checkpoint
+                due.finish(exchange.settle())
+            else:
+                train(stream, module, exchange, due, config.budget_tokens)
         reason = "budget" if due.finished else "stop"
     except NotFinite as error:
         raise explain(error, stream, module, flat, world) from None

@@ -258,4 +258,5 @@ class Due:
         self.window, self.last_record = Window(**state["window"]), state["last_record"]
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         self._tokens_loaded = self.tokens
+        self.finished = self.tokens >= self.config.budget_tokens
         self.last_eval = Evaluation(**state["last_eval"]) if state["last_eval"] else None

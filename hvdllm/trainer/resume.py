@@ -73,7 +73,9 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
     tokens = read.read_state(checkpoint)["shared"]["tokens"] if checkpoint else 0
     if end is not None and end.get("reason") == "budget":
         tokens = max(tokens, int(end.get("tokens", 0)))
-    if tokens >= config.budget_tokens:
+    # Killed, or failed, behind its last checkpoint it has no end or a failed one: its last record and final/ may be
+    # missing, and it goes on to write them.
+    if tokens >= config.budget_tokens and end is not None and end.get("reason") != "failed":
         return Start(str(folder), finished=f"{folder} has finished: {tokens:,} tokens of {config.budget_tokens:,}")
     if checkpoint is None and config.resume != "auto":
         raise UserError(f"resume={config.resume}: {folder} has no checkpoint; resume=auto starts it from the beginning")

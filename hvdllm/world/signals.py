@@ -22,11 +22,14 @@ GRACE_S = 10.0  # seconds to save in, once the launcher is gone
 def listen(asks: Asks, alone: bool) -> None:
     """Takes over SIGINT, SIGTERM and SIGUSR1. `alone`: a second Ctrl-C ends the process at once."""
 
+    asked = False  # asks.stop is cleared when a meta takes it along
+
     def stop(number: int, frame: FrameType | None) -> None:
-        if alone and asks.stop and number == signal.SIGINT:
+        nonlocal asked
+        if alone and asked and number == signal.SIGINT:
             deafen()
             raise KeyboardInterrupt
-        asks.stop = asks.save = True
+        asked = asks.stop = asks.save = True
         if alone and number == signal.SIGINT:
             sys.stderr.write("\nstopping at the next mark, with a checkpoint; Ctrl-C again ends at once\n")
 

@@ -105,9 +105,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(tensor: str | None,
     run = tmp_path / "runs" / "a"
     assert records(run, "end")[-1]["reason"] == "failed"
     assert [record["step"] for record in records(run, "save")] == [1, 2, 3, 4, 5, 6], "no bad step was saved"
-    launch([*HVDLLM, "train", *words], "gloo", 3)
-    runs([{"words": words_of(tmp_path, "b", STEPS)}], 3, tmp_path)
-    assert same_bits(run, tmp_path / "runs" / "b"), "nothing was updated"
+    if tensor:
+        runs([{"words": words_of(tmp_path, "b", STEPS)}, {"words": words}], 3, tmp_path)
+        assert same_bits(run, tmp_path / "runs" / "b"), "nothing was updated"
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,11 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(tensor: str | None,
 )
 def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> None:
     n, run = (1 if how == "alone" else 2), tmp_path / "runs" / "a"
-    words = words_of(tmp_path, "a", 100)
-    runs([{"words": words_of(tmp_path, "b", 100)}], n, tmp_path, "gloo")
+    steps = 60  # under mpi 4 s of them pass before the SIGTERM
+    words = words_of(tmp_path, "a", steps)
+    runs([{"words": words_of(tmp_path, "b", steps)}], n, tmp_path, "gloo")
     more = {"OMPI_MCA_odls_base_sigkill_timeout": "4"} if how == "mpi" else {}
-    with Job(meddled(words, slow_s=0.2), how, n, **more) as job:
+    with Job(meddled(words, slow_s=0.2 if how == "mpi" else 0.1), how, n, **more) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         job.signal(number)
         done = job.wait()

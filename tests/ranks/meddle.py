@@ -24,7 +24,7 @@ def meddle(
     stop: Any = None,  # asks for a stop, as a signal does
     kill: Any = None,  # SIGKILL
     fail: Any = None,  # raises
-    bad: Any = None,  # [rank, round, parameter or None]: its gradient there is NaN; None: the loss is
+    bad: Any = None,  # [rank, round, parameter, ...]: their gradients there are NaN; None: the loss is
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
 ) -> Iterator[None]:
@@ -50,8 +50,9 @@ def meddle(
             return loss
         if bad[2] is None:
             return loss * float("nan")
-        # Through the graph and not by a hook on the parameter, so that only this one is touched.
-        return loss + Poison.apply(dict(self.model.named_parameters())[bad[2]])
+        # Through the graph and not by a hook on the parameter, so that only these are touched.
+        parameters = dict(self.model.named_parameters())
+        return loss + sum(Poison.apply(parameters[name]) for name in bad[2:])
 
     def launching(self: Buckets) -> None:
         if jitter:
