@@ -71,7 +71,7 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
     rank says why. Should nobody end this rank within WAIT_S, it says what it knows.
     """
     from hvdllm.world.detect import Place, place
-    from hvdllm.world.signals import deafen
+    from hvdllm.world.signals import TERMINATED, deafen
 
     deafen()
     try:
@@ -81,6 +81,8 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
         here = Place("srun", rank, rank + 1)
     who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
     if (once and here.rank > 0) or quiet:
+        if TERMINATED.is_set():  # by the launcher, while this rank still took it for an ask
+            os._exit(code)
         time.sleep(WAIT_S)
     if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end nobody: rank 0 has spoken
         print(f"{who}{sentence}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from hvdllm.world.base import Asks
 
 LAUNCHERS = {"horovodrun", "mpirun", "mpiexec", "orterun", "orted", "prte", "prted", "prterun", "srun", "slurmstepd"}
 GRACE_S = 10.0  # seconds to save in, once the launcher is gone
+TERMINATED = threading.Event()  # set by SIGTERM: whoever started this process is ending it already
 
 
 def listen(asks: Asks, alone: bool) -> None:
@@ -26,6 +27,8 @@ def listen(asks: Asks, alone: bool) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if number == signal.SIGTERM:
+            TERMINATED.set()
         if alone and asked and number == signal.SIGINT:
             deafen()
             raise KeyboardInterrupt
