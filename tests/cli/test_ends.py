@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ import hvdllm
 from hvdllm.cli import main as cli
 from hvdllm.cli import prepare
 from hvdllm.errors import PeerError
+from hvdllm.world import signals
+
+
+@pytest.fixture(autouse=True)
+def not_terminated() -> Iterator[None]:
+    """Tests of signals in this process may have left it set: the process would end without a word."""
+    signals.TERMINATED.clear()
+    yield
+    signals.TERMINATED.clear()
 
 
 def run(code: str, *, rank: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -63,6 +73,24 @@ def test_who_lets_another_speak_first(
     monkeypatch.setattr("hvdllm.world.signals.deafen", lambda: None)
     cli._end("no", 2, once=not quiet, quiet=quiet)
     assert slept == waits and codes == [2]
+
+
+def test_a_rank_that_the_launcher_is_ending_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 1, "SIZE": 2, "LOCAL_RANK": 1, "LOCAL_SIZE": 2}.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", str(value))
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("hvdllm.world.signals.deafen", lambda: None)
+    signals.TERMINATED.set()
+    with pytest.raises(Ended, match="2"):
+        cli._end("no", 2, once=True)
 
 
 def test_alone_a_peer_error_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Going on from checkpoints: which one, and when there is nothing left to do."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,12 @@ def test_finished_is_a_matter_of_tokens(made: Path) -> None:
     assert decide(config(made, "budget_tokens=701"), pytest.fail).finished is None
     start = decide(config(made, "budget_tokens=700"), pytest.fail)
     assert start.finished is not None and "700 tokens of 700" in start.finished and start.checkpoint is None
+
+
+def test_a_stop_without_a_checkpoint_finished_nothing(made: Path) -> None:
+    for path in write.steps(made / "a"):
+        shutil.rmtree(path)
+    assert decide(config(made, "budget_tokens=700"), pytest.fail) == Start(f"{made}/a", again=True)
 
 
 @pytest.mark.parametrize("name", sorted(set(MAY_DIFFER) - {"name", "runs_dir"}))
