@@ -4,7 +4,7 @@
 #
 #   jobs/test.sh [PYTEST ARGUMENT ...]
 #
-# On two cores it takes about three minutes for the set-up, once, and about ten for the tests. It printed at its end:
+# On two cores it takes about three minutes for the set-up, once, and about seven for the tests. It printed at its end:
 #
 #   == pytest
 #   ... passed
