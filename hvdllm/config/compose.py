@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -163,8 +164,8 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
             raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}")
         if least is not None and value is not None and not value >= least:
             raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
-        if isinstance(value, float) and value != value:
-            raise UserError(f"{where}{name}={value} is not a number: give it a value")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}{name}={value} is not a finite number: give it one")
         yield f, value
 
 

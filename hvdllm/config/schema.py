@@ -211,7 +211,11 @@ class Config:
         16, "sequences a forward pass; as many as memory holds, has no effect on the result", least=1
     )
     eval_every: int = setting(400_000, "tokens between evaluations; 0: never, not even at the end", least=0)
-    save_every: int = setting(400_000, "tokens between checkpoints; 0: never, not even at the end", least=0)
+    save_every: int = setting(
+        400_000,
+        "tokens between checkpoints; 0: never, not even at the end, but still when stopped by Ctrl-C or SIGTERM",
+        least=0,
+    )
     sample_every: int = setting(400_000, "tokens between samples of text; 0: never, not even at the end", least=0)
     log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
     keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1)

@@ -123,7 +123,7 @@ class Due:
             self._open_record(commit)
         self._progress()
         evaluate, sample = due(config.eval_every), due(config.sample_every)
-        save = due(config.save_every) or commit.asks.save or (stop and bool(config.save_every))
+        save = due(config.save_every) or commit.asks.save or stop
         if evaluate or sample or save:
             seconds = self.clock.seconds()
             with self.clock.act():

@@ -29,7 +29,13 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     """
 
     def at(launcher: str, *names: str) -> Place:
-        return Place(launcher, *(int(env[name]) for name in names))
+        try:
+            return Place(launcher, *(int(env[name]) for name in names))
+        except (KeyError, ValueError):
+            raise UserError(
+                f"the environment of {launcher} is incomplete (it needs {', '.join(names)} as numbers): unset what is "
+                "left of it to run alone, or start with the launcher"
+            ) from None
 
     if "HOROVOD_RANK" in env:
         return at("horovodrun", *(f"HOROVOD_{v}" for v in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))

@@ -39,6 +39,7 @@ def test_every_option_composes_and_survives_its_yaml(group: str, option: str) ->
         (["precision=fp31"], "choose one of fp32, bf16, fp64"),
         (["seed=-1"], "seed=-1 is too small"),
         (["optim.lr=nan"], "optim.lr=nan"),
+        (["optim.lr=inf"], "optim.lr=inf is not a finite number"),
         (["budget_tokens=1.5"], "budget_tokens=1.5"),
         (["hydra.verbose=true"], "hydra.verbose"),
         (["seed"], "`seed` cannot be read"),

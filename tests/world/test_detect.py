@@ -34,7 +34,13 @@ def test_place(env: dict[str, str], expected: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "says"), [(STEP, "--mpi=pmix"), ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "torchrun"), (PMIX, "PMIx")]
+    ("env", "says"),
+    [
+        ({"HOROVOD_RANK": "1"}, "HOROVOD_SIZE"),
+        (STEP, "--mpi=pmix"),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "torchrun"),
+        (PMIX, "PMIx"),
+    ],
 )
 def test_ranks_that_could_not_find_each_other_are_refused(env: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
@@ -52,6 +58,7 @@ def asks() -> Iterator[Asks]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield Asks()
+    signals.TERMINATED.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
