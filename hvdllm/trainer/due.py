@@ -98,7 +98,6 @@ class Due:
         self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
         self.finished = False
-        self.saved: Path | None = None
         self._save_s = 0.0
         self._first_steps: list[float] = []
 
@@ -115,12 +114,15 @@ class Due:
         met = commit.tokens >= config.budget_tokens
         stop = commit.asks.stop and not met
 
+        def crossed(every: int) -> bool:
+            return bool(every) and commit.tokens // every != before // every
+
         def due(every: int) -> bool:
-            return bool(every) and not stop and (met or commit.tokens // every != before // every)
+            return not stop and (crossed(every) or (met and bool(every)))
 
         self.window.staleness.append(commit.staleness)
-        if bool(config.log_every) and (met or stop or commit.tokens // config.log_every != before // config.log_every):
-            self._open_record(commit)
+        if config.log_every and (met or stop or crossed(config.log_every)):
+            self._open_record(commit, extra=not crossed(config.log_every))
         self._progress()
         evaluate, sample = due(config.eval_every), due(config.sample_every)
         save = due(config.save_every) or commit.asks.save or stop
@@ -178,14 +180,14 @@ class Due:
         )  # fmt: skip
         self._save_s = self.clock.wall_s() - begin
         if self.folder is not None and path is not None:
-            self.saved = path
             self.folder.record("save", {"tokens": self.tokens, "step": self.step, "path": str(path)}, sync=True)
 
     # ------------------------------------------------------------------ records
-    def _open_record(self, commit: Commit) -> None:
+    def _open_record(self, commit: Commit, extra: bool) -> None:
+        """extra: off the cadence, because the run ends here; a run that goes on takes it back."""
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
-        self.pending["bytes"] = self.bytes_before + self.world.bytes_sent
+        self.pending |= {"bytes": self.bytes_before + self.world.bytes_sent, "extra": extra}
 
     def _close_record(self, report: Report | None) -> None:
         """Books what is now known of the commit before, and writes its record if it has one."""
@@ -259,4 +261,6 @@ class Due:
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens
+        if self.pending and self.pending["extra"] and not self.finished:
+            self.pending = None  # its line was cut: the window goes on as if the run had never ended
         self.last_eval = Evaluation(**state["last_eval"]) if state["last_eval"] else None

@@ -138,10 +138,6 @@ class Flat:
             begin = self.at[name].start + start
             vector[begin : begin + values.numel()].copy_(values.reshape(-1))
 
-    def tensor_at(self, element: int) -> str:
-        """The tensor that this element of the flat vector belongs to (or that it pads)."""
-        return max((name for name in self.at if self.at[name].start <= element), key=lambda n: self.at[n].start)
-
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

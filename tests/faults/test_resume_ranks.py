@@ -47,6 +47,18 @@ def test_stopped_at_a_checkpoint_and_resumed_is_bit_equal(n: int, tmp_path: Path
     assert any("resumed" in event["what"] for event in records(b, "event"))
 
 
+def test_stopped_between_two_records_the_curve_is_the_same(tmp_path: Path) -> None:
+    """The record that a stop writes is off the cadence: the resumed run takes it back."""
+    more = f"log_every={5 * BATCH}"
+    asked = {"words": words_of(tmp_path, "b", STEPS, more), "do": {"stop": [0, 6]}}
+    runs([{"words": words_of(tmp_path, "a", STEPS, more)}, asked], 1, tmp_path)
+    stopped = [step for step, *_ in curve(tmp_path / "runs" / "b")]
+    assert stopped[0] == 5 and 6 < stopped[-1] < 10
+    runs([{"words": words_of(tmp_path, "b", STEPS, more)}], 1, tmp_path)
+    assert [step for step, *_ in curve(tmp_path / "runs" / "a")] == [5, 10, 12]
+    assert same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+
+
 def test_another_world_size_goes_on(tmp_path: Path) -> None:
     runs([{"words": words_of(tmp_path, "a", STEPS, *SAVES)}], 1, tmp_path)
     runs([{"words": words_of(tmp_path, "b", STEPS, *SAVES), "do": {"stop": [3, 5]}}], 4, tmp_path)

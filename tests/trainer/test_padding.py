@@ -42,13 +42,6 @@ class Counts:
     tokens, committed = 8.0, 1
 
 
-def test_elements_have_names() -> None:
-    flat = Flat(nn.Sequential(nn.Linear(30, 7), nn.Linear(7, 3)), 1, 1e9)
-    for name, place in flat.at.items():
-        assert flat.tensor_at(place.start) == flat.tensor_at(place.stop - 1) == name
-    assert flat.tensor_at(flat.x.numel() - 1) == "1.bias", "padding belongs to the tensor before it"
-
-
 def test_buckets_close_at_the_first_border_past_their_size() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))  # 256 bytes a matrix
     names = [[*bucket.names] for bucket in Flat(model, 1, 300).buckets]
