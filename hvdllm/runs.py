@@ -135,21 +135,12 @@ class Folder:
                 self._metrics.close()
             self._metrics = None
 
-    def _guard(self) -> _DiskGuard:
-        return _DiskGuard(self.path)
-
-
-class _DiskGuard:
-    """An OSError inside becomes the one sentence that a user needs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """An OSError inside becomes the one sentence that a user needs."""
+        try:
+            yield
+        except OSError as error:
             raise RunError(
                 f"cannot write to {self.path} ({error.strerror or error}): free some space or choose another runs_dir, "
                 "then start again with the same name; the last whole checkpoint is kept"

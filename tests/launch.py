@@ -119,6 +119,13 @@ class Job:
             time.sleep(0.01)
         self.process.wait()
 
+    def until_gone(self, limit_s: float = 60.0) -> None:
+        """Polls until none of its processes lives."""
+        end = time.monotonic() + limit_s
+        while (left := self.pids()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left, f"{len(left)} processes are left\n{self.out}"
+
     def until(self, what: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
         """Polls; fails, with all output, if it takes too long or the job ends before."""
         end = time.monotonic() + limit_s

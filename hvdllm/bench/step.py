@@ -19,15 +19,14 @@ import torch
 
 from hvdllm.bench.paired import Ratio, ratio
 from hvdllm.config.schema import Config
-from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.allreduce import AllReduce, Counts
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.text.shards import Corpus
-from hvdllm.text.stream import Stream
 from hvdllm.trainer.backward import Loss, autocast, backward
-from hvdllm.trainer.build import build_model
+from hvdllm.trainer.build import build_model, make_stream
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.single import SingleWorld
 
@@ -85,20 +84,18 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
     world = SingleWorld()
     model = build_model(config, corpus.tokenizer.vocab, device)
     flat = Flat(model, 1, config.exchange.bucket_mb * 2**20)
-    update = Update(config.optim, factor(config.schedule, 10**12))
+    update = Update(config.optim, factor(config.schedule, config.budget_tokens))
     exchange = AllReduce(config.exchange)
     loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)
     module = exchange.attach(loss, flat, update, Plain(world), world)
-    feed = exchange.feed(make_stream(config, corpus, device))
+    feed = exchange.feed(make_stream(config, corpus, device, world))
 
     def step() -> None:
         while exchange.advance(batch := next(feed), backward(module, batch)) is None:
             pass
 
-    counts = type("Counts", (), {"tokens": 1.0, "committed": 1})()
-
     def update_only() -> None:
-        update.step(exchange.pieces, exchange.gradients, counts, lambda sums: sums)
+        update.step(exchange.pieces, exchange.gradients, Counts(1.0, 1), lambda sums: sums)
         flat.g.zero_()
 
     return step, update_only
@@ -116,7 +113,7 @@ def plain_step(
     ]
     betas = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, fused=True)
-    stream = make_stream(config, corpus, device)
+    stream = make_stream(config, corpus, device, SingleWorld())
     rounds = itertools.cycle([stream.share(t) for t in range(min(64, stream.windows // stream.batch))])
 
     def update_only() -> None:
@@ -139,16 +136,3 @@ def plain_step(
         update_only()
 
     return step, update_kept
-
-
-def make_stream(config: Config, corpus: Corpus, device: torch.device) -> Stream:
-    return Stream(
-        corpus.train,
-        context=config.model.context,
-        batch=config.batch_tokens // config.model.context,
-        micro_batch=config.micro_batch,
-        seed=config.seed,
-        rank=0,
-        size=1,
-        device=device,
-    )

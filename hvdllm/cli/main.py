@@ -39,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hvdllm {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
-    if not words:
-        parser.print_help()
-        return 2
-    given = parser.parse_args(words[:1])
     try:
-        module = importlib.import_module(f"hvdllm.cli.{given.command}")
-        code: int = module.run(words[1:])
+        code = 2
+        if words:
+            given = parser.parse_args(words[:1])
+            code = importlib.import_module(f"hvdllm.cli.{given.command}").run(words[1:])
+        else:
+            parser.print_help()
         sys.stdout.flush()  # here, where it is caught that nobody reads
         return code
     except UserError as error:

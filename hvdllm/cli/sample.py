@@ -21,23 +21,18 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
-    import torch
-
-    from hvdllm.models.generate import generate
+    from hvdllm.trainer.build import continue_text
     from hvdllm.trainer.restore import restore
 
     found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
-    tokenizer = found.tokenizer
-    prompt = [tokenizer.end, *tokenizer.encode([given.text])[0].tolist()]
-    out = generate(
+    text = continue_text(
         found.model,
-        prompt,
+        found.tokenizer,
+        given.text,
         tokens=given.tokens,
-        vocab=tokenizer.vocab,
-        generator=torch.Generator().manual_seed(given.seed),
+        seed=given.seed,
         temperature=given.temperature,
         top_k=given.top_k or None,
-        stop=tokenizer.end,
     )
-    print(tokenizer.decode([*prompt[1:], *out]))
+    print(text)
     return 0

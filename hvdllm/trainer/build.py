@@ -28,6 +28,7 @@ from hvdllm.runs import Folder
 from hvdllm.text import shards
 from hvdllm.text.shards import Corpus
 from hvdllm.text.stream import Stream, validation
+from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account
 from hvdllm.trainer.backward import Loss, explain
 from hvdllm.trainer.clock import Clock
@@ -38,6 +39,7 @@ from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
 from hvdllm.world.base import World
 from hvdllm.world.detect import Place
+from hvdllm.world.single import SingleWorld
 
 EXCHANGES: dict[type, Any] = {schema.AllReduce: AllReduce}
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -68,16 +70,13 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     )  # fmt: skip
     module = exchange.attach(loss, flat, update, Plain(world), world)
     agree_on_weights(flat, world)
-    stream = Stream(
-        corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
-        micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,
-    )  # fmt: skip
+    stream = make_stream(config, corpus, device, world)
     folder = Folder(Path(start.folder)) if world.rank == 0 else None
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
     due = Due(
         config, world=world, flat=flat, exchange=exchange, update=update, stream=stream, clock=clock,
         evaluate=lambda: evaluate_run(config, model, corpus, device, world),
-        sample=lambda tokens: sample_run(config, model, corpus, world, tokens) if world.rank == 0 else "",
+        sample=lambda tokens: sample_run(config, model, corpus, tokens) if world.rank == 0 else "",
         extra={"horizon": horizon, "data_hash": corpus.data_hash},
         folder=folder, show=show, grace_s=grace(place),
     )  # fmt: skip
@@ -168,17 +167,11 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
 
 def check_corpus(config: Config, corpus: Corpus) -> None:
     """What can only be known with the text at hand. Raises UserError."""
-    context = config.model.context
-    windows, batch = max(0, len(corpus.train) - 1) // context, config.batch_tokens // context
-    if windows < batch:
-        raise UserError(
-            f"the training text has {windows} windows of {context} tokens, fewer than the {batch} of one global batch: "
-            "give it more text, or lower batch_tokens or model.context"
-        )
+    make_stream(config, corpus, torch.device("cpu"), SingleWorld())
     if config.eval_every:
         validation(
-            corpus.validation, context=context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0, size=1,
-            device=torch.device("cpu"),
+            corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0,
+            size=1, device=torch.device("cpu"),
         )  # fmt: skip
 
 
@@ -200,6 +193,14 @@ def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
     return model
 
 
+def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:
+    """This rank's training batches. Raises UserError where the text has fewer windows than one global batch."""
+    return Stream(
+        corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
+        micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,
+    )  # fmt: skip
+
+
 def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.device, world: World) -> Evaluation:
     """The validation loss of these weights, as every evaluation of a run defines it. Collective."""
     batches = validation(
@@ -209,14 +210,28 @@ def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.devic
     return evaluate(model, batches, corpus.tokenizer.token_bytes, config.precision, device, world)
 
 
-def sample_run(config: Config, model: GPT, corpus: Corpus, world: World, tokens: int) -> str:
+def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:
     """The prompt and what the model makes of it; the same for the same weights and committed tokens."""
-    tokenizer = corpus.tokenizer
-    prompt = [tokenizer.end, *tokenizer.encode([config.sample_prompt])[0].tolist()]
-    seed = torch.Generator().manual_seed(config.seed * 1_000_003 + tokens)
+    seed = config.seed * 1_000_003 + tokens
+    return continue_text(model, corpus.tokenizer, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
+
+
+def continue_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+) -> str:
+    """The text as the beginning of a document, and up to `tokens` tokens that the model adds to it."""
+    prompt = [tokenizer.end, *tokenizer.encode([text])[0].tolist()]
     out = generate(
-        model, prompt, tokens=config.sample_tokens, vocab=tokenizer.vocab, generator=seed, stop=tokenizer.end
-    )
+        model, prompt, tokens=tokens, vocab=tokenizer.vocab, generator=torch.Generator().manual_seed(seed),
+        temperature=temperature, top_k=top_k, stop=tokenizer.end,
+    )  # fmt: skip
     return tokenizer.decode([*prompt[1:], *out])
 
 

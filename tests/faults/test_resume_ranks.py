@@ -143,18 +143,6 @@ def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> Non
     assert same_bits(run, tmp_path / "runs" / "b")
 
 
-def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "a"
-    with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), "mpi", 2) as job:
-        job.until(lambda: len(records(run, "commit")) > 3)
-        os.kill(job.process.pid, signal.SIGKILL)
-        job.process.wait()
-        end = time.monotonic() + 60
-        while job.pids() and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not job.pids()
-
-
 def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", STEPS, *SAVES)
     launch(meddled(words, kill=[0, 9]), code=None)
