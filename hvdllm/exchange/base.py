@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -76,19 +76,38 @@ class Commit:
     asks: Asks
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What is known once nothing travels any more. report: of the last commit. tokens: committed by settling alone, on
+    top of the last mark: they enter no comparison."""
+
+    report: Report | None
+    tokens: int = 0
+
+
+# Spans of the map, and a vector over their elements, one after the other.
+Spanned = tuple[list[Any], torch.Tensor]
+
+
 @dataclass
 class State:
-    """What a checkpoint holds of an exchange and its update.
+    """What a checkpoint holds of an exchange, its update and its wire.
 
     shared: plain values, equal on all ranks. spans: the elements of the flat vector that this rank hands out
     (none where another rank holds the same); sharded: vectors by name over those elements. mine: plain values
-    of this rank alone. On load, `sharded` covers the whole map.
+    of this rank alone. summed: of this rank alone too, but what counts is the sum over ranks (residuals).
+    tensors: of any shape, equal on all ranks.
+
+    On load, `sharded` and `summed` cover the whole map; at the same world size `summed` is this rank's own, else
+    rank 0 gets the sum over all ranks there were and the others zeros.
     """
 
     shared: dict[str, Any]
     spans: list[Any]
     sharded: dict[str, torch.Tensor]
     mine: dict[str, Any]
+    summed: dict[str, Any] = field(default_factory=dict)  # Spanned when saved, a vector over the map when loaded
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Meta(Protocol):
@@ -103,7 +122,11 @@ class Update(Protocol):
 
     def attach(self, flat: Any, pieces: list[Any]) -> None: ...
 
+    def rate(self, committed: int) -> float: ...
+
     def step(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
+
+    def peek(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
 
     def weights(self) -> AbstractContextManager[None]: ...
 
@@ -113,14 +136,39 @@ class Update(Protocol):
 
 
 class Wire(Protocol):
-    """How a sum travels (exchange/wire/). key: fixed name of one stream of sums, `grad.<bucket>`."""
+    """How a sum travels (exchange/wire/). key: fixed name of one stream of sums, `grad.<bucket>`; x: that bucket of a
+    gradient vector. A wire is made as Kind(world, settings, flat, nominal), nominal: tokens of a global batch."""
+
+    def begin(self, committed: int, weight: float) -> None:
+        """Before the launches of a round. committed: tokens, by all ranks, up to here. weight: what one unit of the
+        decoded sum will move a weight by under plain descent, rate / nominal tokens; residuals are kept worth what they
+        were (times the old weight, divided by the new)."""
 
     def sum(self, x: torch.Tensor, key: str) -> Flight:
-        """Every rank gets the decoded sum, in place."""
+        """In place: when landed, every rank's x is the decoded sum, bit-equal on all."""
+
+    def scatter(self, x: torch.Tensor, key: str) -> Flight:
+        """Lands this rank's equal share of the decoded sum (maybe a view of x, which is spent)."""
+
+    def spread(self, piece: torch.Tensor, key: str) -> Flight:
+        """Lands all ranks' pieces joined in rank order. Weights travel here: exact, whatever the wire."""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
+        """shared values, summed vectors (residuals) and tensors, as in State. Nothing is in flight."""
+
+    def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+        """From state() of any world size; summed: vectors over the whole map, as State says."""
 
 
 class Exchange(Protocol):
-    """When a round closes, at which weights gradients are taken, who waits for whom."""
+    """When a round closes, at which weights gradients are taken, who waits for whom.
+
+    copies: gradient vectors it needs of the map, 2 where one travels while the next is filled. identical: does it
+    promise replicas that are bit-equal at every mark?
+    """
+
+    copies: int
+    identical: bool
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         """Installs hooks that only enqueue; returns the module to call."""
@@ -134,8 +182,8 @@ class Exchange(Protocol):
     def consensus(self) -> AbstractContextManager[None]:
         """Within: the weights a user would keep; after: this rank's own again. Raises NotFinite."""
 
-    def settle(self) -> Report | None:
-        """Nothing travels any more; the report of the last commit. Collective."""
+    def settle(self) -> Settled:
+        """Lands and applies what is in flight. Collective."""
 
     def state(self) -> State:
         """The replica as it is; never inside consensus. Raises NotFinite."""

@@ -2,12 +2,16 @@
 
 Invariant: every rank calls the same collectives under the same names. Names are fixed and few (Horovod
 matches and caches by name), and a name is launched again only when its last use has landed.
+
+channel   the first word of a name (`grad` of `grad.3.0`): its collectives are called in the same order on every
+          rank, each channel by one thread at a time, for a world that matches by order (torch.distributed)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +22,7 @@ class Flight(Protocol):
     def landed(self) -> bool:
         """Host poll, never blocks."""
 
-    def land(self) -> torch.Tensor:
+    def land(self) -> Any:
         """Waits by poll and short sleeps, applies nothing. Raises PeerError when another rank is gone."""
 
 
@@ -53,11 +57,30 @@ class World(Protocol):
     def sum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the sum over ranks, bit-equal on all. x must not be touched in flight."""
 
+    def scatter(self, x: torch.Tensor, name: str) -> Flight:
+        """Reduce-scatter: lands this rank's equal share of the sum over ranks; len(x) is a multiple of the size.
+
+        The share may be a view of x, which must not be touched in flight and is spent afterwards.
+        """
+
     def gather(self, x: torch.Tensor, name: str) -> Flight:
         """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ."""
 
+    def alltoall(self, x: torch.Tensor, name: str) -> Flight:
+        """x is cut along dimension 0 into one equal block a rank; lands the blocks meant for us, in rank order."""
+
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
         """In place: every rank's x becomes root's."""
+
+    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> World:
+        """A world of those ranks of the one group that holds this rank. Every rank passes the same disjoint groups.
+
+        The part counts its bytes into ours as well. Collective.
+        """
+
+    def drive(self, work: Callable[[], Any]) -> Flight:
+        """A flight of several stages: `work` runs on this rank's one driver thread, in the order of the calls, and
+        what it returns is what lands. It may wait for collectives, not for work that was driven after it."""
 
     def texts(self, text: str, name: str) -> list[str]:
         """Every rank's text, in rank order. Blocks."""

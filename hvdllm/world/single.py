@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from hvdllm.errors import UserError
@@ -11,13 +14,13 @@ from hvdllm.world.base import Asks
 class Landed:
     """A flight that has arrived."""
 
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
     def landed(self) -> bool:
         return True
 
-    def land(self) -> torch.Tensor:
+    def land(self) -> Any:
         return self.value
 
 
@@ -34,11 +37,23 @@ class SingleWorld:
     def sum(self, x: torch.Tensor, name: str) -> Landed:
         return Landed(x)
 
+    def scatter(self, x: torch.Tensor, name: str) -> Landed:
+        return Landed(x)
+
     def gather(self, x: torch.Tensor, name: str) -> Landed:
+        return Landed(x)
+
+    def alltoall(self, x: torch.Tensor, name: str) -> Landed:
         return Landed(x)
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Landed:
         return Landed(x)
+
+    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> SingleWorld:
+        return self
+
+    def drive(self, work: Callable[[], Any]) -> Landed:
+        return Landed(work())
 
     def texts(self, text: str, name: str) -> list[str]:
         return [text]

@@ -1,0 +1,57 @@
+"""The one driver thread of a rank: it walks flights of several stages, so that the loop computes meanwhile.
+
+On CUDA the thread has a stream of its own: it begins behind what the caller had queued, and whoever lands the
+flight queues behind it, without the host waiting for the device. Not run on a GPU by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+class Driven:
+    """A flight of several stages."""
+
+    def __init__(self, future: Future[tuple[Any, Any]]) -> None:
+        self._future = future
+
+    def landed(self) -> bool:
+        return self._future.done()
+
+    def land(self) -> Any:
+        value, event = self._future.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+        return value
+
+
+class Driver:
+    """Makes its thread at the first call, so that a world without such flights has none."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, work: Callable[[], Any]) -> Driven:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-driver")
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                self._stream = torch.cuda.Stream()
+        ready = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        return Driven(self._pool.submit(self._run, work, ready))
+
+    def _run(self, work: Callable[[], Any], ready: Any) -> tuple[Any, Any]:
+        if self._stream is None:
+            return work(), None
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            value = work()
+            return value, self._stream.record_event()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
