@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from hvdllm.config.schema import SGD, AdamW
+from hvdllm.config.schema import SGD, AdamW, NAdam
 from hvdllm.device import Later
-from hvdllm.optim import adamw, sgd
+from hvdllm.optim import adamw, nadam, sgd
 
-OPTIMIZERS: dict[type, Any] = {AdamW: adamw, SGD: sgd}
+OPTIMIZERS: dict[type, Any] = {AdamW: adamw, SGD: sgd, NAdam: nadam}
+Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Meta(Protocol):
@@ -25,10 +27,23 @@ class Meta(Protocol):
     committed: int
 
 
+@dataclass
+class Slots:
+    """What an optimizer keeps, cut like the pieces: vectors by name, step counts, and the mask (1: bad)."""
+
+    vectors: dict[str, list[torch.Tensor]]
+    steps: list[torch.Tensor]
+    bad: torch.Tensor
+
+    def clone(self) -> Slots:
+        vectors = {name: [v.clone() for v in slices] for name, slices in self.vectors.items()}
+        return Slots(vectors, [step.clone() for step in self.steps], self.bad.clone())
+
+
 class Update:
     """settings: an optimizer's. factor: of the peak rate, by committed tokens."""
 
-    def __init__(self, settings: AdamW | SGD, factor: Callable[[int], float]) -> None:
+    def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
         self.optimizer = OPTIMIZERS[type(settings)]
         self.steps = 0
@@ -41,51 +56,80 @@ class Update:
         self.vectors = {
             name: torch.zeros(sum(sizes), dtype=x.dtype, device=x.device) for name in self.optimizer.VECTORS
         }
-        self._slices = {name: vector.split(sizes) for name, vector in self.vectors.items()}
-        self._steps = [torch.zeros((), dtype=torch.float32, device=x.device) for _ in pieces]
-        self.bad = torch.zeros((), dtype=torch.float32, device=x.device)
+        self._own = Slots(
+            {name: list(vector.split(sizes)) for name, vector in self.vectors.items()},
+            [torch.zeros((), dtype=torch.float32, device=x.device) for _ in pieces],
+            torch.zeros((), dtype=torch.float32, device=x.device),
+        )
+
+    @property
+    def bad(self) -> torch.Tensor:
+        """1 once a norm was not finite, else 0; on the device."""
+        return self._own.bad
+
+    def rate(self, committed: int) -> float:
+        """The learning rate of an update after which so many tokens are committed."""
+        return self.settings.lr * self.factor(committed)
 
     def step(
-        self,
-        pieces: list[torch.Tensor],
-        grad: list[torch.Tensor],
-        meta: Meta,
-        total: Callable[[torch.Tensor], torch.Tensor],
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total
     ) -> tuple[float, Later]:
         """One optimizer step in place; `grad` is spent. total: sums a small vector over the owners of the pieces.
 
         Returns the rate (that of meta.committed, this round included) and the norm of the mean gradient before
         clipping, to be read later.
         """
+        norm = self._apply(pieces, grad, meta, total, self._own)
+        self.steps += 1
+        return self.rate(meta.committed), norm
+
+    def peek(
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total
+    ) -> list[torch.Tensor]:
+        """The pieces after such a step, out of place; no state is touched and `grad` is kept (ACCO's estimate).
+
+        Where the norm is not finite these are the pieces themselves: the step that follows sees the same numbers.
+        """
+        out = [piece.clone() for piece in pieces]
+        self._apply(out, [g.clone() for g in grad], meta, total, self._own.clone())
+        return out
+
+    def _apply(
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total, slots: Slots
+    ) -> Later:
         squares = torch.stack([torch.linalg.vector_norm(g) for g in grad]).square().sum()
         norm = total(squares).sqrt() / meta.tokens
         read_later = Later(norm)  # before the optimizer's kernels, so that reading does not wait for them
-        self.bad.logical_or_(~torch.isfinite(norm))
+        slots.bad.logical_or_(~torch.isfinite(norm))
         divisor = torch.full_like(norm, meta.tokens)
         if self.settings.clip:
             divisor *= (norm / self.settings.clip).clamp_(min=1.0)
         scale: torch.Tensor | None = divisor
         if norm.dtype == torch.float64:  # the fused kernels take a float32 scale only
             scale = None
-            for g in grad:
-                g /= divisor
-        lr = self.settings.lr * self.factor(meta.committed)
+            torch._foreach_div_(grad, divisor)
+        step, settings = self.optimizer.step, self.settings
+        if (
+            isinstance(settings, AdamW)
+            and settings.freeze_tokens is not None
+            and meta.committed > settings.freeze_tokens
+        ):
+            step = adamw.frozen
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:
-                self.optimizer.step(
+                step(
                     self.settings,
-                    lr,
+                    self.rate(meta.committed),
                     decayed,
                     [pieces[i] for i in chosen],
                     [grad[i] for i in chosen],
-                    {name: [slices[i] for i in chosen] for name, slices in self._slices.items()},
-                    [self._steps[i] for i in chosen],
+                    {name: [slices[i] for i in chosen] for name, slices in slots.vectors.items()},
+                    [slots.steps[i] for i in chosen],
                     scale,
-                    self.bad,
+                    slots.bad,
                 )
-        self.steps += 1
-        return lr, read_later
+        return read_later
 
     def weights(self) -> AbstractContextManager[None]:
         """The weights to evaluate with: for these optimizers the weights themselves."""
@@ -99,5 +143,5 @@ class Update:
         self.steps = shared["steps"]
         for name, vector in self.vectors.items():
             vector.copy_(vectors[name])
-        for step in self._steps:
+        for step in self._own.steps:
             step.fill_(float(self.steps))
