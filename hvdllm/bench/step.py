@@ -19,7 +19,8 @@ import torch
 
 from hvdllm.bench.paired import Ratio, ratio
 from hvdllm.config.schema import Config
-from hvdllm.exchange.allreduce import AllReduce, Counts
+from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.rounds import Counts
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
@@ -85,7 +86,7 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
     model = build_model(config, corpus.tokenizer.vocab, device)
     flat = Flat(model, 1, config.exchange.bucket_mb * 2**20)
     update = Update(config.optim, factor(config.schedule, config.budget_tokens))
-    exchange = AllReduce(config.exchange)
+    exchange = AllReduce(config.exchange, config.batch_tokens)
     loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)
     module = exchange.attach(loss, flat, update, Plain(world), world)
     feed = exchange.feed(make_stream(config, corpus, device, world))

@@ -1,20 +1,26 @@
-"""Finding the newest whole checkpoint and reading it, whatever world size wrote it."""
+"""Finding the newest whole checkpoint and reading it, whatever world size wrote it.
+
+The functions named load_ and share_ are collective: where a rank cannot read, every rank raises UserError.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hvdllm.checkpoint.write import steps
+from hvdllm.checkpoint.write import not_shared, steps
 from hvdllm.errors import UserError
 from hvdllm.trainer.flat import Flat, Part
 from hvdllm.world.base import World
+
+T = TypeVar("T")
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -48,33 +54,145 @@ def read_state(path: Path) -> dict[str, Any]:
     return values
 
 
+def saved_ranks(state: dict[str, Any]) -> int:
+    """How many ranks wrote the checkpoint of this state.json."""
+    return len(state["mine"])
+
+
+# ------------------------------------------------------------------ by one rank
 def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None:
-    """Fills a vector over the map with `kind`: model, m, v; "" in final/. Raises UserError where a tensor misfits."""
-    parts, covered = [], dict.fromkeys(flat.at, 0)
-    try:
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    prefix, _, rest = key.rpartition("/")
-                    name, _, start = rest.partition("@")
-                    if prefix == kind and name in covered:
-                        values = tensors.get_tensor(key)
-                        covered[name] += values.numel()
-                        parts.append(Part(name, int(start or 0), values))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
+    """Fills a vector over the map with `kind`: model, m, v; "" in final/. The ranges of all ranks are put together.
+
+    Raises UserError where a tensor misfits: another model, a range that is missing or there twice.
+    """
+    parts = sorted(_parts(path, "*", kind, flat), key=lambda part: part.start)
+    covered = dict.fromkeys(flat.at, 0)
+    overlap = None
+    for name, start, values in parts:
+        overlap = overlap or (name if start < covered[name] else None)
+        covered[name] += values.numel()
     for name, count in covered.items():
         if count != flat.parameters[name].numel():
             raise UserError(f"checkpoint {path} does not fit this model: `{kind}/{name}` has {count} elements there")
+    if overlap is not None:
+        raise UserError(f"checkpoint {path} cannot be read: ranges of `{kind}/{overlap}` overlap")
     flat.paste(parts, vector)
 
 
+def summed_kinds(path: Path) -> list[str]:
+    """The kinds of summed vectors that any rank wrote."""
+    kinds: set[str] = set()
+    with _readable(path):
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                kinds |= {key.rpartition("/")[0] for key in tensors.keys() if key.startswith("summed.")}  # noqa: SIM118
+    return sorted(kind.removeprefix("summed.") for kind in kinds)
+
+
+def read_summed(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Tensor:
+    """A vector over the map: what this rank wrote of a summed kind, or (None) the sum over all ranks, in rank order.
+
+    Zero where nothing was written. Raises UserError where a tensor misfits.
+    """
+    vector = torch.zeros_like(flat.x)
+    for name, start, values in _parts(path, "*" if rank is None else f"rank-{rank:05d}", f"summed.{kind}", flat):
+        vector[flat.at[name]][start : start + values.numel()] += values.reshape(-1).to(vector)
+    return vector
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of any shape, by name, on the CPU."""
+    entries = _entries(path, "*", lambda key: key.startswith("tensor/"))
+    return {key.removeprefix("tensor/"): values for key, values in entries}
+
+
+# ------------------------------------------------------------------ by all ranks
 def share_vector(path: Path | None, kind: str, flat: Flat, world: World) -> torch.Tensor:
     """Rank 0 reads `kind` and broadcasts it, bucket by bucket; every rank gets the whole vector. Collective."""
     vector = torch.zeros_like(flat.x)
-    if world.rank == 0:
-        assert path is not None
-        read_vector(path, kind, flat, vector)
+
+    def read() -> None:
+        if world.rank == 0:
+            assert path is not None
+            read_vector(path, kind, flat, vector)
+
+    _together(read, world)
     for bucket in flat.buckets:
         world.broadcast(vector[bucket.span.start : bucket.span.stop], f"load.{kind}.{bucket.index}").land()
     return vector
+
+
+def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, torch.Tensor]:
+    """Vectors over the map by kind; their sum over ranks is what it was when `ranks` ranks wrote them. Collective.
+
+    At the same world size each rank gets its own back, which needs a shared runs_dir; else rank 0 gets the sum over
+    all and the others zeros.
+    """
+
+    def read() -> dict[str, torch.Tensor]:
+        rank = world.rank if ranks == world.size else None
+        if rank is None and world.rank:
+            return {kind: torch.zeros_like(flat.x) for kind in kinds}
+        if not path.is_dir():
+            raise UserError(not_shared(path))
+        return {kind: read_summed(path, kind, flat, rank) for kind in kinds}
+
+    listed = _together(lambda: summed_kinds(path) if world.rank == 0 else [], world)
+    kinds = json.loads(world.texts(json.dumps(listed), "load.kinds")[0])
+    return _together(read, world) if kinds else {}
+
+
+def share_tensors(path: Path, world: World) -> dict[str, torch.Tensor]:
+    """Rank 0 reads the tensors of any shape and broadcasts them, as bytes; every rank gets all, on the CPU.
+    Collective."""
+    tensors = _together(lambda: read_tensors(path) if world.rank == 0 else {}, world)
+    heads = [(name, list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()]
+    for index, (name, shape, dtype) in enumerate(json.loads(world.texts(json.dumps(heads), "load.tensors")[0])):
+        if world.rank:
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensors[name].numel():
+            world.broadcast(tensors[name].reshape(-1).view(torch.uint8), f"load.tensor.{index}").land()
+    return tensors
+
+
+def _together(read: Callable[[], T], world: World) -> T:
+    """What each rank reads; where one cannot, no rank goes on to wait for it."""
+    value, problem = None, None
+    try:
+        value = read()
+    except UserError as error:
+        problem = str(error)
+    world.agree(problem, "load.problem")
+    return cast(T, value)
+
+
+# ------------------------------------------------------------------ files
+def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
+    """What the files hold of this model's tensors under `kind`."""
+    for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind):
+        name, _, start = key.rpartition("/")[2].partition("@")
+        if name not in flat.at:
+            continue
+        if not (start or "0").isdecimal() or int(start or 0) + values.numel() > flat.parameters[name].numel():
+            raise UserError(
+                f"checkpoint {path} does not fit this model: `{key}` has {values.numel()} elements there, beyond the "
+                "tensor's end"
+            )
+        yield Part(name, int(start or 0), values)
+
+
+def _entries(path: Path, files: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    with _readable(path):
+        for file in sorted(path.glob(f"{files}.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for key in filter(wanted, tensors.keys()):
+                    yield key, tensors.get_tensor(key)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that cannot be read becomes one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from None

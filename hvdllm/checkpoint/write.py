@@ -1,12 +1,17 @@
-"""Writing a checkpoint so that what has its final name is whole.
+"""Writing a checkpoint, from as many ranks as hold a part of it, so that what has its final name is whole.
 
 checkpoints/<step>/
-  rank-00000.safetensors  tensors by name: `model/<parameter>`, `m/<parameter>`, ...; unpadded; a range of a
-                          tensor as `m/<parameter>@<first element>`, so that any world size can read it
+  rank-00000.safetensors  what this rank hands out, by name and unpadded, so that any world size can read it:
+                            `model/<parameter>`, `m/<parameter>`, ...; a range as `m/<parameter>@<first element>`
+                            `summed.<kind>/<parameter>`  this rank's summand (residuals), ranges likewise
+                            `tensor/<name>`              of any shape, equal on all ranks: in rank 0's file
   state.json              plain values: shared, each rank's own, the stream's position, the run's
   manifest.json           sha256 of the others, written last
 
-All of it is written into a hidden folder beside, every file fsynced, then the folder is renamed.
+All of it is written into a hidden folder beside, every file fsynced, then rank 0 renames the folder. Three gathers
+keep the ranks together: who writes (rank 0 has made the folder by then), what they wrote, and whether rank 0 could
+give it its name; the second is left out where rank 0 alone writes. Whatever fails fails on every rank, with the same
+sentence, after the hidden folder is gone.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -25,53 +32,61 @@ from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
 from hvdllm.runs import sync_folder, write_whole
 from hvdllm.trainer.flat import Flat
-from hvdllm.world.base import World
+from hvdllm.world.base import World, first_problem
 
 # safetensors reports a full disk in an error class of its own.
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
+# A network file system may show another host's new folder late.
+SEEN_WITHIN_S = 5.0
 
 
-def write(folder: Path, flat: Flat, state: State, extra: dict[str, Any], world: World, keep: int) -> Path | None:
+def write(
+    folder: Path,
+    flat: Flat,
+    state: State,
+    extra: dict[str, Any],
+    world: World,
+    keep: int,
+    mine: dict[str, Any] | None = None,
+) -> Path | None:
     """Writes folder/checkpoints/<step> and deletes all but the newest `keep`. Collective.
 
-    extra: plain values of the run, rank 0's. Returns the path on rank 0. Raises RunError where the disk is full
-    or refuses; the checkpoints before are untouched then.
+    folder, extra (plain values of the run): rank 0's count. mine: plain values of this rank, beside state.mine.
+    Returns the path on rank 0. Raises RunError on all ranks where any rank's disk is full or refuses, or does not
+    show rank 0's folder; the checkpoints before are untouched then.
     """
-    mine = world.texts(json.dumps(state.mine), "act.save.mine")
-    if not state.spans and world.rank:
-        return None
     step = state.shared["step"]
-    final, beside = folder / "checkpoints" / str(step), folder / "checkpoints" / f".{step}"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        tensors = {}
-        for kind, vector in state.sharded.items():
-            for part in flat.cut(state.spans, vector):
-                whole = part.start == 0 and part.values.numel() == flat.parameters[part.name].numel()
-                key = f"{kind}/{part.name}" + ("" if whole else f"@{part.start}")
-                values = part.values.view(flat.parameters[part.name].shape) if whole else part.values
-                tensors[key] = values.cpu().contiguous()
-        save_file(tensors, beside / f"rank-{world.rank:05d}.safetensors")
-        state_text = {"shared": state.shared, "mine": [json.loads(text) for text in mine], **extra}
-        write_whole(beside / "state.json", json.dumps(state_text))
-        manifest = {file.name: _sha256_synced(file) for file in sorted(beside.iterdir())}
-        write_whole(beside / "manifest.json", json.dumps({"sha256": manifest}, indent=1))
-        aside = folder / "checkpoints" / f".{step}.old"
-        shutil.rmtree(aside, ignore_errors=True)  # of a life that was killed between the renames
-        if final.exists():  # broken, or of a life before this one: the new one takes its place by two renames
-            os.replace(final, aside)
-        os.replace(beside, final)
-        sync_folder(final.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-        prune(folder, keep)
-    except DISK_ERRORS as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise RunError(
-            f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space and start again with "
-            "the same name; the checkpoints before it are whole"
-        ) from None
-    return final
+    tensors = _named(flat, state, world.rank)
+    final, beside = _places(folder, step)
+    problem = None
+    if world.rank == 0:
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        except OSError as error:
+            problem = _refused(folder, step, error)
+    head: dict[str, Any] = {"problem": problem, "folder": str(folder.absolute()), "writes": bool(tensors)}
+    head["mine"] = state.mine | (mine or {})
+    heads = [json.loads(text) for text in world.texts(json.dumps(head), "act.save")]
+    if heads[0]["problem"]:
+        raise RunError(heads[0]["problem"])
+    if world.rank:
+        folder = Path(heads[0]["folder"])
+    written = [_write_own(folder, step, tensors, world.rank)]
+    del tensors  # copies, where the vectors live on a GPU
+    if any(head["writes"] for head in heads[1:]):
+        written = [json.loads(text) for text in world.texts(json.dumps(written[0]), "act.save.written")]
+    if world.rank == 0:
+        problem = first_problem([problem for problem, _ in written])
+        if problem is None:
+            values = {"shared": state.shared, "mine": [head["mine"] for head in heads], **extra}
+            hashes = {_name(rank): sha256 for rank, (_, sha256) in enumerate(written) if sha256}
+            problem = _finish(folder, step, values, hashes, keep)
+        if problem:
+            shutil.rmtree(beside, ignore_errors=True)
+    if problem := world.texts(problem or "", "act.save.done")[0]:
+        raise RunError(problem)
+    return final if world.rank == 0 else None
 
 
 def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
@@ -94,16 +109,105 @@ def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, the manifest first: what is half deleted is not whole."""
+    """Deletes all but the newest `keep` checkpoints, the manifest first: what is half deleted is not whole.
+
+    Hidden folders go too: where nothing is being written, they are of lives that were killed while they wrote.
+    """
     for old in steps(folder)[:-keep]:
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
+    for left in (folder / "checkpoints").glob(".[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints' folders, oldest first."""
     found = (folder / "checkpoints").glob("[0-9]*") if (folder / "checkpoints").is_dir() else ()
     return sorted((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def not_shared(path: Path) -> str:
+    """What a rank says that does not see what another one wrote."""
+    return (
+        f"runs_dir must be shared by all hosts, because each rank keeps a part of the checkpoint: {path} is not there; "
+        "give a runs_dir on a file system that all hosts have mounted at the same place"
+    )
+
+
+# ------------------------------------------------------------------ one rank's part
+def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
+    """What this rank writes, on the CPU, by its name in the file."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(kind: str, spans: list[Any], vector: torch.Tensor) -> None:
+        for part in flat.cut(spans, vector):
+            whole = part.start == 0 and part.values.numel() == flat.parameters[part.name].numel()
+            key = f"{kind}/{part.name}" + ("" if whole else f"@{part.start}")
+            values = part.values.view(flat.parameters[part.name].shape) if whole else part.values
+            tensors[key] = values.detach().cpu().contiguous()
+
+    for kind, vector in state.sharded.items():
+        add(kind, state.spans, vector)
+    for kind, (spans, vector) in state.summed.items():
+        add(f"summed.{kind}", spans, vector)
+    if rank == 0:  # clones, because the file's format takes no two names of the same memory
+        tensors |= {f"tensor/{name}": x.detach().cpu().contiguous().clone() for name, x in state.tensors.items()}
+    return tensors
+
+
+def _write_own(folder: Path, step: int, tensors: dict[str, torch.Tensor], rank: int) -> tuple[str, str]:
+    """Writes this rank's file, if there is anything to write. What was wrong, and the file's hash; each may be ""."""
+    if not tensors:
+        return "", ""
+    beside = _places(folder, step)[1]
+    end = time.monotonic() + SEEN_WITHIN_S
+    while not beside.is_dir():
+        if time.monotonic() > end:
+            return not_shared(beside), ""
+        time.sleep(0.05)
+    try:
+        save_file(tensors, beside / _name(rank))
+        return "", _sha256_synced(beside / _name(rank))
+    except DISK_ERRORS as error:
+        return _refused(folder, step, error), ""
+
+
+def _finish(folder: Path, step: int, values: dict[str, Any], hashes: dict[str, str], keep: int) -> str | None:
+    """Rank 0: the plain values and the manifest; then the folder gets its name. What was wrong, or None."""
+    final, beside = _places(folder, step)
+    aside = beside.with_name(f".{step}.old")
+    for name in hashes:
+        if not (beside / name).exists():  # written on another host, into a folder of the same name
+            return not_shared(beside / name)
+    try:
+        write_whole(beside / "state.json", json.dumps(values))
+        manifest = {**hashes, "state.json": _sha256_synced(beside / "state.json")}
+        write_whole(beside / "manifest.json", json.dumps({"sha256": manifest}, indent=1))
+        shutil.rmtree(aside, ignore_errors=True)  # of a life that was killed between the renames
+        if final.exists():  # broken, or of a life before this one: the new one takes its place by two renames
+            os.replace(final, aside)
+        os.replace(beside, final)
+        sync_folder(final.parent)
+        prune(folder, keep)
+    except DISK_ERRORS as error:
+        return _refused(folder, step, error)
+    return None
+
+
+def _places(folder: Path, step: int) -> tuple[Path, Path]:
+    """The folder's final name, and where it is written."""
+    return folder / "checkpoints" / str(step), folder / "checkpoints" / f".{step}"
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _refused(folder: Path, step: int, error: Exception) -> str:
+    return (
+        f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space and start again with "
+        "the same name; the checkpoints before it are whole"
+    )
 
 
 def _sha256_synced(path: Path) -> str:

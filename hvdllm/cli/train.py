@@ -7,7 +7,8 @@ from typing import Any
 
 from hvdllm.config import compose
 from hvdllm.config.check import check
-from hvdllm.config.schema import Config
+from hvdllm.config.composition import transport
+from hvdllm.config.schema import Config, Horovod
 from hvdllm.world.detect import Place, place
 
 USAGE = """hvdllm train [setting=value ...] [--cfg job] [--help]
@@ -18,6 +19,9 @@ standard library, in one to two minutes. Under a launcher every process is a ran
   hvdllm train
   hvdllm train text=files text.path=notes/ budget_tokens=5e6
   horovodrun --gloo -np 2 hvdllm train experiment=laptop
+  horovodrun --gloo -np 2 hvdllm train exchange=acco wire=bf16
+  torchrun --nproc-per-node 2 -m hvdllm train exchange=ddp
+  hvdllm train world=virtual world.size=8 exchange=delayed
   hvdllm train resume=runs/<name> budget_tokens=1e7
 """
 
@@ -44,7 +48,8 @@ def set_threads(config: Config, here: Place) -> None:
 
     from hvdllm import device
 
-    threads = config.device.threads or max(1, device.usable_cores() // here.local_size)
+    together = 1 if config.world.kind == "virtual" else here.local_size  # of logical ranks one computes at a time
+    threads = config.device.threads or max(1, device.usable_cores() // together)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_num_threads(threads)
 
@@ -54,21 +59,39 @@ def train(config: Config, words: list[str], here: Place) -> None:
     from hvdllm.trainer import build
     from hvdllm.world import signals
 
+    def live(world: Any) -> None:
+        with make_show(world.rank, here.launcher == "none") as show:
+            build.run(config, words, here, world, show)
+        world.close()
+
+    if config.world.kind == "virtual":
+        from hvdllm.world import virtual
+        from hvdllm.world.base import Asks
+
+        asks = Asks()
+        signals.listen(asks, alone=True)
+        virtual.run(config.world.size, live, asks, hosts=config.world.hosts)
+        return
     world = open_world(config, here)
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
-    with make_show(world.rank, here.launcher == "none") as show:
-        build.run(config, words, here, world, show)
-    world.close()
+    live(world)
 
 
 def open_world(config: Config, here: Place) -> Any:
-    """Alone: no Horovod is imported."""
-    if config.world.kind == "single" or here.launcher == "none":
+    """This process's rank among those of the launcher. Alone: no Horovod is imported; world=torch: none either."""
+    kind = transport(config, here)
+    if kind == "single":
         from hvdllm.world.single import SingleWorld
 
         return SingleWorld()
+    if kind == "torch":
+        from hvdllm.world.torch import TorchWorld
+
+        return TorchWorld(here, config.world.timeout_s, config.device.kind)
     from hvdllm.world.hvd import HorovodWorld
 
-    return HorovodWorld(here, config.world.timeout_s)
+    return HorovodWorld(
+        here, config.world.timeout_s, groups=config.wire.hierarchical, fuse=isinstance(config.exchange, Horovod)
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hvdllm.config.schema import Config, Cosine, Files, WarmupStableDecay
+import re
+
+from hvdllm.config.composition import refusal, transport
+from hvdllm.config.schema import Acco, Config, Cosine, Files, WarmupStableDecay
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
@@ -17,12 +20,10 @@ def check(config: Config, place: Place) -> None:
         raise UserError(
             f"batch_tokens={config.batch_tokens} is no multiple of model.context={context}: {near} would be the nearest"
         )
-    sequences = config.batch_tokens // context
-    if sequences < place.size:
-        raise UserError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
-            f"{place.size} ranks: at least {place.size * context}, or start fewer ranks"
-        )
+    check_world(config, place)
+    if why := refusal(config, place):
+        raise UserError(why)
+    check_batch(config, config.world.size if config.world.kind == "virtual" else place.size)
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
     for key in ("path", "validation"):
@@ -51,12 +52,45 @@ def check(config: Config, place: Place) -> None:
         raise UserError(
             f"name={config.name!r} is not the name of a folder: no slashes and no leading dot; see runs_dir"
         )
-    if config.world.kind == "horovod" and place.launcher == "none":
-        raise UserError("world=horovod needs ranks that a launcher started: horovodrun -np 2 hvdllm train …")
-    if config.world.kind == "single" and place.size > 1:
-        raise UserError(
-            f"world=single under a launcher would train {place.size} times the same run: leave world at auto, "
-            "or start one process"
-        )
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
+    if config.trace_steps is not None and not re.fullmatch(r"\d+:\d+", config.trace_steps):
+        raise UserError(f"trace_steps={config.trace_steps} is no range of steps: give first:last, 20:24 for example")
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """Raises UserError where a global batch cannot be dealt."""
+    context = config.model.context
+    sequences = config.batch_tokens // context
+    halves = isinstance(config.exchange, Acco) and not config.exchange.timed
+    if halves and sequences % 2:
+        raise UserError(
+            f"batch_tokens={config.batch_tokens} is {sequences} sequences, and exchange=acco takes them in two halves: "
+            f"{(sequences + 1) * context} would be even"
+        )
+    least = ranks * (2 if halves else 1)
+    if sequences < least:
+        raise UserError(
+            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
+            f"{ranks} ranks{' have in two halves' if halves else ''}: at least {least * context}, or start fewer ranks"
+        )
+
+
+def check_world(config: Config, place: Place) -> None:
+    """Raises UserError where what started us cannot be this world."""
+    kind = transport(config, place)
+    if kind in ("horovod", "torch") and place.launcher == "none":
+        start = "horovodrun -np 2" if kind == "horovod" else "torchrun --nproc-per-node 2 -m"
+        raise UserError(f"world={kind} needs ranks that a launcher started: {start} hvdllm train …")
+    if kind == "horovod" and place.launcher == "torchrun":
+        raise UserError(
+            "torchrun starts ranks that Horovod cannot join: leave world at auto (or torch), or start them with "
+            "horovodrun, mpirun or srun"
+        )
+    if kind in ("single", "virtual") and place.size > 1:
+        raise UserError(
+            f"world={kind} under a launcher would train {place.size} times the same run: leave world at auto, "
+            "or start one process"
+        )
+    if kind == "virtual" and config.world.size % config.world.hosts:
+        raise UserError(f"world.hosts={config.world.hosts} is no divisor of world.size={config.world.size}")

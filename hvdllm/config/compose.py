@@ -21,7 +21,8 @@ from hvdllm.errors import UserError
 
 TOKEN_SETTINGS = (
     *("budget_tokens", "batch_tokens", "eval_tokens", "sample_tokens", "schedule.horizon"),
-    *(f"{act}_every" for act in ("eval", "save", "log", "sample")),
+    *(f"{act}_every" for act in ("eval", "save", "log", "sample", "audit")),
+    *("exchange.warmup_tokens", "wire.warmup_tokens", "optim.freeze_tokens"),
 )
 
 
@@ -66,7 +67,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            value = {"name": option_name(f.name, value), **dataclasses.asdict(value)}  # type: ignore[arg-type]
+            value = {"name": schema.name_of(f.name, value), **dataclasses.asdict(value)}  # type: ignore[arg-type]
         out[f.name] = value
     return out
 
@@ -97,11 +98,6 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-
-
-def option_name(group: str, settings: Any) -> str:
-    """allreduce for an AllReduce."""
-    return next(name for name, kind in schema.SCHEMAS[group].items() if kind is type(settings))
 
 
 def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -87,13 +87,181 @@ class Model:
 
 # ------------------------------------------------------------------ exchange
 @dataclass
-class AllReduce:
-    """Synchronous: every update waits for the sum of all ranks' gradients. Replicas stay identical."""
+class Exchange:
+    """What is common to every exchange."""
 
     bucket_mb: float = setting(
         25.0,
         "MiB of gradients that travel together; smaller starts earlier, larger has less overhead",
         least=0.001,
+    )
+
+
+@dataclass
+class AllReduce(Exchange):
+    """Synchronous: every update waits for the sum of all ranks' gradients. Replicas stay identical."""
+
+    reduction: str = setting(
+        "sum",
+        "sum, or adasum (Maleki et al., 2020): gradients of equal direction are averaged, orthogonal ones added, "
+        "tensor by tensor; a power of two ranks",
+        choices=("sum", "adasum"),
+    )
+
+
+@dataclass
+class Sharded(Exchange):
+    """Synchronous, ZeRO-1: each rank gets the sum of its own pieces, updates them with 1/N of the optimizer's state,
+    and hands out the weights."""
+
+
+@dataclass
+class Delayed(Exchange):
+    """One update late: the sum of one round travels while the next is computed. Staleness exactly 1."""
+
+    warmup_tokens: int = setting(
+        40_000,
+        "committed tokens before which every update is synchronous: a few dozen updates (ZeRO-Offload, section 5.2)",
+        least=0,
+    )
+    compensation: float = setting(
+        0.0,
+        "lambda of delay compensation (Zheng et al., 2017): the sum G over n tokens becomes G + lambda G*G*(x - "
+        "x_then); 1 takes G*G/n for the Hessian of the mean loss; 0: none. Costs a copy of the weights",
+        least=0,
+    )
+
+
+@dataclass
+class Acco(Exchange):
+    """ACCO (Nabli et al., 2024): two halves an update, each computed while the other travels, the second at an
+    estimate of the weights to come; optimizer state 1/N a rank. Nobody waits for the network."""
+
+    timed: bool = setting(
+        False,
+        "a half ends for a rank when what travels has landed, so fast ranks do more micro-batches; false: by count, "
+        "half of batch_tokens, which can be repeated bit for bit. Timed, batch_tokens is the least an update has, "
+        "and a micro-batch has no more than a rank's share of half of it",
+    )
+    least: int = setting(1, "micro-batches that a rank computes in a half at least, where timed", least=1)
+
+
+@dataclass
+class Ddp(Exchange):
+    """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
+    It runs without Horovod (world=torch)."""
+
+
+@dataclass
+class Horovod(Exchange):
+    """Reference: Horovod's own DistributedOptimizer, as its documentation uses it."""
+
+
+# ------------------------------------------------------------------ wire
+@dataclass
+class Wire:
+    """What is common to every wire. What a lossy one leaves out of a sum it keeps for the next (error feedback)."""
+
+    hierarchical: bool = setting(
+        False,
+        "inside a host in full precision, only one rank's share crosses hosts, and only that hop is coded; needs as "
+        "many ranks on each host",
+    )
+
+
+@dataclass
+class Fp32(Wire):
+    """The gradients as they are (fp64 where precision=fp64): what arrives is the sum."""
+
+
+@dataclass
+class Coded(Wire):
+    """What is common to the wires that code a sum by pieces: encoded twice on its way, added in fp32 between."""
+
+    chunk_mb: float = setting(
+        4.0,
+        "MiB of gradients encoded at a time, while those before travel; smaller hides more of the encoding, larger has "
+        "fewer operations of 1 to 2 ms each",
+        least=0.001,
+    )
+
+
+@dataclass
+class Fp16(Coded):
+    """Half the bytes, 11 bits of precision. Sums are scaled to the middle of its range by the tokens of a batch: mean
+    gradients from 1e-6 to 16 keep their precision; from 64 on they overflow, which stops the run with a sentence."""
+
+
+@dataclass
+class Bf16(Coded):
+    """Half the bytes, 8 bits of precision, the range of fp32: nothing to scale, nothing overflows."""
+
+
+@dataclass
+class Int8(Coded):
+    """A quarter of the bytes: each block of elements as 8-bit multiples of its largest / 127."""
+
+    block: int = setting(
+        256, "elements that share a scale of 4 bytes; 256: 1.6 % more bytes than int8 alone, steps of 1/127", least=8
+    )
+
+
+@dataclass
+class TopK(Coded):
+    """Only the largest elements of each piece travel, the rest adds up until it is large (Deep Gradient Compression,
+    Lin et al., 2018). Vectors (biases, norms) travel whole."""
+
+    density: float = setting(
+        0.01,
+        "share of the elements that travels, 8 bytes each; with N ranks the way back carries up to N times as many, so "
+        "few ranks and few elements save most; .001 in the paper, on far longer runs",
+        least=1e-6,
+    )
+    warmup_tokens: int = setting(
+        50_000,
+        "committed tokens over which the density falls exponentially from 25 %: 4 % of a run of 1.2 million, as the "
+        "paper's 4 of 90 epochs",
+        least=0,
+    )
+    momentum: float = setting(
+        0.0,
+        "momentum correction with factor masking: each rank chooses from its velocity. Give SGD's momentum here "
+        "and set optim.momentum=0; 0 with Adam, whose momentum comes after the sum",
+        least=0,
+    )
+
+
+@dataclass
+class Sign(Coded):
+    """One bit an element and a scale of 4 bytes for each 1024 (1-bit SGD, Seide et al., 2014). Vectors travel whole."""
+
+    warmup_tokens: int = setting(
+        200_000,
+        "committed tokens before which sums are exact: 17 % of a run of 1.2 million; 1-bit Adam takes 15 to 25 %",
+        least=0,
+    )
+    scale: str = setting(
+        "l1",
+        "l1: mean |u|, which always brings the receiver nearer (a contraction); l2: root mean square as in 1-bit Adam, "
+        "which keeps the norm but overshoots where few elements are large",
+        choices=("l1", "l2"),
+    )
+
+
+@dataclass
+class PowerSGD(Wire):
+    """Each matrix as a product of two thin ones, found by one step of the power method from the last one's (Vogels et
+    al., 2019). Only where replicas get whole sums (exchange=allreduce, delayed)."""
+
+    rank: int = setting(4, "columns of the thin matrices; 4 as in the paper's language models", least=1)
+    warmup_tokens: int = setting(
+        100_000,
+        "committed tokens before which sums are exact: early gradients change too fast to be followed; some dozen "
+        "updates (the paper's code: 100)",
+        least=0,
+    )
+    min_compression: float = setting(
+        2.0, "tensors that would shrink by less than this factor travel uncompressed; 2 as in the paper's code", least=0
     )
 
 
@@ -104,9 +272,13 @@ class World:
 
     kind: str = setting(
         "auto",
-        "auto (what started us decides), single (this process alone) or horovod (needs a launcher)",
-        choices=("auto", "single", "horovod"),
+        "auto (what started us, and the exchange, decide), single (this process alone), horovod, torch "
+        "(torch.distributed: torchrun, or any launcher) or virtual (logical ranks in one process: for oracles and "
+        "convergence, not for speed)",
+        choices=("auto", "single", "horovod", "torch", "virtual"),
     )
+    size: int = setting(4, "logical ranks of world=virtual; elsewhere the launcher decides", least=1)
+    hosts: int = setting(1, "logical hosts of world=virtual, a divisor of its size; for wire.hierarchical", least=1)
     timeout_s: float = setting(
         1800.0,
         "seconds a rank waits for the others before it gives up with a sentence; longer than any act",
@@ -116,8 +288,8 @@ class World:
 
 # ------------------------------------------------------------------ optim and schedule
 @dataclass
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019). Decays matrices and embeddings only."""
+class Adam:
+    """What is common to Adam's kind. Decays matrices and embeddings only."""
 
     lr: float = setting(3e-3, "peak learning rate; small models take more than large ones", least=0)
     beta1: float = setting(0.9, "decay of the mean of gradients, a step", least=0)
@@ -127,6 +299,26 @@ class AdamW:
     eps: float = setting(1e-8, "added to the root of the second moment", least=0)
     weight_decay: float = setting(0.1, "decay a step, times the learning rate", least=0)
     clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", least=0)
+
+
+@dataclass
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    freeze_tokens: int | None = setting(
+        None,
+        "committed tokens after which second moments stay as they are, the second stage of 1-bit Adam (Tang et "
+        "al., 2021): for wire=sign; null: never",
+        least=1,
+    )
+
+
+@dataclass
+class NAdam(Adam):
+    """Adam that looks ahead along its momentum, decoupled decay (Dozat, 2016): for exchange=delayed, beta1 of .99 is
+    Nesterov's method for delay (Ajanthan et al., 2025)."""
+
+    beta1: float = setting(0.99, "decay of the mean of gradients, a step; .99 as that paper's code", least=0)
 
 
 @dataclass
@@ -217,9 +409,18 @@ class Config:
         least=0,
     )
     sample_every: int = setting(400_000, "tokens between samples of text; 0: never, not even at the end", least=0)
+    audit_every: int = setting(
+        400_000,
+        "tokens between audits, which compare the weights of all ranks bit by bit (or say how far apart they are, "
+        "where the exchange does not promise equality); 0: never",
+        least=0,
+    )
     log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
     keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1)
     eval_tokens: int = setting(65_536, "tokens of an evaluation, always the same first ones; 0: all", least=0)
+    trace_steps: str | None = setting(
+        None, "steps first:last of which trace.json shows compute, flight and blocked time of every rank; null: none"
+    )
     sample_prompt: str = setting("def ", "text that a sample continues")
     sample_tokens: int = setting(160, "tokens a sample has", least=1)
     precision: str = setting(
@@ -230,6 +431,7 @@ class Config:
     text: Any = setting(None, "where the text comes from")
     model: Any = setting(None, "the transformer")
     exchange: Any = setting(None, "how the gradients of the ranks meet")
+    wire: Any = setting(None, "how a sum travels")
     world: Any = setting(None, "which processes train together")
     optim: Any = setting(None, "what a summed gradient does to the weights")
     schedule: Any = setting(None, "the learning rate as a function of tokens")
@@ -240,9 +442,30 @@ class Config:
 SCHEMAS: dict[str, dict[str, type]] = {
     "text": {"stdlib": Stdlib, "files": Files},
     "model": {"gpt": Model},
-    "exchange": {"allreduce": AllReduce},
+    "exchange": {
+        "allreduce": AllReduce,
+        "sharded": Sharded,
+        "delayed": Delayed,
+        "acco": Acco,
+        "ddp": Ddp,
+        "horovod": Horovod,
+    },
+    "wire": {
+        "fp32": Fp32,
+        "fp16": Fp16,
+        "bf16": Bf16,
+        "int8": Int8,
+        "topk": TopK,
+        "sign": Sign,
+        "powersgd": PowerSGD,
+    },
     "world": {"world": World},
-    "optim": {"adamw": AdamW, "sgd": SGD},
+    "optim": {"adamw": AdamW, "nadam": NAdam, "sgd": SGD},
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WarmupStableDecay},
     "device": {"device": Device},
 }
+
+
+def name_of(group: str, settings: Any) -> str:
+    """allreduce for an AllReduce."""
+    return next(name for name, kind in SCHEMAS[group].items() if kind is type(settings))

@@ -44,20 +44,28 @@ class Stream(Protocol):
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         """This rank's share of each global batch, dealt by count in equal parts; one list a part."""
 
+    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
+        """Micro-batches of `most` tokens without end, of walker `index` among `of`; the exchange sets `last`."""
+
 
 @dataclass(frozen=True)
 class Report:
     """What is known of a commit only one commit later, when the meta that carries it has landed.
 
-    loss_sum is in nats over loss_tokens tokens of all ranks; the seconds and micro-batches are one number a rank.
+    loss_sum is in nats over loss_tokens tokens of all ranks; grad_norm is that of the mean gradient before clipping;
+    noise: one estimate (|G|², tr S) of exchange/noise.py, or None; the rest is one number a rank, over the rounds of
+    this commit: seconds that compute ran, that it stood still for the exchange, that something travelled, of CPU time
+    of the whole process, and micro-batches.
     """
 
     loss_sum: float
     loss_tokens: float
     grad_norm: float
+    noise: tuple[float, float] | None
     compute_s: list[float]
     blocked_s: list[float]
     flight_s: list[float]
+    cpu_s: list[float]
     micro_batches: list[float]
 
 
@@ -193,8 +201,12 @@ class Exchange(Protocol):
 
 
 class NotFinite(Exception):
-    """The summed gradient of `round` is not finite: the update was masked, on every rank alike."""
+    """A summed gradient is not finite: the update was masked, on every rank alike.
 
-    def __init__(self, step: int, round: int, norm: float) -> None:
+    rounds: of the stream, in `parts` a batch, whose gradients these were (none where they cannot be dealt again).
+    left: the weights are no longer those that they were taken at.
+    """
+
+    def __init__(self, step: int, rounds: list[int], norm: float, parts: int = 1, left: bool = False) -> None:
         super().__init__(f"step {step}: gradient norm {norm}")
-        self.step, self.round, self.norm = step, round, norm
+        self.step, self.rounds, self.norm, self.parts, self.left = step, rounds, norm, parts, left

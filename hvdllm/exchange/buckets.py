@@ -57,9 +57,10 @@ class Buckets:
             self._flights.append(self._launch(bucket))
 
     def launch_rest(self) -> list[Flight]:
-        """Launches what is left, in the fixed order. All flights of the round, in that order."""
+        """Launches what is left, in the fixed order. All flights of the round, by bucket."""
         self._armed = False
         for bucket in self._order[len(self._flights) :]:
             self._flights.append(self._launch(bucket))
         flights, self._flights = self._flights, []
-        return flights
+        by_bucket = {bucket.index: flight for bucket, flight in zip(self._order, flights, strict=True)}
+        return [by_bucket[index] for index in sorted(by_bucket)]

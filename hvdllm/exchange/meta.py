@@ -14,8 +14,8 @@ import torch
 
 from hvdllm.world.base import Asks, Flight, World
 
-FIELDS = ("tokens", "loss", "loss_tokens", "stop", "save")
-SLOT = ("compute_s", "blocked_s", "flight_s", "micro_batches")
+FIELDS = ("tokens", "loss", "loss_tokens", "squares", "stop", "save")
+SLOT = ("compute_s", "blocked_s", "flight_s", "cpu_s", "micro_batches")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class MetaSum:
     tokens: float
     loss: float
     loss_tokens: float
+    squares: float  # each rank's squared norm of its own sum over its own tokens, added up
     asks: Asks
     slots: dict[str, list[float]]
 
@@ -48,6 +49,7 @@ class MetaPost:
             head["tokens"],
             head["loss"],
             head["loss_tokens"],
+            head["squares"],
             Asks(head["stop"] > 0, head["save"] > 0),
             {name: rest[i :: len(SLOT)] for i, name in enumerate(SLOT)},
         )

@@ -5,6 +5,7 @@ epoch     every window once, in the order permutation(seed, epoch)
 position  how many windows were taken: position k is window k % W of the order of epoch k // W
 round     `batch` windows, position round x batch and on, dealt to the ranks as evenly as it goes:
           each rank a consecutive share, the first `batch % size` ranks one window more
+lane      what one rank walks where rounds have no fixed size: lane i of n takes the windows at positions i, i + n, ...
 batch     (a micro-batch) at most `micro_batch` sequences of a rank's share: one forward pass
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,9 +91,11 @@ class Stream:
         self.position = 0  # windows handed out to all ranks
         self.waited_s = 0.0
         self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
-        # A round touches at most two epochs, for windows >= batch.
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(self.windows, seed, epoch))
+        # A round touches at most two epochs, for windows >= batch; lanes may be a little apart.
+        self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
         self._pool: ThreadPoolExecutor | None = None
+        self._lanes: dict[int, int] = {}  # lane: windows handed out of it
+        self._walked: list[int] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def share(self, round: int, parts: int = 1) -> list[Batch]:
@@ -127,13 +130,57 @@ class Stream:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def lane(self, index: int, of: int, most: int) -> Iterator[Batch]:
+        """Micro-batches without end, of walker `index` among `of`; `last` is left to the caller. most: tokens that one
+        should have at most; it has `micro_batch` windows where these are fewer, and at least one.
+
+        The lanes are as many as the walkers were when the run began; a walker of fewer takes, each time, whichever of
+        its lanes is least far on. What was read ahead and not handed out does not count.
+        """
+        if not self._lanes:
+            self._lanes = dict.fromkeys(range(of), 0)
+        count, each = len(self._lanes), max(1, min(self.micro_batch, most // (self._windows.shape[1] - 1)))
+        mine = [lane for lane in self._lanes if lane % of == index]
+        planned = {lane: self._lanes[lane] for lane in mine}
+        self._walked = mine
+
+        def load() -> tuple[int, int, Future[_Loaded]]:
+            lane = min(mine, key=lambda lane: (planned[lane], lane))
+            at, planned[lane] = planned[lane], planned[lane] + each
+            return lane, at, pool.submit(self._rows, lane + count * np.arange(at, at + each))
+
+        self.close()
+        pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
+        ready = deque(load() for _ in range(max(1, 2 * self.ahead)))
+        first = True
+        try:
+            while True:
+                lane, at, loading = ready.popleft()
+                since = time.perf_counter()
+                loaded = loading.result()
+                self.waited_s += 0.0 if first else time.perf_counter() - since
+                first = False
+                ready.append(load())
+                self._lanes[lane] = at + each
+                (batch,) = self._arrive(loaded, at)
+                batch.index = lane  # with its place in the lane: what dropout is seeded by
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def lanes(self) -> dict[str, Any]:
+        """How many lanes there are, and how far on those that this rank walks; {} where it walks none."""
+        return {"of": len(self._lanes), "at": {str(k): self._lanes[k] for k in self._walked}} if self._lanes else {}
+
     def state(self) -> dict[str, int]:
         """Where the stream stands: rounds handed out, and the same place as epoch and window (of so many) in it."""
         epoch, window = divmod(self.position, self.windows)
         return {"round": self.position // self.batch, "epoch": epoch, "window": window, "windows": self.windows}
 
-    def load(self, state: dict[str, int]) -> None:
-        """Goes to the place that state() named, for any world size. Ends a rounds() under way.
+    def load(self, state: dict[str, int], lanes: Sequence[dict[str, Any]] = ()) -> None:
+        """Goes to the place that state(), and lanes() of all ranks, named, for any world size. Ends what is under way.
+
+        More ranks than there were lanes: as many lanes as ranks, each as far on as all were on average.
 
         Raises UserError where the place does not exist with this text and this batch.
         """
@@ -145,6 +192,10 @@ class Stream:
             )
         self.close()
         self.position = position
+        known = {int(lane): at for each in lanes if each for lane, at in each["at"].items()}
+        self._lanes = dict(sorted(known.items()))
+        if known and self.size > len(known):
+            self._lanes = dict.fromkeys(range(self.size), -(-sum(known.values()) // self.size))
 
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
@@ -162,7 +213,11 @@ class Stream:
         first, count = deal(part, self.rank, self.size)
         if count == 0:
             return None
-        epochs, places = np.divmod(np.arange(count) + number * part + first, self.windows)
+        return self._rows(np.arange(count) + number * part + first)
+
+    def _rows(self, positions: np.ndarray) -> _Loaded:
+        """The windows at these positions, copied or on their way to the device. Runs in the thread."""
+        epochs, places = np.divmod(positions, self.windows)
         rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
         inputs, targets = _pair(self._windows, rows)
         if self._copies is None:

@@ -64,9 +64,11 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
     weights are still those before the round) and says where the first bad number came up. Collective.
     """
     found: dict[str, Any] = {}
-    batches = stream.share(error.round)
+    batches = [batch for number in error.rounds for batch in stream.share(number, error.parts)]
     for batch in batches:
         flat.g.zero_()
+        for name, p in flat.parameters.items():  # wherever a library had moved it
+            p.grad = flat.view(name, flat.g)
         loss = backward(model, batch).item()
         if batch.tokens and not bool(torch.isfinite(flat.g).all()):
             # Backward order: the last registered tensor's gradient is complete first. (flat.at has another order.)
@@ -75,6 +77,12 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
             break
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
     rank = next((rank for rank, said in enumerate(says) if said), None)
+    if rank is None and (error.left or not error.rounds):
+        return RunError(
+            f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); it was taken at weights "
+            "that this exchange has left, and at today's its text gives finite ones; nothing was updated: lower "
+            "optim.lr, or run exchange=allreduce to see the tensor"
+        )
     if rank is None:
         return RunError(
             f"step {error.step}: the sum of gradients is not finite (norm {error.norm}) although each rank's own is: "

@@ -16,8 +16,15 @@ from hvdllm.checkpoint import read
 from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
+from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import NotFinite, State
+from hvdllm.exchange.ddp import Ddp
+from hvdllm.exchange.delayed import Delayed
+from hvdllm.exchange.horovod import Horovod
+from hvdllm.exchange.reference import Reference
+from hvdllm.exchange.sharded import Sharded
+from hvdllm.exchange.wire import make as make_wire
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.models import size
 from hvdllm.models.generate import generate
@@ -37,11 +44,19 @@ from hvdllm.trainer.evaluate import Evaluation, evaluate
 from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
+from hvdllm.trainer.trace import Trace, parse_steps
 from hvdllm.world.base import World
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
 
-EXCHANGES: dict[type, Any] = {schema.AllReduce: AllReduce}
+EXCHANGES: dict[type, Any] = {
+    schema.AllReduce: AllReduce,
+    schema.Sharded: Sharded,
+    schema.Delayed: Delayed,
+    schema.Acco: Acco,
+    schema.Ddp: Ddp,
+    schema.Horovod: Horovod,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
@@ -54,7 +69,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     device = agreed_device(config, world)
     corpus = agreed_corpus(config, world, show)
     model = build_model(config, corpus.tokenizer.vocab, device)
-    flat = Flat(model, world.size, config.exchange.bucket_mb * 2**20)
+    exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
+    flat = Flat(model, world.size, config.exchange.bucket_mb * 2**20, exchange.copies)
     resumed = read.read_state(Path(start.checkpoint)) if start.checkpoint and world.rank == 0 else None
     resumed = json.loads(world.texts(json.dumps(resumed), "load.state")[0])
     horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
@@ -63,12 +79,19 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
             f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
         )
     update = Update(config.optim, factor(config.schedule, horizon))
-    exchange = EXCHANGES[type(config.exchange)](config.exchange)
     loss = Loss(
         model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
         dropout=config.model.dropout > 0,
     )  # fmt: skip
-    module = exchange.attach(loss, flat, update, Plain(world), world)
+    # A reference's library moves the sums: of the wire it reads the settings alone.
+    wire = (
+        Plain(world, config.wire, flat, config.batch_tokens)
+        if isinstance(exchange, Reference)
+        else make_wire(config.wire, world, flat, config.batch_tokens)
+    )
+    module = exchange.attach(loss, flat, update, wire, world)
+    trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
+    exchange.watch = trace.note if config.trace_steps else None
     agree_on_weights(flat, world)
     stream = make_stream(config, corpus, device, world)
     folder = Folder(Path(start.folder)) if world.rank == 0 else None
@@ -81,18 +104,14 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         folder=folder, show=show, grace_s=grace(place),
     )  # fmt: skip
     hosts = account.hosts(device, world)
+    notes = list(corpus.notes)
     if resumed is not None:
-        vectors = {
-            kind: read.share_vector(Path(start.checkpoint or ""), kind, flat, world)
-            for kind in ("model", *update.vectors)
-        }
-        exchange.load(State(resumed["shared"], [], vectors, {}), resumed["mine"])
-        stream.load(resumed["stream"])
+        notes += load(Path(start.checkpoint or ""), resumed, exchange, flat, stream, world)
         due.load(resumed["due"])
     if folder is not None:
         open_folder(folder, config, overrides, start, resumed, corpus, hosts, world)
     show.header(header(config, corpus, hosts, world, start, resumed))
-    for note in corpus.notes:
+    for note in notes:
         show.say(note)
 
     reason = "failed"
@@ -104,6 +123,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
             else:
                 train(stream, module, exchange, due, config.budget_tokens)
         reason = "budget" if due.finished else "stop"
+        trace.write(Path(start.folder) / "trace.json")
     except NotFinite as error:
         raise explain(error, stream, module, flat, world) from None
     finally:
@@ -117,6 +137,24 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
             folder.close()
     if folder is not None:
         show.finish(end, start.folder, due.last_sample)
+
+
+def load(
+    checkpoint: Path, resumed: dict[str, Any], exchange: Any, flat: Flat, stream: Stream, world: World
+) -> list[str]:
+    """Everything but the acts goes back to where the checkpoint stands; what a person should know of it. Collective."""
+    vectors = {kind: read.share_vector(checkpoint, kind, flat, world) for kind in resumed["kinds"]}
+    ranks = read.saved_ranks(resumed)
+    summed = read.load_summed(checkpoint, flat, world, ranks)
+    tensors = read.share_tensors(checkpoint, world)
+    exchange.load(State(resumed["shared"], [], vectors, {}, summed, tensors), resumed["mine"])
+    stream.load(resumed["stream"], [mine.get("lanes", {}) for mine in resumed["mine"]])
+    if summed and ranks != world.size:
+        return [
+            f"the wire's residuals of {ranks} ranks were added up on rank 0, the other ranks begin with none: "
+            "nothing is lost, but the curve is not that of an unchanged world"
+        ]
+    return []
 
 
 # ------------------------------------------------------------------ what the ranks must agree on
@@ -137,7 +175,8 @@ def agreed_start(config: Config, world: World, show: Show) -> Start:
 def agreed_device(config: Config, world: World) -> torch.device:
     device, problem = torch.device("cpu"), None
     try:
-        device = devices.choose(config.device.kind, world.local_rank)
+        # Logical ranks share one device.
+        device = devices.choose(config.device.kind, 0 if config.world.kind == "virtual" else world.local_rank)
     except UserError as error:
         problem = str(error)
     world.agree(problem, "start.device")
@@ -240,7 +279,7 @@ def grace(place: Place) -> float | None:
     if place.launcher == "none":
         return None
     lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 1))  # noqa: SIM112 - MPI's spelling
-    return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0}[place.launcher]
+    return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0, "torchrun": 30.0}[place.launcher]
 
 
 # ------------------------------------------------------------------ what is written
@@ -302,14 +341,22 @@ def header(
     going_on = {"goes on": f"from {resumed['shared']['tokens']:,} tokens"} if resumed else {}
     return {
         "model": f"{parameters / 1e6:.2f} M parameters, {config.precision}",
-        "text": f"{compose.option_name('text', config.text)}, {text}",
-        "exchange": compose.option_name("exchange", config.exchange),
-        "update": f"{batch}, {compose.option_name('optim', config.optim)}",
+        "text": f"{schema.name_of('text', config.text)}, {text}",
+        "exchange": exchange_name(config),
+        "update": f"{batch}, {schema.name_of('optim', config.optim)}",
         "ranks": ranks,
         "device": ", ".join(names),
         "run": start.folder,
         **going_on,
     }
+
+
+def exchange_name(config: Config) -> str:
+    """`acco, wire int8, world torch`: what is not usual is named."""
+    wire = schema.name_of("wire", config.wire)
+    parts = [schema.name_of("exchange", config.exchange)]
+    parts += [f"wire {wire}"] * (wire != "fp32") + ["hierarchical"] * config.wire.hierarchical
+    return ", ".join(parts + [f"world {config.world.kind}"] * (config.world.kind not in ("auto", "horovod")))
 
 
 def end_record(
@@ -335,7 +382,8 @@ def end_record(
         "loss": due.recorded_loss if due.recorded_loss is not None or math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
-        "tokens_not_committed": 0,  # a synchronous exchange commits all it computes (a round cut by a failure aside)
+        "tokens_settled": due.settled_tokens,
+        "tokens_not_committed": 0,  # every exchange commits all it computes in the end (a failure aside)
         "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
         "peak_memory_bytes": devices.peak_memory(device),
         "device_hours": clock.wall_s() * world.size / 3600,

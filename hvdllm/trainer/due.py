@@ -1,5 +1,5 @@
-"""The acts of a run: log, evaluate, sample, save. Which are due is a function of committed tokens and asks alone,
-so every rank does the same ones in the same order. Acts change no weight.
+"""The acts of a run: log, audit, evaluate, sample, save. Which are due is a function of committed tokens and asks
+alone, so every rank does the same ones in the same order. Acts change no weight.
 
 A milestone is crossed where `tokens // every` changes, so the cadence needs no state and may change on resume.
 The mark that meets the budget evaluates, samples and saves; a stop only saves.
@@ -16,10 +16,12 @@ from typing import Any, Protocol
 from hvdllm.checkpoint import write
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError
-from hvdllm.exchange.base import Commit, Exchange, Report, Update
+from hvdllm.exchange import noise
+from hvdllm.exchange.base import Commit, Exchange, Report, Settled, Update
 from hvdllm.runs import Folder
+from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.clock import Clock
-from hvdllm.trainer.evaluate import Evaluation, replicas_agree
+from hvdllm.trainer.evaluate import Evaluation
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World
 
@@ -50,8 +52,10 @@ class Window:
     blocked_s: float = 0.0
     blocked_s_max: float = 0.0
     flight_s: float = 0.0
-    micro_batches: float = 0.0
-    staleness: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0  # of all ranks
+    skew_s: float = 0.0  # compute of the slowest rank less that of the fastest
+    micro_batches: list[float] = field(default_factory=list)  # of each rank
+    staleness: list[float] = field(default_factory=list)  # one a commit
 
     def add(self, report: Report) -> None:
         self.loss_sum += report.loss_sum
@@ -60,7 +64,11 @@ class Window:
         self.blocked_s += fmean(report.blocked_s)
         self.blocked_s_max += max(report.blocked_s)
         self.flight_s += fmean(report.flight_s)
-        self.micro_batches += sum(report.micro_batches)
+        self.cpu_s += sum(report.cpu_s)
+        self.skew_s += max(report.compute_s) - min(report.compute_s)
+        if len(self.micro_batches) != len(report.micro_batches):  # the first, or another world size
+            self.micro_batches = [0.0] * len(report.micro_batches)
+        self.micro_batches = [a + b for a, b in zip(self.micro_batches, report.micro_batches, strict=True)]
 
 
 class Due:
@@ -97,6 +105,8 @@ class Due:
         self.last_loss, self.last_blocked, self.last_sample = float("nan"), 0.0, ""
         self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
+        self.noise: tuple[float, float] | None = None  # smoothed numerator and denominator of the noise scale
+        self.settled_tokens = 0  # committed by settling, behind the last mark
         self.finished = False
         self._save_s = 0.0
         self._first_steps: list[float] = []
@@ -125,10 +135,12 @@ class Due:
             self._open_record(commit, extra=not crossed(config.log_every))
         self._progress()
         evaluate, sample = due(config.eval_every), due(config.sample_every)
-        save = due(config.save_every) or commit.asks.save or stop
-        if evaluate or sample or save:
+        audit, save = due(config.audit_every), due(config.save_every) or commit.asks.save or stop
+        if evaluate or sample or save or audit:
             seconds = self.clock.seconds()
             with self.clock.act():
+                if audit:  # first: nothing is said or kept of replicas that have come apart
+                    self.audit()
                 if evaluate:
                     self.evaluate(seconds)
                 if sample:
@@ -137,9 +149,10 @@ class Due:
                     self.save(seconds)
         self.finished = met
 
-    def finish(self, report: Report | None) -> None:
+    def finish(self, settled: Settled) -> None:
         """After settle: the last commit's record is complete; the weights to keep are written."""
-        self._close_record(report)
+        self._close_record(settled.report)
+        self.settled_tokens = settled.tokens
         if self.finished and self.config.save_every:
             with self.exchange.consensus(), self.update.weights():
                 if self.folder is not None:
@@ -149,19 +162,31 @@ class Due:
     def evaluate(self, seconds: float) -> None:
         with self.exchange.consensus(), self.update.weights():
             result = self._evaluate()
-            agree = replicas_agree(self.flat.x, self.world)
         self.last_eval = result
         if self.folder is not None:
             values = {"tokens": self.tokens, "seconds": seconds, "loss": result.loss}
-            values |= {"bits_per_byte": result.bits_per_byte, "replicas_agree": agree}
-            self.folder.record("eval", values)
+            self.folder.record("eval", {**values, "bits_per_byte": result.bits_per_byte})
         self.show.say(
             f"{self.tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
         )
-        if not agree:
+
+    def audit(self) -> None:
+        """Where the exchange promises identical replicas a difference is an error; else it is logged how far they are
+        apart. Of the replicas as they are: within consensus() they would be the same by construction."""
+        if self.world.size == 1:
+            return
+        if not self.exchange.identical:
+            apart = spread(self.flat, self.world)
+            if self.folder is not None:
+                self.folder.record("audit", {"tokens": self.tokens, "spread": apart})
+            return
+        found = audit(self.flat, self.world)
+        if self.folder is not None:
+            self.folder.record("audit", {"tokens": self.tokens, "replicas_agree": found is None})
+        if found is not None:
             raise RunError(
-                f"step {self.step}: the replicas differ although this exchange keeps them identical; the last "
-                "checkpoint may be of either: check the network and memory of the hosts, then resume"
+                f"step {self.step}: the replicas differ in {found}, although this exchange keeps replicas "
+                "identical: look at the memory and network of its host, then resume from the last checkpoint"
             )
 
     def sample(self) -> None:
@@ -176,7 +201,7 @@ class Due:
         begin = self.clock.wall_s()
         path = write.write(
             self.folder.path if self.folder is not None else Path(), self.flat, self.exchange.state(), values,
-            self.world, self.config.keep,
+            self.world, self.config.keep, mine={"lanes": self.stream.lanes()},
         )  # fmt: skip
         self._save_s = self.clock.wall_s() - begin
         if self.folder is not None and path is not None:
@@ -194,6 +219,8 @@ class Due:
         if report is None:
             return
         self.window.add(report)
+        if report.noise is not None:
+            self.noise = noise.smooth(self.noise, report.noise)
         self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
         blocked = sum(report.blocked_s)
         self.last_blocked = blocked / max(blocked + sum(report.compute_s), 1e-9)
@@ -212,10 +239,17 @@ class Due:
             "blocked_s": window.blocked_s,
             "blocked_s_max": window.blocked_s_max,
             "flight_s": window.flight_s,
+            "hidden": 1 - window.blocked_s / window.flight_s if window.flight_s else None,
+            "skew_s": window.skew_s,
+            "cpu_s_per_token": window.cpu_s / max(window.loss_tokens, 1.0),
             "bytes_sent": head["bytes"] - last["bytes"],
             "staleness_mean": fmean(window.staleness) if window.staleness else 0.0,
             "staleness_max": max(window.staleness, default=0.0),
-            "micro_batches": window.micro_batches,
+            "micro_batches": sum(window.micro_batches),
+            "micro_batches_by_rank": window.micro_batches,
+            "updates": len(window.staleness),
+            "tokens_per_update": (head["tokens"] - last["tokens"]) / max(len(window.staleness), 1),
+            "noise_scale": noise.scale(self.noise),
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }
         self.recorded_loss = values["loss"]
@@ -252,12 +286,13 @@ class Due:
         return {
             "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
             "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
-            "bytes": self.bytes_before + self.world.bytes_sent,
+            "bytes": self.bytes_before + self.world.bytes_sent, "noise": self.noise,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
         self.window, self.last_record = Window(**state["window"]), state["last_record"]
+        self.noise = tuple(state["noise"]) if state["noise"] else None
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens

@@ -1,4 +1,4 @@
-"""Validation loss over a fixed prefix of the validation windows, and whether the replicas agree."""
+"""Validation loss over a fixed prefix of the validation windows."""
 
 from __future__ import annotations
 
@@ -49,10 +49,3 @@ def evaluate(
     model.train(was)
     total, tokens, size = world.sum(sums, "act.evaluate").land().tolist()
     return Evaluation(total / tokens, total / np.log(2) / max(size, 1.0), int(tokens))
-
-
-def replicas_agree(x: torch.Tensor, world: World) -> bool:
-    """Do all ranks hold the same bits? One pass over x and one number a rank. Collective."""
-    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
-    own = x.view(integer).sum(dtype=torch.int64).reshape(1).cpu()
-    return len(set(world.gather(own, "act.replicas").land().tolist())) == 1

@@ -73,12 +73,12 @@ class Flat:
             self.buckets.append(Bucket(len(self.buckets), Span(start, end, decays), tuple(names)))
 
         self.x = torch.zeros(end, dtype=first.dtype, device=first.device)
-        self._gradients = [torch.zeros_like(self.x) for _ in range(copies)]
-        self._views = [[self.view(name, g) for name in self.parameters] for g in self._gradients]
+        self.gradients = [torch.zeros_like(self.x) for _ in range(copies)]
+        self._views = [[self.view(name, g) for name in self.parameters] for g in self.gradients]
         for name, p in self.parameters.items():
             self.view(name).copy_(p.detach())
             p.data = self.view(name)
-        self._current = copies - 1
+        self.current = copies - 1  # number of the gradient vector that backward adds into
         self.flip()
 
     def _groups(self, names: list[str], bucket_bytes: float) -> list[list[str]]:
@@ -94,30 +94,40 @@ class Flat:
 
     def flip(self) -> None:
         """The next gradient vector becomes the current one: backward adds into it from here on."""
-        self._current = (self._current + 1) % len(self._gradients)
-        for p, view in zip(self.parameters.values(), self._views[self._current], strict=True):
+        self.current = (self.current + 1) % len(self.gradients)
+        for p, view in zip(self.parameters.values(), self._views[self.current], strict=True):
             p.grad = view
 
     @property
     def g(self) -> torch.Tensor:
         """The gradient vector that backward adds into."""
-        return self._gradients[self._current]
+        return self.gradients[self.current]
 
     def view(self, name: str, vector: torch.Tensor | None = None) -> torch.Tensor:
         """This tensor's elements of a flat vector (the weights' by default), in the tensor's shape."""
         return (self.x if vector is None else vector)[self.at[name]].view(self.parameters[name].shape)
 
-    def pieces(self, index: int, of: int) -> list[Span]:
-        """Piece `index` of `of` of every bucket; of=1: everything, neighbours that decay alike joined."""
+    def slices(self, index: int, of: int) -> list[Span]:
+        """Piece `index` of `of` of every bucket, one span a bucket."""
         spans: list[Span] = []
         for bucket in self.buckets:
             start, stop, decayed = bucket.span
             share = (stop - start) // of
-            span = Span(start + share * index, start + share * (index + 1), decayed)
-            if spans and spans[-1].stop == span.start and spans[-1].decayed == decayed:
-                span = Span(spans.pop().start, span.stop, decayed)
+            spans.append(Span(start + share * index, start + share * (index + 1), decayed))
+        return spans
+
+    def pieces(self, index: int, of: int) -> list[Span]:
+        """The same elements in as few spans as possible: neighbours that decay alike are joined."""
+        spans: list[Span] = []
+        for span in self.slices(index, of):
+            if spans and spans[-1].stop == span.start and spans[-1].decayed == span.decayed:
+                span = Span(spans.pop().start, span.stop, span.decayed)
             spans.append(span)
         return spans
+
+    def tensors(self) -> list[Span]:
+        """One span a tensor, in registration order, unpadded."""
+        return [Span(self.at[name].start, self.at[name].stop, p.dim() >= 2) for name, p in self.parameters.items()]
 
     def cut(self, spans: list[Span], vector: torch.Tensor) -> list[Part]:
         """A vector over these spans (their elements one after the other) as parts of named tensors."""

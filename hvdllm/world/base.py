@@ -63,6 +63,9 @@ class World(Protocol):
         The share may be a view of x, which must not be touched in flight and is spent afterwards.
         """
 
+    def adasum(self, x: torch.Tensor, name: str) -> Flight:
+        """In place: every rank's x becomes the Adasum of all (Maleki et al., 2020); a power of two ranks."""
+
     def gather(self, x: torch.Tensor, name: str) -> Flight:
         """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ."""
 

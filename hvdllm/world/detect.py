@@ -12,7 +12,7 @@ from hvdllm.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands. launcher: none, horovodrun, mpirun or srun."""
+    """Where this process stands. launcher: none, horovodrun, torchrun, mpirun or srun."""
 
     launcher: str = "none"
     rank: int = 0
@@ -40,7 +40,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     if "HOROVOD_RANK" in env:
         return at("horovodrun", *(f"HOROVOD_{v}" for v in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
     if "TORCHELASTIC_RUN_ID" in env and "RANK" in env:
-        raise UserError("torchrun starts ranks that Horovod cannot join: start them with horovodrun, mpirun or srun")
+        return at("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "OMPI_COMM_WORLD_RANK" in env:
         return at("mpirun", *(f"OMPI_COMM_WORLD_{v}" for v in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:

@@ -1,285 +1,346 @@
 """Many logical ranks as threads of one process, with exact and deterministic collectives. No launcher, no network.
 
-Invariant: one thread runs at a time. The baton changes hands only where a rank waits for others, and goes to the
-smallest (simulated time, rank, lane) that can go on, so two equal runs are bit-equal whatever the machine does. All
-simulated times are 0 for now. A rank has two lanes: its own thread and its driver. Random state is swapped with
-the baton: each rank draws as if it were alone.
+Invariant: one thread runs at a time. The baton changes hands only where a rank waits or polls in vain, and goes to the
+smallest (simulated time, rank, lane) that can go on, so two equal runs are bit-equal whatever the machine does. A
+simulated second passes with every poll in vain, so that who polls lets others run; nothing else takes time yet. A rank
+has two lanes: its own thread and its driver. torch's random state on the CPU is swapped with the baton: each rank draws
+as if it were alone.
 
-Sums are taken in rank order, in the tensors' own dtype. For oracles at many ranks and for convergence experiments with
-many workers; step times come only from real ranks.
+It is strict where real ranks break only sometimes: a name launched again before its last use was seen to land, tensors
+that do not match, a tensor written to in flight, and ranks that all wait for each other are errors at once.
+
+For oracles at many ranks and for convergence experiments with many workers; step times come only from real ranks.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from hvdllm.errors import PeerError, UserError
-from hvdllm.world.base import Asks, Flight, first_problem
+from hvdllm.world.base import Asks, Flight
+from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
 
+# ------------------------------------------------------------------ the baton
 class Lane:
-    """A thread that takes part in passing the baton."""
+    """A thread that takes part in passing the baton. ready: whether it can go on; waits: for what, in words."""
 
     def __init__(self, rank: int, number: int) -> None:
-        self.place = (0.0, rank, number)  # simulated time first
+        self.rank, self.number, self.time = rank, number, 0
         self.go = threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
+        self.waits: Callable[[], str] = lambda: "its start"
+
+    def place(self) -> tuple[int, int, int]:
+        return self.time, self.rank, self.number
 
 
 class Hub:
-    """What the ranks of one process share."""
+    """What the ranks of one process share. Only the holder of the baton touches it, but for `fail`."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.lanes: list[Lane] = []
-        self.open: dict[Any, SimpleNamespace] = {}  # collectives that some rank has not joined yet
-        self.random: dict[int, torch.Tensor] = {}
         self.holder: Lane | None = None
+        self.open: dict[Any, Box] = {}  # collectives that some rank has not joined yet
+        self.random: dict[int, torch.Tensor] = {}
         self.failure: BaseException | None = None
+        self.over = threading.Event()  # no lane is left
 
-    def wait(self, lane: Lane, ready: Callable[[], bool]) -> None:
+    def wait(self, ready: Callable[[], bool], waits: Callable[[], str]) -> None:
         """Returns when `ready`; others run meanwhile. Raises PeerError once a rank has failed."""
         if not ready():
-            lane.ready = ready
+            self._yield(ready, waits)
+        self._check()
+
+    def poll(self, ready: Callable[[], bool]) -> bool:
+        """Whether `ready`; if not, others have had a chance to run."""
+        if not ready() and self.holder is not None:
+            self.holder.time += 1
+            self._yield(lambda: True, lambda: "nothing")
+        self._check()
+        return ready()
+
+    def enter(self, lane: Lane) -> None:
+        """A lane's first act: waits for the baton."""
+        lane.go.acquire()
+        self._check()
+
+    def leave(self, lane: Lane) -> None:
+        """A lane's last act, baton in hand."""
+        self.lanes.remove(lane)
+        if self.lanes:
             self.pass_on()
-            lane.go.acquire()
-        if self.failure is not None:
-            raise PeerError("another rank failed")
+        else:
+            self.over.set()
+
+    def fail(self, error: BaseException) -> None:
+        """The first failure counts: what other ranks say afterwards follows from it."""
+        self.failure = self.failure or error
 
     def pass_on(self) -> None:
-        """The baton goes to the first lane that can go on."""
+        """The baton goes to the first lane that can go on; after a failure that is any."""
         able = [lane for lane in self.lanes if self.failure is not None or lane.ready()]
-        if not able and self.lanes:
-            names = sorted({str(key[1]) for key in self.open})
-            self.failure = RuntimeError(f"all ranks wait for each other, in {', '.join(names)}")
-            able = self.lanes
         if not able:
-            return
-        chosen = min(able, key=lambda lane: lane.place)
-        if self.holder is not None and self.holder.place[1] != chosen.place[1]:
-            self.random[self.holder.place[1]] = torch.get_rng_state()
-            if chosen.place[1] in self.random:
-                torch.set_rng_state(self.random[chosen.place[1]])
+            self.fail(RuntimeError(f"all ranks wait for each other: {'; '.join(map(_words, self.lanes))}"))
+            able = self.lanes
+        chosen = min(able, key=Lane.place)
+        if self.holder is not None and self.holder.rank != chosen.rank:
+            self.random[self.holder.rank] = torch.get_rng_state()
+            torch.set_rng_state(self.random[chosen.rank])
         self.holder = chosen
         chosen.go.release()
 
-    def leave(self, lane: Lane) -> None:
-        self.lanes.remove(lane)
+    def _yield(self, ready: Callable[[], bool], waits: Callable[[], str]) -> None:
+        lane = self.holder
+        assert lane is not None, "a virtual world is used by the threads of `run` only"
+        lane.ready, lane.waits = ready, waits
         self.pass_on()
+        lane.go.acquire()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise PeerError("another rank failed")
+
+
+def _words(lane: Lane) -> str:
+    return f"rank {lane.rank}{' (driver)' if lane.number else ''} waits for {lane.waits()}"
+
+
+# ------------------------------------------------------------------ things travelling
+class Box:
+    """A collective. parts: what each rank sends, copied; result: of the sum, made once."""
+
+    def __init__(self, what: tuple[Any, ...], size: int) -> None:
+        self.what, self.size = what, size
+        self.parts: dict[int, torch.Tensor] = {}
+        self.result: torch.Tensor | None = None
+
+    def full(self) -> bool:
+        return len(self.parts) == self.size
+
+    def ordered(self) -> list[torch.Tensor]:
+        return [self.parts[rank] for rank in range(self.size)]
+
+    def total(self) -> torch.Tensor:
+        if self.result is None:
+            self.result = add(self.ordered(), torch.empty_like(self.parts[0]))
+        return self.result
 
 
 class VirtualFlight:
-    """One collective; `value` is called once all ranks have joined."""
+    """One collective of one rank. finish: makes what lands, once all ranks have joined."""
 
-    def __init__(self, world: VirtualWorld, box: SimpleNamespace, value: Callable[[list[torch.Tensor]], Any]) -> None:
-        self.world, self.box, self._value = world, box, value
-        self._landed: Any = None
-        self._read = False
-
-    def landed(self) -> bool:
-        return len(self.box.parts) == self.box.size
-
-    def land(self) -> Any:
-        if not self._read:
-            self.world.hub.wait(self.world.lane(), self.landed)
-            self._landed, self._read = self._value([self.box.parts[r] for r in sorted(self.box.parts)]), True
-        return self._landed
-
-
-class VirtualDriven:
-    def __init__(self, world: VirtualWorld) -> None:
-        self.world, self.done, self.value = world, False, None
+    def __init__(self, hub: Hub, box: Box, x: torch.Tensor, rank: int, name: str, finish: Callable[[], Any]) -> None:
+        self.hub, self.box, self.x, self.rank, self.name, self.finish = hub, box, x, rank, name, finish
+        self.seen = False  # to have landed, by this rank
+        self.value: Any = None
 
     def landed(self) -> bool:
-        return self.done
+        self.seen = self.seen or self.hub.poll(self.box.full)
+        return self.seen
 
     def land(self) -> Any:
-        self.world.hub.wait(self.world.lane(), self.landed)
+        if self.value is None:
+            self.hub.wait(self.box.full, self._waits)
+            if not _same_bits(self.x, self.box.parts[self.rank]):
+                raise RuntimeError(f"rank {self.rank} wrote to the tensor of `{self.name}` while it was in flight")
+            self.value, self.seen = self.finish(), True
+        return self.value
+
+    def _waits(self) -> str:
+        missing = [str(rank) for rank in range(self.box.size) if rank not in self.box.parts]
+        return f"`{self.name}` without rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Also where both are the same NaN."""
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+class Driven:
+    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks."""
+
+    def __init__(self, hub: Hub, work: Callable[[], Any]) -> None:
+        self.hub, self.work = hub, work
+        self.done = False
+        self.value: Any = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.value = self.work()
+        except Exception as error:
+            self.error = error
+        self.done = True
+
+    def landed(self) -> bool:
+        return self.hub.poll(lambda: self.done)
+
+    def land(self) -> Any:
+        self.hub.wait(lambda: self.done, lambda: "driven work")
+        if self.error is not None:
+            raise self.error
         return self.value
 
 
-class VirtualWorld:
-    """Logical rank `ranks.index(me)` of those `ranks` of the hub."""
+class Driver:
+    """A rank's second lane; its thread is made at the first call."""
 
-    def __init__(self, hub: Hub, me: int, ranks: tuple[int, ...], parent: VirtualWorld | None = None) -> None:
-        self.hub, self.me, self.ranks, self.parent = hub, me, ranks, parent
-        self.rank, self.size = ranks.index(me), len(ranks)
-        self.local_rank, self.local_size = self.rank, self.size
-        self.asks = parent.asks if parent else Asks()
-        self.bytes_sent = 0.0
-        self._main: Lane = parent._main if parent else Lane(me, 0)
-        self._lanes: dict[int, Lane] = parent._lanes if parent else {}
-        self._queue: deque[tuple[VirtualDriven, Callable[[], Any]]] = parent._queue if parent else deque()
-        self._over = False
+    def __init__(self, hub: Hub, rank: int) -> None:
+        self.hub, self.rank = hub, rank
+        self.queue: deque[Driven] = deque()
+        self.begun = self.closed = False
 
-    # ------------------------------------------------------------------ collectives
-    def sum(self, x: torch.Tensor, name: str) -> Flight:
-        def finish(box: SimpleNamespace) -> None:
-            total = _total(box)
-            for part in box.parts.values():
-                part.copy_(total)
-
-        self._count(2 * (self.size - 1) / self.size * x.nbytes)
-        return self._post("sum", x, name, lambda parts: x, finish)
-
-    def scatter(self, x: torch.Tensor, name: str) -> Flight:
-        def finish(box: SimpleNamespace) -> None:
-            box.total = _total(box)
-
-        self._count((self.size - 1) / self.size * x.nbytes)
-        flight = self._post("scatter", x, name, lambda parts: flight.box.total.chunk(self.size)[self.rank], finish)
+    def __call__(self, work: Callable[[], Any]) -> Driven:
+        flight = Driven(self.hub, work)
+        self.queue.append(flight)
+        if not self.begun:
+            self.begun = True
+            lane = Lane(self.rank, 1)
+            self.hub.lanes.append(lane)
+            threading.Thread(target=self._run, args=(lane,), daemon=True, name=f"driver-{self.rank}").start()
         return flight
-
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
-        self._count((self.size - 1) * x.nbytes)
-        return self._post("gather", x.clone(), name, torch.cat)
-
-    def alltoall(self, x: torch.Tensor, name: str) -> Flight:
-        self._count((self.size - 1) / self.size * x.nbytes)
-        return self._post(
-            "alltoall", x.clone(), name, lambda parts: torch.cat([part.chunk(self.size)[self.rank] for part in parts])
-        )
-
-    def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
-        def finish(box: SimpleNamespace) -> None:
-            for part in box.parts.values():
-                part.copy_(box.parts[root])
-
-        self._count((self.size - 1) * x.nbytes if self.rank == root else 0)
-        return self._post("broadcast", x, name, lambda parts: x, finish)
-
-    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> VirtualWorld:
-        mine = next(group for group in groups if self.rank in group)
-        return VirtualWorld(self.hub, self.me, tuple(self.ranks[r] for r in mine), self)
-
-    def texts(self, text: str, name: str) -> list[str]:
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        flight = self._post("texts", own, name, lambda parts: [bytes(part.tolist()).decode() for part in parts])
-        texts: list[str] = flight.land()
-        return texts
-
-    def agree(self, problem: str | None, name: str) -> None:
-        if said := first_problem(self.texts(problem or "", name)):
-            raise UserError(said)
 
     def close(self) -> None:
-        self.texts("", "world.close")
+        """What was driven is still done."""
+        self.closed = True
 
-    def _count(self, size: float) -> None:
-        world: VirtualWorld | None = self
-        while world is not None:
-            world.bytes_sent += size
-            world = world.parent
-
-    def _post(
-        self,
-        kind: str,
-        x: torch.Tensor,
-        name: str,
-        value: Callable[[list[torch.Tensor]], Any],
-        finish: Callable[[SimpleNamespace], None] | None = None,
-    ) -> VirtualFlight:
-        key = (self.ranks, name)
-        box = self.hub.open.setdefault(key, SimpleNamespace(kind=kind, parts={}, size=self.size))
-        if box.kind != kind or self.rank in box.parts:
-            raise RuntimeError(f"rank {self.rank} launches {kind} `{name}`, but a {box.kind} of that name is under way")
-        box.parts[self.rank] = x
-        if len(box.parts) == self.size:
-            del self.hub.open[key]
-            if finish is not None:
-                finish(box)
-        return VirtualFlight(self, box, value)
-
-    # ------------------------------------------------------------------ lanes
-    def lane(self) -> Lane:
-        """That of the calling thread."""
-        return self._lanes.get(threading.get_ident(), self._main)
-
-    def drive(self, work: Callable[[], Any]) -> Flight:
-        if self.parent is not None:
-            return self.parent.drive(work)
-        flight = VirtualDriven(self)
-        self._queue.append((flight, work))
-        if not self._lanes:
-            lane = Lane(self.me, 1)
-            lane.ready = lambda: bool(self._queue) or self._over
-            thread = threading.Thread(target=self._drive, args=(lane,), daemon=True, name=f"driver-{self.me}")
-            self.hub.lanes.append(lane)
-            self._lanes[-1] = lane  # until the thread knows its number
-            thread.start()
-        return flight
-
-    def _drive(self, lane: Lane) -> None:
-        lane.go.acquire()
-        self._lanes[threading.get_ident()] = lane
+    def _run(self, lane: Lane) -> None:
         try:
+            self.hub.enter(lane)
             while True:
-                self.hub.wait(lane, lambda: bool(self._queue) or self._over)
-                if not self._queue:
+                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive")
+                if not self.queue:
                     break
-                flight, work = self._queue.popleft()
-                flight.value = work()
-                flight.done = True
+                self.queue.popleft().run()
         except BaseException as error:
-            self.hub.failure = self.hub.failure or error
+            self.hub.fail(error)
         finally:
             self.hub.leave(lane)
 
-    def over(self) -> None:
-        """No more work will be driven."""
-        self._over = True
+
+# ------------------------------------------------------------------ the world
+class VirtualWorld(Ranks):
+    """One of the hub's ranks, or its place in a part. path: which world this is, the same on all of its ranks."""
+
+    parent: VirtualWorld | None
+
+    def __init__(
+        self,
+        hub: Hub,
+        where: Where,
+        parent: VirtualWorld | None = None,
+        driver: Driver | None = None,
+        path: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(where, math.inf, parent, driver)
+        self.hub, self.path = hub, path
+        self._flights: dict[str, VirtualFlight] = {}
+
+    def sum(self, x: torch.Tensor, name: str) -> Flight:
+        self.count(2 * (self.size - 1) / self.size * x.nbytes)
+        return self._post("sum", x, name, lambda box: x.copy_(box.total()))
+
+    def scatter(self, x: torch.Tensor, name: str) -> Flight:
+        self.count((self.size - 1) / self.size * x.nbytes)
+        return self._post("scatter", x, name, lambda box: self._own(x).copy_(self._own(box.total())))
+
+    def gather(self, x: torch.Tensor, name: str) -> Flight:
+        self.count((self.size - 1) * x.nbytes)
+        return self._post("gather", x, name, lambda box: torch.cat(box.ordered()))
+
+    def alltoall(self, x: torch.Tensor, name: str) -> Flight:
+        self.count((self.size - 1) / self.size * x.nbytes)
+        return self._post("alltoall", x, name, lambda box: torch.cat([self._own(part) for part in box.ordered()]))
+
+    def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
+        self.count(broadcast_sends(self.rank, root, self.size) * x.nbytes)
+        return self._post("broadcast", x, name, lambda box: x.copy_(box.parts[root]), root)
+
+    def adasum(self, x: torch.Tensor, name: str) -> Flight:
+        """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
+        must_be_power_of_two(self.size)
+        self.count(2 * (self.size - 1) / self.size * x.nbytes)
+        return self._post("adasum", x, name, lambda box: x.copy_(adasum(box.ordered())))
+
+    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> VirtualWorld:
+        mine = group_of(self.rank, groups, self.size)
+        local = self._local(mine, name)
+        return VirtualWorld(self.hub, (mine.index(self.rank), len(mine), *local), self, path=(*self.path, name, mine))
+
+    def close(self) -> None:
+        if self.parent is None:
+            self._driver.close()
+            self.texts("", "world.close")
+
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
+        return x.chunk(self.size)[self.rank]
+
+    def _post(
+        self, kind: str, x: torch.Tensor, name: str, finish: Callable[[Box], Any], root: int | None = None
+    ) -> VirtualFlight:
+        last = self._flights.get(name)
+        if last is not None and not last.seen:
+            raise RuntimeError(f"rank {self.rank} launches {kind} `{name}` before it has seen its last use land")
+        if kind in ("scatter", "alltoall") and len(x) % self.size:
+            raise RuntimeError(f"{kind} `{name}`: {len(x)} rows are not dealt to {self.size} ranks")
+        what = (kind, x.dtype, tuple(x.shape[1:] if kind == "gather" else x.shape), root)
+        box = self.hub.open.setdefault((self.path, name), Box(what, self.size))
+        if box.what != what:
+            raise RuntimeError(f"`{name}` is {what} on rank {self.rank} and {box.what} on rank {min(box.parts)}")
+        box.parts[self.rank] = x.detach().clone()
+        if box.full():
+            del self.hub.open[self.path, name]
+        flight = VirtualFlight(self.hub, box, x, self.rank, name, lambda: finish(box))
+        self._flights[name] = flight
+        return flight
 
 
-def _total(box: SimpleNamespace) -> torch.Tensor:
-    first, *rest = (box.parts[r] for r in sorted(box.parts))
-    total = first.clone()
-    for part in rest:
-        total += part
-    return total
+def run(size: int, body: Callable[[VirtualWorld], Any], asks: Asks | None = None, hosts: int = 1) -> list[Any]:
+    """What `body` returns on each of `size` logical ranks, in rank order.
 
-
-def run(size: int, body: Callable[[VirtualWorld], Any], asks: Asks | None = None) -> list[Any]:
-    """What `body` returns on each of `size` logical ranks, in rank order. asks: rank 0's, for signals.
-
-    Raises the first rank's failure that is its own; the others end.
+    asks: rank 0's, for signals. hosts: logical ones; ranks are numbered host by host, equally many on each.
+    Raises the first failure of a rank, or what interrupts the calling thread; the ranks end at their next wait.
     """
-    hub = Hub(size)
-    worlds = [VirtualWorld(hub, rank, tuple(range(size))) for rank in range(size)]
+    if size % hosts:
+        raise UserError(f"{size} logical ranks are not dealt to {hosts} hosts: world.size must be a multiple")
+    hub, local = Hub(), size // hosts
+    worlds = [VirtualWorld(hub, (rank, size, rank % local, local), driver=Driver(hub, rank)) for rank in range(size)]
     if asks is not None:
         worlds[0].asks = asks
     results: list[Any] = [None] * size
-    state = torch.get_rng_state()
-    hub.random = {rank: state for rank in range(size)}
 
-    def live(world: VirtualWorld) -> None:
-        lane = world._main
-        lane.go.acquire()
+    def live(world: VirtualWorld, lane: Lane) -> None:
         try:
-            if hub.failure is None:
-                results[world.me] = body(world)
+            hub.enter(lane)
+            results[world.rank] = body(world)
         except BaseException as error:
-            if not (isinstance(error, PeerError) and hub.failure is not None):
-                hub.failure = hub.failure or error
+            hub.fail(error)
         finally:
-            world.over()
+            world._driver.close()
             hub.leave(lane)
 
-    hub.lanes = [world._main for world in worlds]
-    threads = [
-        threading.Thread(target=live, args=(world,), daemon=True, name=f"rank-{world.me}") for world in worlds
-    ]
-    for thread in threads:
-        thread.start()
-    hub.pass_on()
-    for thread in threads:
-        while thread.is_alive():  # in steps, so that the main thread hears signals
-            thread.join(0.5)
+    state = torch.get_rng_state()
+    hub.random = dict.fromkeys(range(size), state)
+    hub.lanes = [Lane(rank, 0) for rank in range(size)]
+    for world, lane in zip(worlds, list(hub.lanes), strict=True):
+        threading.Thread(target=live, args=(world, lane), daemon=True, name=f"rank-{world.rank}").start()
+    try:
+        hub.pass_on()
+        hub.over.wait()
+    except BaseException as error:  # Ctrl-C, heard by this thread alone
+        hub.fail(error)
+        hub.over.wait()  # a second one leaves the ranks behind
+        raise
+    finally:
+        torch.set_rng_state(state)
     if hub.failure is not None:
         raise hub.failure
     return results

@@ -22,7 +22,7 @@ from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld
 
-SLOT = {"compute_s": 0.0, "blocked_s": 0.0, "flight_s": 0.0, "micro_batches": 0.0}
+SLOT = {"compute_s": 0.0, "blocked_s": 0.0, "flight_s": 0.0, "cpu_s": 0.0, "micro_batches": 0.0}
 
 
 def net() -> nn.Sequential:
@@ -70,9 +70,11 @@ def test_meta_is_exact_and_gathers() -> None:
 
     world = Third()
     world.asks = Asks(save=True)
-    post = MetaPost(world, 0, {"tokens": 2.0**24 + 1, "loss": 0.1, "loss_tokens": 3.0}, {**SLOT, "blocked_s": 7.0})
+    post = MetaPost(
+        world, 0, {"tokens": 2.0**24 + 1, "loss": 0.1, "loss_tokens": 3.0, "squares": 0.5}, {**SLOT, "blocked_s": 7.0}
+    )
     said = post.land()
-    assert said.tokens == 2**24 + 1 and said.loss == 0.1
+    assert said.tokens == 2**24 + 1 and said.loss == 0.1 and said.squares == 0.5
     assert said.slots["blocked_s"] == [0.0, 0.0, 7.0] and said.slots["compute_s"] == [0.0] * 3
     assert said.asks == Asks(stop=False, save=True) and world.asks == Asks()
 
@@ -92,7 +94,7 @@ def batches(round: int, cut: int) -> list[Any]:
 def run(cut: int, acts: bool = False, bad: int | None = None, steps: int = 6) -> tuple[torch.Tensor, list[Any]]:
     model = net()
     flat, world = Flat(model, 1, 1), SingleWorld()
-    update, exchange = Update(SGD(lr=0.1, momentum=0.9, clip=0.05), lambda tokens: 1.0), AllReduce(Settings())
+    update, exchange = Update(SGD(lr=0.1, momentum=0.9, clip=0.05), lambda tokens: 1.0), AllReduce(Settings(), 22)
     exchange.attach(model, flat, update, Plain(world), world)
 
     def rounds(parts: int = 1) -> Iterator[list[Any]]:
@@ -114,7 +116,7 @@ def run(cut: int, acts: bool = False, bad: int | None = None, steps: int = 6) ->
                     pass
             if len(commits) == steps:
                 break
-    commits.append(exchange.settle())
+    commits.append(exchange.settle().report)
     return flat.x.clone(), commits
 
 
@@ -143,4 +145,4 @@ def test_acts_change_nothing() -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update(acts: bool) -> None:
     with pytest.raises(NotFinite, match="step 4") as error:
         run(5, acts, bad=3)
-    assert error.value.round == 3
+    assert error.value.rounds == [3] and error.value.parts == 1

@@ -47,7 +47,7 @@ class Run:
         self.world, self.cut, self.empty, self.round = world, cut, empty, 0
         self.model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
         self.flat = Flat(self.model, world.size, 1)
-        self.exchange = AllReduce(Settings())
+        self.exchange = AllReduce(Settings(), 7)
         update = Update(SGD(lr=0.3, momentum=0.9, clip=0.2), lambda tokens: 1.0)
         self.exchange.attach(self.model, self.flat, update, Plain(world), world)
         self.note = getattr(world, "log", []).append
@@ -59,10 +59,10 @@ class Run:
             draw = torch.Generator().manual_seed(t)
             parts_ = torch.randn(7, 4, generator=draw, dtype=torch.float64).split(self.cut)
             n = len(parts_)
-            yield [SimpleNamespace(inputs=x, tokens=len(x), last=i == n - 1) for i, x in enumerate(parts_)]
+            yield [SimpleNamespace(inputs=x, tokens=len(x), last=i == n - 1, round=t) for i, x in enumerate(parts_)]
 
     def nothing(self, parts: int = 1) -> Iterator[list[Any]]:
-        return itertools.repeat([SimpleNamespace(inputs=None, tokens=0, last=True)])
+        return itertools.repeat([SimpleNamespace(inputs=None, tokens=0, last=True, round=0)])
 
     def train(self, steps: int) -> torch.Tensor:
         for batch in self.exchange.feed(SimpleNamespace(rounds=self.nothing if self.empty else self.rounds)):
@@ -81,7 +81,7 @@ class Run:
         return self.flat.x.clone()
 
     def losses(self) -> list[tuple[float, float, float]]:
-        reports = [*(commit.before for commit in self.commits), self.exchange.settle()]
+        reports = [*(commit.before for commit in self.commits), self.exchange.settle().report]
         return [(r.loss_sum, r.loss_tokens, r.grad_norm) for r in reports if r is not None]
 
 
@@ -134,7 +134,8 @@ def test_asks_are_heard_at_the_second_mark_at_the_latest() -> None:
 
 
 def test_nothing_was_done() -> None:
-    assert Run(SingleWorld()).exchange.settle() is None
+    settled = Run(SingleWorld()).exchange.settle()
+    assert settled.report is None and settled.tokens == 0
 
 
 # ------------------------------------------------------------------ going on
@@ -157,12 +158,12 @@ def test_rank_0_hands_out_what_all_have() -> None:
 
 def test_another_number_of_ranks() -> None:
     """Rank 0 speaks for all that were; at the same number each gets its own again."""
-    said = [{"loss": 1.0 * r, "loss_tokens": 2.0 * r} for r in (1, 2, 3)]
+    said = [{"loss": 1.0 * r, "loss_tokens": 2.0 * r, "squares": 3.0 * r} for r in (1, 2, 3)]
     mine = [{"said": s, "slot": {"compute_s": float(r)}} for r, s in enumerate(said)]
     one, third = Run(SingleWorld()), Run(Other())
     state = one.exchange.state()
     one.exchange.load(State(state.shared, [], state.sharded, {}), mine)
-    assert one.exchange.state().mine["said"] == {"loss": 6.0, "loss_tokens": 12.0}
+    assert one.exchange.state().mine["said"] == {"loss": 6.0, "loss_tokens": 12.0, "squares": 18.0}
     state = third.exchange.state()
     third.exchange.load(State(state.shared, [], state.sharded, {}), mine)
     assert third.exchange.state().mine == mine[1]

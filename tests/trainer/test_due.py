@@ -16,12 +16,12 @@ from hvdllm import runs
 from hvdllm.config import compose
 from hvdllm.config.schema import Model
 from hvdllm.errors import RunError
-from hvdllm.exchange.base import Commit, Report, State
+from hvdllm.exchange.base import Commit, Report, Settled, State
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.trainer import clock as clocks
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.due import Due
-from hvdllm.trainer.evaluate import Evaluation, evaluate, replicas_agree
+from hvdllm.trainer.evaluate import Evaluation, evaluate
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld
@@ -34,7 +34,9 @@ ACTS = compose.compose(
 class Rig:
     """A Due with everything around it fake but the files. `did`: (tokens, act)."""
 
-    def __init__(self, path: Path, world: Any = None, grace_s: float | None = None, **changes: Any) -> None:
+    def __init__(
+        self, path: Path, world: Any = None, grace_s: float | None = None, identical: bool = True, **changes: Any
+    ) -> None:
         self.did: list[tuple[int, str]] = []
         self.said: list[str] = []
         self.inside = False
@@ -45,11 +47,12 @@ class Rig:
         self.folder.create(config)
         show = SimpleNamespace(progress=lambda values: None, say=self.said.append)
         clock = SimpleNamespace(seconds=lambda: self.now, wall_s=lambda: self.now, act=nullcontext)
-        exchange = SimpleNamespace(consensus=self.consensus, state=self.state)
+        exchange = SimpleNamespace(consensus=self.consensus, state=self.state, identical=identical)
         update = SimpleNamespace(weights=nullcontext)
         self.due = Due(
             config, world=world or SingleWorld(), flat=self.flat, exchange=exchange, update=update,
-            stream=SimpleNamespace(state=lambda: {"round": 1}), clock=clock, evaluate=self.evaluate, sample=self.sample,
+            stream=SimpleNamespace(state=lambda: {"round": 1}, lanes=dict), clock=clock,
+            evaluate=self.evaluate, sample=self.sample,
             extra={"horizon": 7}, folder=self.folder, show=show, grace_s=grace_s,
         )  # fmt: skip
 
@@ -102,7 +105,9 @@ def rig(tmp_path: Path) -> Iterator[MakeRig]:
 
 
 def report(k: int) -> Report:
-    return Report(float(k * k), 2.0 * k, 0.5, [1.0, 3.0], [0.0, 1.0], [0.5, 1.5], [2.0, 3.0])
+    return Report(
+        float(k * k), 2.0 * k, 0.5, (1.0, 8.0 * k), [1.0, 3.0], [0.0, 1.0], [0.5, 1.5], [2.0, 4.0], [2.0, 3.0]
+    )
 
 
 def test_milestones_and_the_mark_that_meets_the_budget(tmp_path: Path, rig: MakeRig) -> None:
@@ -115,7 +120,7 @@ def test_milestones_and_the_mark_that_meets_the_budget(tmp_path: Path, rig: Make
         *[(300, "evaluate"), (300, "sample"), (400, "save"), (500, "evaluate"), (600, "sample"), (800, "evaluate")],
         *[(800, "save"), (900, "sample"), (1000, "evaluate"), (1000, "sample"), (1000, "save")],
     ]
-    it.due.finish(report(10))
+    it.due.finish(Settled(report(10)))
     assert (tmp_path / "final" / "model.safetensors").exists()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "4", "8"]
     assert (tmp_path / "samples.txt").read_text().count("---") == 4
@@ -125,7 +130,7 @@ def test_a_stop_only_saves(tmp_path: Path, rig: MakeRig) -> None:
     it = rig(tmp_path)
     it.commits(1, 5, stop=True, save=True)  # 500 would evaluate
     assert it.did[-2:] == [(400, "save"), (500, "save")] and not it.due.finished
-    it.due.finish(report(5))
+    it.due.finish(Settled(report(5)))
     assert not (tmp_path / "final").exists()
     assert [r["tokens"] for r in it.records("commit")] == [200, 400, 500], "the last record is written at a stop"
 
@@ -145,7 +150,7 @@ def test_an_ask_for_a_checkpoint_alone(tmp_path: Path, rig: MakeRig) -> None:
 def test_0_is_never_not_even_at_the_end(tmp_path: Path, rig: MakeRig) -> None:
     it = rig(tmp_path, eval_every=0, sample_every=0, save_every=0, log_every=0)
     it.commits(1, 10)
-    it.due.finish(report(10))
+    it.due.finish(Settled(report(10)))
     assert it.did == [] and not it.records("commit") and not (tmp_path / "final").exists()
 
 
@@ -153,37 +158,51 @@ def test_a_record_is_complete_one_commit_later_and_weighted_by_tokens(tmp_path: 
     it = rig(tmp_path)
     it.commits(1, 4)
     assert len(it.records("commit")) == 1, "400 waits for its loss"
-    it.due.finish(report(4))
+    it.due.finish(Settled(report(4)))
     first, second = it.records("commit")
     assert first["loss"] == (1 + 4) / (2 + 4) and second["loss"] == (9 + 16) / (6 + 8)
     assert [r["lr"] for r in (first, second)] == [0.2, 0.4] and first["step"] == 2
     assert second["tokens_per_s"] == 200 / 4 and second["seconds"] == 8.0
     assert (second["compute_s"], second["blocked_s"], second["blocked_s_max"]) == (4.0, 1.0, 2.0)
-    assert (second["flight_s"], second["micro_batches"]) == (2.0, 10.0)
+    assert (second["flight_s"], second["micro_batches"], second["micro_batches_by_rank"]) == (2.0, 10.0, [4.0, 6.0])
+    assert (second["hidden"], second["skew_s"], second["cpu_s_per_token"]) == (0.5, 4.0, 12.0 / 14)
+    assert (second["updates"], second["tokens_per_update"]) == (2, 100.0)
+    assert first["noise_scale"] == 0.98 * 8 + 0.02 * 16
     assert it.due.recorded_loss == second["loss"] and it.due.last_loss == 16 / 8
 
 
 def test_what_a_checkpoint_carries_makes_the_same_records(tmp_path: Path, rig: MakeRig) -> None:
     whole, begun, again = (rig(tmp_path / name) for name in "abc")
     whole.commits(1, 6)
-    whole.due.finish(report(6))
+    whole.due.finish(Settled(report(6)))
     begun.commits(1, 4)
     again.due.load(begun.due.state())
     again.commits(5, 6)
-    again.due.finish(report(6))
+    again.due.finish(Settled(report(6)))
     assert begun.records("commit") + again.records("commit") == whole.records("commit")
     assert again.due.tokens_here == 200 and again.due.last_eval == begun.due.last_eval == Evaluation(2.0, 1.0, 5)
 
 
-def test_replicas_that_differ_end_the_run(tmp_path: Path, rig: MakeRig) -> None:
-    class Differs(SingleWorld):
-        def gather(self, x: torch.Tensor, name: str) -> Landed:
-            return Landed(torch.cat([x, x + 1]))
+class Differs(SingleWorld):
+    size = 2
 
-    it = rig(tmp_path, Differs())
-    with pytest.raises(RunError, match="step 3: the replicas differ"):
-        it.commits(1, 3)
-    assert it.records("eval")[0]["replicas_agree"] is False
+    def gather(self, x: torch.Tensor, name: str) -> Landed:
+        return Landed(torch.cat([x, x + 1]))
+
+
+def test_replicas_that_differ_end_the_run_before_anything_is_kept(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path, Differs(), audit_every=400)
+    with pytest.raises(RunError, match="step 4: the replicas differ in `weight` and 1 more"):
+        it.commits(1, 4)
+    assert it.records("audit") == [{"kind": "audit", "tokens": 400, "replicas_agree": False}]
+    assert (400, "save") not in it.did
+
+
+def test_where_replicas_may_differ_it_is_logged_how_far(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path, Differs(), identical=False, audit_every=300)
+    it.commits(1, 5)
+    (record,) = it.records("audit")
+    assert record["tokens"] == 300 and record["spread"] > 0
 
 
 @pytest.mark.parametrize(("grace_s", "warns"), [(None, 0), (3.0, 1), (100.0, 0)])
@@ -252,19 +271,3 @@ def test_a_rank_without_windows_takes_part_in_an_evaluation() -> None:
 
     found = evaluate(nn.Linear(1, 1), [], np.ones(3), "fp32", torch.device("cpu"), Other())
     assert found == Evaluation(2.0, 6 / np.log(2) / 4, 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_bit_tells_replicas_apart(dtype: torch.dtype) -> None:
-    class Against(SingleWorld):
-        def gather(self, x: torch.Tensor, name: str) -> Landed:
-            self.own = x
-            return Landed(torch.cat([x, self.other]))
-
-    world, x = Against(), torch.linspace(-1, 1, 50, dtype=dtype)
-    world.other = torch.zeros(1, dtype=torch.int64)
-    replicas_agree(x, world)
-    world.other = world.own
-    assert replicas_agree(x.clone(), world)
-    x[7] = torch.nextafter(x[7], x.new_tensor(9.0))
-    assert not replicas_agree(x, world)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvdllm import runs
-from hvdllm.config import compose
+from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.trainer.resume import Start, decide, with_run
@@ -79,7 +79,7 @@ def test_where_and_how_long_may_differ(made: Path) -> None:
 def test_a_runs_own_words_come_first(made: Path) -> None:
     words = with_run([f"resume={made}/a", "seed=4"])
     composed = compose.compose(words)
-    assert composed.name == "a" and composed.seed == 4 and compose.option_name("optim", composed.optim) == "sgd"
+    assert composed.name == "a" and composed.seed == 4 and schema.name_of("optim", composed.optim) == "sgd"
     assert with_run(["seed=1", "resume=must"]) == ["seed=1", "resume=must"]
     with pytest.raises(UserError, match="not the folder of a run"):
         with_run(["resume=/nowhere"])

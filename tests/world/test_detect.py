@@ -13,6 +13,7 @@ from hvdllm.world.detect import Place, place
 
 HOROVOD = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
 MPI = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2312", strict=True)}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_NODEID": "1"}
 PMIX = {"PMIX_RANK": "3", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
 
@@ -23,6 +24,10 @@ PMIX = {"PMIX_RANK": "3", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(
         ({}, Place()),
         (HOROVOD, Place("horovodrun", 1, 4, 1, 2)),
         ({**MPI, **HOROVOD}, Place("horovodrun", 1, 4, 1, 2)),
+        (TORCHRUN, Place("torchrun", 3, 4, 1, 2)),
+        ({**TORCHRUN, **HOROVOD}, Place("horovodrun", 1, 4, 1, 2)),
+        ({**MPI, **STEP, **PMIX, **TORCHRUN}, Place("torchrun", 3, 4, 1, 2)),
+        ({k: v for k, v in TORCHRUN.items() if k != "TORCHELASTIC_RUN_ID"}, Place()),  # numbers of nobody known
         (MPI, Place("mpirun", 2, 3, 1, 2)),
         ({**STEP, **PMIX}, Place("srun", 3, 5, 1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Place()),  # a batch script without srun
@@ -38,7 +43,7 @@ def test_place(env: dict[str, str], expected: Place) -> None:
     [
         ({"HOROVOD_RANK": "1"}, "HOROVOD_SIZE"),
         (STEP, "--mpi=pmix"),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "torchrun"),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "torchrun is incomplete .* WORLD_SIZE"),
         (PMIX, "PMIx"),
     ],
 )

@@ -30,9 +30,11 @@ def asks() -> Iterator[Asks]:
 
 def test_alone_everything_is_there_at_once() -> None:
     world, x = SingleWorld(), torch.arange(3.0)
-    for flight in (world.sum(x, "a"), world.gather(x, "a"), world.broadcast(x, "a")):
+    for kind in (world.sum, world.scatter, world.gather, world.alltoall, world.broadcast, world.adasum):
+        flight = kind(x, "a")
         assert flight.landed() and flight.land() is x
     assert torch.equal(x, torch.arange(3.0)) and world.texts("a", "b") == ["a"] and world.bytes_sent == 0
+    assert world.split([(0,)], "d").size == 1 and world.drive(lambda: 7).land() == 7
     world.agree(None, "c")
     with pytest.raises(UserError, match="no GPU"):
         world.agree("no GPU", "c")
@@ -77,10 +79,9 @@ def test_slurm(env: dict[str, str], expected: tuple[int, int, int]) -> None:
 
 
 def test_torchrun_is_seen_before_mpi_and_horovod_before_both() -> None:
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     mpi = {f"OMPI_COMM_WORLD_{name}": "1" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    with pytest.raises(UserError, match="torchrun"):
-        place({**torchrun, **mpi})
+    assert place({**torchrun, **mpi}).launcher == "torchrun"
     horovod = {f"HOROVOD_{name}": "1" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
     assert place({**torchrun, **mpi, **horovod}).launcher == "horovodrun"
 

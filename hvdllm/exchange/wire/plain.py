@@ -7,16 +7,60 @@ Gradients that are summed in place may not be touched until the flight has lande
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from hvdllm.exchange.base import Spanned
 from hvdllm.world.base import Flight, World
+
+# What of a bucket arrives at a wire, in order: the whole bucket, or under a hierarchy this rank's part of it.
+Spans = Callable[[Any], list[Any]]
+# The stages of one sum, from its vector to what lands, to be walked on the driver thread.
+Work = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Plain:
-    def __init__(self, world: World) -> None:
-        self.world = world
+    """settings, flat and nominal, what every wire is made from, say nothing to this one."""
+
+    def __init__(
+        self, world: World, settings: Any = None, flat: Any = None, nominal: int = 0, spans: Spans | None = None
+    ) -> None:
+        self.world, self.settings = world, settings
         self.parity: dict[str, int] = {}
 
-    def sum(self, x: torch.Tensor, key: str) -> Flight:
+    def name(self, key: str) -> str:
+        """Of the next operation under this key."""
         self.parity[key] = 1 - self.parity.get(key, 1)
-        return self.world.sum(x, f"{key}.{self.parity[key]}")
+        return f"{key}.{self.parity[key]}"
+
+    def begin(self, committed: int, weight: float) -> None:
+        """Nothing is kept, so nothing has to be worth the same."""
+
+    # ------------------------------------------------------------------ flights
+    def sum(self, x: torch.Tensor, key: str) -> Flight:
+        return self.world.sum(x, self.name(key))
+
+    def scatter(self, x: torch.Tensor, key: str) -> Flight:
+        return self.world.scatter(x, self.name(key))
+
+    def spread(self, piece: torch.Tensor, key: str) -> Flight:
+        return self.world.gather(piece, self.name(key))
+
+    # ------------------------------------------------------------------ the same as stages of a longer flight
+    def summing(self, key: str) -> Work:
+        """Called at the launch, which fixes the name; what it returns is called on the driver thread."""
+        name = self.name(key)
+        return lambda x: self.world.sum(x, name).land()
+
+    def scattering(self, key: str) -> Work:
+        name = self.name(key)
+        return lambda x: self.world.scatter(x, name).land()
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
+        return {}, {}, {}
+
+    def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+        """Nothing is kept."""

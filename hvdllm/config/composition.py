@@ -1,0 +1,115 @@
+"""Which exchange, wire, reduction, optimizer and world go together: the one table that the check and README read.
+
+A pair that is not refused here is run by tests/oracles/test_composition.py.
+"""
+
+from __future__ import annotations
+
+from hvdllm.config import schema
+from hvdllm.config.schema import Config
+from hvdllm.world.detect import Place
+
+WHOLE_MATRICES = "PowerSGD needs whole matrices, this exchange hands out slices of sums: take allreduce or delayed"
+TORCH_HOOKS = "torch has hooks of its own for fp16, bf16 and powersgd alone: take one of these, or allreduce"
+HOROVOD_COMPRESSION = "Horovod's own optimizer compresses to fp16 alone: take fp32 or fp16, or allreduce"
+
+# exchange: {wire: why not}
+REFUSED: dict[type, dict[type, str]] = {
+    schema.AllReduce: {},
+    schema.Delayed: {},
+    schema.Sharded: {schema.PowerSGD: WHOLE_MATRICES},
+    schema.Acco: {schema.PowerSGD: WHOLE_MATRICES},
+    schema.Ddp: dict.fromkeys((schema.Int8, schema.TopK, schema.Sign), TORCH_HOOKS),
+    schema.Horovod: dict.fromkeys(
+        (schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), HOROVOD_COMPRESSION
+    ),
+}
+REFERENCES = {schema.Ddp: "torch", schema.Horovod: "horovod"}  # and the world that each needs
+START = {"torch": "torchrun --nproc-per-node 2 -m hvdllm train", "horovod": "horovodrun -np 2 hvdllm train"}
+
+
+def transport(config: Config, place: Place) -> str:
+    """The world that these settings come to: single, horovod, torch or virtual."""
+    if config.world.kind != "auto":
+        return str(config.world.kind)
+    if place.launcher == "none":
+        return "single"
+    return "torch" if place.launcher == "torchrun" or isinstance(config.exchange, schema.Ddp) else "horovod"
+
+
+def refusal(config: Config, place: Place) -> str | None:
+    """Why these parts do not go together, in one sentence; None where they do."""
+    world = transport(config, place)
+    return (
+        _exchange_and_wire(config, world)
+        or _adasum(config, world, config.world.size if world == "virtual" else place.size)
+        or _wire_and_optimizer(config)
+        or _virtual(config, world)
+    )
+
+
+def _exchange_and_wire(config: Config, world: str) -> str | None:
+    exchange, wire = config.exchange, config.wire
+    name = schema.name_of("exchange", exchange)
+    if why := REFUSED[type(exchange)].get(type(wire)):
+        return f"exchange={name} with wire={schema.name_of('wire', wire)}: {why}"
+    needs = REFERENCES.get(type(exchange))
+    if needs and world != needs:
+        return f"exchange={name} runs on world={needs} alone: {START[needs]} exchange={name}"
+    if needs and wire.hierarchical:
+        return f"wire.hierarchical=true with exchange={name}: its library moves the sums, take allreduce"
+    if wire.hierarchical and isinstance(wire, schema.PowerSGD):
+        return "wire.hierarchical=true with wire=powersgd: a host's share is a slice, PowerSGD needs whole matrices"
+    return None
+
+
+def _adasum(config: Config, world: str, size: int) -> str | None:
+    if getattr(config.exchange, "reduction", "sum") != "adasum":
+        return None
+    if not isinstance(config.wire, schema.Fp32) or config.wire.hierarchical:
+        return "exchange.reduction=adasum needs wire=fp32, not hierarchical: it works inside Horovod, on whole tensors"
+    if world == "torch":
+        return "exchange.reduction=adasum needs Horovod's own operation: take world=horovod or world=virtual"
+    if size & (size - 1):
+        return f"exchange.reduction=adasum adds up ranks in pairs: {size} ranks are no power of two"
+    return None
+
+
+def _wire_and_optimizer(config: Config) -> str | None:
+    wire, optim = config.wire, config.optim
+    if isinstance(wire, schema.TopK) and wire.momentum:
+        if not isinstance(optim, schema.SGD) or optim.momentum:
+            return "wire.momentum is that of SGD, moved before the selection: it needs optim=sgd optim.momentum=0"
+        if isinstance(config.exchange, schema.Acco):
+            return "wire.momentum with exchange=acco: an update takes two halves, the momentum would decay twice"
+    frozen = isinstance(optim, schema.AdamW) and optim.freeze_tokens == getattr(wire, "warmup_tokens", None)
+    if isinstance(wire, schema.Sign) and isinstance(optim, schema.Adam) and not frozen:
+        return (
+            "wire=sign: signs say nothing of second moments, so as in 1-bit Adam these come from exact sums and are "
+            f"then frozen: give optim=adamw optim.freeze_tokens={wire.warmup_tokens} (as wire.warmup_tokens), or optim=sgd"
+        )
+    return None
+
+
+def _virtual(config: Config, world: str) -> str | None:
+    if world != "virtual":
+        return None
+    if config.model.compile:
+        return "world=virtual with model.compile=true: logical ranks share a process, they would share what is compiled"
+    if getattr(config.exchange, "timed", False):
+        return "world=virtual with exchange.timed=true: logical ranks have no times to end a half by, take timed=false"
+    return None
+
+
+def matrix() -> str:
+    """The table of exchanges and wires as README shows it, in Markdown."""
+    wires = list(schema.SCHEMAS["wire"].items())
+    notes: dict[str, int] = {}
+    lines = ["| | " + " | ".join(f"`{name}`" for name, _ in wires) + " |", "|---" * (len(wires) + 1) + "|"]
+    for name, exchange in schema.SCHEMAS["exchange"].items():
+        cells = []
+        for _, wire in wires:
+            why = REFUSED[exchange].get(wire)
+            cells.append("yes" if why is None else f"no ({notes.setdefault(why, len(notes) + 1)})")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"({number}) {why}." for why, number in notes.items())])

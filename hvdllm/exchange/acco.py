@@ -1,0 +1,223 @@
+"""ACCO, accumulate while you communicate (Nabli et al., 2024, arXiv 2406.02613): two halves an update.
+
+Invariant: the committed update uses one half of gradients taken at the weights x_t and one half at their estimate x~_t;
+each gradient travels once and takes part in exactly one commit. All replicas are bit-equal at every round's begin.
+
+    half A (tentative): launch scatter(G~); compute G_t at x_t meanwhile;           landed: S~, n~
+                        x~_{t+1} = peek(x_t, S~ / n~);                   spread
+    half B (commit):    launch scatter(G_t); compute G~_{t+1} at x~_{t+1} meanwhile;  landed: S, n
+                        x_{t+1} = step(x_t, (S~ + S) / (n~ + n));        spread
+
+`peek` is the update out of place, no state touched. The two halves are equal data at first: x~_0 = x_0. With equal data
+in both halves and plain descent x~_t = x_t for ever and ACCO is the synchronous large batch; with different data it is
+stable on f = λx²/2 for 0 < ηλ < min(2, 1/(1-w)), w the token share of the tentative half: for equal halves 2, as for
+synchronous descent, where one delayed update allows 1. No systematic staleness.
+
+timed=false: a half is half a global batch, dealt by count. timed=true: a half ends for a rank when what travels has
+landed (asked before each forward), so a fast rank does more micro-batches; sums divide by everybody's tokens. Such a
+run cannot be repeated bit for bit.
+
+Everything behind a launch runs on the driver thread: land, peek or step, spread. Bytes a rank and update: two rounds of
+(N-1)/N P (b_gradients + 4). Memory: two gradient vectors, and by pieces (1/N) the master weights, S~, the update's
+vectors and, for a moment, a second set of them. In flight at a commit: G~, in a checkpoint landed as S~ and n~.
+Source: EXCHANGES.md, sections 3 and 3b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdllm.device import Mark
+from hvdllm.exchange.base import Batch, Commit, Settled, State, Stream, Update, Wire
+from hvdllm.exchange.meta import MetaSum
+from hvdllm.exchange.rounds import Counts, Interval
+from hvdllm.exchange.sharded import Owners
+from hvdllm.world.base import Flight, World
+
+TENTATIVE, COMMIT = 0, 1
+
+
+@dataclass
+class Arrived:
+    """What the driver made of one half. weights: of every bucket. meta: where it landed there (timed)."""
+
+    weights: list[torch.Tensor]
+    tokens: float  # of the update: n~, or n~ + n
+    step: Any  # (rate, norm) of a commit
+    meta: MetaSum | None
+    flight: Interval
+
+
+@dataclass
+class Half:
+    """One half on its way."""
+
+    kind: int
+    round: int
+    stream: int
+    driven: Flight
+
+
+class Acco(Owners):
+    copies = 2
+    parts = 2
+    left = True
+    one_point = False
+
+    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+        model = super().attach(model, flat, update, wire, world)
+        self.theta = [piece.clone() for piece in self.pieces]  # flat.x holds the estimate half of the time
+        self._kept: list[torch.Tensor] | None = None  # S~
+        self._kept_tokens = 0.0
+        self._kept_from = (0, 0)  # its round, and the stream's
+        self._committed = 0  # by the driver: the loop's count lags behind
+        self._kind = TENTATIVE
+        self._half: Half | None = None
+        return model
+
+    # ------------------------------------------------------------------ when a half closes
+    def feed(self, stream: Stream) -> Iterator[Batch]:
+        return self._feed_timed(stream) if self.settings.timed else super().feed(stream)
+
+    def _feed_timed(self, stream: Stream) -> Iterator[Batch]:
+        # One micro-batch a half on every rank makes up the nominal batch, so no update is larger for haste.
+        lane = stream.lane(self.world.rank, self.world.size, self.nominal // (2 * self.world.size))
+        while True:
+            self.begin()
+            tokens = count = 0
+            last = False
+            while not last:
+                batch = next(lane)
+                if self.device.type == "cuda" and count > 0:
+                    # The host runs ahead: asked too early, a half would end long before the device is there.
+                    torch.cuda.current_stream(self.device).synchronize()
+                count, tokens = count + 1, tokens + batch.tokens
+                last = count >= self.settings.least and (self._half is None or self._half.driven.landed())
+                batch.last = last
+                if last:
+                    self.meta = self.post(tokens)
+                self.arm(batch)
+                yield batch
+
+    def close(self, flights: list[Flight]) -> Commit | None:
+        before, kind = self._half, self._kind
+        launched = self._launched or self._wait
+        meta, timed = self.meta, self.settings.timed
+        heard = None if timed else meta.land()
+        if heard is not None:
+            self.hear(heard, self.round)
+
+        def travel() -> Arrived:
+            said = meta.land() if heard is None else heard
+            sums = [flight.land() for flight in flights]
+            return self._finish(sums, said.tokens, kind, launched, said if heard is None else None)
+
+        origin = (self.round, self._stream_round)
+        self._half = Half(kind, *origin, self.world.drive(travel))
+        self._kind = 1 - kind
+        arrived = before.driven.land() if before is not None else None
+        landed = Mark(self.device)
+        self.flat.flip()
+        commit = None
+        if before is not None and arrived is not None:
+            self._take(before, arrived)
+        self.flat.g.zero_()
+        self.computed([(self._wait, landed)], [arrived.flight] if arrived is not None else [])
+        if before is not None and arrived is not None:
+            if before.kind == COMMIT:
+                commit = self._commit(before, arrived)
+            else:
+                self._kept_from = (before.round, before.stream)
+        return commit
+
+    # ------------------------------------------------------------------ on the driver
+    def _finish(
+        self, sums: list[torch.Tensor], tokens: float, kind: int, launched: Mark, meta: MetaSum | None
+    ) -> Arrived:
+        step = None
+        if kind == TENTATIVE:
+            self._kept, self._kept_tokens = [each.clone() for each in sums], tokens
+            weights = self._peek()
+        else:
+            assert self._kept is not None
+            torch._foreach_add_(sums, self._kept)
+            tokens += self._kept_tokens
+            self._committed += int(tokens)
+            step = self.update.step(self.theta, sums, Counts(tokens, self._committed), self.total)
+            weights = self.theta
+        spread = [flight.land() for flight in self.spread(weights)]
+        return Arrived(spread, tokens, step, meta, (launched, Mark(self.device)))
+
+    def _peek(self) -> list[torch.Tensor]:
+        assert self._kept is not None
+        counts = Counts(self._kept_tokens, self._committed + int(self._kept_tokens))
+        pieces: list[torch.Tensor] = self.update.peek(self.theta, self._kept, counts, self.total)
+        return pieces
+
+    # ------------------------------------------------------------------ in the loop
+    def _take(self, half: Half, arrived: Arrived) -> None:
+        for bucket, weights in zip(self.flat.buckets, arrived.weights, strict=True):
+            self.flat.x[bucket.span.start : bucket.span.stop].copy_(weights)
+        self._listen(half, arrived)
+
+    def _listen(self, half: Half, arrived: Arrived) -> None:
+        """Hears, once, what the driver heard."""
+        if arrived.meta is not None:
+            self.hear(arrived.meta, half.round)
+            arrived.meta = None
+
+    def _commit(self, half: Half, arrived: Arrived) -> Commit:
+        lr, norm = arrived.step
+        rounds, streams = zip(self._kept_from, (half.round, half.stream), strict=True)
+        again = [] if self.settings.timed else list(streams)
+        return self.commit(arrived.tokens, lr, norm, list(rounds), again)
+
+    def land(self) -> None:
+        if self._half is not None:
+            self._listen(self._half, self._half.driven.land())
+        super().land()
+
+    def rest(self) -> Settled | None:
+        half = self._half
+        if half is None:
+            return None
+        # What flies is the tentative half: at a mark always, so its tokens get a commit of their own.
+        assert half.kind == TENTATIVE and self._kept is not None
+        self._half, self._kind = None, TENTATIVE
+        report = self._report() if self._last else None
+        tokens, self._committed = self._kept_tokens, self._committed + int(self._kept_tokens)
+        _, norm = self.update.step(self.theta, self._kept, Counts(tokens, self._committed), self.total)
+        self.collect(self.spread(self.theta))
+        self.commit(tokens, 0.0, norm, [half.round], [half.stream])
+        return Settled(report, int(tokens))
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> State:
+        state = super().state()
+        state.sharded["model"] = torch.cat(self.theta)
+        if self._half is not None and self._kept is not None:
+            half = self._half
+            state.shared["kept"] = [self._kept_tokens, half.round, half.stream]
+            state.sharded["kept"] = torch.cat(self._kept)
+        return state
+
+    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+        super().load(state, mine)
+        self._committed = self.tokens
+        torch._foreach_copy_(self.theta, self.pieces)
+        if "kept" not in state.shared:
+            return
+        self._kept_tokens, round, stream = state.shared["kept"]
+        self._kept = [piece.clone() for piece in self.cut(state.sharded["kept"])]
+        now = Mark(self.device)
+
+        def again() -> Arrived:  # the estimate is computed anew, not stored
+            weights = [flight.land() for flight in self.spread(self._peek())]
+            return Arrived(weights, self._kept_tokens, None, None, (now, Mark(self.device)))
+
+        self._half, self._kind = Half(TENTATIVE, round, stream, self.world.drive(again)), COMMIT

@@ -1,0 +1,95 @@
+"""Reference: torch's DistributedDataParallel (Li et al., 2020, arXiv 2006.15704), tuned as its users would.
+
+Invariant: as exact as all-reduce; replicas are bit-equal. Gradients are views of DDP's buckets, which travel during the
+last backward (no_sync before); fused optimizer; torch's own communication hooks for the wires fp16, bf16 and powersgd
+(which keep residuals of their own: a resumed run with powersgd begins with empty ones). DDP divides by the number of
+ranks.
+
+It runs without Horovod in the process, on world=torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdllm.config import schema
+from hvdllm.exchange.base import Batch, Stream, Update, Wire
+from hvdllm.exchange.reference import Reference
+from hvdllm.world.base import World
+
+
+class Ddp(Reference):
+    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+        from torch.nn.parallel import DistributedDataParallel
+
+        super().attach(model, flat, update, wire, world)
+        self.divided_by = float(world.size)
+        for p in self.parameters:
+            p.grad = None  # DDP makes its own
+        self.module = DistributedDataParallel(
+            model, bucket_cap_mb=max(1, round(self.settings.bucket_mb)), gradient_as_bucket_view=True,
+            broadcast_buffers=False, init_sync=False,
+        )  # fmt: skip
+        self._bytes = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
+        self._rebuilt = False
+        return self.module
+
+    def feed(self, stream: Stream) -> Iterator[Batch]:
+        for batch in super().feed(stream):
+            if not self._rebuilt:
+                self._rebuild(batch)
+            # Only a backward outside of no_sync() sends anything.
+            with nullcontext() if batch.last else self.module.no_sync():
+                yield batch
+
+    def _rebuild(self, batch: Batch) -> None:
+        """DDP lays its buckets out anew after the first backward that it sums. One that counts for nothing brings that
+        about, so that a resumed run adds up in the same order."""
+        self._rebuilt = True
+        self._armed = False
+        self.module(batch.inputs, batch.targets, (batch.round, batch.index)).backward()
+        with self.module.no_sync():  # the forward is where buckets are laid out
+            self.module(batch.inputs, batch.targets, (batch.round, batch.index)).backward()
+        for p in self.parameters:
+            assert p.grad is not None
+            p.grad.zero_()
+        self.arm(batch)
+
+    def finish(self) -> None:
+        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * self._bytes
+
+    def check(self, gradients: list[torch.Tensor | None]) -> None:
+        assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
+
+
+def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> float:
+    """Registers torch's hook for a wire; returns the bytes that a sum has."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    whole = float(sum(p.nbytes for p in flat.parameters.values()))
+    if isinstance(wire, schema.Fp16):
+        module.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        return whole / 2
+    if isinstance(wire, schema.Bf16):
+        module.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        return whole / 2
+    if isinstance(wire, schema.PowerSGD):
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None, matrix_approximation_rank=wire.rank,
+            start_powerSGD_iter=max(2, wire.warmup_tokens // nominal), min_compression_rate=wire.min_compression,
+        )  # fmt: skip
+        module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        sizes = [(p.shape[0], p.numel() // p.shape[0], p.nbytes) if p.dim() > 1 else (1, 1, p.nbytes)
+                 for p in flat.parameters.values()]  # fmt: skip
+        return float(
+            sum(
+                4 * (n + m) * wire.rank if n * m > 1 and (n + m) * wire.rank * wire.min_compression < n * m else whole_
+                for n, m, whole_ in sizes
+            )
+        )
+    return whole

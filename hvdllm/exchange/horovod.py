@@ -1,0 +1,44 @@
+"""Reference: Horovod's stock DistributedOptimizer (Sergeev and Del Balso, 2018, arXiv 1802.05799).
+
+Invariant: as exact as all-reduce; replicas are bit-equal. One operation a parameter, launched by Horovod's hooks during
+the last backward, fused by Horovod as it comes (its own defaults, unlike our buckets); `synchronize` waits by spinning.
+Only its sums are used: clip, rate and optimizer are ours. With wire=fp16 it casts as it is, without a scale: a large
+sum overflows and stops the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdllm.config import schema
+from hvdllm.exchange.base import Batch, Update, Wire
+from hvdllm.exchange.reference import Reference
+from hvdllm.world.base import World
+
+NEVER = 2**30
+
+
+class Horovod(Reference):
+    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+        super().attach(model, flat, update, wire, world)
+        self._half = isinstance(wire.settings, schema.Fp16)  # type: ignore[attr-defined]
+        optimizer = torch.optim.SGD(self.parameters, lr=0.0)  # never stepped
+        named = list(flat.parameters.items())
+        self.optimizer = world.distributed_optimizer(optimizer, named, "fp16" if self._half else "none")  # type: ignore[attr-defined]
+        self._bytes = sum(p.nbytes for p in self.parameters) / (2 if self._half else 1)
+        return model
+
+    def arm(self, batch: Batch) -> None:
+        super().arm(batch)
+        self.optimizer.set_backward_passes_per_step(1 if batch.last else NEVER)
+
+    def finish(self) -> None:
+        self.optimizer.synchronize()
+        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * self._bytes
+
+    def check(self, gradients: list[torch.Tensor | None]) -> None:
+        inside = [self.in_flat(g) for g in gradients]
+        assert self._half or all(inside), "without compression Horovod sums in place"

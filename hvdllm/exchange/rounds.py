@@ -1,0 +1,311 @@
+"""What exchanges with rounds have in common: hooks, meta, counting, and what a checkpoint holds.
+
+A round is what a rank computes between two launches of its gradients. Closed by count (the rule), meta is posted when
+it begins, with its tokens and what came of the round before; so what is said of round r is known when meta of r + 1 has
+landed, and a commit is reported at the next one. An exchange fills in `close`: what happens when the buckets of a
+round are on their way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdllm.device import Later, Mark
+from hvdllm.exchange import noise
+from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, Settled, State, Stream, Update, Wire
+from hvdllm.exchange.buckets import Buckets
+from hvdllm.exchange.meta import SLOT, MetaPost, MetaSum
+from hvdllm.world.base import Asks, Flight, World
+
+LANES = ("compute", "blocked", "flight")
+Interval = tuple[Mark, Mark]
+
+
+@dataclass
+class Counts:
+    """What Update needs of a round."""
+
+    tokens: float
+    committed: int
+
+
+@dataclass
+class Said:
+    """What all ranks said of one round."""
+
+    loss: float = 0.0
+    loss_tokens: float = 0.0
+    squares: float = 0.0
+    slots: dict[str, list[float]] = field(default_factory=dict)
+
+    def __add__(self, other: Said) -> Said:
+        slots = {k: [a + b for a, b in zip(v, other.slots[k], strict=True)] for k, v in self.slots.items()}
+        return Said(
+            self.loss + other.loss, self.loss_tokens + other.loss_tokens, self.squares + other.squares,
+            slots or other.slots,
+        )  # fmt: skip
+
+
+@dataclass
+class Computed:
+    """A round of this rank, before the host has read what came of it."""
+
+    round: int
+    sums: Later  # of token losses in nats; squared norm of the gradient's sum
+    tokens: int
+    micro_batches: int
+    intervals: list[tuple[str, Mark, Mark]]  # lane, begin, end
+    cpu_s: float
+
+
+@dataclass
+class Applied:
+    """A commit, before the host has read its norm. rounds: the exchange's own numbers of those it is made of; stream:
+    theirs, to deal them again."""
+
+    step: int
+    norm: Later
+    tokens: float
+    rounds: list[int]
+    stream: list[int]
+
+
+class Rounds:
+    """settings: of the exchange. nominal: tokens of a global batch."""
+
+    copies = 1
+    identical = True
+    parts = 1  # rounds a global batch
+    left = False  # are weights moved on before a bad gradient is seen?
+    hooks = True  # does it launch buckets of the map itself?
+    one_point = True  # are all gradients of a commit taken at the same weights? The noise scale needs it.
+
+    def __init__(self, settings: Any, nominal: int) -> None:
+        self.settings, self.nominal = settings, nominal
+        self.tokens = self.step = self.round = 0
+        self.watch: Callable[[int, str, Mark, Mark], None] | None = None  # (step, lane, begin, end): trace_steps
+        self._mine: dict[str, float] = dict.fromkeys(("loss", "loss_tokens", "squares"), 0.0)
+        self._slot: dict[str, float] = dict.fromkeys(SLOT, 0.0)
+        self._computed: Computed | None = None
+        self._applied: Applied | None = None
+        self._said: dict[int, Said] = {}
+        self._last: list[Any] = []  # of the last commit: rounds, tokens, norm
+        self._asks = Asks()
+        self._parity = 0
+        self._launched: Mark | None = None  # this round's first bucket
+
+    # ------------------------------------------------------------------ what a rank owns, and how it launches
+    def spans(self) -> list[Any]:
+        """The elements that this rank updates: everything, where replicas are whole."""
+        spans: list[Any] = self.flat.pieces(0, 1)
+        return spans
+
+    def send(self, bucket: Any) -> Flight:
+        """Only enqueues."""
+        span = bucket.span
+        return self.wire.sum(self.flat.g[span.start : span.stop], f"grad.{bucket.index}")
+
+    def total(self, squares: torch.Tensor) -> torch.Tensor:
+        """The sum over the owners of the pieces."""
+        return squares
+
+    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+        self.flat, self.update, self.wire, self.world = flat, update, wire, world
+        self.device = flat.x.device
+        self.owned = self.spans()
+        update.attach(flat, self.owned)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.buckets = Buckets(flat, self._launch)
+        if self.hooks and world.size > 1:  # alone nothing can be hidden, and a hook costs a Python call a parameter
+            self.buckets.hook(flat)
+        return model
+
+    def _launch(self, bucket: Any) -> Flight:
+        if self._launched is None:
+            self._launched = Mark(self.device)
+        if self.world.size > 1 and self.one_point:
+            span = bucket.span
+            self._squares += torch.linalg.vector_norm(self.flat.g[span.start : span.stop]).square()
+        return self.send(bucket)
+
+    def cut(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """This rank's pieces of a vector over the map."""
+        return [vector[span.start : span.stop] for span in self.owned]
+
+    # ------------------------------------------------------------------ the round
+    def feed(self, stream: Stream) -> Iterator[Batch]:
+        for batches in stream.rounds(self.parts):
+            self.begin()
+            self.meta = self.post(sum(batch.tokens for batch in batches))
+            for batch in batches:
+                self.arm(batch)
+                yield batch
+
+    def begin(self) -> None:
+        """Before a round's first forward: reads what came of the one before."""
+        self._read()
+        self.wire.begin(self.tokens, self.update.rate(self.tokens + self.nominal) / self.nominal)
+        self._own = self._micro_batches = 0
+        self._launched = None
+        self._intervals: list[tuple[str, Mark, Mark]] = []
+        self._begin, self._cpu = Mark(self.device), time.process_time()
+
+    def arm(self, batch: Batch) -> None:
+        self.buckets.arm(batch.last and batch.tokens > 0 and self.world.size > 1)
+
+    def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
+        self._loss += loss
+        self._own += batch.tokens
+        self._micro_batches += batch.tokens > 0
+        if not batch.last:
+            return None
+        flights = self.buckets.launch_rest()
+        self._wait = Mark(self.device)
+        self._stream_round = batch.round
+        commit = self.close(flights)
+        self.round += 1
+        return commit
+
+    def close(self, flights: list[Flight]) -> Commit | None:
+        """The round's buckets are on their way: land and apply what is due. Calls `computed` once."""
+        raise NotImplementedError
+
+    def computed(self, blocked: list[Interval], flights: list[Interval]) -> None:
+        """This round is over. blocked: when compute stood still, in order; flights: when something travelled."""
+        if self.world.size > 1:
+            self._intervals += [("blocked", *each) for each in blocked]
+            self._intervals += [("flight", *each) for each in flights]
+        borders = [self._begin, *(mark for each in blocked for mark in each), Mark(self.device)]
+        self._intervals += [("compute", *each) for each in zip(borders[::2], borders[1::2], strict=True)]
+        self._computed = Computed(
+            self.round, Later(torch.stack([self._loss, self._squares])), self._own, self._micro_batches,
+            self._intervals, time.process_time() - self._cpu,
+        )  # fmt: skip
+        self._loss.zero_()
+        self._squares.zero_()
+
+    def counts(self, tokens: float) -> Counts:
+        return Counts(tokens, self.tokens + int(tokens))
+
+    def commit(
+        self, tokens: float, lr: float, norm: Later, rounds: list[int], stream: list[int], staleness: float = 0.0
+    ) -> Commit:
+        """tokens: of all ranks, in this commit. rounds: numbers of those it is made of."""
+        before = self._report() if self._last else None
+        self.tokens, self.step = self.tokens + int(tokens), self.step + 1
+        self._applied = Applied(self.step, norm, tokens, rounds, stream)
+        self._last = [rounds, tokens, math.nan]
+        asks, self._asks = self._asks, Asks()
+        return Commit(self.tokens, self.step, lr, staleness, before, asks)
+
+    # ------------------------------------------------------------------ meta
+    def post(self, tokens: int) -> MetaPost:
+        """The tokens of a round and what came of the one before, in one vector."""
+        self._parity, self.posted = 1 - self._parity, tokens
+        return MetaPost(self.world, self._parity, {"tokens": float(tokens), **self._mine}, self._slot)
+
+    def hear(self, meta: MetaSum, round: int) -> None:
+        """Books what the meta of this round says of the one before."""
+        if round > 0:
+            self._said[round - 1] = Said(meta.loss, meta.loss_tokens, meta.squares, meta.slots)
+        self._asks = Asks(self._asks.stop or meta.asks.stop, self._asks.save or meta.asks.save)
+
+    def _read(self) -> None:
+        """Reads, once, what came of the last round and commit; the one host read of a commit. Raises NotFinite, on
+        every rank: the norm is that of the sum."""
+        if self._computed is not None:
+            done, self._computed = self._computed, None
+            loss, squares = done.sums.read()
+            tokens = float(done.tokens)
+            self._mine = {"loss": loss, "loss_tokens": tokens, "squares": squares / max(tokens, 1.0)}
+            seconds = dict.fromkeys(LANES, 0.0)
+            for lane, begin, end in done.intervals:
+                seconds[lane] += begin.until(end)
+                if self.watch is not None:
+                    self.watch(done.round + 1, lane, begin, end)
+            self._slot = {f"{lane}_s": seconds[lane] for lane in LANES}
+            self._slot |= {"cpu_s": done.cpu_s, "micro_batches": float(done.micro_batches)}
+        if self._applied is not None:
+            applied, self._applied = self._applied, None
+            norm = applied.norm.read()[0]
+            self._last[2] = norm
+            if not math.isfinite(norm):
+                raise NotFinite(applied.step, applied.stream, norm, self.parts, self.left)
+
+    def _report(self) -> Report:
+        """Of the last commit."""
+        rounds, tokens, norm = self._last
+        said = sum((self._said.pop(r, Said()) for r in rounds), Said())
+        slots = said.slots or {name: [0.0] * self.world.size for name in SLOT}
+        of_noise = noise.estimate(said.squares, norm, tokens, self.world.size) if self.one_point else None
+        return Report(said.loss, said.loss_tokens, norm, of_noise, **slots)
+
+    # ------------------------------------------------------------------ acts
+    def consensus(self) -> AbstractContextManager[None]:
+        self.land()
+        return nullcontext()
+
+    def land(self) -> None:
+        """Lands, without applying, what flies; reads what can be known. Raises NotFinite."""
+        self._read()
+
+    def settle(self) -> Settled:
+        """Lands and applies what is in flight; `rest` does it where something may be."""
+        self.land()
+        settled = self.rest()
+        self._read()
+        self.hear(self.post(0).land(), self.round)
+        return settled or Settled(self._report() if self._last else None)
+
+    def rest(self) -> Settled | None:
+        """Commits what flies, where something may."""
+        return None
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> State:
+        self.land()
+        shared, vectors = self.update.state()
+        wire_shared, summed, tensors = self.wire.state()
+        mine = {
+            "tokens": self.tokens, "step": self.step, "round": self.round, "last": self._last, "wire": wire_shared,
+            "said": {str(round): asdict(said) for round, said in self._said.items()},
+        }  # fmt: skip
+        return State(
+            {**mine, **shared},
+            self.owned if self.hands_out() else [],
+            {"model": torch.cat(self.cut(self.flat.x)), **vectors},
+            {"said": self._mine, "slot": self._slot},
+            summed,
+            tensors,
+        )
+
+    def hands_out(self) -> bool:
+        """Does this rank write its pieces? Where replicas are whole and equal rank 0 alone does."""
+        return self.world.rank == 0
+
+    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+        shared = state.shared
+        self.tokens, self.step, self.round = shared["tokens"], shared["step"], shared["round"]
+        self._last = list(shared["last"])
+        self._said = {int(round): Said(**said) for round, said in shared["said"].items()}
+        self.flat.x.copy_(state.sharded["model"])
+        names = self.update.state()[1]
+        self.update.load(shared, {name: torch.cat(self.cut(state.sharded[name])) for name in names})
+        self.wire.load(shared["wire"], state.summed, state.tensors)
+        if len(mine) == self.world.size:
+            own = mine[self.world.rank]
+            self._mine, self._slot = dict(own["said"]), dict(own["slot"])
+        else:  # another world size: rank 0 speaks for all that were, and their seconds are left out
+            for said in self._said.values():
+                said.slots = {}
+            if self.world.rank == 0:
+                self._mine = {key: sum(other["said"][key] for other in mine) for key in self._mine}

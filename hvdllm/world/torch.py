@@ -1,0 +1,330 @@
+"""The world over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors. Imports no Horovod.
+
+torch.distributed matches collectives by call order, so each channel (the first word of a name) has a process group of
+its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
+word is none of them travels on `other`, whose collectives no two threads may use at once.
+
+What Gloo sends, a rank, is what world/hvd.py says of it; here a gather also tells its sizes first, and pads where they
+differ. NCCL is counted by the same formulas. Not run with NCCL on more than one GPU by the tests.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hvdllm.errors import PeerError, UserError
+from hvdllm.world.base import Flight
+from hvdllm.world.detect import Place
+from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
+
+CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
+SLICE = timedelta(seconds=1)  # of a wait in C++, between which Python hears signals
+IFACE = "GLOO_SOCKET_IFNAME"
+
+
+class Channel:
+    """One process group. Its collectives are launched in the order of the calls: at once, or by a thread of its own
+    behind one that must first wait for the others' sizes."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self._pool: ThreadPoolExecutor | None = None
+        self._last: Future[Any] | None = None
+
+    def launch(self, start: Callable[[], Any], waits: bool = False) -> Future[Any]:
+        if not waits and (self._last is None or self._last.done()):
+            future: Future[Any] = Future()
+            future.set_result(start())
+            return future
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-channel")
+        self._last = self._pool.submit(start)
+        return self._last
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class TorchFlight:
+    """One collective of x. future: of the work, once it is launched. finish: makes what lands."""
+
+    def __init__(
+        self, future: Future[Any], x: torch.Tensor, name: str, world: TorchRanks, finish: Callable[[], torch.Tensor]
+    ) -> None:
+        self.future, self.x, self.name, self.world, self.finish = future, x, name, world, finish
+        self.value: torch.Tensor | None = None
+
+    def landed(self) -> bool:
+        if self.value is not None:
+            return True
+        # A launch that failed has landed too: `land` says how.
+        return self.future.done() and (self.future.exception() is not None or self.future.result().is_completed())
+
+    def land(self) -> torch.Tensor:
+        if self.value is None:
+            self.world.wait(self.future.result(), self.name, on_host=not self.x.is_cuda)
+            self.value = self.finish()
+        return self.value
+
+
+class TorchRanks(Ranks):
+    """The collectives of one process group a channel. members: ranks in the whole world, ascending."""
+
+    def __init__(
+        self, groups: Sequence[Any], members: Sequence[int], where: Where, timeout_s: float, parent: Ranks | None = None
+    ) -> None:
+        super().__init__(where, timeout_s, parent)
+        self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
+        self.members = tuple(members)
+
+    def sum(self, x: torch.Tensor, name: str) -> Flight:
+        self.count(2 * (self.size - 1) / self.size * x.nbytes)
+        return self._launch(x, name, lambda group: dist.all_reduce(x, group=group, async_op=True), lambda: x)
+
+    def scatter(self, x: torch.Tensor, name: str) -> Flight:
+        self.count((self.size - 1) / self.size * x.nbytes)
+        own = x.chunk(self.size)[self.rank]
+        if x.is_cuda:
+            share = torch.empty_like(own)
+            return self._launch(
+                x, name, lambda group: dist.reduce_scatter_tensor(share, x, group=group, async_op=True), lambda: share
+            )
+        # As over Horovod: the same sums in the same order, in the share of x that is spent.
+        out = torch.empty_like(x)
+        return self._launch(
+            x,
+            name,
+            lambda group: dist.all_to_all_single(out, x, group=group, async_op=True),
+            lambda: add(out.chunk(self.size), own),
+        )
+
+    def alltoall(self, x: torch.Tensor, name: str) -> Flight:
+        self.count((self.size - 1) / self.size * x.nbytes)
+        out = torch.empty_like(x)
+        return self._launch(
+            x, name, lambda group: dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out
+        )
+
+    def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
+        self.count(broadcast_sends(self.rank, root, self.size) * x.nbytes)
+        source = self.members[root]
+        return self._launch(x, name, lambda group: dist.broadcast(x, source, group=group, async_op=True), lambda: x)
+
+    def gather(self, x: torch.Tensor, name: str) -> Flight:
+        """torch gathers equal tensors only: sizes travel first, then rows up to the most that any rank has."""
+        rows: list[int] = []
+        padded = x
+
+        def start(group: Any) -> Any:
+            nonlocal padded
+            own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
+            self.wait(dist.all_gather_into_tensor(sizes, own, group=group, async_op=True), name)
+            rows.extend(sizes.tolist())
+            sent, most = x.contiguous(), max(rows)
+            if len(x) < most:
+                sent = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+            padded = x.new_empty(self.size * most, *x.shape[1:])
+            self.count((self.size - 1) * (own.nbytes + sent.nbytes))
+            return dist.all_gather_into_tensor(padded, sent, group=group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            if len(set(rows)) == 1:
+                return padded
+            return torch.cat([part[:count] for part, count in zip(padded.chunk(self.size), rows, strict=True)])
+
+        # On CUDA the caller's stream must be current at the launch, so that the caller waits for the sizes.
+        return self._launch(x, name, start, finish, waits=not x.is_cuda)
+
+    def adasum(self, x: torch.Tensor, name: str) -> Flight:
+        """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
+        must_be_power_of_two(self.size)
+        self.count((self.size - 1) * x.nbytes)
+        flat = x.reshape(-1)
+        out = flat.new_empty(self.size * len(flat))
+        return self._launch(
+            x,
+            name,
+            lambda group: dist.all_gather_into_tensor(out, flat, group=group, async_op=True),
+            lambda: x.copy_(adasum(out.chunk(self.size)).view_as(x)),
+        )
+
+    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
+        raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
+
+    def wait(self, work: Any, name: str, on_host: bool = True) -> None:
+        """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
+        end = time.monotonic() + self.timeout_s
+        while on_host and not work.is_completed():
+            try:
+                work.wait(SLICE)
+            except RuntimeError:
+                if not work.is_completed() and time.monotonic() > end:
+                    raise PeerError(
+                        f"rank {self.rank} waited {self.timeout_s:.0f} s for `{name}`: another rank stands still, or "
+                        "acts take longer than world.timeout_s"
+                    ) from None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _gone(error) from None
+
+    def close(self) -> None:
+        """A part ends with the whole."""
+        for channel in self.channels.values():
+            channel.close()
+
+    def _launch(
+        self,
+        x: torch.Tensor,
+        name: str,
+        start: Callable[[Any], Any],
+        finish: Callable[[], torch.Tensor],
+        waits: bool = False,
+    ) -> TorchFlight:
+        channel = self.channels.get(name.split(".")[0], self.channels["other"])
+        return TorchFlight(channel.launch(lambda: start(channel.group), waits), x, name, self, finish)
+
+
+def _gone(error: RuntimeError) -> PeerError:
+    return PeerError(f"a collective failed, most likely because another rank is gone ({str(error).splitlines()[0]})")
+
+
+class TorchWorld(TorchRanks):
+    """The ranks that a launcher started, any of those that detect.py knows. device_kind: auto, cpu or cuda."""
+
+    def __init__(self, place: Place, timeout_s: float, device_kind: str = "cpu") -> None:
+        on_gpu = device_kind != "cpu" and torch.cuda.is_available()
+        self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if on_gpu:
+            torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            if place.launcher == "torchrun":
+                dist.init_process_group(self._backend, init_method="env://", timeout=timeout)
+            else:
+                store = meet(place, timeout)
+                dist.init_process_group(
+                    self._backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout
+                )
+            groups = [dist.new_group(timeout=timeout, backend=self._backend) for _ in CHANNELS]
+        except RuntimeError as error:
+            raise PeerError(f"the ranks did not find each other ({str(error).splitlines()[0]})") from None
+        where = (place.rank, place.size, place.local_rank, place.local_size)
+        super().__init__(groups, range(place.size), where, timeout_s)
+        self._parts: list[TorchRanks] = []
+
+    def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
+        mine = group_of(self.rank, groups, self.size)
+        local = self._local(mine, name)
+        timeout = timedelta(seconds=self.timeout_s)
+        for group in groups:  # every rank makes all of them, in the same order
+            made = [dist.new_group(sorted(group), timeout=timeout, backend=self._backend) for _ in CHANNELS]
+            if self.rank in group:
+                own = made
+        part = TorchRanks(own, mine, (mine.index(self.rank), len(mine), *local), self.timeout_s, self)
+        self._parts.append(part)
+        return part
+
+    def close(self) -> None:
+        self._driver.close()
+        self.sum(torch.zeros(1), "world.close").land()  # nothing of anybody's is under way behind this
+        for part in self._parts:
+            part.close()
+        super().close()
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------ how ranks meet
+def meet(place: Place, timeout: timedelta) -> dist.Store:
+    """A store of rank 0's that all ranks reach. Its address travels through what the launcher offers: Horovod's own
+    key-value server, or a broadcast over MPI."""
+    if "HOROVOD_GLOO_IFACE" in os.environ:
+        os.environ.setdefault(IFACE, os.environ["HOROVOD_GLOO_IFACE"])
+    store = None
+    address: tuple[str, int] | None = None
+    if place.rank == 0:
+        host = own_address(place)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        address = (host, store.port)
+    if place.launcher == "horovodrun":
+        address = through_horovodrun(address, timeout)
+    elif place.launcher in ("mpirun", "srun"):
+        address = through_mpi(address, place)
+    if store is None:
+        assert address is not None, "a process alone is rank 0"
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+    return store
+
+
+def own_address(place: Place) -> str:
+    """Of this host, for the others. MASTER_ADDR says it; else the interface that Gloo is told to use; else its name."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    if IFACE in os.environ:
+        return address_of(os.environ[IFACE].split(",")[0])
+    return "127.0.0.1" if place.local_size == place.size else socket.gethostname()
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface (ioctl SIOCGIFADDR: a name of 16 bytes, then a sockaddr_in)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            raise UserError(f"{IFACE}={interface} names no network interface with an IPv4 address here") from None
+    return socket.inet_ntoa(found[20:24])
+
+
+def through_horovodrun(address: tuple[str, int] | None, timeout: timedelta) -> tuple[str, int]:
+    """Rank 0 leaves its address with the launcher's key-value server, the others ask for it."""
+    try:
+        server = f"http://{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
+    except KeyError:
+        raise UserError("horovodrun started this without its key-value server: add --gloo, or use torchrun") from None
+    url, end = f"{server}/hvdllm/store", time.monotonic() + timeout.total_seconds()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    if address is not None:
+        words = f"{address[0]} {address[1]}".encode()
+        direct.open(urllib.request.Request(url, words, method="PUT"), timeout=timeout.total_seconds()).close()
+        return address
+    while True:
+        try:
+            with direct.open(url, timeout=timeout.total_seconds()) as answer:
+                host, port = answer.read().decode().split()
+                return host, int(port)
+        except urllib.error.HTTPError as error:
+            if error.code != 404 or time.monotonic() > end:
+                raise PeerError(f"rank 0 left no address with horovodrun's server ({error})") from None
+            error.close()
+        except OSError as error:
+            raise PeerError(f"horovodrun's server does not answer ({error})") from None
+        time.sleep(0.02)
+
+
+def through_mpi(address: tuple[str, int] | None, place: Place) -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            f"world=torch under {place.launcher} meets over MPI and needs mpi4py: pip install mpi4py, or use torchrun"
+        ) from None
+    if (size := MPI.COMM_WORLD.size) != place.size:
+        raise UserError(
+            f"the launcher says {place.size} ranks, mpi4py sees {size}: it was built for another MPI; use torchrun"
+        )
+    met: tuple[str, int] = MPI.COMM_WORLD.bcast(address, root=0)
+    return met

@@ -1,0 +1,255 @@
+"""A small net under any exchange on virtual ranks, each with other data and ragged counts, in fp64; and plain
+references.
+
+An example counts as a token. `gradient` is the sum over the examples of one part of a global batch, at given weights:
+what the references are made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdllm.config import schema
+from hvdllm.exchange.acco import Acco
+from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.base import State
+from hvdllm.exchange.delayed import Delayed
+from hvdllm.exchange.sharded import Sharded
+from hvdllm.exchange.wire import make
+from hvdllm.optim.update import Update
+from hvdllm.trainer.flat import Flat
+from hvdllm.world import virtual
+
+EXCHANGES: dict[type, Any] = {
+    schema.AllReduce: AllReduce, schema.Sharded: Sharded, schema.Delayed: Delayed, schema.Acco: Acco,
+}  # fmt: skip
+NOMINAL = 24  # examples of a global batch
+MICRO = 2
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def examples(part: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one part of a global batch; the size of gradients changes from part to part, from small to large."""
+    draw = torch.Generator().manual_seed(1000 + part)
+    x = torch.randn(NOMINAL // parts, 4, generator=draw, dtype=torch.float64)
+    t = torch.randn(NOMINAL // parts, 3, generator=draw, dtype=torch.float64) * (0.3 + part % 4)
+    return x, t
+
+
+def deal(part: int, parts: int, rank: int, size: int) -> slice:
+    """A rank's consecutive share; ragged, and another from part to part."""
+    count = NOMINAL // parts
+    draw = torch.Generator().manual_seed(part)
+    cuts = (torch.randperm(count - 1, generator=draw)[: size - 1] + 1).sort().values.tolist()
+    borders = [0, *cuts, count]
+    return slice(borders[rank], borders[rank + 1])
+
+
+class Examples:
+    """The stream of one rank."""
+
+    def __init__(self, rank: int, size: int, first: int = 0) -> None:
+        self.rank, self.size, self.next = rank, size, first
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
+        for part in itertools.count(self.next):
+            x, t = (each[deal(part, parts, self.rank, self.size)].split(MICRO) for each in examples(part, parts))
+            last = len(x) - 1
+            self.next = part + 1
+            yield [SimpleNamespace(inputs=a, targets=b, tokens=len(a), last=i == last, round=part, index=i)
+                   for i, (a, b) in enumerate(zip(x, t, strict=True))]  # fmt: skip
+
+
+def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (model(x) - t).square().sum() / 2
+
+
+@dataclass
+class Rig:
+    """What a run of one rank leaves."""
+
+    weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
+    commits: list[Any] = field(default_factory=list)
+    settled: Any = None
+    final: Any = None
+    state: Any = None  # (State, stream position) where asked for
+    sent: float = 0.0
+
+
+def flatten(flat: Flat) -> torch.Tensor:
+    return torch.cat([flat.view(name).reshape(-1) for name in flat.parameters])
+
+
+def train(
+    exchange: Any,
+    size: int,
+    steps: int,
+    *,
+    optim: Any,
+    wire: Any = None,
+    rate: Callable[[int], float] = lambda tokens: 1.0,
+    acts: bool = False,
+    stop_at: int | None = None,
+    states: list[Any] | None = None,
+    hosts: int = 1,
+    settle: bool = True,
+    model: Callable[[], nn.Module] = net,
+    cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
+) -> list[Rig]:
+    """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
+    ranks, to go on from."""
+
+    def body(world: Any) -> Rig:
+        out, net_ = Rig(), model()
+        part = EXCHANGES[type(exchange)](exchange, NOMINAL)
+        flat = Flat(net_, world.size, 1, part.copies)
+        update = Update(optim, rate)
+        part.attach(net_, flat, update, make(wire or schema.Fp32(), world, flat, NOMINAL), world)
+        stream = Examples(world.rank, world.size)
+        if states is not None:
+            load(part, flat, states, world)
+            stream.next = states[0][1]
+        for batch in part.feed(stream):
+            value = cost(net_, batch.inputs, batch.targets)
+            value.backward()
+            commit = part.advance(batch, value.detach())
+            if commit is None:
+                continue
+            out.commits.append(commit)
+            out.weights.append(flatten(flat))
+            if acts:
+                part.state()
+                with part.consensus():
+                    world.sum(torch.ones(1), "act.x").land()
+            if commit.step == stop_at:
+                out.state = freeze(part.state()), stream.next
+                break
+            if commit.step >= steps:
+                break
+        if settle:
+            out.settled = part.settle()
+            out.final = flatten(flat)
+        out.sent = world.bytes_sent
+        return out
+
+    return virtual.run(size, body, hosts=hosts) if hosts > 1 else virtual.run(size, body)
+
+
+def freeze(state: State) -> State:
+    copy = deepcopy(state)
+    copy.sharded = {name: vector.clone() for name, vector in state.sharded.items()}
+    return copy
+
+
+def load(part: Any, flat: Flat, states: list[Any], world: Any) -> None:
+    """As checkpoint/ does it, without files: by names of tensors, through the map of those who saved."""
+    saved = [state for state, _ in states]
+    old = Flat(net(), len(saved), 1)
+
+    def gather(pairs: list[Any]) -> torch.Tensor:
+        vector = torch.zeros_like(flat.x)
+        for spans, values in pairs:
+            for name, start, piece in old.cut(spans, values):
+                begin = flat.at[name].start + start
+                vector[begin : begin + len(piece)] += piece
+        return vector
+
+    whole = {kind: gather([(s.spans, s.sharded[kind]) for s in saved]) for kind in saved[0].sharded}
+    same = len(saved) == world.size
+    who = [saved[world.rank]] if same else saved if world.rank == 0 else []
+    summed = {kind: gather([s.summed[kind] for s in who]) for kind in saved[0].summed}
+    part.load(State(deepcopy(saved[0].shared), [], whole, {}, summed, saved[0].tensors), [s.mine for s in saved])
+
+
+# ------------------------------------------------------------------ plain references
+class ConstantNAdam:
+    """Dozat's rule from its history of gradients; torch's own lets the momentum grow over thousands of steps."""
+
+    def __init__(self, groups: list[Any], optim: Any) -> None:
+        self.param_groups, self.optim, self.history = groups, optim, []
+
+    def state_dict(self) -> Any:
+        return list(self.history)
+
+    def load_state_dict(self, state: Any) -> None:
+        self.history = state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        b1, b2, eps = self.optim.beta1, self.optim.beta2, self.optim.eps
+        self.history.append([[p.grad.clone() for p in group["params"]] for group in self.param_groups])
+        t = len(self.history)
+        for k, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                g = [old[k][j] for old in self.history]
+                m = sum((1 - b1) * b1 ** (t - 1 - i) * g[i] for i in range(t))
+                v = sum((1 - b2) * b2 ** (t - 1 - i) * g[i] ** 2 for i in range(t))
+                look = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g[-1] / (1 - b1**t)
+                p -= group["lr"] * (group["weight_decay"] * p + look / ((v / (1 - b2**t)) ** 0.5 + eps))
+
+
+class Plain:
+    """The whole batch on one process with torch's optimizers. x: weights by registration order."""
+
+    def __init__(self, optim: Any, rate: Callable[[int], float] = lambda tokens: 1.0) -> None:
+        self.model, self.optim, self.rate = net(), optim, rate
+        self.parameters = list(self.model.parameters())
+        decay = [p for p in self.parameters if p.dim() >= 2]
+        rest = [p for p in self.parameters if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        if isinstance(optim, schema.SGD):
+            self.torch: Any = torch.optim.SGD(groups, lr=1.0, momentum=optim.momentum, nesterov=optim.nesterov)
+        elif isinstance(optim, schema.NAdam):
+            self.torch = ConstantNAdam(groups, optim)
+        else:
+            self.torch = torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        self.tokens = 0
+
+    @property
+    def x(self) -> torch.Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def gradient(self, at: torch.Tensor, part: int, parts: int = 1) -> torch.Tensor:
+        """Sum over one part of a batch, at these weights."""
+        model = net()
+        with torch.no_grad():
+            for p, piece in zip(model.parameters(), at.split([p.numel() for p in model.parameters()]), strict=True):
+                p.copy_(piece.view(p.shape))
+        loss(model, *examples(part, parts)).backward()
+        return torch.cat([p.grad.reshape(-1) for p in model.parameters()])  # type: ignore[union-attr]
+
+    def step(self, total: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Divides the sum, clips, steps; the weights afterwards."""
+        self.tokens += tokens
+        mean = total / tokens
+        if self.optim.clip:
+            mean = mean * min(1.0, self.optim.clip / mean.norm().item())
+        for p, piece in zip(self.parameters, mean.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = piece.view(p.shape).clone()
+        for group in self.torch.param_groups:
+            group["lr"] = self.optim.lr * self.rate(self.tokens)
+        self.torch.step()
+        return self.x
+
+    def peek(self, total: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The same, and everything as before."""
+        before, state, weights = self.tokens, deepcopy(self.torch.state_dict()), self.x
+        after = self.step(total, tokens)
+        self.torch.load_state_dict(state)
+        self.tokens = before
+        with torch.no_grad():
+            for p, piece in zip(self.parameters, weights.split([p.numel() for p in self.parameters]), strict=True):
+                p.copy_(piece.view(p.shape))
+        return after
