@@ -42,6 +42,8 @@ def launcher(how: str, n: int) -> list[str]:
     return {
         "alone": [],
         "gloo": ["horovodrun", "--gloo", "-np", str(n)],
+        "two hosts": ["horovodrun", "--gloo", "-np", str(n), "-H", f"localhost:{n // 2},127.0.0.1:{n // 2}"],
+        "torchrun": ["torchrun", f"--nproc-per-node={n}", "--no-python"],
         "mpi": ["horovodrun", "--mpi", "-np", str(n)],
         "mpirun": ["mpirun", "--oversubscribe", "-np", str(n)],
     }[how]
@@ -153,7 +155,8 @@ def launch(words: list[str], how: str = "alone", n: int = 1, code: int | None = 
 
 
 def runs(specs: list[dict[str, Any]], n: int, tmp: Path, how: str = "gloo") -> None:
-    """Several trainings, one after the other, in one start of n ranks; n=1 alone. See ranks/body_runs.py."""
+    """Several trainings, one after the other, in one start of n ranks; n=1 alone, or virtual where the words say so.
+    See ranks/body_runs.py."""
     path = tmp / f"specs-{uuid.uuid4().hex[:6]}.json"
     path.write_text(json.dumps(specs))
     launch([sys.executable, str(RANKS / "body_runs.py"), str(path)], "alone" if n == 1 else how, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from hvdllm.config.composition import refusal, transport
@@ -68,6 +69,8 @@ def check_batch(config: Config, ranks: int) -> None:
             f"batch_tokens={config.batch_tokens} is {sequences} sequences, and exchange=acco takes them in two halves: "
             f"{(sequences + 1) * context} would be even"
         )
+    if isinstance(config.exchange, Acco) and (config.exchange.most or math.inf) < config.exchange.least:
+        raise UserError(f"exchange.most={config.exchange.most} is less than exchange.least={config.exchange.least}")
     least = ranks * (2 if halves else 1)
     if sequences < least:
         raise UserError(

@@ -98,6 +98,7 @@ class Acco(Owners):
                     torch.cuda.current_stream(self.device).synchronize()
                 count, tokens = count + 1, tokens + batch.tokens
                 last = count >= self.settings.least and (self._half is None or self._half.driven.landed())
+                last = last or count == self.settings.most
                 batch.last = last
                 if last:
                     self.meta = self.post(tokens)

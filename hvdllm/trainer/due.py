@@ -197,10 +197,11 @@ class Due:
             self.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
 
     def save(self, seconds: float) -> None:
+        begin, state = self.clock.wall_s(), self.exchange.state()
         values = {"seconds": seconds, "stream": self.stream.state(), "due": self.state(), **self.extra}
-        begin = self.clock.wall_s()
+        values["kinds"] = list(state.sharded)
         path = write.write(
-            self.folder.path if self.folder is not None else Path(), self.flat, self.exchange.state(), values,
+            self.folder.path if self.folder is not None else Path(), self.flat, state, values,
             self.world, self.config.keep, mine={"lanes": self.stream.lanes()},
         )  # fmt: skip
         self._save_s = self.clock.wall_s() - begin

@@ -83,7 +83,8 @@ class World(Protocol):
 
     def drive(self, work: Callable[[], Any]) -> Flight:
         """A flight of several stages: `work` runs on this rank's one driver thread, in the order of the calls, and
-        what it returns is what lands. It may wait for collectives, not for work that was driven after it."""
+        what it returns is what lands. It may wait for collectives, and drive stages of its own, which are walked at
+        once; not for work that was driven after it."""
 
     def texts(self, text: str, name: str) -> list[str]:
         """Every rank's text, in rank order. Blocks."""

@@ -6,6 +6,7 @@ flight queues behind it, without the host waiting for the device. Not run on a G
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,8 +36,13 @@ class Driver:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._thread = 0
 
     def __call__(self, work: Callable[[], Any]) -> Driven:
+        if threading.get_ident() == self._thread:  # a stage of what is being driven, on its stream: walked at once
+            done: Future[tuple[Any, Any]] = Future()
+            done.set_result((work(), None))
+            return Driven(done)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-driver")
             if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -45,6 +51,7 @@ class Driver:
         return Driven(self._pool.submit(self._run, work, ready))
 
     def _run(self, work: Callable[[], Any], ready: Any) -> tuple[Any, Any]:
+        self._thread = threading.get_ident()
         if self._stream is None:
             return work(), None
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):

@@ -1,8 +1,8 @@
 """The world over Horovod: the one module that imports horovod.torch and initialises it.
 
-Rules it keeps (each learnt from a failure): no fusion (but where asked for) and no autotune (our buckets are the fusion, and fusing
-by timing changes the order of sums, so from 3 ranks on two equal runs would differ); waiting is polling with
-short sleeps (hvd.synchronize spins and steals a core from the compute); a collective that fails because
+Rules it keeps (each learnt from a failure): no fusion, but where it is asked for, and no autotune (our buckets are the
+fusion, and fusing by timing changes the order of sums, so from 3 ranks on two equal runs would differ); waiting is
+polling with short sleeps (hvd.synchronize spins and steals a core from the compute); a collective that fails because
 another rank is gone is not this rank's error.
 
 Horovod knows no bfloat16: its bits travel as int16, and sums of them are made here from scattered bits, in fp32.

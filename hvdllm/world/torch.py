@@ -101,7 +101,7 @@ class TorchRanks(Ranks):
         if x.is_cuda:
             share = torch.empty_like(own)
             return self._launch(
-                x, name, lambda group: dist.reduce_scatter_tensor(share, x, group=group, async_op=True), lambda: share
+                x, name, lambda group: dist.reduce_scatter_single(share, x, group=group, async_op=True), lambda: share
             )
         # As over Horovod: the same sums in the same order, in the share of x that is spent.
         out = torch.empty_like(x)
@@ -132,14 +132,14 @@ class TorchRanks(Ranks):
         def start(group: Any) -> Any:
             nonlocal padded
             own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
-            self.wait(dist.all_gather_into_tensor(sizes, own, group=group, async_op=True), name)
+            self.wait(dist.all_gather_single(sizes, own, group=group, async_op=True), name)
             rows.extend(sizes.tolist())
             sent, most = x.contiguous(), max(rows)
             if len(x) < most:
                 sent = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
             padded = x.new_empty(self.size * most, *x.shape[1:])
             self.count((self.size - 1) * (own.nbytes + sent.nbytes))
-            return dist.all_gather_into_tensor(padded, sent, group=group, async_op=True)
+            return dist.all_gather_single(padded, sent, group=group, async_op=True)
 
         def finish() -> torch.Tensor:
             if len(set(rows)) == 1:
@@ -158,7 +158,7 @@ class TorchRanks(Ranks):
         return self._launch(
             x,
             name,
-            lambda group: dist.all_gather_into_tensor(out, flat, group=group, async_op=True),
+            lambda group: dist.all_gather_single(out, flat, group=group, async_op=True),
             lambda: x.copy_(adasum(out.chunk(self.size)).view_as(x)),
         )
 
@@ -200,7 +200,11 @@ class TorchRanks(Ranks):
 
 
 def _gone(error: RuntimeError) -> PeerError:
-    return PeerError(f"a collective failed, most likely because another rank is gone ({str(error).splitlines()[0]})")
+    return PeerError(f"a collective failed, most likely because another rank is gone ({_first_line(error)})")
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]  # a trace of C++ may follow
 
 
 class TorchWorld(TorchRanks):
@@ -208,6 +212,7 @@ class TorchWorld(TorchRanks):
 
     def __init__(self, place: Place, timeout_s: float, device_kind: str = "cpu") -> None:
         on_gpu = device_kind != "cpu" and torch.cuda.is_available()
+        self.timeout_s = timeout_s
         self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if on_gpu:
             torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
@@ -220,9 +225,9 @@ class TorchWorld(TorchRanks):
                 dist.init_process_group(
                     self._backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout
                 )
-            groups = [dist.new_group(timeout=timeout, backend=self._backend) for _ in CHANNELS]
+            groups = [self._group() for _ in CHANNELS]
         except RuntimeError as error:
-            raise PeerError(f"the ranks did not find each other ({str(error).splitlines()[0]})") from None
+            raise PeerError(f"the ranks did not find each other ({_first_line(error)})") from None
         where = (place.rank, place.size, place.local_rank, place.local_size)
         super().__init__(groups, range(place.size), where, timeout_s)
         self._parts: list[TorchRanks] = []
@@ -230,14 +235,17 @@ class TorchWorld(TorchRanks):
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         mine = group_of(self.rank, groups, self.size)
         local = self._local(mine, name)
-        timeout = timedelta(seconds=self.timeout_s)
         for group in groups:  # every rank makes all of them, in the same order
-            made = [dist.new_group(sorted(group), timeout=timeout, backend=self._backend) for _ in CHANNELS]
+            made = [self._group(sorted(group)) for _ in CHANNELS]
             if self.rank in group:
                 own = made
         part = TorchRanks(own, mine, (mine.index(self.rank), len(mine), *local), self.timeout_s, self)
         self._parts.append(part)
         return part
+
+    def _group(self, ranks: list[int] | None = None) -> Any:
+        # Longer than ours, so that `wait` is the one that says which collective it was.
+        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s + 60), backend=self._backend)
 
     def close(self) -> None:
         self._driver.close()

@@ -197,9 +197,13 @@ class Driver:
         self.hub, self.rank = hub, rank
         self.queue: deque[Driven] = deque()
         self.begun = self.closed = False
+        self.thread = 0
 
     def __call__(self, work: Callable[[], Any]) -> Driven:
         flight = Driven(self.hub, work)
+        if threading.get_ident() == self.thread:  # a stage of what is being driven
+            flight.run()
+            return flight
         self.queue.append(flight)
         if not self.begun:
             self.begun = True
@@ -213,6 +217,7 @@ class Driver:
         self.closed = True
 
     def _run(self, lane: Lane) -> None:
+        self.thread = threading.get_ident()
         try:
             self.hub.enter(lane)
             while True:

@@ -119,7 +119,7 @@ def train(
         part.attach(net_, flat, update, make(wire or schema.Fp32(), world, flat, NOMINAL), world)
         stream = Examples(world.rank, world.size)
         if states is not None:
-            load(part, flat, states, world)
+            load(part, flat, states, world, model)
             stream.next = states[0][1]
         for batch in part.feed(stream):
             value = cost(net_, batch.inputs, batch.targets)
@@ -153,10 +153,10 @@ def freeze(state: State) -> State:
     return copy
 
 
-def load(part: Any, flat: Flat, states: list[Any], world: Any) -> None:
+def load(part: Any, flat: Flat, states: list[Any], world: Any, model: Callable[[], nn.Module]) -> None:
     """As checkpoint/ does it, without files: by names of tensors, through the map of those who saved."""
     saved = [state for state, _ in states]
-    old = Flat(net(), len(saved), 1)
+    old = Flat(model(), len(saved), 1)
 
     def gather(pairs: list[Any]) -> torch.Tensor:
         vector = torch.zeros_like(flat.x)

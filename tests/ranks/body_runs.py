@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from meddle import meddle
 
@@ -12,9 +13,11 @@ from hvdllm.cli import train as command
 from hvdllm.cli.display import make_show
 from hvdllm.config import compose
 from hvdllm.config.check import check
+from hvdllm.config.schema import Config
 from hvdllm.trainer import build
 from hvdllm.trainer.resume import with_run
-from hvdllm.world.detect import place
+from hvdllm.world import virtual
+from hvdllm.world.detect import Place, place
 
 
 def main() -> None:
@@ -24,11 +27,21 @@ def main() -> None:
         config = compose.compose(words)
         check(config, here)
         command.set_threads(config, here)
+        if config.world.kind == "virtual":
+            virtual.run(
+                config.world.size, lambda each, c=config, w=words: live(c, w, here, each), hosts=config.world.hosts
+            )
+            continue
         world = world or command.open_world(config, here)
-        with make_show(world.rank, here.launcher == "none") as show, meddle(here.rank, **spec.get("do", {})):
-            build.run(config, words, here, world, show)
-    assert world is not None
-    world.close()
+        with meddle(here.rank, **spec.get("do", {})):
+            live(config, words, here, world)
+    if world is not None:
+        world.close()
+
+
+def live(config: Config, words: list[str], here: Place, world: Any) -> None:
+    with make_show(world.rank, here.launcher == "none") as show:
+        build.run(config, words, here, world, show)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def collectives(world: Any) -> dict[str, Any]:
     exact = torch.tensor([2.0**53 - 1 if rank == 0 else 0.0], dtype=torch.float64)
     out["double"] = world.sum(exact, "meta.0").land().item()
 
-    # 1e8 + 1 - 1e8 is 0 in fp32, in this order only; 256 + 1 + 1 is 258 in fp32 and 256 in bf16
-    x = torch.tensor([[1e8, 1.0, -1e8][rank], 10.0 * rank] * size).reshape(2 * size)
+    # 1e8 - 1e8 + 1 is 1 in fp32, in this order only; 256 + 1 + 1 is 258 in fp32 and 256 in bf16
+    x = torch.tensor([[1e8, -1e8, 1.0][rank], 10.0 * rank] * size).reshape(2 * size)
     before = world.bytes_sent
     out["scatter"] = world.scatter(x, "grad.1").land().tolist()
     counted("scatter")
@@ -151,7 +151,8 @@ if __name__ == "__main__":
     from hvdllm.world.hvd import HorovodWorld
 
     what = sys.argv[2]
-    world = HorovodWorld(place(), 60.0, groups=what == "parts")
+    world = HorovodWorld(place(), 60.0, groups=what == "parts", fuse=what == "parts")
+    assert os.environ.get("HOROVOD_FUSION_THRESHOLD") == (None if what == "parts" else "0")
     if what == "parts":
         out = parts(world)
     else:

@@ -27,6 +27,7 @@ def meddle(
     bad: Any = None,  # [rank, round, parameter, ...]: their gradients there are NaN; None: the loss is
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
+    slow_forward: Any = None,  # [rank, seconds]: sleeps before each of its forwards
 ) -> Iterator[None]:
     act, forward, launch_full = Due.act, Loss.forward, Buckets._launch_full
     draw = random.Random(os.urandom(8))
@@ -45,6 +46,8 @@ def meddle(
     def forwarding(self: Loss, inputs: torch.Tensor, targets: torch.Tensor, place: Any) -> torch.Tensor:
         if jitter:
             time.sleep(draw.expovariate(1000))
+        if slow_forward is not None and rank == slow_forward[0]:
+            time.sleep(slow_forward[1])
         loss = forward(self, inputs, targets, place)
         if bad is None or [rank, place[0]] != bad[:2]:
             return loss

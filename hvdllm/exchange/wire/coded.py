@@ -102,9 +102,9 @@ class Travel:
             if k < len(self.cuts):
                 there.append(self._send(k))
             if 0 < k <= len(self.cuts):
-                home.append(self._answer(k - 1, self._add(k - 1, there[k - 1]), owner))
+                home.append(self._answer(k - 1, self._add(k - 1, there.pop(0)), owner))
             if k > 1:
-                self._receive(k - 2, home[k - 2])
+                self._receive(k - 2, home.pop(0))
         return self.x
 
     def scatter(self) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Travel:
             if k < len(self.cuts):
                 there.append(self._send(k))
             if k > 0:
-                sums.append(self._add(k - 1, there[k - 1]))
+                sums.append(self._add(k - 1, there.pop(0)))
         return torch.cat(sums)
 
     # ------------------------------------------------------------------ stages of chunk k
@@ -123,8 +123,8 @@ class Travel:
         left = self.residual[part]
         u = torch.add(self.wire.feed(self.rows, self.launch, part), left, alpha=self.launch.factor)
         payload = self.code.encode(u)
-        torch.sub(u, self._decoded(self.code, payload, k, own=False), out=left)
-        self.wire.sent(left, self.launch, part)
+        decoded = self._decoded(self.code, payload, k, own=False)
+        self.wire.sent(torch.sub(u, decoded, out=left if self.launch.factor else None), self.launch, part)
         return self.world.alltoall(payload, f"{self.launch.name}.out.{k}")
 
     def _add(self, k: int, flight: Flight) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Travel:
         if owner is not None:
             y.add_(owner[self.cuts[k]], alpha=self.launch.factor)
         payload = self.back.encode(y.unsqueeze(0))
-        if owner is not None:
+        if owner is not None and self.launch.factor:
             torch.sub(y, self._decoded(self.back, payload, k, own=True)[0], out=owner[self.cuts[k]])
         return self.world.gather(payload, f"{self.launch.name}.back.{k}")
 

@@ -30,7 +30,8 @@ Kept = dict[int, torch.Tensor]  # by bucket
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch fixes. factor: what a residual is multiplied with to be worth as much as before."""
+    """What a launch fixes. factor: what a residual is multiplied with to be worth as much as before; 0 where the round
+    has no weight: then nothing that is kept is spent on it, and nothing of it is kept."""
 
     bucket: Any
     name: str
@@ -45,7 +46,7 @@ class Feedback(Plain, ABC):
         super().__init__(world)
         self.settings, self.flat, self.nominal = settings, flat, nominal
         self.spans: Spans = spans or (lambda bucket: [bucket.span])
-        self.committed, self.weight = 0, 0.0
+        self.committed, self.weight = 0, 1.0
         self.residual: Kept = {}
         self.owner: Kept = {}
         self.worth: dict[int, float] = {}  # the weight at which a bucket's residuals count as they are
@@ -71,13 +72,16 @@ class Feedback(Plain, ABC):
     def launch(self, key: str) -> Launch:
         bucket = self.flat.buckets[int(key.rpartition(".")[2])]
         before = self.worth.get(bucket.index, self.weight)
-        if self.weight > 0:  # at 0 nothing counts, and nothing that is kept may be spent on it: as it was
+        factor = 0.0
+        if self.weight > 0:
             self.worth[bucket.index] = self.weight
-        factor = before / self.weight if self.weight > 0 and before > 0 else 1.0
+            factor = before / self.weight
         return Launch(bucket, self.name(key), factor, self.committed)
 
     def spend(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
         """x and all that was kept for it: a sum that is exact leaves nothing."""
+        if launch.factor == 0:
+            return x
         index = launch.bucket.index
         if (kept := self.residual.pop(index, None)) is not None:
             x.add_(kept, alpha=launch.factor)

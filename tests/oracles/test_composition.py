@@ -1,0 +1,200 @@
+"""Every exchange with every wire and optimizer: it works, on ranks with different data, or is refused in a sentence.
+
+What works keeps its replicas bit-equal, goes on bit-equal from a checkpoint in mid-flight (at 2 and 3 ranks, several
+buckets), is not changed by acts, and stays near the exact sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from rig import EXCHANGES, NOMINAL, train
+from torch import nn
+
+from hvdllm.config import compose, composition, schema
+from hvdllm.config.check import check
+from hvdllm.config.schema import SGD, AdamW, NAdam
+from hvdllm.errors import UserError
+from hvdllm.world.detect import Place
+
+STEPS, STOP = 6, 3
+SMALL = {  # so that each is at work from the first update, on matrices of a few hundred elements
+    "int8": {"block": 16}, "topk": {"warmup_tokens": 0, "density": 0.3}, "sign": {"warmup_tokens": 2 * NOMINAL},
+    "powersgd": {"warmup_tokens": NOMINAL, "rank": 2, "min_compression": 1.5},
+}  # fmt: skip
+OPTIMS = {
+    "adamw": AdamW(lr=0.01), "nadam": NAdam(lr=0.003), "sgd": SGD(lr=0.05, momentum=0.5),
+}  # fmt: skip
+NAMES = {kind: name for name, kind in schema.SCHEMAS["exchange"].items()}
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+
+
+def wire_of(name: str) -> Any:
+    kind = schema.SCHEMAS["wire"][name]
+    chunks = {"chunk_mb": 0.001} if issubclass(kind, schema.Coded) else {}
+    return kind(**{**chunks, **SMALL.get(name, {})})
+
+
+def optim_of(name: str, wire: Any) -> Any:
+    settings = OPTIMS[name]
+    if name == "adamw" and isinstance(wire, schema.Sign):
+        return AdamW(lr=0.01, freeze_tokens=wire.warmup_tokens)
+    return settings
+
+
+BASE = compose.compose([])
+
+
+def refused(exchange: str, wire: str, optim: str) -> str | None:
+    """What `hvdllm train` says to the pair, started as it should be."""
+    place = Place("torchrun" if exchange == "ddp" else "horovodrun", 0, 2, 0, 2)
+    exchange_, wire_, optim_ = (
+        schema.SCHEMAS[group][name]() for group, name in (("exchange", exchange), ("wire", wire), ("optim", optim))
+    )
+    if wire == "sign" and optim == "adamw":
+        optim_.freeze_tokens = wire_.warmup_tokens
+    try:
+        check(dataclasses.replace(BASE, exchange=exchange_, wire=wire_, optim=optim_), place)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+PAIRS = list(itertools.product(schema.SCHEMAS["exchange"], schema.SCHEMAS["wire"], OPTIMS))
+
+
+WHY = {pair: refused(*pair) for pair in PAIRS}
+HERE = [pair for pair, why in WHY.items() if why is None and schema.SCHEMAS["exchange"][pair[0]] in EXCHANGES]
+
+
+def test_most_pairs_work_and_the_others_say_why() -> None:
+    said = {pair: text for pair, text in WHY.items() if text}
+    assert len(PAIRS) == 126 and len(said) == 34
+    for pair, text in said.items():
+        assert "\n" not in text and len(text) < 260
+        assert f"exchange={pair[0]} with wire={pair[1]}: " in text or (
+            pair[1:] == ("sign", "nadam") and "frozen" in text
+        )
+
+
+@pytest.mark.parametrize(("exchange", "wire", "optim"), HERE, ids=["-".join(pair) for pair in HERE])
+def test_replicas_agree_and_a_run_goes_on_from_mid_flight(exchange: str, wire: str, optim: str) -> None:
+    kind = schema.SCHEMAS["exchange"][exchange]
+    settings = kind(warmup_tokens=NOMINAL) if exchange == "delayed" else kind()
+    how = {"optim": optim_of(optim, wire_of(wire)), "wire": wire_of(wire), "model": wide}
+    exact = train(settings, 2, STEPS, optim=how["optim"], model=wide)[0]
+    for size in (2, 3):
+        whole = train(settings, size, STEPS, **how)
+        for rig in whole[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(rig.weights, whole[0].weights, strict=True)), "replicas differ"
+        begun = train(settings, size, STEPS, **how, stop_at=STOP, acts=True)
+        again = train(settings, size, STEPS, **how, states=[rig.state for rig in begun])
+        for a, b, c in zip(whole, begun, again, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.weights, [*b.weights, *c.weights], strict=True))
+            assert torch.equal(a.final, c.final)
+    far = (whole[0].weights[-1] - exact.weights[-1]).norm() / (exact.weights[-1] - exact.weights[0]).norm()
+    assert far < {"fp32": 1e-9, "fp16": 0.05, "bf16": 0.15, "int8": 0.3}.get(wire, 1.5)
+    assert (far > 1e-9) == (wire != "fp32"), "the wire was at work"
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "topk", "sign"])
+@pytest.mark.parametrize("exchange", ["allreduce", "sharded", "delayed", "acco"])
+def test_hierarchical_over_two_hosts(exchange: str, wire: str) -> None:
+    settings = schema.SCHEMAS["exchange"][exchange]()
+    how = {"optim": OPTIMS["sgd"], "model": wide, "hosts": 2}
+    over = wire_of(wire)
+    over.hierarchical = True
+    whole = train(settings, 4, STEPS, wire=over, **how)
+    assert all(torch.equal(rig.weights[-1], whole[0].weights[-1]) for rig in whole)
+    states = [rig.state for rig in train(settings, 4, STEPS, wire=over, stop_at=STOP, **how)]
+    again = train(settings, 4, STEPS, wire=over, states=states, **how)
+    assert torch.equal(again[3].final, whole[3].final)
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "sharded", "delayed", "acco"])
+def test_hierarchical_in_full_precision_is_exact(exchange: str) -> None:
+    settings = schema.SCHEMAS["exchange"][exchange]()
+    flat = train(settings, 4, STEPS, optim=OPTIMS["adamw"], model=wide)
+    over = train(settings, 4, STEPS, optim=OPTIMS["adamw"], model=wide, hosts=2, wire=schema.Fp32(hierarchical=True))
+    torch.testing.assert_close(over[3].weights[-1], flat[0].weights[-1], rtol=0, atol=1e-10)
+
+
+def adasum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    d = a @ b
+    return (1 - d / (2 * (a @ a))) * a + (1 - d / (2 * (b @ b))) * b
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: int) -> None:
+    from rig import MICRO, Plain, deal, examples, loss, net
+
+    optim = SGD(lr=0.05, momentum=0.9, clip=0.4)
+    plain = Plain(optim)
+    for t in range(4):
+        model = net()
+        cuts = [p.numel() for p in model.parameters()]
+        means = []
+        for rank in range(size):
+            with torch.no_grad():
+                for p, piece in zip(model.parameters(), plain.x.split(cuts), strict=True):
+                    p.copy_(piece.view(p.shape))
+            model.zero_grad()
+            x, y = (each[deal(t, 1, rank, size)] for each in examples(t, 1))
+            loss(model, x, y).backward()
+            means.append([p.grad.reshape(-1) / len(x) for p in model.parameters()])  # type: ignore[union-attr]
+        while len(means) > 1:
+            means = [
+                [adasum(a, b) for a, b in zip(means[k], means[k + 1], strict=True)] for k in range(0, len(means), 2)
+            ]
+        expected = plain.step(torch.cat(means[0]), 1)
+    assert MICRO < NOMINAL // 4
+    rigs = train(schema.AllReduce(reduction="adasum"), size, 4, optim=optim)
+    torch.testing.assert_close(rigs[-1].weights[-1], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "says"),
+    [
+        (["exchange=ddp"], Place(), "exchange=ddp runs on world=torch alone: torchrun"),
+        (["exchange=ddp", "world=horovod"], Place("horovodrun", 0, 2, 0, 2), "runs on world=torch alone"),
+        (["exchange=horovod", "world=torch"], Place("torchrun", 0, 2, 0, 2), "runs on world=horovod alone"),
+        (["world=horovod"], Place("torchrun", 0, 2, 0, 2), "torchrun starts ranks that Horovod cannot join"),
+        (["world=torch"], Place(), "world=torch needs ranks that a launcher started: torchrun"),
+        (["world=virtual"], Place("horovodrun", 0, 2, 0, 2), "world=virtual under a launcher"),
+        (["world=virtual", "world.hosts=3"], Place(), "world.hosts=3 is no divisor of world.size=4"),
+        (["exchange.reduction=adasum"], Place("horovodrun", 0, 3, 0, 3), "3 ranks are no power of two"),
+        (["exchange.reduction=adasum", "world=torch"], Place("torchrun", 0, 2, 0, 2), "needs Horovod's own operation"),
+        (["exchange.reduction=adasum", "wire=int8"], Place(), "adasum needs wire=fp32"),
+        (["wire=powersgd", "wire.hierarchical=true"], Place(), "PowerSGD needs whole matrices"),
+        (["exchange=ddp", "wire.hierarchical=true"], Place("torchrun", 0, 2, 0, 2), "its library moves the sums"),
+        (["wire=topk", "wire.momentum=0.9"], Place(), "needs optim=sgd optim.momentum=0"),
+        (
+            ["wire=topk", "wire.momentum=0.9", "exchange=acco", "optim=sgd", "optim.momentum=0"], Place(),
+            "an update takes two halves",
+        ),
+        (["wire=sign"], Place(), "give optim=adamw optim.freeze_tokens=200000"),
+        (["world=virtual", "exchange=acco", "exchange.timed=true"], Place(), "have no times to end a half by"),
+        (["world=virtual", "model.compile=true"], Place(), "share what is compiled"),
+        (["exchange=acco", "batch_tokens=1920"], Place(), "takes them in two halves: 2048 would be even"),
+        (["exchange=acco", "batch_tokens=256"], Place("horovodrun", 0, 2, 0, 2), "at least 512"),
+        (["trace_steps=9"], Place(), "trace_steps=9 is no range of steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_says_why_before_the_start(words: list[str], place: Place, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(compose.compose(words), place)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_readme_shows_the_table_that_the_check_reads() -> None:
+    from pathlib import Path
+
+    assert composition.matrix() in (Path(__file__).parents[2] / "README.md").read_text()

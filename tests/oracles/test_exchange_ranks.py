@@ -1,0 +1,191 @@
+"""Exchanges on real ranks: the exact ones equal one process, the others equal their virtual twins, which
+test_exchange_oracles.py holds against plain recursions. In fp64, different data on each rank, ragged counts, clipping.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import BATCH, losses, records, runs, same_bits, weights, words_of
+
+pytestmark = pytest.mark.ranks
+STEPS = 8
+FP64 = ["precision=fp64", "schedule=cosine", "optim.clip=1.9", "model.positions=learned", f"audit_every={2 * BATCH}"]
+LATE = ["exchange=delayed", f"exchange.warmup_tokens={2 * BATCH}"]
+EXACT = {
+    "allreduce": ["exchange=allreduce"],
+    "sharded": ["exchange=sharded"],
+    "horovod": ["exchange=horovod"],
+}
+OTHERS = {
+    "delayed": LATE,
+    "compensated": [*LATE, "exchange.compensation=0.5"],
+    "acco": ["exchange=acco"],
+    "acco-int8": ["exchange=acco", "wire=int8"],
+    "delayed-powersgd": [*LATE, "wire=powersgd", f"wire.warmup_tokens={2 * BATCH}", "wire.rank=2"],
+    "sharded-fp16": ["exchange=sharded", "wire=fp16"],
+    "allreduce-bf16": ["wire=bf16"],
+    "allreduce-topk": ["wire=topk", "wire.warmup_tokens=0", "wire.density=0.1"],
+    "allreduce-sign": ["wire=sign", f"wire.warmup_tokens={2 * BATCH}", f"optim.freeze_tokens={2 * BATCH}"],
+}  # fmt: skip
+
+
+def close(run: Path, other: Path, atol: float) -> None:
+    a, b = weights(run), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m, k=name: f"{run.name}, {k}: {m}")
+    assert losses(run) == pytest.approx(losses(other), rel=1e-8), run.name
+    assert len(losses(run)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything over Horovod at 2 and 3 ranks, over torch at 2 and 3, the two-host ones at 4; and their virtual twins."""
+    tmp = tmp_path_factory.mktemp("ranks")
+
+    def spec(name: str, words: list[str], *more: str) -> dict[str, list[str]]:
+        return {"words": words_of(tmp, name, STEPS, *FP64, *words, *more)}
+
+    virtual = [spec("alone", [])]
+    for n in (2, 3):
+        here = {**EXACT, **OTHERS, **({"adasum": ["exchange.reduction=adasum"]} if n == 2 else {})}
+        runs([spec(f"{name}-{n}", words) for name, words in here.items()], n, tmp)
+        over_torch = {
+            "ddp": ["exchange=ddp"],
+            "torch-sharded": EXACT["sharded"],
+            "torch-acco-int8": OTHERS["acco-int8"],
+        }
+        specs = [spec(f"{name}-{n}", words, "world=torch") for name, words in over_torch.items()]
+        runs(specs, n, tmp, "gloo" if n == 2 else "torchrun")
+        size = ["world=virtual", f"world.size={n}"]
+        twins = {name: words for name, words in here.items() if name not in EXACT}
+        virtual += [spec(f"{name}-{n}-virtual", words, *size) for name, words in twins.items()]
+    both = {"hierarchical": [], "hierarchical-acco": ["exchange=acco", "wire=int8"]}
+    runs([spec(f"{name}-4", w, "wire.hierarchical=true") for name, w in both.items()], 4, tmp, "two hosts")
+    size = ["world=virtual", "world.size=4", "world.hosts=2"]
+    virtual += [spec(f"{name}-4-virtual", w, "wire.hierarchical=true", *size) for name, w in both.items()]
+    runs(virtual, 1, tmp)
+    return tmp / "runs"
+
+
+@pytest.mark.parametrize("name", ["allreduce", "sharded", "horovod", "ddp", "torch-sharded"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_exact_ones_equal_one_process(name: str, n: int, tmp: Path) -> None:
+    close(tmp / f"{name}-{n}", tmp / "alone", 1e-9)
+
+
+def test_hierarchical_equals_one_process(tmp: Path) -> None:
+    close(tmp / "hierarchical-4", tmp / "alone", 1e-9)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "adasum"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_virtual_ranks_give_the_curve_of_real_ones(name: str, n: int, tmp: Path) -> None:
+    """Up to the order of sums, which a code with its roundings may turn into a step of its grid."""
+    if (name, n) == ("adasum", 3):
+        assert not (tmp / "adasum-3").exists()
+        return
+    loose = "-" in name
+    close(tmp / f"{name}-{n}", tmp / f"{name}-{n}-virtual", 1e-4 if loose else 1e-9)
+    if name == "acco-int8":
+        close(tmp / f"torch-acco-int8-{n}", tmp / f"{name}-{n}-virtual", 1e-4)
+    if n == 3:
+        close(tmp / "hierarchical-acco-4", tmp / "hierarchical-acco-4-virtual", 1e-4)
+
+
+def test_they_are_different_exchanges(tmp: Path) -> None:
+    """A comparison that cannot fail would let an option be ignored."""
+    ends = {name: tuple(losses(tmp / f"{name}-2")) for name in (*OTHERS, "allreduce", "adasum")}
+    assert len(set(ends.values())) == len(ends)
+
+
+def test_what_each_reports(tmp: Path) -> None:
+    for name in (*EXACT, *OTHERS, "ddp", "adasum"):
+        run = tmp / f"{name}-2"
+        commits, (end,) = records(run, "commit"), records(run, "end")
+        assert [record["tokens"] for record in commits] == [BATCH * (k + 1) for k in range(STEPS)], name
+        late = "delayed" in name or name == "compensated"
+        for record in commits:
+            # Nothing lands in the round where the delay begins.
+            assert record["flight_s"] > 0 or (late and record["step"] == 3), name
+            assert record["blocked_s"] >= 0 and record["cpu_s_per_token"] > 0, name
+            assert record["bytes_sent"] > 0 and record["updates"] == 1 and record["tokens_per_update"] == BATCH, name
+            assert len(record["micro_batches_by_rank"]) == 2 and record["skew_s"] >= 0, name
+        assert all(audit["replicas_agree"] for audit in records(run, "audit")) and len(records(run, "audit")) == 4
+        assert {record["staleness_max"] for record in commits[3:]} == {1.0 if late else 0.0}, name
+        settled = {"delayed": BATCH, "delayed-powersgd": BATCH, "compensated": BATCH}.get(name, 0)
+        assert end["tokens_settled"] == (BATCH // 2 if "acco" in name else settled), name
+    noisy = [record["noise_scale"] for record in records(tmp / "allreduce-2", "commit")]
+    assert any(noisy), "the gradient noise scale is estimated"
+
+
+def test_bytes_are_those_of_the_formulas(tmp: Path) -> None:
+    """Of one update at 2 and 3 ranks, P in fp64: ring 2 (N-1)/N P; ACCO twice that; int8 and fp16 their share of it."""
+
+    def sent(name: str, n: int) -> float:
+        # the one before the last: no act, no end
+        return records(tmp / f"{name}-{n}", "commit")[-2]["bytes_sent"]
+
+    for n in (2, 3):
+        size = sum(w.nbytes for w in weights(tmp / f"allreduce-{n}").values()) * 2 * (n - 1) / n
+        for name, share in (("allreduce", 1), ("sharded", 1), ("delayed", 1), ("horovod", 1), ("acco", 2)):
+            assert sent(name, n) == pytest.approx(share * size, rel=0.1), (name, n)
+        assert sent("sharded-fp16", n) == pytest.approx((0.5 + 0.25 * 0.5) * size, rel=0.15)
+        assert sent("allreduce-bf16", n) == pytest.approx(0.25 * size, rel=0.15)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_resumed_in_mid_flight_it_is_bit_equal(n: int, tmp_path: Path) -> None:
+    """By files, over real ranks, several buckets; stopped between two checkpoints' worth of rounds."""
+    names = ["delayed", "acco", "acco-int8", "delayed-powersgd", "sharded-fp16", "allreduce-topk", "allreduce-sign"]
+    here = {name: OTHERS[name] for name in names} | {"sharded": EXACT["sharded"], "horovod": EXACT["horovod"]}
+    stop = {"stop": [n - 1, 3]}
+    runs(
+        [
+            spec
+            for name, words in here.items()
+            for spec in (
+                {"words": words_of(tmp_path, f"{name}-a", STEPS, *words)},
+                {"words": words_of(tmp_path, f"{name}-b", STEPS, *words), "do": stop},
+            )
+        ],
+        n, tmp_path,
+    )  # fmt: skip
+    for name in here:
+        assert records(tmp_path / "runs" / f"{name}-b", "end")[-1]["reason"] == "stop"
+    runs([{"words": words_of(tmp_path, f"{name}-b", STEPS, *words)} for name, words in here.items()], n, tmp_path)
+    for name in here:
+        assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
+    three = [{"words": words_of(tmp_path, f"ddp-{k}", STEPS, "exchange=ddp", *w)} for k, w in (("a", []), ("b", []))]
+    three[1]["do"] = stop  # type: ignore[assignment]
+    runs(three, n, tmp_path)
+    runs([{"words": words_of(tmp_path, "ddp-b", STEPS, "exchange=ddp")}], n, tmp_path)
+    assert same_bits(tmp_path / "runs" / "ddp-a", tmp_path / "runs" / "ddp-b")
+
+
+def test_residuals_at_another_world_size_are_said(tmp_path: Path) -> None:
+    words = words_of(tmp_path, "a", STEPS, "exchange=acco", "wire=int8")
+    runs([{"words": words, "do": {"stop": [0, 3]}}], 3, tmp_path)
+    runs([{"words": words}], 2, tmp_path)
+    assert "residuals of 3 ranks were added up on rank 0" in (tmp_path / "runs" / "a" / "log.txt").read_text()
+    assert len(losses(tmp_path / "runs" / "a")) == STEPS
+
+
+def test_timed_acco_with_a_slow_rank(tmp_path: Path) -> None:
+    """The fast ranks do more micro-batches, the replicas stay equal, and tokens are counted right."""
+    more = ["exchange=acco", "exchange.timed=true", f"audit_every={BATCH}", "micro_batch=1", "exchange.most=30"]
+    runs([{"words": words_of(tmp_path, "a", 60, *more), "do": {"slow_forward": [2, 0.02]}}], 3, tmp_path)
+    run = tmp_path / "runs" / "a"
+    commits, (end,) = records(run, "commit"), records(run, "end")
+    by_rank = [sum(r["micro_batches_by_rank"][k] for r in commits) for k in range(3)]
+    assert min(by_rank[:2]) > 1.5 * by_rank[2], by_rank
+    context = 32
+    assert sum(by_rank) * context == commits[-1]["tokens"], "each micro-batch is one sequence here"
+    assert max(r["tokens_per_update"] for r in commits) <= 2 * 3 * 30 * context
+    assert end["tokens"] >= 60 * BATCH and all(audit["replicas_agree"] for audit in records(run, "audit"))
+    assert commits[-1]["loss"] < commits[0]["loss"]
+    runs([{"words": words_of(tmp_path, "a", 80, *more)}], 2, tmp_path)
+    assert records(run, "end")[-1]["reason"] == "budget", "a timed run goes on, on fewer ranks too"
