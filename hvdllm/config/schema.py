@@ -146,8 +146,8 @@ class Acco(Exchange):
     least: int = setting(1, "micro-batches that a rank computes in a half at least, where timed", least=1)
     most: int | None = setting(
         None,
-        "micro-batches in a half at most, where timed: then the rank waits, so that one that stands still does not make "
-        "an update of the others' any size; null: no limit",
+        "micro-batches in a half at most, where timed: then the rank waits, so that one that stands still does not "
+        "make an update of the others' any size; null: no limit",
         least=1,
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdllm.config.schema import SGD, AdamW, Constant, Cosine, WarmupStableDecay
+from hvdllm.config.schema import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.trainer.flat import Span
@@ -16,6 +16,8 @@ N, DECAYED, TOKENS = 96, 64, 10.0
 SETTINGS = [
     AdamW(lr=0.01, clip=1.0),
     AdamW(lr=0.01, clip=0.0, weight_decay=0.3),
+    AdamW(lr=0.01, clip=1.0, freeze_tokens=3),
+    NAdam(lr=0.01, clip=1.0),
     SGD(lr=0.01, momentum=0.0, clip=1.0),
     SGD(lr=0.01, momentum=0.9, weight_decay=0.1, clip=0.0),
     SGD(lr=0.01, momentum=0.9, nesterov=True, clip=2.0),
@@ -31,7 +33,7 @@ def gradients(steps: int = 7) -> list[np.ndarray]:
 
 
 def ours(
-    settings: AdamW | SGD, cuts: list[int], dtype: torch.dtype, grads: list[np.ndarray]
+    settings: Adam | SGD, cuts: list[int], dtype: torch.dtype, grads: list[np.ndarray]
 ) -> tuple[torch.Tensor, Update]:
     """x after these steps, cut into pieces at `cuts`."""
     borders = sorted({0, DECAYED, N, *cuts})
@@ -50,17 +52,22 @@ def ours(
     return x, update
 
 
-def oracle(settings: AdamW | SGD, grads: list[np.ndarray]) -> np.ndarray:
+def oracle(settings: Adam | SGD, grads: list[np.ndarray]) -> np.ndarray:
     x, m, v = np.linspace(-1, 1, N), np.zeros(N), np.zeros(N)
     wd = settings.weight_decay * (np.arange(N) < DECAYED)
     for t, total in enumerate(grads, 1):
         g, lr = total / TOKENS, settings.lr / t
         if settings.clip:
             g = g * min(1.0, settings.clip / np.linalg.norm(g))
-        if isinstance(settings, AdamW):
+        if isinstance(settings, Adam):
             b1, b2 = settings.beta1, settings.beta2
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-            x = x - lr * wd * x - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + settings.eps)
+            m = b1 * m + (1 - b1) * g
+            if t <= (getattr(settings, "freeze_tokens", None) or np.inf):  # a step commits one token here
+                v = b2 * v + (1 - b2) * g * g
+            ahead = m / (1 - b1**t)
+            if isinstance(settings, NAdam):
+                ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+            x = x - lr * wd * x - lr * ahead / (np.sqrt(v / (1 - b2**t)) + settings.eps)
         else:
             g = g + wd * x
             m = settings.momentum * m + g
@@ -69,14 +76,14 @@ def oracle(settings: AdamW | SGD, grads: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_equals_numpy(settings: AdamW | SGD) -> None:
+def test_equals_numpy(settings: Adam | SGD) -> None:
     grads = gradients()
     np.testing.assert_allclose(ours(settings, [], torch.float64, grads)[0].numpy(), oracle(settings, grads), atol=1e-12)
     np.testing.assert_allclose(ours(settings, [], torch.float32, grads)[0].numpy(), oracle(settings, grads), atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: AdamW | SGD) -> None:
+def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: Adam | SGD) -> None:
     """With clipping off: the norm's own sum is allowed another rounding."""
     settings = type(settings)(**{**vars(settings), "clip": 0.0})
     assert torch.equal(
@@ -85,7 +92,7 @@ def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: AdamW | SGD)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does(settings: AdamW | SGD) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does(settings: Adam | SGD) -> None:
     grads = gradients()
     bad = grads[3].copy()
     bad[70] = np.inf
@@ -93,6 +100,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does
     expected, before = ours(settings, [], torch.float32, grads[:3])
     assert torch.equal(x, expected)
     assert all(torch.equal(update.vectors[name], before.vectors[name]) for name in before.vectors)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_peek_is_the_step_to_come_and_touches_nothing(settings: Adam | SGD) -> None:
+    grads = gradients()
+    x, update = ours(settings, [], torch.float64, grads[:3])
+    spans = [Span(0, DECAYED, True), Span(DECAYED, N, False)]
+    kept = [torch.tensor(grads[3])[a:b].clone() for a, b, _ in spans]
+    before = x.clone(), {k: v.clone() for k, v in update.vectors.items()}, [g.clone() for g in kept]
+    meta = SimpleNamespace(tokens=TOKENS, committed=4)
+    pieces = [x[a:b] for a, b, _ in spans]
+    seen = torch.cat(update.peek(pieces, kept, meta, lambda v: v))
+    assert torch.equal(x, before[0]) and all(torch.equal(v, before[1][k]) for k, v in update.vectors.items())
+    assert all(torch.equal(a, b) for a, b in zip(kept, before[2], strict=True)) and update.steps == 3
+    bad = [g * float("inf") for g in kept]
+    assert torch.equal(torch.cat(update.peek(pieces, bad, meta, lambda v: v)), x) and not update.bad
+    update.step(pieces, kept, meta, lambda v: v)
+    assert torch.equal(x, seen) and not torch.equal(x, before[0])
 
 
 def test_state_goes_on_bit_equal() -> None:

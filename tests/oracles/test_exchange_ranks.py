@@ -43,7 +43,7 @@ def close(run: Path, other: Path, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything over Horovod at 2 and 3 ranks, over torch at 2 and 3, the two-host ones at 4; and their virtual twins."""
+    """All over Horovod at 2 and 3 ranks, some over torch, the two-host ones at 4; and their virtual twins."""
     tmp = tmp_path_factory.mktemp("ranks")
 
     def spec(name: str, words: list[str], *more: str) -> dict[str, list[str]]:

@@ -331,3 +331,44 @@ def test_validation_is_a_fixed_prefix_dealt_like_a_batch() -> None:
 def test_validation_text_of_less_than_a_window_is_refused_at_the_call() -> None:
     with pytest.raises(UserError, match=r"4 tokens, less than one window of model.context=4.*eval_every=0"):
         validation(np.zeros(4), context=4, eval_tokens=0, micro_batch=1, rank=0, size=1, device=CPU)
+
+
+# ------------------------------------------------------------------ lanes
+def walk(one: Stream, index: int, of: int, count: int, most: int = 100) -> list[int]:
+    return rows(list(islice(one.lane(index, of, most), count)))
+
+
+def test_lanes_deal_each_epoch_among_walkers_of_any_speed() -> None:
+    order = [int(w) for epoch in (0, 1) for w in permutation(10, 1, epoch)]
+    for index, count in ((0, 3), (1, 1), (2, 2)):
+        one = stream(rank=index, size=3)
+        assert walk(one, index, 3, count) == order[index::3][: 2 * count]
+        assert one.lanes() == {"of": 3, "at": {str(index): 2 * count}}, "what was read ahead does not count"
+        one.close()
+
+
+def test_a_micro_batch_of_a_lane_is_no_larger_than_asked() -> None:
+    for most, size in ((4, 1), (7, 1), (8, 2), (3, 1), (100, 2)):
+        one = stream()
+        assert len(walk(one, 0, 1, 1, most)) == size
+        one.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_walkers_of_any_number_go_on_with_the_lanes(size: int) -> None:
+    """Fewer take turns, the one least far on first; more begin where all were on average."""
+    saved, walked = [], []
+    for index, count in ((0, 3), (1, 1), (2, 2)):
+        one = stream(60, rank=index, size=3)
+        walked += walk(one, index, 3, count)
+        saved.append((one.state(), one.lanes()))
+        one.close()
+    again = []
+    for rank in range(size):
+        one = stream(60, rank=rank, size=size)
+        one.load(saved[0][0], [lanes for _, lanes in saved])
+        again += walk(one, rank, size, 2)
+        one.close()
+    assert len(again) == 4 * size and len(set(again)) == 4 * size
+    if size <= 3:
+        assert not set(again) & set(walked)

@@ -21,6 +21,7 @@ each_wire = pytest.mark.parametrize("settings", CODED, ids=NAMES)
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_all_that_came_in_is_decoded_or_kept(settings: Any, n: int) -> None:
     weights = np.linspace(0.02, 0.3, 30)
+    weights[[0, 11]] = 0
 
     def body(rig: Rig) -> tuple[torch.Tensor, ...]:
         came = went = torch.zeros_like(rig.flat.x)
@@ -52,9 +53,9 @@ def test_a_scatter_keeps_what_it_leaves_and_rounds_once(settings: Any) -> None:
     assert torch.allclose(went + left, came, rtol=0, atol=1e-9 * came.abs().max().item())
 
 
-@each_wire
+@pytest.mark.parametrize("settings", [*CODED, TopK(warmup_tokens=3 * NOMINAL), Fp32()], ids=[*NAMES, "warm-up", "fp32"])
 def test_a_sum_launched_before_the_last_has_landed_is_the_same(settings: Any) -> None:
-    """What a round fixes, its weight and its density, is fixed at the launch: the driver thread may be late."""
+    """Weight and density are fixed at the launch: the driver thread may be late. Two in flight at most."""
 
     def body(rig: Rig, late: bool) -> torch.Tensor:
         flights, vectors = [], []
@@ -64,8 +65,9 @@ def test_a_sum_launched_before_the_last_has_landed_is_the_same(settings: Any) ->
             flights.append(rig.wire.sum(vectors[-1], "grad.0"))
             if not late:
                 flights[-1].land()
-        for flight in flights:
-            flight.land()
+            elif t:
+                flights[-2].land()
+        flights[-1].land()
         return torch.cat([*vectors, rig.left()])
 
     late, soon = (run(3, settings, partial(body, late=late)) for late in (True, False))
@@ -80,7 +82,7 @@ def test_at_weight_zero_residuals_stay_what_they_were_worth() -> None:
             factors.append(rig.wire.launch("grad.0").factor)
         return factors
 
-    assert run(1, Int8(), body)[0] == [1.0, 1.0, 1.0, 0.5]
+    assert run(1, Int8(), body)[0] == [0.0, 1.0, 0.0, 0.5]
 
 
 @each_wire

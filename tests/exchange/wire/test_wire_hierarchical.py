@@ -65,10 +65,10 @@ def test_coded_across_hosts_nothing_is_lost(settings: Any, way: str, n: int, hos
     def body(rig: Rig) -> tuple[torch.Tensor, ...]:
         came = went = torch.zeros_like(rig.flat.x)
         for t in range(8):
-            rig.wire.begin(t, 0.1)
-            came = came + rig.fill(t)
-            went = went + getattr(rig, way)()
-        return came, went, rig.left()
+            rig.wire.begin(t, t + 1)
+            came = came + (t + 1) * rig.fill(t)
+            went = went + (t + 1) * getattr(rig, way)()
+        return came, went, 8 * rig.left()
 
     came, went, left = zip(*run(n, settings, body, hosts), strict=True)
     out = went[0] if way == "sum" else sum(went)

@@ -26,9 +26,9 @@ class Net(nn.Module):
 class Rig:
     """One rank."""
 
-    def __init__(self, world: Any, settings: Any, dtype: torch.dtype) -> None:
+    def __init__(self, world: Any, settings: Any, dtype: torch.dtype, bucket_bytes: float) -> None:
         self.world = world
-        self.flat = Flat(Net(dtype), world.size, 100_000)
+        self.flat = Flat(Net(dtype), world.size, bucket_bytes)
         self.wire = wires.make(settings, world, self.flat, NOMINAL)
 
     def fill(self, t: int) -> torch.Tensor:
@@ -71,6 +71,13 @@ class Rig:
         return sum((summed[kind] for kind in ("residual", "owner") if kind in summed), torch.zeros_like(self.flat.x))
 
 
-def run(n: int, settings: Any, body: Callable[[Rig], Any], hosts: int = 1, dtype: Any = torch.float64) -> Any:
+def run(
+    n: int,
+    settings: Any,
+    body: Callable[[Rig], Any],
+    hosts: int = 1,
+    dtype: torch.dtype = torch.float64,
+    bucket_bytes: float = 100_000,
+) -> Any:
     """What body returns, on each rank. hosts: how many there are, ranks numbered host by host."""
-    return virtual.run(n, lambda world: body(Rig(world, settings, dtype)), hosts=hosts)
+    return virtual.run(n, lambda world: body(Rig(world, settings, dtype, bucket_bytes)), hosts=hosts)
