@@ -9,7 +9,14 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on (a gradient that is not finite, a full disk). One sentence, exit code 1."""
+    """The run cannot go on (a gradient that is not finite, a full disk). One sentence, exit code 1.
+
+    everywhere: raised with the same words on every rank, so rank 0 alone says them.
+    """
+
+    def __init__(self, sentence: str, *, everywhere: bool = False) -> None:
+        super().__init__(sentence)
+        self.everywhere = everywhere
 
 
 class PeerError(Exception):

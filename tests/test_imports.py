@@ -20,7 +20,7 @@ MAY = {
     "exchange": ("world", "device"),
     "optim": ("device",),
     "checkpoint": ("exchange.base", "trainer.flat", "world.base", "runs"),
-    "trainer": ("exchange.base", "exchange.noise", "world", "device", "runs", "checkpoint", "config.compose"),
+    "trainer": ("exchange.base", "world", "device", "runs", "checkpoint", "config.compose"),
     "bench": ("",),
     "cli": ("",),
 }

@@ -69,7 +69,7 @@ def write(
     head["mine"] = state.mine | (mine or {})
     heads = [json.loads(text) for text in world.texts(json.dumps(head), "act.save")]
     if heads[0]["problem"]:
-        raise RunError(heads[0]["problem"])
+        raise RunError(heads[0]["problem"], everywhere=True)
     if world.rank:
         folder = Path(heads[0]["folder"])
     written = [_write_own(folder, step, tensors, world.rank)]
@@ -85,7 +85,7 @@ def write(
         if problem:
             shutil.rmtree(beside, ignore_errors=True)
     if problem := world.texts(problem or "", "act.save.done")[0]:
-        raise RunError(problem)
+        raise RunError(problem, everywhere=True)
     return final if world.rank == 0 else None
 
 

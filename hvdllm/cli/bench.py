@@ -1,18 +1,29 @@
-"""`hvdllm bench step|start`: measurements, as a table and as JSON."""
+"""`hvdllm bench step|start|exchange`: measurements, as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from hvdllm.errors import UserError
+from hvdllm.errors import RunError, UserError
+
+LAB = """examples:
+  hvdllm bench exchange --link 200mbit --exchanges allreduce,delayed,acco+exchange.timed=true
+  hvdllm bench exchange --ranks 4 --hosts 2 --wires fp32,int8 --plot wires.png
+  hvdllm bench exchange --exchanges allreduce --worlds horovod,torch model=gpt2 batch_tokens=8192 micro_batch=1
+
+settings are those of train, for all cases alike; without model=... a model of 2.5 M parameters whose computation takes
+about as long as its gradients at 200mbit. What a column means: hvdllm/bench/figures.py."""
 
 
 def run(argv: list[str]) -> int:
+    if argv[:1] == ["rank"]:  # a process of bench exchange, started by it
+        return bench_rank(argv[1:])
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
-    which = parser.add_subparsers(dest="what", required=True, metavar="step|start")
+    which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
     step = which.add_parser("step", help="our step against a plain PyTorch loop, in one process")
     step.add_argument("settings", nargs="*", help="settings as for train: model=tiny batch_tokens=4096")
     step.add_argument("--seconds", type=float, default=300.0, help="at most this long (300)")
@@ -20,17 +31,34 @@ def run(argv: list[str]) -> int:
     start = which.add_parser("start", help="seconds to the first step and to a short run's end, under horovodrun")
     start.add_argument("--ranks", type=int, default=2)
     start.add_argument("--tokens", type=int, default=200_000)
-    for sub in (step, start):
-        sub.add_argument("--json", type=Path, help="where to write the figures (bench-step.json, bench-start.json)")
+    exchange = which.add_parser(
+        "exchange", help="exchanges over a link of known speed, between hosts that are network namespaces",
+        epilog=LAB, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    exchange.add_argument("settings", nargs="*", help="settings as for train, for all cases alike")
+    exchange.add_argument("--link", default="200mbit", help="200mbit, 1gbit, ...; none: the loopback (200mbit)")
+    exchange.add_argument("--ranks", type=int, default=2)
+    exchange.add_argument("--hosts", type=int, help="2 to 8 (as many as ranks, at most 8)")
+    exchange.add_argument("--exchanges", default="allreduce", help="with commas between; settings after a plus each")
+    exchange.add_argument("--wires", default="", help="with commas between (as configured)")
+    exchange.add_argument("--worlds", default="", help="horovod,torch (as configured)")
+    exchange.add_argument("--steps", type=int, default=10, help="measured steps a repetition (10)")
+    exchange.add_argument("--warmup", type=int, default=3, help="commits before them that do not count (3)")
+    exchange.add_argument("--repetitions", type=int, default=3, help="of each case, interleaved (3)")
+    exchange.add_argument("--limit", type=float, default=900.0, help="seconds that a repetition may take (900)")
+    exchange.add_argument("--plot", type=Path, help="a picture of the steps (.png, .svg, .pdf)")
+    exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
+    for sub in (step, start, exchange):
+        sub.add_argument("--json", type=Path, help="where to write the figures (bench-<what>.json)")
     given = parser.parse_args(argv)
-    figures = bench_step(given) if given.what == "step" else bench_start(given)
+    figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
     out = given.json or Path(f"bench-{given.what}.json")
     try:
         out.write_text(json.dumps(figures, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --json") from None
     print(f"written to {out}")
-    return 0
+    return int(any(case["failed"] for case in figures.get("cases", {}).values()))
 
 
 def bench_step(given: argparse.Namespace) -> dict[str, Any]:
@@ -77,6 +105,129 @@ def bench_start(given: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def bench_exchange(given: argparse.Namespace) -> dict[str, Any]:
+    from hvdllm.bench import exchange, lab, plot
+
+    asked = ask(given)
+    if given.plot:
+        plot.check(given.plot)
+    if given.link != "none" and asked.link is None:
+        print(f"{lab.missing()}, so the ranks talk over the loopback, whose speed is the machine's: --link is left out")
+    elif asked.link is None:
+        print("the ranks talk over the loopback of this machine: there is no link whose speed would be known")
+    try:
+        figures = exchange.measure(asked, lambda text: print(text, flush=True), given.keep)
+    except KeyboardInterrupt:
+        raise RunError("ended by a signal: the ranks and the hosts that this bench made are gone") from None
+    for rows in exchange_tables(figures):
+        if rows[1:]:
+            print()
+            table(*rows)
+    print("\nbound: the larger of compute alone and communication, for as many tokens; medians, see bench/figures.py")
+    if busy := exchange.busy(figures):
+        print(busy)
+    for label, case in figures["cases"].items():
+        for what in ("refused", "failed"):
+            if case[what]:
+                print(f"\n{label} {what}: {case[what]}")
+    if given.plot:
+        plot.draw(figures, given.plot)
+        print(f"\ndrawn to {given.plot}")
+    print()
+    return figures
+
+
+def ask(given: argparse.Namespace) -> Any:
+    """The request, checked. Raises UserError."""
+    from hvdllm.bench import lab
+    from hvdllm.bench.exchange import Asked
+
+    link = None if given.link == "none" or lab.missing() else given.link
+    if given.link != "none":
+        lab.bits_per_second(given.link)
+    hosts = given.hosts if given.hosts is not None else min(given.ranks, lab.MOST_HOSTS)
+    for flag, value, least in (
+        ("--ranks", given.ranks, 2), ("--steps", given.steps, 1), ("--warmup", given.warmup, 1),
+        ("--repetitions", given.repetitions, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"{flag} {value} is too small: give at least {least}")
+    if not 2 <= hosts <= lab.MOST_HOSTS or hosts > given.ranks:
+        raise UserError(
+            f"--hosts {hosts}: give 2 to {lab.MOST_HOSTS}, and no more than there are ranks ({given.ranks})"
+        )
+    exchanges, wires, worlds = (
+        tuple(filter(None, text.split(","))) for text in (given.exchanges, given.wires, given.worlds)
+    )
+    if not exchanges:
+        raise UserError("--exchanges is empty: name one, allreduce for example")
+    if odd := set(worlds) - {"horovod", "torch"}:
+        raise UserError(f"--worlds {odd.pop()}: real ranks talk through horovod or torch")
+    return Asked(
+        link, given.ranks, hosts, exchanges, wires, worlds, settings=tuple(given.settings), steps=given.steps,
+        warmup=given.warmup,
+        repetitions=given.repetitions, limit_s=given.limit,
+    )  # fmt: skip
+
+
+def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """Time, traffic and learning of what was measured; the last two of cases with an exchange only."""
+    found = {label: case["figures"] for label, case in figures["cases"].items() if "figures" in case}
+    joined = {label: f for label, f in found.items() if figures["cases"][label]["kind"] == "together"}
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    times: list[tuple[str, ...]] = [("", "step, ms", "compute", "blocked", "flight", "hidden", "step / bound")]
+    for label, f in found.items():
+        apart = figures["cases"][label]["kind"] != "together"
+        columns = [f[f"{name}_ms"] for name in ("step", "compute", "blocked", "flight")]
+        cells = [cell(None if apart and k > 1 else value, ".0f") for k, value in enumerate(columns)]
+        times.append((label, *cells, cell(f["hidden"], ".0%"), cell(f["bound"], ".3f")))
+    traffic: list[tuple[str, ...]] = [("MB a rank and step", "counted", "on the wire", "ratio")]
+    learning: list[tuple[str, ...]] = [("", "loss", "updates", "tokens an update", "tokens a second")]
+    for label, f in joined.items():
+        traffic.append((label, cell(f["sent_mb"], ".3f"), cell(f["wire_mb"], ".3f"), cell(f["wire_ratio"], ".3f")))
+        counts = (f"{f['updates']:g}", f"{f['tokens_per_update']:,.0f}", f"{f['tokens_per_s']:,.0f}")
+        learning.append((label, f"{f['loss']:.4f}", *counts))
+    return [times, traffic, learning]
+
+
+def bench_rank(argv: list[str]) -> int:
+    """SPEC.json [INDEX]: one rank of bench exchange. INDEX: of a process that stands alone."""
+    from hvdllm.bench import rank
+    from hvdllm.cli.train import open_world, set_threads
+    from hvdllm.config.check import check
+    from hvdllm.config.compose import compose
+    from hvdllm.world import signals
+    from hvdllm.world.detect import Place, place
+    from hvdllm.world.single import SingleWorld
+
+    spec, here = json.loads(Path(argv[0]).read_text()), place()
+    index = int(argv[1]) if argv[1:] else here.rank
+    folder, together = Path(spec["folder"]), spec["kind"] == "together"
+    words = [
+        *spec["words"],
+        f"runs_dir={json.dumps(f'{folder}/runs')}",
+        f"name=run-{0 if together else index}",
+        "resume=never",
+    ]
+    trains = here if together else Place()
+    try:
+        config = compose(words)
+        check(config, trains)
+        set_threads(config, here)
+        world = open_world(config, here)
+        signals.watch_launcher(world.asks)
+        own: Any = world if together else SingleWorld()
+        rank.run(config, words, trains, own, spec["interface"], folder, index)
+    except UserError as error:
+        (folder / f"refused-{index}.txt").write_text(str(error))
+        raise
+    world.close()
+    return 0
+
+
 def table(*rows: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -86,4 +237,5 @@ def table(*rows: tuple[str, ...]) -> None:
         grid.add_column(title, justify="left" if i == 0 else "right")
     for row in rows[1:]:
         grid.add_row(*row)
-    Console(highlight=False).print(grid)
+    # A file takes lines as long as they are; without a terminal rich would fold them at 80.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(grid)

@@ -20,7 +20,7 @@ COMMANDS = {
     "prepare": "make the token shards that train would make by itself",
     "sample": "let a run's model continue a text",
     "evaluate": "a run's validation loss, again",
-    "bench": "measure: `hvdllm bench step` compares our step with a plain PyTorch loop",
+    "bench": "measure: a step, a start, or every exchange on a network shaped for it",
     "doctor": "what this machine has, and what to do about what it has not",
 }
 WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0's sentence is not lost
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _end(str(error), 2, once=True)
     except RunError as error:
-        return _end(str(error), 1, once=False)
+        return _end(str(error), 1, once=error.everywhere)
     except PeerError as error:
         return _end(str(error), 1, once=False, quiet=True)
     except KeyboardInterrupt:

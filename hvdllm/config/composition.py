@@ -85,8 +85,8 @@ def _wire_and_optimizer(config: Config) -> str | None:
     frozen = isinstance(optim, schema.AdamW) and optim.freeze_tokens == getattr(wire, "warmup_tokens", None)
     if isinstance(wire, schema.Sign) and isinstance(optim, schema.Adam) and not frozen:
         return (
-            "wire=sign: signs say nothing of second moments, so as in 1-bit Adam these come from exact sums and are then "
-            f"frozen: give optim=adamw optim.freeze_tokens={wire.warmup_tokens} (wire.warmup_tokens), or optim=sgd"
+            "wire=sign: signs say nothing of second moments, so as in 1-bit Adam these come from exact sums and are "
+            f"then frozen: give optim=adamw optim.freeze_tokens={wire.warmup_tokens} (wire.warmup_tokens), or optim=sgd"
         )
     return None
 

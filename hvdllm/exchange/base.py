@@ -53,7 +53,7 @@ class Report:
     """What is known of a commit only one commit later, when the meta that carries it has landed.
 
     loss_sum is in nats over loss_tokens tokens of all ranks; grad_norm is that of the mean gradient before clipping;
-    noise: one estimate (|G|², tr S) of exchange/noise.py, or None; the rest is one number a rank, over the rounds of
+    noise_scale: of exchange/noise.py up to here, in tokens, or None; the rest is one number a rank, over the rounds of
     this commit: seconds that compute ran, that it stood still for the exchange, that something travelled, of CPU time
     of the whole process, and micro-batches.
     """
@@ -61,7 +61,7 @@ class Report:
     loss_sum: float
     loss_tokens: float
     grad_norm: float
-    noise: tuple[float, float] | None
+    noise_scale: float | None
     compute_s: list[float]
     blocked_s: list[float]
     flight_s: list[float]

@@ -98,8 +98,10 @@ class Rounds:
         self._applied: Applied | None = None
         self._said: dict[int, Said] = {}
         self._last: list[Any] = []  # of the last commit: rounds, tokens, norm
+        self._noise: tuple[float, float] | None = None  # smoothed parts of the noise scale
         self._asks = Asks()
         self._parity = 0
+        self._flown: Mark | None = None  # when the last flight had landed
         self._launched: Mark | None = None  # this round's first bucket
 
     # ------------------------------------------------------------------ what a rank owns, and how it launches
@@ -229,6 +231,11 @@ class Rounds:
             self._mine = {"loss": loss, "loss_tokens": tokens, "squares": squares / max(tokens, 1.0)}
             seconds = dict.fromkeys(LANES, 0.0)
             for lane, begin, end in done.intervals:
+                if lane == "flight":
+                    # One may be launched before the last has landed: that time is booked already.
+                    if self._flown is not None and self._flown.until(end) < begin.until(end):
+                        begin = self._flown
+                    self._flown = end
                 seconds[lane] += begin.until(end)
                 if self.watch is not None:
                     self.watch(done.round + 1, lane, begin, end)
@@ -246,8 +253,10 @@ class Rounds:
         rounds, tokens, norm = self._last
         said = sum((self._said.pop(r, Said()) for r in rounds), Said())
         slots = said.slots or {name: [0.0] * self.world.size for name in SLOT}
-        of_noise = noise.estimate(said.squares, norm, tokens, self.world.size) if self.one_point else None
-        return Report(said.loss, said.loss_tokens, norm, of_noise, **slots)
+        found = noise.estimate(said.squares, norm, tokens, self.world.size) if self.one_point else None
+        if found is not None:
+            self._noise = noise.smooth(self._noise, found)
+        return Report(said.loss, said.loss_tokens, norm, noise.scale(self._noise), **slots)
 
     # ------------------------------------------------------------------ acts
     def consensus(self) -> AbstractContextManager[None]:
@@ -277,6 +286,7 @@ class Rounds:
         wire_shared, summed, tensors = self.wire.state()
         mine = {
             "tokens": self.tokens, "step": self.step, "round": self.round, "last": self._last, "wire": wire_shared,
+            "noise": self._noise,
             "said": {str(round): asdict(said) for round, said in self._said.items()},
         }  # fmt: skip
         return State(
@@ -296,6 +306,7 @@ class Rounds:
         shared = state.shared
         self.tokens, self.step, self.round = shared["tokens"], shared["step"], shared["round"]
         self._last = list(shared["last"])
+        self._noise = tuple(shared["noise"]) if shared["noise"] else None
         self._said = {int(round): Said(**said) for round, said in shared["said"].items()}
         self.flat.x.copy_(state.sharded["model"])
         names = self.update.state()[1]

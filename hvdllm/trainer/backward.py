@@ -78,19 +78,21 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
     rank = next((rank for rank, said in enumerate(says) if said), None)
     if rank is None and (error.left or not error.rounds):
-        return RunError(
-            f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); it was taken at weights "
-            "that this exchange has left, and at today's its text gives finite ones; nothing was updated: lower "
-            "optim.lr, or run exchange=allreduce to see the tensor"
+        sentence = (
+            f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); it was taken at weights that "
+            "this exchange has left, and at today's its text gives finite ones; nothing was updated: lower optim.lr, "
+            "or run exchange=allreduce to see the tensor"
         )
-    if rank is None:
-        return RunError(
+    elif rank is None:
+        sentence = (
             f"step {error.step}: the sum of gradients is not finite (norm {error.norm}) although each rank's own is: "
-            "it overflowed; nothing was updated"
+            "it overflowed; nothing was updated: lower optim.lr, or take a wire of a larger range (bf16 for fp16)"
         )
-    said = says[rank]
-    return RunError(
-        f"step {error.step}: the gradient of `{said['tensor']}` is not finite on rank {rank} (micro-batch "
-        f"{said['batch']} of {said['of']}, loss {said['loss']:g}); nothing was updated: lower optim.lr, or look at the "
-        "text of this batch"
-    )
+    else:
+        said = says[rank]
+        sentence = (
+            f"step {error.step}: the gradient of `{said['tensor']}` is not finite on rank {rank} (micro-batch "
+            f"{said['batch']} of {said['of']}, loss {said['loss']:g}); nothing was updated: lower optim.lr, or look at "
+            "the text of this batch"
+        )
+    return RunError(sentence, everywhere=True)

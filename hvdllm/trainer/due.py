@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from hvdllm.checkpoint import write
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError
-from hvdllm.exchange import noise
 from hvdllm.exchange.base import Commit, Exchange, Report, Settled, Update
 from hvdllm.runs import Folder
 from hvdllm.trainer.audit import audit, spread
@@ -105,7 +104,6 @@ class Due:
         self.last_loss, self.last_blocked, self.last_sample = float("nan"), 0.0, ""
         self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
-        self.noise: tuple[float, float] | None = None  # smoothed numerator and denominator of the noise scale
         self.settled_tokens = 0  # committed by settling, behind the last mark
         self.finished = False
         self._save_s = 0.0
@@ -186,7 +184,8 @@ class Due:
         if found is not None:
             raise RunError(
                 f"step {self.step}: the replicas differ in {found}, although this exchange keeps replicas "
-                "identical: look at the memory and network of its host, then resume from the last checkpoint"
+                "identical: look at the memory and network of its host, then resume from the last checkpoint",
+                everywhere=True,
             )
 
     def sample(self) -> None:
@@ -220,8 +219,6 @@ class Due:
         if report is None:
             return
         self.window.add(report)
-        if report.noise is not None:
-            self.noise = noise.smooth(self.noise, report.noise)
         self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
         blocked = sum(report.blocked_s)
         self.last_blocked = blocked / max(blocked + sum(report.compute_s), 1e-9)
@@ -250,7 +247,7 @@ class Due:
             "micro_batches_by_rank": window.micro_batches,
             "updates": len(window.staleness),
             "tokens_per_update": (head["tokens"] - last["tokens"]) / max(len(window.staleness), 1),
-            "noise_scale": noise.scale(self.noise),
+            "noise_scale": report.noise_scale,
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }
         self.recorded_loss = values["loss"]
@@ -287,13 +284,12 @@ class Due:
         return {
             "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
             "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
-            "bytes": self.bytes_before + self.world.bytes_sent, "noise": self.noise,
+            "bytes": self.bytes_before + self.world.bytes_sent,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
         self.window, self.last_record = Window(**state["window"]), state["last_record"]
-        self.noise = tuple(state["noise"]) if state["noise"] else None
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens

@@ -15,7 +15,20 @@ from types import FrameType
 
 from hvdllm.world.base import Asks
 
-LAUNCHERS = {"horovodrun", "mpirun", "mpiexec", "orterun", "orted", "prte", "prted", "prterun", "srun", "slurmstepd"}
+LAUNCHERS = {
+    "horovodrun",
+    "torchrun",
+    "torch.distributed.run",
+    "mpirun",
+    "mpiexec",
+    "orterun",
+    "orted",
+    "prte",
+    "prted",
+    "prterun",
+    "srun",
+    "slurmstepd",
+}
 GRACE_S = 10.0  # seconds to save in, once the launcher is gone
 TERMINATED = threading.Event()  # set by SIGTERM: whoever started this process is ending it already
 

@@ -87,7 +87,7 @@ def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
         job.until_gone()
 
 
-@pytest.mark.parametrize("how", ["gloo", "mpi"])
+@pytest.mark.parametrize("how", ["gloo", "mpi", "torchrun"])
 def test_ranks_end_saved_when_their_launcher_is_killed(how: str, tmp_path: Path) -> None:
     """horovodrun --mpi has become `sh -c mpirun` by then, and leaves mpirun behind."""
     run = tmp_path / "runs" / "a"

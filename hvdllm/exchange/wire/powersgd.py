@@ -69,9 +69,7 @@ class PowerSGD(Feedback):
         mine = [part.clone() for part in q.parts]
         self.world.sum(q.vector, f"{launch.name}.q").land()
 
-        if launch.factor == 0:
-            residual = torch.zeros_like(x)  # not kept
-        residual.zero_()
+        residual = residual.zero_() if launch.factor else torch.zeros_like(x)  # a round without weight leaves nothing
         for m, name, span, own, total in zip(matrices, thin, spans, mine, q.parts, strict=True):
             torch.addmm(m, span, own.T, alpha=-1, out=self._view(name, residual, launch))
             torch.mm(span, total.T, out=m)

@@ -96,7 +96,7 @@ def test_padding_stays_empty(settings: Any) -> None:
             rig.sum()
         return ((rig.flat.g.abs() + rig.left().abs()) * (1 - used)).sum()
 
-    assert run(3, settings, body) == [0, 0, 0]
+    assert run(4, settings, body) == [0, 0, 0, 0]
 
 
 # ------------------------------------------------------------------ against NumPy
@@ -198,7 +198,7 @@ def test_equals_the_algorithm_in_numpy(settings: Any, codes: Any, n: int) -> Non
     "settings", [Fp16, Bf16, Int8, lambda **k: Sign(warmup_tokens=0, **k)], ids=["fp16", "bf16", "int8", "sign"]
 )
 def test_chunks_change_nothing(settings: Any) -> None:
-    """Pieces of 13,008 elements in four chunks, of which the last is short, or in one."""
+    """Pieces of 13,000 elements in four chunks, of which the last is short, or in one."""
 
     def body(rig: Rig) -> torch.Tensor:
         for t in range(3):
@@ -285,7 +285,7 @@ def test_vectors_travel_whole_where_the_code_is_coarse(settings: Any) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "ratio"),
-    [(Fp16(), 0.5), (Bf16(), 0.5), (Int8(), 0.2539), (Sign(warmup_tokens=0), 0.0325)],
+    [(Fp16(), 0.5), (Bf16(), 0.5), (Int8(), 0.2539), (Sign(warmup_tokens=0), 0.0323)],
     ids=["fp16", "bf16", "int8", "sign"],
 )
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -299,7 +299,7 @@ def test_bytes(settings: Any, ratio: float, n: int) -> None:
         return rig.world.bytes_sent - before
 
     plain, coded = (run(n, each, body, dtype=torch.float32)[0] for each in (Fp32(), settings))
-    assert coded / plain == pytest.approx(ratio, rel=0.02)
+    assert coded / plain == pytest.approx(ratio, rel=0.006)
 
 
 # ------------------------------------------------------------------ top-k

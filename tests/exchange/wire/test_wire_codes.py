@@ -65,8 +65,9 @@ def test_zero_is_positive(value: float) -> None:
 def test_values_too_small_for_a_scale_are_left() -> None:
     u = torch.full((1, 512), 1e-37)  # 1 / (1e-37 / 127) is infinite in fp32
     u[0, 300] = 1.0
-    got = codecs.Int8(256).decode(codecs.Int8(256).encode(u), 512, u.dtype)
-    assert got[0, 300] == 1 and got.count_nonzero() == 1
+    payload = codecs.Int8(256).encode(u)
+    got = codecs.Int8(256).decode(payload, 512, u.dtype)
+    assert got[0, 300] == 1 and got.count_nonzero() == 1 and payload[0, :4].view(torch.float32) == 0
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "small sample", "nan"])

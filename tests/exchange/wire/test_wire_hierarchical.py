@@ -116,6 +116,19 @@ def test_residuals_find_their_owners(settings: Any) -> None:
             )
 
 
+def test_the_warm_up_is_the_inner_wires() -> None:
+    def body(rig: Rig) -> list[bool]:
+        kept = []
+        for committed in (99, 100):
+            rig.wire.begin(committed, 0.1)
+            rig.fill(0)
+            rig.sum()
+            kept.append(bool(rig.left().any()))
+        return kept
+
+    assert run(4, Sign(hierarchical=True, warmup_tokens=100), body, 2) == [[False, True]] * 4
+
+
 def test_ranks_must_stand_host_by_host() -> None:
     def body(rig: Rig) -> None:
         rig.world.local_rank, rig.world.local_size = divmod(rig.world.rank, 2)[0], 2

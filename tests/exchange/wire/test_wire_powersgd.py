@@ -47,7 +47,7 @@ def test_is_the_projection_of_the_sum_and_loses_nothing(n: int) -> None:
     assert all(np.allclose(y.T @ each[2], 0, atol=1e-7) for each in first), "each rank's own residual"
     assert all(np.array_equal(each, q) for each in start)
     rest = sum(each[3] for each in first)  # the second matrix is compressed too, vectors are not
-    assert np.allclose(first[0][4][-300:], rest[-300:])
+    assert np.allclose(first[0][4][-290:], rest[-290:])
 
 
 def test_exact_up_to_its_rank_and_the_best_of_it_in_the_end() -> None:
@@ -97,7 +97,7 @@ def test_what_would_not_shrink_enough_travels_whole_and_so_does_the_warm_up() ->
         late, later = rig.fill(1), rig.sum()
         return came, went, kept, matrix(rig, late, "b.weight"), matrix(rig, later, "b.weight"), list(rig.wire.q)
 
-    settings = PowerSGD(rank=3, warmup_tokens=100, min_compression=10.0)  # b.weight would shrink 1200 / 210 times
+    settings = PowerSGD(rank=3, warmup_tokens=100, min_compression=10.0)  # b.weight would shrink 1271 / 216 times
     both = run(3, settings, body, bucket_bytes=1e9)  # in one bucket, in one sum
     came, went, kept, late, later, names = zip(*both, strict=True)
     assert torch.allclose(went[0], sum(came)) and not any(kept)

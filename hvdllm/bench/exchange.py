@@ -1,0 +1,335 @@
+"""What exchanges cost over a network of known speed: real ranks on several hosts of one machine (bench/lab.py).
+
+    compute alone          as many processes as ranks, each with one rank's share of the batch, no Horovod in them
+    Horovod idle           the same under horovodrun: initialised, with nothing to do
+    every exchange         on every wire and world asked for; `hvdllm train` with its acts off
+
+All train the same model on the same tokens from the same seed; repetitions are interleaved (A B C, A B C, ...), each a
+fresh group of processes. What hvdllm refuses is listed as refused, in its own words.
+
+The default model has 2.5 M parameters, 9.8 MB of fp32 gradients, which two ranks at 200 Mbit/s sum in about 0.41 s; the
+batch is chosen so that a rank of one thread computes about as long. Then a blocking exchange takes twice as long as one
+that hides its communication whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hvdllm import runs
+from hvdllm.bench import figures, group, lab
+from hvdllm.bench.figures import Raw, Repetition
+from hvdllm.config import compose
+from hvdllm.config.check import check
+from hvdllm.errors import UserError
+from hvdllm.world.detect import Place
+
+MODEL = (
+    "text.tokenizer=bytes", "model.layers=3", "model.width=256", "model.heads=4", "model.kv_heads=null",
+    "batch_tokens=4096", "micro_batch=4",
+)  # fmt: skip
+# A record of every commit, and nothing that is not training.
+QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "log_every=1", "schedule=constant")
+# A timed exchange commits what it computed while gradients travelled: it is given more tokens, to make enough commits.
+MORE_IF_TIMED = 3
+# Delayed begins with synchronous updates, which are not what is to be measured.
+OF_EXCHANGE = {"delayed": ("exchange.warmup_tokens=0",)}
+RESERVED = {
+    "exchange": "--exchanges", "wire": "--wires", "world": "--worlds", "budget_tokens": "--steps",
+    **dict.fromkeys(("name", "runs_dir", "resume", "eval_every", "save_every", "sample_every", "log_every"), ""),
+}  # fmt: skip
+ALONE, IDLE = "compute alone", "Horovod idle"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says. link None: loopback. settings: of all cases alike."""
+
+    link: str | None
+    ranks: int
+    hosts: int
+    exchanges: tuple[str, ...]
+    wires: tuple[str, ...]  # empty: as configured
+    worlds: tuple[str, ...]  # empty: as the launcher decides
+    settings: tuple[str, ...]
+    steps: int
+    warmup: int
+    repetitions: int
+    limit_s: float
+
+    @property
+    def commits(self) -> int:
+        """Of a run: the last one lands what others overlap, and does not count either."""
+        return self.warmup + self.steps + 1
+
+    @property
+    def interface(self) -> str | None:
+        """Whose counters are read; the loopback's are everybody's."""
+        return lab.INTERFACE if self.link else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """kind: alone, idle or together. words: its settings, on top of those of all. blocking: label of the case whose
+    flight is the communication of this one."""
+
+    label: str
+    kind: str
+    words: tuple[str, ...] = ()
+    blocking: str = ""
+
+
+# ------------------------------------------------------------------ what is measured
+def cases(asked: Asked) -> list[Case]:
+    """The two without an exchange, then exchanges x wires x worlds, in the order given."""
+    out = [Case(ALONE, "alone"), Case(IDLE, "idle")]
+    for text in asked.exchanges:
+        name, *more = split_item(text)
+        for wire in asked.wires or ("",):
+            for world in asked.worlds or ("",):
+                chosen = [f"{group}={value}" for group, value in (("wire", wire), ("world", world)) if value]
+                words = compose.merged([f"exchange={name}", *chosen, *OF_EXCHANGE.get(name, ())], more)
+                label = " ".join(word for word in (text, wire, world) if word)
+                blocking = " ".join(word for word in ("allreduce", wire, world) if word)
+                out.append(Case(label, "together", tuple(words), blocking))
+    if len({case.label for case in out}) < len(out):
+        raise UserError("an exchange, wire or world is named twice: once is enough, --repetitions measures it again")
+    return out
+
+
+def split_item(text: str) -> list[str]:
+    """`acco+exchange.timed=true` as [acco, exchange.timed=true]; a plus inside a number is none of ours."""
+    parts = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    if not re.fullmatch(r"\w+", parts[0]):
+        raise UserError(
+            f"--exchanges {text}: names with commas between, each with settings after a plus: acco+exchange.timed=true"
+        )
+    return parts
+
+
+def base_words(asked: Asked, cores: int) -> list[str]:
+    """Settings of all cases. Raises UserError for those that are the lab's to set."""
+    for word in asked.settings:
+        key = word.lstrip("+~").partition("=")[0]
+        if key in RESERVED:
+            use = f"use {RESERVED[key]}" if RESERVED[key] else "the bench sets it itself"
+            raise UserError(f"`{word}` cannot be given to bench exchange: {use}")
+    # On hosts that are namespaces each rank would take all cores for its own.
+    threads = f"device.threads={max(1, cores // asked.ranks)}"
+    model = [] if any(word.startswith("model=") for word in asked.settings) else MODEL
+    return compose.merged([*model, threads], [*asked.settings, *QUIET])
+
+
+def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int) -> list[str]:
+    """Settings of a case. Alone, a rank has the share of the rank with the most sequences."""
+    share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
+    more = MORE_IF_TIMED if "exchange.timed=true" in case.words else 1
+    own = [*case.words, f"batch_tokens={share}", f"budget_tokens={asked.commits * share * more}"]
+    return compose.merged(base, own)
+
+
+def refusal(words: Sequence[str], place: Place) -> str | None:
+    """Why hvdllm would not run it; None: it would."""
+    try:
+        check(compose.compose(words), place)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def spread(ranks: int, hosts: int) -> list[int]:
+    """Ranks on each host, the first ones take more."""
+    return [ranks // hosts + (k < ranks % hosts) for k in range(hosts)]
+
+
+def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> list[list[str]]:
+    """The processes to start: one launcher for ranks that know each other, one process a rank for those that do not."""
+    rank = [sys.executable, "-m", "hvdllm", "bench", "rank", str(spec)]
+    places = spread(asked.ranks, asked.hosts if network else 1)
+    if case.kind == "alone":
+        homes = [k for k, count in enumerate(places) for _ in range(count)]
+        own = [[*rank, str(index)] for index in range(asked.ranks)]
+        return [network.inside(network.hosts[k], c) for k, c in zip(homes, own, strict=True)] if network else own
+    launcher = ["horovodrun", "--gloo", "-np", str(asked.ranks), "--disable-cache"]
+    if network is None:
+        return [[*launcher, "-H", f"localhost:{asked.ranks}", *rank]]
+    where = ",".join(f"{host.address}:{count}" for host, count in zip(network.hosts, places, strict=True))
+    return [network.inside(network.hosts[0], [*launcher, "-H", where, "--network-interfaces", lab.INTERFACE, *rank])]
+
+
+def environment(network: lab.Lab | None) -> dict[str, str]:
+    """Of all ranks: the stand-in for ssh first on PATH, and the interface for torch's Gloo, which asks no launcher."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if network is None:
+        return group.environment(PATH=path, PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME="lo")
+    return group.environment(
+        PATH=f"{network.folder}{os.pathsep}{path}", PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME=lab.INTERFACE
+    )
+
+
+# ------------------------------------------------------------------ measuring
+def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, Any]:
+    """Everything, as the JSON file has it. keep: run folders and logs stay in a temporary folder.
+
+    Raises UserError for a request that cannot work at all; a case that fails or is refused is part of the result.
+    """
+    from hvdllm import device
+    from hvdllm.text import shards
+
+    base = base_words(asked, device.usable_cores())
+    together = Place("horovodrun", 0, asked.ranks, 0, 1)
+    config = compose.compose(base)
+    check(config, together)
+    todo = cases(asked)
+    words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context) for case in todo}
+    results: dict[str, dict[str, Any]] = {
+        case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
+    }
+    for case in todo:
+        results[case.label]["refused"] = refusal(words[case.label], together if case.kind == "together" else Place())
+    shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)  # once, not by each rank
+    raws: dict[str, list[Repetition]] = {case.label: [] for case in todo}
+    seen: dict[str, Any] = {}
+    with ended_by_signals(), folder_of(keep) as folder, network_of(asked) as network:
+        for turn in range(1, asked.repetitions + 1):
+            for number, case in enumerate(todo):
+                result = results[case.label]
+                if result["refused"] or result["failed"]:
+                    continue
+                place = folder / f"{turn}-{number}-{re.sub(r'[^A-Za-z0-9]+', '-', case.label)}"
+                outcome = run(case, words[case.label], asked, network, place)
+                if isinstance(outcome, Repetition):
+                    raws[case.label].append(outcome)
+                    seen = json.loads((place / "rank-0.json").read_text())
+                    result["horovod"] = seen["horovod"]
+                    step = figures.pooled([outcome], "step_s")
+                    say(f"{turn}/{asked.repetitions}  {case.label}: {step:.0f} ms a step")
+                else:
+                    result |= outcome
+                    said = result["refused"] or result["failed"]
+                    say(f"{turn}/{asked.repetitions}  {case.label}: {said}")
+                    for line in result.get("tail", ()):
+                        say(f"    {line}")
+    if keep:
+        say(f"run folders and logs are in {folder}")
+    _conclude(todo, results, raws, asked, config.batch_tokens)
+    return {
+        "asked": asdict(asked), "batch_tokens": config.batch_tokens, "cases": results,
+        "idle_bytes_per_s": figures.idle_rate(raws[IDLE]), "device": seen.get("device"), "threads": seen.get("threads"),
+        "cores": device.usable_cores(), "versions": seen.get("versions"),
+    }  # fmt: skip
+
+
+def run(
+    case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path
+) -> Repetition | dict[str, Any]:
+    """One repetition of a case; else why there is none: {"refused": ...} or {"failed": ..., "tail": [...]}."""
+    folder.mkdir()
+    spec = {"kind": case.kind, "words": list(words), "interface": asked.interface, "folder": str(folder)}
+    path = folder / "spec.json"
+    path.write_text(json.dumps(spec))
+    ended = group.run(commands(case, path, asked, network), environment(network), folder / "log.txt", asked.limit_s)
+    if ended.problem:
+        for said in sorted(folder.glob("refused-*.txt")):
+            return {"refused": said.read_text()}
+        return {"failed": ended.problem, "tail": ended.tail}
+    try:
+        raw = read(folder, asked.ranks)
+        share = next(int(word.partition("=")[2]) for word in words if word.startswith("batch_tokens="))
+        return figures.repetition(raw, asked.warmup, asked.commits * share)
+    except (OSError, ValueError) as error:
+        return {"failed": str(error), "tail": ended.tail}
+
+
+def read(folder: Path, ranks: int) -> Raw:
+    """What a repetition left: rank-<k>.json of every rank, and metrics.jsonl of every run that it was."""
+    marks = [json.loads((folder / f"rank-{k}.json").read_text())["marks"] for k in range(ranks)]
+    found = sorted((folder / "runs").iterdir())
+    records = [[record for record in runs.records(one) if record["kind"] == "commit"] for one in found]
+    return Raw(marks, records)
+
+
+def _conclude(
+    todo: Sequence[Case],
+    results: dict[str, dict[str, Any]],
+    raws: Mapping[str, Sequence[Repetition]],
+    asked: Asked,
+    batch_tokens: int,
+) -> None:
+    """Adds every case's figures and, for who wants to compute others, its repetitions."""
+    idle = figures.idle_rate(raws[IDLE])
+    for case in todo:
+        own = raws[case.label]
+        if not own:
+            continue
+        found = figures.figures(
+            own, alone=raws[ALONE], blocking=raws.get(case.blocking, ()), batch_tokens=batch_tokens,
+            idle=idle if results[case.label]["horovod"] else 0.0, own_interface=asked.ranks == asked.hosts,
+        )  # fmt: skip
+        results[case.label] |= {"figures": asdict(found), "repetitions": [asdict(rep) for rep in own]}
+
+
+def busy(figures: Mapping[str, Any]) -> str | None:
+    """A sentence where other processes took the cores: a rank that computes alone uses a whole one a thread."""
+    shares = [
+        case["figures"]["cpu_share"]
+        for case in figures["cases"].values()
+        if case["kind"] == "alone" and "figures" in case
+    ]
+    if not shares or not figures["threads"] or (share := shares[0] / figures["threads"]) > 0.9:
+        return None
+    return (
+        f"a rank computing alone had {share:.0%} of its cores: this machine is busy with something else or has fewer "
+        "cores than the ranks have threads, so take these times for no more than an order"
+    )
+
+
+# ------------------------------------------------------------------ what is made and taken away
+@contextmanager
+def network_of(asked: Asked) -> Iterator[lab.Lab | None]:
+    if asked.link is None:
+        yield None
+        return
+    network = lab.Lab(asked.hosts, asked.link)
+    try:
+        network.build()
+        yield network
+    finally:
+        network.close()
+
+
+@contextmanager
+def folder_of(keep: bool) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="hvdllm-bench-"))
+    try:
+        yield folder
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the bench as Ctrl-C does: by an exception, so that all is taken away."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
