@@ -27,7 +27,7 @@ from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.text.shards import Corpus
 from hvdllm.trainer.backward import Loss, autocast, backward
-from hvdllm.trainer.build import build_model, make_stream
+from hvdllm.trainer.build import bucket_bytes, build_model, make_stream
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.single import SingleWorld
 
@@ -84,7 +84,7 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
     """One commit a call; and the update alone."""
     world = SingleWorld()
     model = build_model(config, corpus.tokenizer.vocab, device)
-    flat = Flat(model, 1, config.exchange.bucket_mb * 2**20)
+    flat = Flat(model, 1, bucket_bytes(config, model))
     update = Update(config.optim, factor(config.schedule, config.budget_tokens))
     exchange = AllReduce(config.exchange, config.batch_tokens)
     loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)

@@ -24,6 +24,7 @@ from torch import nn
 from hvdllm.device import Mark
 from hvdllm.exchange.base import Commit, Update, Wire
 from hvdllm.exchange.rounds import Counts, Rounds
+from hvdllm.exchange.wire.plain import Several
 from hvdllm.world.base import Flight, World
 
 
@@ -59,18 +60,4 @@ class AllReduce(Rounds):
         for k, name in enumerate(bucket.names):
             x = self.flat.view(name, self.flat.g).view(-1).div_(tokens)
             flights.append(self.world.adasum(x, f"grad.{bucket.index}.{k}.{self.round % 2}"))
-        return Several(flights)
-
-
-class Several:
-    """Flights that count as one."""
-
-    def __init__(self, flights: list[Flight]) -> None:
-        self.flights = flights
-
-    def landed(self) -> bool:
-        return all(flight.landed() for flight in self.flights)
-
-    def land(self) -> None:
-        for flight in self.flights:
-            flight.land()
+        return Several(flights, lambda landed: None)

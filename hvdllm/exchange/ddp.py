@@ -32,8 +32,8 @@ class Ddp(Reference):
         for p in self.parameters:
             p.grad = None  # DDP makes its own
         self.module = DistributedDataParallel(
-            model, bucket_cap_mb=max(1, round(self.settings.bucket_mb)), gradient_as_bucket_view=True,
-            broadcast_buffers=False, init_sync=False,
+            model, bucket_cap_mb=self.settings.bucket_mb or max(1.0, min(25.0, flat.x.nbytes / 2**23)),
+            gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False,
         )  # fmt: skip
         self._bytes = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
         self._rebuilt = False

@@ -70,7 +70,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     corpus = agreed_corpus(config, world, show)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
-    flat = Flat(model, world.size, config.exchange.bucket_mb * 2**20, exchange.copies)
+    flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
     resumed = read.read_state(Path(start.checkpoint)) if start.checkpoint and world.rank == 0 else None
     resumed = json.loads(world.texts(json.dumps(resumed), "load.state")[0])
     horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
@@ -230,6 +230,13 @@ def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
     if config.model.compile:
         compile_blocks(model)
     return model
+
+
+def bucket_bytes(config: Config, model: torch.nn.Module) -> float:
+    """Of gradients that travel together; see exchange.bucket_mb."""
+    whole = sum(p.nbytes for p in model.parameters())
+    chosen = config.exchange.bucket_mb
+    return float(chosen * 2**20 if chosen else min(25 * 2**20, max(2**20, whole / 8)))
 
 
 def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:
