@@ -57,7 +57,10 @@ def test_command(line: str, desk: Path) -> None:
         words[at + 1] = "localhost:2"
         del words[words.index("--network-interfaces") : words.index("--network-interfaces") + 2]
     if "bench" in words:
-        words[words.index("--seconds") + 1] = "1"
+        if "--seconds" in words:
+            words[words.index("--seconds") + 1] = "1"
+        else:  # the lab, on the loopback and with the reference alone
+            words += ["--link", "none", "--exchanges", "allreduce", "--steps", "3", "--repetitions", "1"]
         words += SMALL[:3]
     environment = {
         **os.environ,

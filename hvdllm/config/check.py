@@ -53,6 +53,10 @@ def check(config: Config, place: Place) -> None:
         raise UserError(
             f"name={config.name!r} is not the name of a folder: no slashes and no leading dot; see runs_dir"
         )
+    if not 0 < getattr(config.wire, "density", 1) <= 1:
+        raise UserError(f"wire.density={config.wire.density} must lie between 0 and 1")
+    if getattr(config.wire, "momentum", 0) >= 1:
+        raise UserError(f"wire.momentum={config.wire.momentum} must be smaller than 1")
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
     if config.trace_steps is not None and not re.fullmatch(r"\d+:\d+", config.trace_steps):

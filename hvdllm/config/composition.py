@@ -42,7 +42,7 @@ def refusal(config: Config, place: Place) -> str | None:
     world = transport(config, place)
     return (
         _exchange_and_wire(config, world)
-        or _adasum(config, world, config.world.size if world == "virtual" else place.size)
+        or _adasum(config, config.world.size if world == "virtual" else place.size)
         or _wire_and_optimizer(config)
         or _virtual(config, world)
     )
@@ -58,18 +58,18 @@ def _exchange_and_wire(config: Config, world: str) -> str | None:
         return f"exchange={name} runs on world={needs} alone: {START[needs]} exchange={name}"
     if needs and wire.hierarchical:
         return f"wire.hierarchical=true with exchange={name}: its library moves the sums, take allreduce"
+    if needs and isinstance(wire, schema.Coded) and wire != type(wire)():
+        return f"wire settings with exchange={name}: its library casts by itself and reads none of them, leave them out"
     if wire.hierarchical and isinstance(wire, schema.PowerSGD):
         return "wire.hierarchical=true with wire=powersgd: a host's share is a slice, PowerSGD needs whole matrices"
     return None
 
 
-def _adasum(config: Config, world: str, size: int) -> str | None:
+def _adasum(config: Config, size: int) -> str | None:
     if getattr(config.exchange, "reduction", "sum") != "adasum":
         return None
     if not isinstance(config.wire, schema.Fp32) or config.wire.hierarchical:
-        return "exchange.reduction=adasum needs wire=fp32, not hierarchical: it works inside Horovod, on whole tensors"
-    if world == "torch":
-        return "exchange.reduction=adasum needs Horovod's own operation: take world=horovod or world=virtual"
+        return "exchange.reduction=adasum needs wire=fp32, not hierarchical: it works on whole tensors"
     if size & (size - 1):
         return f"exchange.reduction=adasum adds up ranks in pairs: {size} ranks are no power of two"
     return None

@@ -193,6 +193,9 @@ class Exchange(Protocol):
     def settle(self) -> Settled:
         """Lands and applies what is in flight. Collective."""
 
+    def disarm(self) -> None:
+        """No hook launches anything any more: a round is about to be replayed without exchange."""
+
     def state(self) -> State:
         """The replica as it is; never inside consensus. Raises NotFinite."""
 

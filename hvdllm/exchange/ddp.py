@@ -33,7 +33,7 @@ class Ddp(Reference):
             p.grad = None  # DDP makes its own
         self.module = DistributedDataParallel(
             model, bucket_cap_mb=self.settings.bucket_mb or max(1.0, min(25.0, flat.x.nbytes / 2**23)),
-            gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False,
+            gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
         self._bytes = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
         self._rebuilt = False

@@ -35,10 +35,13 @@ class Horovod(Reference):
         super().arm(batch)
         self.optimizer.set_backward_passes_per_step(1 if batch.last else NEVER)
 
+    def disarm(self) -> None:
+        self.optimizer.set_backward_passes_per_step(NEVER)
+
     def finish(self) -> None:
         self.optimizer.synchronize()
         self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * self._bytes
 
     def check(self, gradients: list[torch.Tensor | None]) -> None:
         inside = [self.in_flat(g) for g in gradients]
-        assert self._half or all(inside), "without compression Horovod sums in place"
+        assert all(inside) != self._half, "Horovod sums in place, but for fp16, which it decodes into new memory"

@@ -164,6 +164,9 @@ class Rounds:
     def arm(self, batch: Batch) -> None:
         self.buckets.arm(batch.last and batch.tokens > 0 and self.world.size > 1)
 
+    def disarm(self) -> None:
+        self.buckets.arm(False)
+
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
         self._loss += loss
         self._own += batch.tokens

@@ -125,7 +125,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         reason = "budget" if due.finished else "stop"
         trace.write(Path(start.folder) / "trace.json")
     except NotFinite as error:
-        raise explain(error, stream, module, flat, world) from None
+        exchange.disarm()
+        raise explain(error, stream, loss, flat, world) from None
     finally:
         if folder is not None:
             end = end_record(reason, config, model, due, clock, stream, hosts, device, world)

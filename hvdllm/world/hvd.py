@@ -95,7 +95,7 @@ class HorovodRanks(Ranks):
         if x.dtype is torch.bfloat16:
             raise UserError("Horovod adds no bfloat16: send fp32, or a coded wire, or choose world=torch")
         self.count(2 * (self.size - 1) / self.size * x.nbytes)
-        handle = hvd.allreduce_async_(x, name=name, op=hvd.Sum, process_set=self.process_set)
+        handle = _peer_errors(lambda: hvd.allreduce_async_(x, name=name, op=hvd.Sum, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out)
 
     def scatter(self, x: torch.Tensor, name: str) -> Flight:
@@ -104,12 +104,12 @@ class HorovodRanks(Ranks):
             # x is spent once landed: the sum goes into our own share of it, and the landed copy of x is free again.
             return self._alltoall(x, name, lambda out: add(out.chunk(self.size), own))
         self.count((self.size - 1) / self.size * x.nbytes)
-        handle = hvd.reducescatter_async(x, name=name, op=hvd.Sum, process_set=self.process_set)
+        handle = _peer_errors(lambda: hvd.reducescatter_async(x, name=name, op=hvd.Sum, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out)
 
     def gather(self, x: torch.Tensor, name: str) -> Flight:
         self.count((self.size - 1) * x.nbytes)
-        handle = hvd.allgather_async(_bits(x), name=name, process_set=self.process_set)
+        handle = _peer_errors(lambda: hvd.allgather_async(_bits(x), name=name, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out.view(x.dtype))
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
@@ -117,12 +117,14 @@ class HorovodRanks(Ranks):
 
     def _alltoall(self, x: torch.Tensor, name: str, finish: Callable[[torch.Tensor], torch.Tensor]) -> Flight:
         self.count((self.size - 1) / self.size * x.nbytes)
-        handle = hvd.alltoall_async(_bits(x), name=name, process_set=self.process_set)
+        handle = _peer_errors(lambda: hvd.alltoall_async(_bits(x), name=name, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: finish(_tensor(out).view(x.dtype)))
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
         self.count(broadcast_sends(self.rank, root, self.size) * x.nbytes)
-        handle = hvd.broadcast_async_(_bits(x), self.members[root], name=name, process_set=self.process_set)
+        handle = _peer_errors(
+            lambda: hvd.broadcast_async_(_bits(x), self.members[root], name=name, process_set=self.process_set)
+        )
         return HorovodFlight(handle, name, self, lambda out: x)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
@@ -133,10 +135,11 @@ class HorovodRanks(Ranks):
         must_be_power_of_two(self.size)
         if self.parent is None and hvd.mpi_enabled() and x.dtype is not torch.bfloat16:
             self.count(2 * (self.size - 1) / self.size * x.nbytes)
-            return HorovodFlight(hvd.allreduce_async_(x, name=name, op=hvd.Adasum), name, self, lambda out: out)
+            handle = _peer_errors(lambda: hvd.allreduce_async_(x, name=name, op=hvd.Adasum))
+            return HorovodFlight(handle, name, self, lambda out: out)
         flat = x.reshape(-1)
         self.count((self.size - 1) * x.nbytes)
-        handle = hvd.allgather_async(_bits(flat), name=name, process_set=self.process_set)
+        handle = _peer_errors(lambda: hvd.allgather_async(_bits(flat), name=name, process_set=self.process_set))
 
         def join(out: torch.Tensor) -> torch.Tensor:
             return x.copy_(adasum(out.view(x.dtype).chunk(self.size)).view_as(x))

@@ -4,6 +4,7 @@ test_exchange_oracles.py holds against plain recursions. In fp64, different data
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ EXACT = {
 OTHERS = {
     "delayed": LATE,
     "compensated": [*LATE, "exchange.compensation=0.5"],
-    "acco": ["exchange=acco"],
+    "acco": ["exchange=acco", "trace_steps=4:6"],
     "acco-int8": ["exchange=acco", "wire=int8"],
     "delayed-powersgd": [*LATE, "wire=powersgd", f"wire.warmup_tokens={2 * BATCH}", "wire.rank=2"],
     "sharded-fp16": ["exchange=sharded", "wire=fp16"],
@@ -118,6 +119,9 @@ def test_what_each_reports(tmp: Path) -> None:
         assert {record["staleness_max"] for record in commits[3:]} == {1.0 if late else 0.0}, name
         settled = {"delayed": BATCH, "delayed-powersgd": BATCH, "compensated": BATCH}.get(name, 0)
         assert end["tokens_settled"] == (BATCH // 2 if "acco" in name else settled), name
+    trace = json.loads((tmp / "acco-2" / "trace.json").read_text())["traceEvents"]
+    seen = {(e["pid"], e["name"], e["args"]["step"]) for e in trace if e["ph"] == "X"}
+    assert seen == {(r, lane, s) for r in (0, 1) for lane in ("compute", "flight", "blocked") for s in (4, 5)}
     noisy = [record["noise_scale"] for record in records(tmp / "allreduce-2", "commit")]
     assert any(noisy), "the gradient noise scale is estimated"
 

@@ -25,6 +25,7 @@ def meddle(
     kill: Any = None,  # SIGKILL
     fail: Any = None,  # raises
     bad: Any = None,  # [rank, round, parameter, ...]: their gradients there are NaN; None: the loss is
+    large: Any = None,  # [rank, round, factor]: its loss there is multiplied
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
     slow_forward: Any = None,  # [rank, seconds]: sleeps before each of its forwards
@@ -49,6 +50,8 @@ def meddle(
         if slow_forward is not None and rank == slow_forward[0]:
             time.sleep(slow_forward[1])
         loss = forward(self, inputs, targets, place)
+        if large is not None and [rank, place[0]] == large[:2]:
+            loss = loss * large[2]
         if bad is None or [rank, place[0]] != bad[:2]:
             return loss
         if bad[2] is None:
