@@ -57,6 +57,13 @@ class Mark:
         return later.time - self.time
 
 
+def used_here(tensors: list[torch.Tensor]) -> None:
+    """Made on another stream: their memory is not given away before this stream is done with them."""
+    for x in tensors:
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))
+
+
 def choose(kind: str, local_rank: int) -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):

@@ -103,7 +103,7 @@ def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
     except DISK_ERRORS as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunError(
-            f"cannot write {final} ({error}): free some space; the last checkpoint holds the same weights"
+            f"cannot write {final} ({error}): free some space and start again: the last checkpoint is whole"
         ) from None
     return final
 

@@ -19,6 +19,9 @@ settings are those of train, for all cases alike; without model=... a model of 2
 about as long as its gradients at 200mbit. What a column means: hvdllm/bench/figures.py."""
 
 
+ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
+
+
 def run(argv: list[str]) -> int:
     if argv[:1] == ["rank"]:  # a process of bench exchange, started by it
         return bench_rank(argv[1:])
@@ -39,7 +42,8 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--link", default="200mbit", help="200mbit, 1gbit, ...; none: the loopback (200mbit)")
     exchange.add_argument("--ranks", type=int, default=2)
     exchange.add_argument("--hosts", type=int, help="2 to 8 (as many as ranks, at most 8)")
-    exchange.add_argument("--exchanges", default="allreduce", help="with commas between; settings after a plus each")
+    exchange.add_argument("--exchanges", default=ALL, help=f"with commas between; settings after a plus each ({ALL})")
+    exchange.add_argument("--model", help="of conf/model, as model=NAME does (a small one of the bench's own)")
     exchange.add_argument("--wires", default="", help="with commas between (as configured)")
     exchange.add_argument("--worlds", default="", help="horovod,torch (as configured)")
     exchange.add_argument("--steps", type=int, default=10, help="measured steps a repetition (10)")
@@ -108,6 +112,7 @@ def bench_start(given: argparse.Namespace) -> dict[str, Any]:
 def bench_exchange(given: argparse.Namespace) -> dict[str, Any]:
     from hvdllm.bench import exchange, lab, plot
 
+    given.settings += [f"model={given.model}"] * (given.model is not None)
     asked = ask(given)
     if given.plot:
         plot.check(given.plot)

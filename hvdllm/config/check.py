@@ -59,8 +59,13 @@ def check(config: Config, place: Place) -> None:
         raise UserError(f"wire.momentum={config.wire.momentum} must be smaller than 1")
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
-    if config.trace_steps is not None and not re.fullmatch(r"\d+:\d+", config.trace_steps):
-        raise UserError(f"trace_steps={config.trace_steps} is no range of steps: give first:last, 20:24 for example")
+    if config.trace_steps is not None:
+        found = re.fullmatch(r"(\d+):(\d+)", config.trace_steps)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise UserError(
+                f"trace_steps={config.trace_steps} is no range of steps: give the first and the one to stop before, "
+                "20:24 for example"
+            )
 
 
 def check_batch(config: Config, ranks: int) -> None:

@@ -1,6 +1,6 @@
 """Which exchange, wire, reduction, optimizer and world go together: the one table that the check and README read.
 
-A pair that is not refused here is run by tests/oracles/test_composition.py.
+A pair that is not refused here is run by tests/oracles/test_composition.py, references by test_exchange_ranks.py.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def _exchange_and_wire(config: Config, world: str) -> str | None:
         return f"wire.hierarchical=true with exchange={name}: its library moves the sums, take allreduce"
     if needs and isinstance(wire, schema.Coded) and wire != type(wire)():
         return f"wire settings with exchange={name}: its library casts by itself and reads none of them, leave them out"
+    if isinstance(exchange, schema.Horovod) and exchange.bucket_mb is not None:
+        return "exchange.bucket_mb with exchange=horovod: Horovod fuses as it comes and reads none, leave it at null"
     if wire.hierarchical and isinstance(wire, schema.PowerSGD):
         return "wire.hierarchical=true with wire=powersgd: a host's share is a slice, PowerSGD needs whole matrices"
     return None
@@ -84,6 +86,8 @@ def _wire_and_optimizer(config: Config) -> str | None:
             return "wire.momentum with exchange=acco: an update takes two halves, the momentum would decay twice"
     frozen = isinstance(optim, schema.AdamW) and optim.freeze_tokens == getattr(wire, "warmup_tokens", None)
     if isinstance(wire, schema.Sign) and isinstance(optim, schema.Adam) and not frozen:
+        if not wire.warmup_tokens:
+            return "wire=sign with adamw needs exact sums first: give wire.warmup_tokens and optim.freeze_tokens alike"
         return (
             "wire=sign: signs say nothing of second moments, so as in 1-bit Adam these come from exact sums and are "
             f"then frozen: give optim=adamw optim.freeze_tokens={wire.warmup_tokens} (wire.warmup_tokens), or optim=sgd"

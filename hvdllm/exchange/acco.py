@@ -19,7 +19,8 @@ run cannot be repeated bit for bit.
 
 Everything behind a launch runs on the driver thread: land, peek or step, spread. Bytes a rank and update: two rounds of
 (N-1)/N P (b_gradients + 4). Memory: two gradient vectors, and by pieces (1/N) the master weights, S~, the update's
-vectors and, for a moment, a second set of them. In flight at a commit: G~, in a checkpoint landed as S~ and n~.
+vectors and, for a moment, a second set of them; and the weights
+that have arrived, until the loop takes them. In flight at a commit: G~, in a checkpoint landed as S~ and n~.
 Source: EXCHANGES.md, sections 3 and 3b.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.device import Mark
+from hvdllm.device import Mark, used_here
 from hvdllm.exchange.base import Batch, Commit, Settled, State, Stream, Update, Wire
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.rounds import Counts, Interval
@@ -66,7 +67,6 @@ class Half:
 class Acco(Owners):
     copies = 2
     parts = 2
-    left = True
     one_point = False
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
@@ -80,13 +80,18 @@ class Acco(Owners):
         self._half: Half | None = None
         return model
 
+    def applied_at(self) -> int:
+        # A tentative half's gradients are committed behind the two that still fly.
+        late = self._kind == TENTATIVE and self._half is not None
+        return self.tokens + self.nominal * (2 if late else 1)
+
     # ------------------------------------------------------------------ when a half closes
     def feed(self, stream: Stream) -> Iterator[Batch]:
         return self._feed_timed(stream) if self.settings.timed else super().feed(stream)
 
     def _feed_timed(self, stream: Stream) -> Iterator[Batch]:
-        # One micro-batch a half on every rank makes up the nominal batch, so no update is larger for haste.
-        lane = stream.lane(self.world.rank, self.world.size, self.nominal // (2 * self.world.size))
+        share = self.nominal // (2 * self.world.size)  # a half is not closed before: no update below the nominal batch
+        lane = stream.lane(self.world.rank, self.world.size, share)
         while True:
             self.begin()
             tokens = count = 0
@@ -97,7 +102,8 @@ class Acco(Owners):
                     # The host runs ahead: asked too early, a half would end long before the device is there.
                     torch.cuda.current_stream(self.device).synchronize()
                 count, tokens = count + 1, tokens + batch.tokens
-                last = count >= self.settings.least and (self._half is None or self._half.driven.landed())
+                enough = count >= self.settings.least and tokens >= share
+                last = enough and (self._half is None or self._half.driven.landed())
                 last = last or count == self.settings.most
                 batch.last = last
                 if last:
@@ -141,6 +147,7 @@ class Acco(Owners):
         self, sums: list[torch.Tensor], tokens: float, kind: int, launched: Mark, meta: MetaSum | None
     ) -> Arrived:
         step = None
+        used_here(sums)
         if kind == TENTATIVE:
             self._kept, self._kept_tokens = [each.clone() for each in sums], tokens
             weights = self._peek()
@@ -162,6 +169,7 @@ class Acco(Owners):
 
     # ------------------------------------------------------------------ in the loop
     def _take(self, half: Half, arrived: Arrived) -> None:
+        used_here(arrived.weights)
         for bucket, weights in zip(self.flat.buckets, arrived.weights, strict=True):
             self.flat.x[bucket.span.start : bucket.span.stop].copy_(weights)
         self._listen(half, arrived)
@@ -175,8 +183,8 @@ class Acco(Owners):
     def _commit(self, half: Half, arrived: Arrived) -> Commit:
         lr, norm = arrived.step
         rounds, streams = zip(self._kept_from, (half.round, half.stream), strict=True)
-        again = [] if self.settings.timed else list(streams)
-        return self.commit(arrived.tokens, lr, norm, list(rounds), again)
+        again = [] if self.settings.timed else list(streams)  # lanes cannot be dealt again
+        return self.commit(arrived.tokens, lr, norm, list(rounds), again, left=True)
 
     def land(self) -> None:
         if self._half is not None:
@@ -191,10 +199,11 @@ class Acco(Owners):
         assert half.kind == TENTATIVE and self._kept is not None
         self._half, self._kind = None, TENTATIVE
         report = self._report() if self._last else None
+        self._last = []  # it is reported
         tokens, self._committed = self._kept_tokens, self._committed + int(self._kept_tokens)
         _, norm = self.update.step(self.theta, self._kept, Counts(tokens, self._committed), self.total)
         self.collect(self.spread(self.theta))
-        self.commit(tokens, 0.0, norm, [half.round], [half.stream])
+        self.commit(tokens, 0.0, norm, [half.round], [half.stream], left=True)
         return Settled(report, int(tokens))
 
     # ------------------------------------------------------------------ checkpoint

@@ -31,8 +31,9 @@ from hvdllm.world.base import Flight, World
 class AllReduce(Rounds):
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         model = super().attach(model, flat, update, wire, world)
+        self.noisy = self.noisy and self.settings.reduction == "sum"  # Adasum's norm is no mean gradient's
         self.pieces, self.gradients = self.cut(flat.x), self.cut(flat.g)
-        self.adasum = getattr(self.settings, "reduction", "sum") == "adasum"
+        self.adasum = self.settings.reduction == "adasum"
         return model
 
     def send(self, bucket: Any) -> Flight:

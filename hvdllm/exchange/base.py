@@ -145,7 +145,12 @@ class Update(Protocol):
 
 class Wire(Protocol):
     """How a sum travels (exchange/wire/). key: fixed name of one stream of sums, `grad.<bucket>`; x: that bucket of a
-    gradient vector. A wire is made as Kind(world, settings, flat, nominal), nominal: tokens of a global batch."""
+    gradient vector. A wire is made as Kind(world, settings, flat, nominal), nominal: tokens of a global batch.
+
+    rough: is what arrives in one round only a likeness of the sum, which is made up for later?
+    """
+
+    rough: bool
 
     def begin(self, committed: int, weight: float) -> None:
         """Before the launches of a round. committed: tokens, by all ranks, up to here. weight: what one unit of the

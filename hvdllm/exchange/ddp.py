@@ -10,6 +10,7 @@ It runs without Horovod in the process, on world=torch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from hvdllm.config import schema
+from hvdllm.device import Mark
 from hvdllm.exchange.base import Batch, Stream, Update, Wire
 from hvdllm.exchange.reference import Reference
 from hvdllm.world.base import World
@@ -35,7 +37,7 @@ class Ddp(Reference):
             model, bucket_cap_mb=self.settings.bucket_mb or max(1.0, min(25.0, flat.x.nbytes / 2**23)),
             gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
-        self._bytes = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
+        self._bytes, self._power = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
         self._rebuilt = False
         return self.module
 
@@ -58,38 +60,46 @@ class Ddp(Reference):
         for p in self.parameters:
             assert p.grad is not None
             p.grad.zero_()
+        if self._power is not None:  # it counts sums, from the run's first one on
+            self._power.iter = self.step
+            for kept in (self._power.error_dict, self._power.p_memory_dict, self._power.q_memory_dict):
+                kept.clear()
         self.arm(batch)
+        self._begin, self._cpu = Mark(self.device), time.process_time()  # not this round's compute
 
     def finish(self) -> None:
-        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * self._bytes
+        whole = sum(p.nbytes for p in self.parameters)
+        exact = self._power is not None and self._power.iter < self._power.start_powerSGD_iter
+        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (whole if exact else self._bytes)
 
     def check(self, gradients: list[torch.Tensor | None]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
 
 
-def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> float:
-    """Registers torch's hook for a wire; returns the bytes that a sum has."""
+def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, Any]:
+    """Registers torch's hook for a wire; the bytes that a sum has, and PowerSGD's state."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     whole = float(sum(p.nbytes for p in flat.parameters.values()))
     if isinstance(wire, schema.Fp16):
         module.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        return whole / 2
+        return whole / 2, None
     if isinstance(wire, schema.Bf16):
         module.register_comm_hook(None, default_hooks.bf16_compress_hook)
-        return whole / 2
+        return whole / 2, None
     if isinstance(wire, schema.PowerSGD):
         state = powerSGD_hook.PowerSGDState(
             process_group=None, matrix_approximation_rank=wire.rank,
             start_powerSGD_iter=max(2, wire.warmup_tokens // nominal), min_compression_rate=wire.min_compression,
         )  # fmt: skip
         module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        sizes = [(p.shape[0], p.numel() // p.shape[0], p.nbytes) if p.dim() > 1 else (1, 1, p.nbytes)
-                 for p in flat.parameters.values()]  # fmt: skip
-        return float(
-            sum(
-                4 * (n + m) * wire.rank if n * m > 1 and (n + m) * wire.rank * wire.min_compression < n * m else whole_
-                for n, m, whole_ in sizes
-            )
-        )
-    return whole
+        return float(sum(_power_bytes(p, wire) for p in flat.parameters.values())), state
+    return whole, None
+
+
+def _power_bytes(p: torch.Tensor, wire: Any) -> int:
+    """What torch's hook sends of one gradient: its two thin factors where they are small enough, else all of it."""
+    rows = p.shape[0] if p.dim() > 1 else 1
+    columns = p.numel() // rows
+    thin = (rows + columns) * wire.rank
+    return thin * p.element_size() if p.dim() > 1 and thin * wire.min_compression < p.numel() else p.nbytes

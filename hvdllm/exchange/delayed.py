@@ -48,7 +48,6 @@ class Flying:
 
 class Delayed(Rounds):
     copies = 2
-    left = True
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         model = super().attach(model, flat, update, wire, world)
@@ -56,7 +55,11 @@ class Delayed(Rounds):
         self.gradients = [self.cut(g) for g in flat.gradients]
         self._flying: Flying | None = None
         self._then = torch.zeros_like(flat.x) if self.settings.compensation else None  # weights that it was taken at
+        self.noisy = self.noisy and self._then is None  # else the norm is not that of the mean gradient
         return model
+
+    def applied_at(self) -> int:
+        return self.tokens + self.nominal * (1 if self._flying is None else 2)
 
     def close(self, flights: list[Flight]) -> Commit | None:
         launched = self._launched or self._wait
@@ -87,7 +90,7 @@ class Delayed(Rounds):
         self.computed([(self._wait, landed)], intervals)
         if before is None:
             return None
-        return self.commit(before.tokens, lr, norm, [before.round], [before.stream], staleness=1.0)
+        return self.commit(before.tokens, lr, norm, [before.round], [before.stream], staleness=1.0, left=True)
 
     def _apply(self, tokens: float) -> tuple[float, Any]:
         """Steps with the current gradient vector, which is zero afterwards."""
@@ -116,9 +119,10 @@ class Delayed(Rounds):
         if self._flying is None:
             return None
         report, tokens = self._report() if self._last else None, self._flying.tokens
+        self._last = []  # it is reported
         self.flat.flip()
         _, norm = self._apply(tokens)
-        self.commit(tokens, 0.0, norm, [self._flying.round], [self._flying.stream])
+        self.commit(tokens, 0.0, norm, [self._flying.round], [self._flying.stream], left=True)
         self._flying = None
         return Settled(report, int(tokens))
 

@@ -76,6 +76,7 @@ class Applied:
     tokens: float
     rounds: list[int]
     stream: list[int]
+    left: bool  # have the weights moved on since these gradients were taken?
 
 
 class Rounds:
@@ -84,7 +85,6 @@ class Rounds:
     copies = 1
     identical = True
     parts = 1  # rounds a global batch
-    left = False  # are weights moved on before a bad gradient is seen?
     hooks = True  # does it launch buckets of the map itself?
     one_point = True  # are all gradients of a commit taken at the same weights? The noise scale needs it.
 
@@ -122,6 +122,8 @@ class Rounds:
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         self.flat, self.update, self.wire, self.world = flat, update, wire, world
         self.device = flat.x.device
+        # Squares are of gradients as they are, the norm of what arrives: a rough wire would make a scale of its own.
+        self.noisy = self.one_point and world.size > 1 and not wire.rough
         self.owned = self.spans()
         update.attach(flat, self.owned)
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -134,7 +136,7 @@ class Rounds:
     def _launch(self, bucket: Any) -> Flight:
         if self._launched is None:
             self._launched = Mark(self.device)
-        if self.world.size > 1 and self.one_point:
+        if self.noisy:
             span = bucket.span
             self._squares += torch.linalg.vector_norm(self.flat.g[span.start : span.stop]).square()
         return self.send(bucket)
@@ -155,11 +157,15 @@ class Rounds:
     def begin(self) -> None:
         """Before a round's first forward: reads what came of the one before."""
         self._read()
-        self.wire.begin(self.tokens, self.update.rate(self.tokens + self.nominal) / self.nominal)
+        self.wire.begin(self.tokens, self.update.rate(self.applied_at()) / self.nominal)
         self._own = self._micro_batches = 0
         self._launched = None
         self._intervals: list[tuple[str, Mark, Mark]] = []
         self._begin, self._cpu = Mark(self.device), time.process_time()
+
+    def applied_at(self) -> int:
+        """Tokens that will be committed with the round that begins, going by nominal batches."""
+        return self.tokens + self.nominal
 
     def arm(self, batch: Batch) -> None:
         self.buckets.arm(batch.last and batch.tokens > 0 and self.world.size > 1)
@@ -202,12 +208,19 @@ class Rounds:
         return Counts(tokens, self.tokens + int(tokens))
 
     def commit(
-        self, tokens: float, lr: float, norm: Later, rounds: list[int], stream: list[int], staleness: float = 0.0
+        self,
+        tokens: float,
+        lr: float,
+        norm: Later,
+        rounds: list[int],
+        stream: list[int],
+        staleness: float = 0.0,
+        left: bool = False,
     ) -> Commit:
         """tokens: of all ranks, in this commit. rounds: numbers of those it is made of."""
         before = self._report() if self._last else None
         self.tokens, self.step = self.tokens + int(tokens), self.step + 1
-        self._applied = Applied(self.step, norm, tokens, rounds, stream)
+        self._applied = Applied(self.step, norm, tokens, rounds, stream, left)
         self._last = [rounds, tokens, math.nan]
         asks, self._asks = self._asks, Asks()
         return Commit(self.tokens, self.step, lr, staleness, before, asks)
@@ -241,7 +254,7 @@ class Rounds:
                     self._flown = end
                 seconds[lane] += begin.until(end)
                 if self.watch is not None:
-                    self.watch(done.round + 1, lane, begin, end)
+                    self.watch(done.round // self.parts + 1, lane, begin, end)
             self._slot = {f"{lane}_s": seconds[lane] for lane in LANES}
             self._slot |= {"cpu_s": done.cpu_s, "micro_batches": float(done.micro_batches)}
         if self._applied is not None:
@@ -249,14 +262,14 @@ class Rounds:
             norm = applied.norm.read()[0]
             self._last[2] = norm
             if not math.isfinite(norm):
-                raise NotFinite(applied.step, applied.stream, norm, self.parts, self.left)
+                raise NotFinite(applied.step, applied.stream, norm, self.parts, applied.left)
 
     def _report(self) -> Report:
         """Of the last commit."""
         rounds, tokens, norm = self._last
         said = sum((self._said.pop(r, Said()) for r in rounds), Said())
         slots = said.slots or {name: [0.0] * self.world.size for name in SLOT}
-        found = noise.estimate(said.squares, norm, tokens, self.world.size) if self.one_point else None
+        found = noise.estimate(said.squares, norm, tokens, self.world.size) if self.noisy else None
         if found is not None:
             self._noise = noise.smooth(self._noise, found)
         return Report(said.loss, said.loss_tokens, norm, noise.scale(self._noise), **slots)

@@ -77,7 +77,12 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
             break
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
     rank = next((rank for rank, said in enumerate(says) if said), None)
-    if rank is None and (error.left or not error.rounds):
+    if not error.rounds:
+        sentence = (
+            f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); a timed round cannot be "
+            "replayed to say where; nothing was updated: lower optim.lr, or run exchange.timed=false to see the tensor"
+        )
+    elif rank is None and error.left:
         sentence = (
             f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); it was taken at weights that "
             "this exchange has left, and at today's its text gives finite ones; nothing was updated: lower optim.lr, "

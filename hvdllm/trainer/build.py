@@ -390,8 +390,9 @@ def end_record(
         "loss": due.recorded_loss if due.recorded_loss is not None or math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
+        "tokens_computed": due.tokens + due.settled_tokens,  # every exchange commits all it computes, a failure aside
         "tokens_settled": due.settled_tokens,
-        "tokens_not_committed": 0,  # every exchange commits all it computes in the end (a failure aside)
+        "tokens_not_committed": 0 if due.finished else due.settled_tokens,  # in the checkpoint, not yet applied
         "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
         "peak_memory_bytes": devices.peak_memory(device),
         "device_hours": clock.wall_s() * world.size / 3600,

@@ -71,12 +71,13 @@ class Trace:
         own = [(step, lane, self._seconds(begin), self._seconds(end)) for step, lane, begin, end in self._noted]
         texts = self.world.texts(json.dumps({"clock": clock, "noted": own}), "act.trace")
         ranks = [json.loads(text) for text in texts]
-        if self.world.rank == 0:
+        noted = sum(len(rank["noted"]) for rank in ranks)
+        if self.world.rank == 0 and noted:  # a run resumed behind these steps keeps the file it has
             try:
                 write_whole(path, json.dumps({"traceEvents": _events(ranks)}))
             except OSError as error:
                 raise RunError(f"cannot write the trace to {path} ({error}): free some space") from None
-        return sum(len(rank["noted"]) for rank in ranks)
+        return noted
 
     def _meet(self) -> tuple[float, float]:
         """When this rank entered a sum and when it left it."""

@@ -21,7 +21,12 @@ class Driven:
         self._future = future
 
     def landed(self) -> bool:
-        return self._future.done()
+        if not self._future.done():
+            return False
+        if self._future.exception() is not None:
+            return True  # `land` says how
+        _, event = self._future.result()
+        return event is None or bool(event.query())
 
     def land(self) -> Any:
         value, event = self._future.result()

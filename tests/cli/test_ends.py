@@ -56,7 +56,7 @@ def test_alone_a_command_ends_in_good_order() -> None:
 
 def test_a_place_that_cannot_be_is_said_too() -> None:
     done = run("import os; os.environ |= {'TORCHELASTIC_RUN_ID': 'x', 'RANK': '0'}; sys.exit(cli.main(['train']))")
-    assert done.returncode == 2 and done.stderr.startswith("hvdllm: torchrun") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "environment of torchrun" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("rank", "quiet", "waits"), [(0, False, []), (1, False, [7.0]), (0, True, [7.0])])

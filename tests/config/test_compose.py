@@ -33,7 +33,7 @@ def test_every_option_composes_and_survives_its_yaml(group: str, option: str) ->
         (["+exchange._target_=os.system"], "`exchange._target_`"),
         (["++exchange={a: 1}"], "`exchange.a`"),
         (["~exchange"], "exchange has no settings"),
-        (["~exchange.bucket_mb"], "~exchange.bucket_mb"),
+        (["~exchange.bucket_mb"], "`exchange.bucket_mb`"),
         (["seed=abc"], "seed=abc: not a value of type integer"),
         (["micro_batch=null"], "micro_batch cannot be null"),
         (["precision=fp31"], "choose one of fp32, bf16, fp64"),

@@ -174,7 +174,7 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
         (["exchange=ddp", "wire=fp16", "wire.chunk_mb=2"], Place("torchrun", 0, 2, 0, 2), "reads none of them"),
         (["wire=topk", "wire.density=0"], Place(), "wire.density=0"),
         (["wire=topk", "wire.density=1.5"], Place(), "wire.density=1.5 must lie between 0 and 1"),
-        (["wire=topk", "wire.momentum=1"], Place(), "wire.momentum=1.0 must be smaller than 1"),
+        (["wire=topk", "wire.momentum=1", "optim=sgd", "optim.momentum=0"], Place(), "1.0 must be smaller than 1"),
         (["exchange.reduction=adasum", "wire=int8"], Place(), "adasum needs wire=fp32"),
         (["wire=powersgd", "wire.hierarchical=true"], Place(), "PowerSGD needs whole matrices"),
         (["exchange=ddp", "wire.hierarchical=true"], Place("torchrun", 0, 2, 0, 2), "its library moves the sums"),
@@ -188,7 +188,10 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
         (["world=virtual", "model.compile=true"], Place(), "share what is compiled"),
         (["exchange=acco", "batch_tokens=1920"], Place(), "takes them in two halves: 2048 would be even"),
         (["exchange=acco", "batch_tokens=256"], Place("horovodrun", 0, 2, 0, 2), "at least 512"),
+        (["exchange=horovod", "exchange.bucket_mb=1"], Place("horovodrun", 0, 2, 0, 2), "reads none, leave it at null"),
+        (["wire=sign", "wire.warmup_tokens=0"], Place(), "needs exact sums first"),
         (["trace_steps=9"], Place(), "trace_steps=9 is no range of steps"),
+        (["trace_steps='24:20'"], Place(), "trace_steps=24:20 is no range of steps"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_says_why_before_the_start(words: list[str], place: Place, says: str) -> None:

@@ -28,7 +28,7 @@ def meddle(
     large: Any = None,  # [rank, round, factor]: its loss there is multiplied
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
-    slow_forward: Any = None,  # [rank, seconds]: sleeps before each of its forwards
+    slow: Any = None,  # [rank, times]: this rank takes so many times as long for each micro-batch
 ) -> Iterator[None]:
     act, forward, launch_full = Due.act, Loss.forward, Buckets._launch_full
     draw = random.Random(os.urandom(8))
@@ -47,9 +47,10 @@ def meddle(
     def forwarding(self: Loss, inputs: torch.Tensor, targets: torch.Tensor, place: Any) -> torch.Tensor:
         if jitter:
             time.sleep(draw.expovariate(1000))
-        if slow_forward is not None and rank == slow_forward[0]:
-            time.sleep(slow_forward[1])
+        begin = time.perf_counter()
         loss = forward(self, inputs, targets, place)
+        if slow is not None and rank == slow[0]:  # a backward takes about two forwards
+            time.sleep(3 * (slow[1] - 1) * (time.perf_counter() - begin))
         if large is not None and [rank, place[0]] == large[:2]:
             loss = loss * large[2]
         if bad is None or [rank, place[0]] != bad[:2]:

@@ -182,7 +182,7 @@ class Int8(Coded):
 
 
 class Sign(Coded):
-    coarse = True
+    coarse = rough = True
 
     def code(self, committed: int) -> codecs.Codec | None:
         return None if committed < self.settings.warmup_tokens else codecs.Sign(self.settings.scale)
@@ -197,7 +197,7 @@ class TopK(Coded):
     The owner's sum has at most N k numbers, so its way back is exact.
     """
 
-    coarse = True
+    coarse = rough = True
 
     def __init__(
         self, world: World, settings: schema.TopK, flat: Any, nominal: int, spans: Spans | None = None

@@ -33,6 +33,7 @@ class Hierarchical(Plain):
 
     def __init__(self, world: World, settings: Any, flat: Any, nominal: int, kind: type[Plain]) -> None:
         super().__init__(world)
+        self.rough = kind.rough
         self.flat = flat
         self.places, self.hosts = _layout(world)
         hosts, places = range(self.hosts), range(self.places)

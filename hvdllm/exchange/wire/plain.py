@@ -54,6 +54,8 @@ class Several:
 class Plain:
     """settings, flat and nominal, what every wire is made from, say nothing to this one."""
 
+    rough = False
+
     def __init__(
         self, world: World, settings: Any = None, flat: Any = None, nominal: int = 0, spans: Spans | None = None
     ) -> None:

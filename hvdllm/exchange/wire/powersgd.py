@@ -29,6 +29,8 @@ from hvdllm.world.base import World
 
 
 class PowerSGD(Feedback):
+    rough = True
+
     def __init__(self, world: World, settings: Any, flat: Any, nominal: int, spans: Spans | None = None) -> None:
         if spans is not None:
             raise UserError("wire=powersgd needs whole matrices: set wire.hierarchical=false, or choose another wire")
