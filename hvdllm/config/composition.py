@@ -60,6 +60,8 @@ def _exchange_and_wire(config: Config, world: str) -> str | None:
         return f"wire.hierarchical=true with exchange={name}: its library moves the sums, take allreduce"
     if needs and isinstance(wire, schema.Coded) and wire != type(wire)():
         return f"wire settings with exchange={name}: its library casts by itself and reads none of them, leave them out"
+    if isinstance(exchange, schema.Ddp) and isinstance(wire, schema.PowerSGD) and exchange.bucket_mb is not None:
+        return "exchange.bucket_mb with exchange=ddp wire=powersgd: torch's hook takes one bucket, leave it at null"
     if isinstance(exchange, schema.Horovod) and exchange.bucket_mb is not None:
         return "exchange.bucket_mb with exchange=horovod: Horovod fuses as it comes and reads none, leave it at null"
     if wire.hierarchical and isinstance(wire, schema.PowerSGD):

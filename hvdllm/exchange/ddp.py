@@ -34,7 +34,7 @@ class Ddp(Reference):
         for p in self.parameters:
             p.grad = None  # DDP makes its own
         self.module = DistributedDataParallel(
-            model, bucket_cap_mb=self.settings.bucket_mb or max(1.0, min(25.0, flat.x.nbytes / 2**23)),
+            model, bucket_cap_mb=_bucket_mb(self.settings, wire.settings, flat.x.nbytes),  # type: ignore[attr-defined]
             gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
         self._bytes, self._power = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
@@ -69,11 +69,21 @@ class Ddp(Reference):
 
     def finish(self) -> None:
         whole = sum(p.nbytes for p in self.parameters)
-        exact = self._power is not None and self._power.iter < self._power.start_powerSGD_iter
+        exact = (
+            self._power is not None and self._power.iter <= self._power.start_powerSGD_iter
+        )  # it has counted this one
         self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (whole if exact else self._bytes)
 
     def check(self, gradients: list[torch.Tensor | None]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
+
+
+def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
+    """PowerSGD's hook goes on from callbacks, which Gloo runs in any order: with two buckets ranks would wait for each
+    other for ever, so everything is one."""
+    if isinstance(wire, schema.PowerSGD):
+        return 2 * size / 2**20 + 1
+    return float(exchange.bucket_mb or max(1.0, min(25.0, size / 2**23)))
 
 
 def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, Any]:
@@ -85,7 +95,8 @@ def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, Any]:
         module.register_comm_hook(None, default_hooks.fp16_compress_hook)
         return whole / 2, None
     if isinstance(wire, schema.Bf16):
-        module.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        # By a name of its own: torch refuses its hook but with NCCL, though Gloo adds bfloat16 as well.
+        module.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         return whole / 2, None
     if isinstance(wire, schema.PowerSGD):
         state = powerSGD_hook.PowerSGDState(

@@ -189,6 +189,10 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
         (["exchange=acco", "batch_tokens=1920"], Place(), "takes them in two halves: 2048 would be even"),
         (["exchange=acco", "batch_tokens=256"], Place("horovodrun", 0, 2, 0, 2), "at least 512"),
         (["exchange=horovod", "exchange.bucket_mb=1"], Place("horovodrun", 0, 2, 0, 2), "reads none, leave it at null"),
+        (
+            ["exchange=ddp", "wire=powersgd", "exchange.bucket_mb=1"], Place("torchrun", 0, 2, 0, 2),
+            "torch's hook takes one bucket",
+        ),
         (["wire=sign", "wire.warmup_tokens=0"], Place(), "needs exact sums first"),
         (["trace_steps=9"], Place(), "trace_steps=9 is no range of steps"),
         (["trace_steps='24:20'"], Place(), "trace_steps=24:20 is no range of steps"),

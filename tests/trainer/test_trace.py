@@ -120,7 +120,10 @@ def test_clocks_are_compared_within_the_fastest_sum() -> None:
 
 def test_a_disk_that_refuses_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write the trace to .*nowhere"):
-        Trace((0, 1), SingleWorld(), CPU).write(tmp_path / "nowhere" / "trace.json")
+        trace = Trace((0, 1), SingleWorld(), CPU)
+        assert trace.write(tmp_path / "nowhere" / "trace.json") == 0, "nothing was noted, so nothing is written"
+        trace.note(0, "compute", 0.0, 1.0)
+        trace.write(tmp_path / "nowhere" / "trace.json")
 
 
 def test_an_unknown_lane_is_an_error_of_ours() -> None:
