@@ -154,6 +154,8 @@ def test_an_interrupted_run_leaves_nothing_that_breaks_the_next(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in the background has them ignore SIGINT, which children would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not reached.exists():
         assert process.poll() is None
