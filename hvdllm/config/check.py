@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from hvdllm.config.composition import refusal, transport
+from hvdllm.config.composition import ranks, refusal, transport
 from hvdllm.config.schema import Acco, Config, Cosine, Files, WarmupStableDecay
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
@@ -24,7 +24,7 @@ def check(config: Config, place: Place) -> None:
     check_world(config, place)
     if why := refusal(config, place):
         raise UserError(why)
-    check_batch(config, config.world.size if config.world.kind == "virtual" else place.size)
+    check_batch(config, ranks(config, place))
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
     for key in ("path", "validation"):
@@ -60,15 +60,21 @@ def check(config: Config, place: Place) -> None:
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
     if config.trace_steps is not None:
-        found = re.fullmatch(r"(\d+):(\d+)", config.trace_steps)
-        if found is None or int(found[1]) >= int(found[2]):
-            raise UserError(
-                f"trace_steps={config.trace_steps} is no range of steps: give the first and the one to stop before, "
-                "20:24 for example"
-            )
+        parse_steps(config.trace_steps)
 
 
-def check_batch(config: Config, ranks: int) -> None:
+def parse_steps(text: str) -> tuple[int, int]:
+    """trace_steps `20:24` as (20, 24): steps 20, 21, 22 and 23. Raises UserError for anything else."""
+    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text, re.ASCII)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(
+            f"trace_steps={text} is no range of steps: give the first and the one to stop before, such as 20:24, not "
+            f"`{text}`"
+        )
+    return int(found[1]), int(found[2])
+
+
+def check_batch(config: Config, size: int) -> None:
     """Raises UserError where a global batch cannot be dealt."""
     context = config.model.context
     sequences = config.batch_tokens // context
@@ -80,11 +86,11 @@ def check_batch(config: Config, ranks: int) -> None:
         )
     if isinstance(config.exchange, Acco) and (config.exchange.most or math.inf) < config.exchange.least:
         raise UserError(f"exchange.most={config.exchange.most} is less than exchange.least={config.exchange.least}")
-    least = ranks * (2 if halves else 1)
+    least = size * (2 if halves else 1)
     if sequences < least:
         raise UserError(
             f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
-            f"{ranks} ranks{' have in two halves' if halves else ''}: at least {least * context}, or start fewer ranks"
+            f"{size} ranks{' have in two halves' if halves else ''}: at least {least * context}, or start fewer ranks"
         )
 
 

@@ -37,12 +37,17 @@ def transport(config: Config, place: Place) -> str:
     return "torch" if place.launcher == "torchrun" or isinstance(config.exchange, schema.Ddp) else "horovod"
 
 
+def ranks(config: Config, place: Place) -> int:
+    """How many will train together."""
+    return int(config.world.size if config.world.kind == "virtual" else place.size)
+
+
 def refusal(config: Config, place: Place) -> str | None:
     """Why these parts do not go together, in one sentence; None where they do."""
     world = transport(config, place)
     return (
         _exchange_and_wire(config, world)
-        or _adasum(config, config.world.size if world == "virtual" else place.size)
+        or _adasum(config, ranks(config, place))
         or _wire_and_optimizer(config)
         or _virtual(config, world)
     )

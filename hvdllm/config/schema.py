@@ -141,8 +141,8 @@ class Acco(Exchange):
     timed: bool = setting(
         False,
         "a half ends for a rank when what travels has landed, so fast ranks do more micro-batches; false: by count, "
-        "half of batch_tokens, which can be repeated bit for bit. Timed, batch_tokens is the least an update has, "
-        "and a micro-batch has no more than a rank's share of half of it",
+        "half of batch_tokens, which can be repeated bit for bit. Timed, batch_tokens is the least an update has "
+        "(where exchange.most does not end it), and a micro-batch has no more than a rank's share of half of it",
     )
     least: int = setting(1, "micro-batches that a rank computes in a half at least, where timed", least=1)
     most: int | None = setting(

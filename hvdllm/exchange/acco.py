@@ -19,9 +19,8 @@ run cannot be repeated bit for bit.
 
 Everything behind a launch runs on the driver thread: land, peek or step, spread. Bytes a rank and update: two rounds of
 (N-1)/N P (b_gradients + 4). Memory: two gradient vectors, and by pieces (1/N) the master weights, S~, the update's
-vectors and, for a moment, a second set of them; and the weights
-that have arrived, until the loop takes them. In flight at a commit: G~, in a checkpoint landed as S~ and n~.
-Source: EXCHANGES.md, sections 3 and 3b.
+vectors and, for a moment, a second set of them; and the weights that have arrived, until the loop takes them. In flight
+at a commit: G~, in a checkpoint landed as S~ and n~. Source: EXCHANGES.md, sections 3 and 3b.
 """
 
 from __future__ import annotations
@@ -114,10 +113,8 @@ class Acco(Owners):
     def close(self, flights: list[Flight]) -> Commit | None:
         before, kind = self._half, self._kind
         launched = self._launched or self._wait
-        meta, timed = self.meta, self.settings.timed
-        heard = None if timed else meta.land()
-        if heard is not None:
-            self.hear(heard, self.round)
+        meta = self.meta
+        heard = None if self.settings.timed else self.heard()
 
         def travel() -> Arrived:
             said = meta.land() if heard is None else heard
@@ -198,8 +195,7 @@ class Acco(Owners):
         # What flies is the tentative half: at a mark always, so its tokens get a commit of their own.
         assert half.kind == TENTATIVE and self._kept is not None
         self._half, self._kind = None, TENTATIVE
-        report = self._report() if self._last else None
-        self._last = []  # it is reported
+        report = self.report()
         tokens, self._committed = self._kept_tokens, self._committed + int(self._kept_tokens)
         _, norm = self.update.step(self.theta, self._kept, Counts(tokens, self._committed), self.total)
         self.collect(self.spread(self.theta))

@@ -42,8 +42,7 @@ class AllReduce(Rounds):
     def close(self, flights: list[Flight]) -> Commit:
         for flight in flights:
             flight.land()
-        meta = self.meta.land()
-        self.hear(meta, self.round)
+        meta = self.heard()
         landed = Mark(self.device)
         counts = self.counts(meta.tokens)
         divisor = Counts(1.0, counts.committed) if self.adasum else counts

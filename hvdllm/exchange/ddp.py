@@ -37,7 +37,7 @@ class Ddp(Reference):
             model, bucket_cap_mb=_bucket_mb(self.settings, wire.settings, flat.x.nbytes),  # type: ignore[attr-defined]
             gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
-        self._bytes, self._power = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
+        self._bytes, self._power = _hook(self.module, wire.settings, self.parameters, self.nominal)  # type: ignore[attr-defined]
         self._rebuilt = False
         return self.module
 
@@ -68,11 +68,9 @@ class Ddp(Reference):
         self._begin, self._cpu = Mark(self.device), time.process_time()  # not this round's compute
 
     def finish(self) -> None:
-        whole = sum(p.nbytes for p in self.parameters)
-        exact = (
-            self._power is not None and self._power.iter <= self._power.start_powerSGD_iter
-        )  # it has counted this one
-        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (whole if exact else self._bytes)
+        # The state has counted this sum already.
+        exact = self._power is not None and self._power.iter <= self._power.start_powerSGD_iter
+        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (self.whole if exact else self._bytes)
 
     def check(self, gradients: list[torch.Tensor | None]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
@@ -86,11 +84,11 @@ def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
     return float(exchange.bucket_mb or max(1.0, min(25.0, size / 2**23)))
 
 
-def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, Any]:
+def _hook(module: Any, wire: Any, parameters: list[Any], nominal: int) -> tuple[float, Any]:
     """Registers torch's hook for a wire; the bytes that a sum has, and PowerSGD's state."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-    whole = float(sum(p.nbytes for p in flat.parameters.values()))
+    whole = float(sum(p.nbytes for p in parameters))
     if isinstance(wire, schema.Fp16):
         module.register_comm_hook(None, default_hooks.fp16_compress_hook)
         return whole / 2, None
@@ -104,7 +102,7 @@ def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, Any]:
             start_powerSGD_iter=max(2, wire.warmup_tokens // nominal), min_compression_rate=wire.min_compression,
         )  # fmt: skip
         module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return float(sum(_power_bytes(p, wire) for p in flat.parameters.values())), state
+        return float(sum(_power_bytes(p, wire) for p in parameters)), state
     return whole, None
 
 

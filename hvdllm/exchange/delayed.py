@@ -71,8 +71,7 @@ class Delayed(Rounds):
 
         if self._flying is None and self.tokens < self.settings.warmup_tokens:
             interval = journey()
-            meta = self.meta.land()
-            self.hear(meta, self.round)
+            meta = self.heard()
             landed = Mark(self.device)
             lr, norm = self._apply(meta.tokens)
             self.computed([(self._wait, landed)], [interval])
@@ -81,8 +80,7 @@ class Delayed(Rounds):
         driven = self.world.drive(journey)  # round t is on its way before t - 1 is applied
         before = self._flying
         intervals = [before.driven.land()] if before is not None else []
-        meta = self.meta.land()
-        self.hear(meta, self.round)
+        meta = self.heard()
         landed = Mark(self.device)
         self._flying = Flying(driven, meta.tokens, self.round, self._stream_round)
         self.flat.flip()
@@ -118,8 +116,7 @@ class Delayed(Rounds):
     def rest(self) -> Settled | None:
         if self._flying is None:
             return None
-        report, tokens = self._report() if self._last else None, self._flying.tokens
-        self._last = []  # it is reported
+        report, tokens = self.report(), self._flying.tokens
         self.flat.flip()
         _, norm = self._apply(tokens)
         self.commit(tokens, 0.0, norm, [self._flying.round], [self._flying.stream], left=True)

@@ -28,7 +28,7 @@ class Horovod(Reference):
         optimizer = torch.optim.SGD(self.parameters, lr=0.0)  # never stepped
         named = list(flat.parameters.items())
         self.optimizer = world.distributed_optimizer(optimizer, named, "fp16" if self._half else "none")  # type: ignore[attr-defined]
-        self._bytes = sum(p.nbytes for p in self.parameters) / (2 if self._half else 1)
+        self._bytes = self.whole / (2 if self._half else 1)
         return model
 
     def arm(self, batch: Batch) -> None:

@@ -26,6 +26,7 @@ class Reference(Rounds):
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         model = super().attach(model, flat, update, wire, world)
         self.parameters = list(flat.parameters.values())
+        self.whole = sum(p.nbytes for p in self.parameters)  # bytes of a sum in full precision
         self.pieces = self.cut(flat.x)
         self._full: Mark | None = None  # when the last gradient of this backward was there
         self._first: Mark | None = None
@@ -60,8 +61,7 @@ class Reference(Rounds):
         self._wait = self._full or Mark(self.device)
         self._stream_round = batch.round
         self.finish()
-        meta = self.meta.land()
-        self.hear(meta, self.round)
+        meta = self.heard()
         landed = Mark(self.device)
         gradients = [p.grad for p in self.parameters]
         self.check(gradients)

@@ -218,7 +218,7 @@ class Rounds:
         left: bool = False,
     ) -> Commit:
         """tokens: of all ranks, in this commit. rounds: numbers of those it is made of."""
-        before = self._report() if self._last else None
+        before = self.report()
         self.tokens, self.step = self.tokens + int(tokens), self.step + 1
         self._applied = Applied(self.step, norm, tokens, rounds, stream, left)
         self._last = [rounds, tokens, math.nan]
@@ -236,6 +236,12 @@ class Rounds:
         if round > 0:
             self._said[round - 1] = Said(meta.loss, meta.loss_tokens, meta.squares, meta.slots)
         self._asks = Asks(self._asks.stop or meta.asks.stop, self._asks.save or meta.asks.save)
+
+    def heard(self) -> MetaSum:
+        """Lands this round's meta and books it."""
+        meta = self.meta.land()
+        self.hear(meta, self.round)
+        return meta
 
     def _read(self) -> None:
         """Reads, once, what came of the last round and commit; the one host read of a commit. Raises NotFinite, on
@@ -264,9 +270,11 @@ class Rounds:
             if not math.isfinite(norm):
                 raise NotFinite(applied.step, applied.stream, norm, self.parts, applied.left)
 
-    def _report(self) -> Report:
-        """Of the last commit."""
-        rounds, tokens, norm = self._last
+    def report(self) -> Report | None:
+        """Of the last commit, once; None where there was none, or it is reported."""
+        if not self._last:
+            return None
+        (rounds, tokens, norm), self._last = self._last, []
         said = sum((self._said.pop(r, Said()) for r in rounds), Said())
         slots = said.slots or {name: [0.0] * self.world.size for name in SLOT}
         found = noise.estimate(said.squares, norm, tokens, self.world.size) if self.noisy else None
@@ -289,7 +297,7 @@ class Rounds:
         settled = self.rest()
         self._read()
         self.hear(self.post(0).land(), self.round)
-        return settled or Settled(self._report() if self._last else None)
+        return settled or Settled(self.report())
 
     def rest(self) -> Settled | None:
         """Commits what flies, where something may."""

@@ -61,8 +61,7 @@ class Owners(Rounds):
 class Sharded(Owners):
     def close(self, flights: list[Flight]) -> Commit:
         sums = [flight.land() for flight in flights]
-        meta = self.meta.land()
-        self.hear(meta, self.round)
+        meta = self.heard()
         landed = Mark(self.device)
         lr, norm = self.update.step(self.pieces, sums, self.counts(meta.tokens), self.total)
         spread = Mark(self.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.optim.adamw import adamw
 
 from hvdllm.config.schema import AdamW
+from hvdllm.optim import by_hand
 
 VECTORS = ("m", "v")  # means of gradients and of their squares
 
@@ -46,28 +49,10 @@ def step(
     )
 
 
-def frozen(
-    settings: AdamW,
-    lr: float,
-    decayed: bool,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    vectors: dict[str, list[torch.Tensor]],
-    steps: list[torch.Tensor],
-    scale: torch.Tensor | None,
-    found_inf: torch.Tensor,
-) -> None:
+def frozen(settings: AdamW, *rest: Any) -> None:
     """The same with v left as it is: the second stage of 1-bit Adam (Tang et al., 2021, arXiv 2102.02888)."""
-    keep = found_inf.bool()
-    for x, g, m, v, t in zip(params, grads, vectors["m"], vectors["v"], steps, strict=True):
-        if scale is not None:
-            g = g / scale
-        t.add_(1 - found_inf)
-        count = t.to(x.dtype)
-        new_m = torch.lerp(m, g, 1 - settings.beta1)
-        ahead = new_m / (1 - settings.beta1**count)
-        ahead /= (v / (1 - settings.beta2**count)).sqrt_().add_(settings.eps)
-        if decayed:
-            ahead.add_(x, alpha=settings.weight_decay)
-        m.copy_(torch.where(keep, m, new_m))
-        x.copy_(torch.where(keep, x, x - lr * ahead))
+
+    def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return v, m / (1 - settings.beta1**t)
+
+    by_hand.step(rule, settings, *rest)

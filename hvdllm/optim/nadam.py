@@ -7,42 +7,25 @@ same is optim=sgd optim.nesterov=true optim.momentum=.99, at the paper's rate ti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hvdllm.config.schema import NAdam
+from hvdllm.optim import by_hand
 
 VECTORS = ("m", "v")  # means of gradients and of their squares
 
 
-def step(
-    settings: NAdam,
-    lr: float,
-    decayed: bool,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    vectors: dict[str, list[torch.Tensor]],
-    steps: list[torch.Tensor],
-    scale: torch.Tensor | None,
-    found_inf: torch.Tensor,
-) -> None:
-    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included.
+def step(settings: NAdam, *rest: Any) -> None:
+    """By hand (by_hand.py), with
 
-    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g²
-    x -= lr (wd x + (b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps))
+    v = b2 v + (1-b2) g²;  ahead = b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)
     (Dozat, 2016, with a constant momentum; the decay is decoupled).
     """
     b1, b2 = settings.beta1, settings.beta2
-    keep = found_inf.bool()
-    for x, g, m, v, t in zip(params, grads, vectors["m"], vectors["v"], steps, strict=True):
-        if scale is not None:
-            g = g / scale
-        t.add_(1 - found_inf)
-        count = t.to(x.dtype)
-        new_m = torch.lerp(m, g, 1 - b1)
-        new_v = torch.lerp(v, g * g, 1 - b2)
-        ahead = new_m * (b1 / (1 - b1 ** (count + 1))) + g * ((1 - b1) / (1 - b1**count))
-        ahead /= (new_v / (1 - b2**count)).sqrt_().add_(settings.eps)
-        if decayed:
-            ahead.add_(x, alpha=settings.weight_decay)
-        for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):
-            old.copy_(torch.where(keep, old, new))
+
+    def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.lerp(v, g * g, 1 - b2), m * (b1 / (1 - b1 ** (t + 1))) + g * ((1 - b1) / (1 - b1**t))
+
+    by_hand.step(rule, settings, *rest)

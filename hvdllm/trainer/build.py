@@ -14,6 +14,7 @@ import torch
 from hvdllm import device as devices
 from hvdllm.checkpoint import read
 from hvdllm.config import compose, schema
+from hvdllm.config.check import parse_steps
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.acco import Acco
@@ -44,7 +45,7 @@ from hvdllm.trainer.evaluate import Evaluation, evaluate
 from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
-from hvdllm.trainer.trace import Trace, parse_steps
+from hvdllm.trainer.trace import Trace
 from hvdllm.world.base import World
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld

@@ -6,7 +6,6 @@ A process a rank, and in it a lane each for compute, flight and blocked. Nothing
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,12 @@ from typing import Any
 import torch
 
 from hvdllm.device import Mark
-from hvdllm.errors import RunError, UserError
+from hvdllm.errors import RunError
 from hvdllm.runs import write_whole
 from hvdllm.world.base import World
 
 LANES = ("compute", "flight", "blocked")
 ROUNDS = 8  # sums that clocks are compared by
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """`20:24` as (20, 24): steps 20, 21, 22 and 23. Raises UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UserError(
-            f"`{text}` is no range of steps to trace: give the first step and the one to stop before, such as 20:24"
-        )
-    return int(found[1]), int(found[2])
 
 
 class Trace:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from hvdllm.config.check import parse_steps
 from hvdllm.device import Mark
 from hvdllm.errors import RunError, UserError
-from hvdllm.trainer.trace import LANES, Trace, ahead, parse_steps
+from hvdllm.trainer.trace import LANES, Trace, ahead
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
 

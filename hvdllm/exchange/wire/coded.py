@@ -28,7 +28,7 @@ from hvdllm.config import schema
 from hvdllm.errors import UserError
 from hvdllm.exchange.wire import codecs
 from hvdllm.exchange.wire.feedback import Feedback, Kept, Launch, of_bucket
-from hvdllm.exchange.wire.plain import Spans, Work
+from hvdllm.exchange.wire.plain import Spans, Work, scatter
 from hvdllm.world.base import Flight, World
 
 # Where nothing of the model stands, a chunk each: indices into the rows of all pieces, and into rows of the own one.
@@ -58,7 +58,7 @@ class Coded(Feedback):
         launch = self.launch(key)
         code = self._code(launch)
         if code is None:
-            return lambda x: self.world.scatter(self.spend(x, launch), launch.name).land()
+            return lambda x: scatter(self.world, self.spend(x, launch), launch.name).land()
         return lambda x: Travel(self, launch, code, x).scatter()
 
     def feed(self, x: torch.Tensor, launch: Launch, part: tuple[Any, ...]) -> torch.Tensor:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from hvdllm.exchange.base import Spanned
-from hvdllm.exchange.wire.plain import Plain, Spans, Work
-from hvdllm.world.base import Flight, World
+from hvdllm.exchange.wire.plain import Spans, Staged, Work
+from hvdllm.world.base import World
 
 Kept = dict[int, torch.Tensor]  # by bucket
 
@@ -39,7 +39,7 @@ class Launch:
     committed: int
 
 
-class Feedback(Plain, ABC):
+class Feedback(Staged, ABC):
     """spans: what of a bucket arrives here, in order, where that is not all of it."""
 
     def __init__(self, world: World, settings: Any, flat: Any, nominal: int, spans: Spans | None = None) -> None:
@@ -55,14 +55,6 @@ class Feedback(Plain, ABC):
         self.committed, self.weight = committed, weight
 
     # ------------------------------------------------------------------ flights
-    def sum(self, x: torch.Tensor, key: str) -> Flight:
-        work = self.summing(key)
-        return self.world.drive(lambda: work(x))
-
-    def scatter(self, x: torch.Tensor, key: str) -> Flight:
-        work = self.scattering(key)
-        return self.world.drive(lambda: work(x))
-
     @abstractmethod
     def summing(self, key: str) -> Work: ...
 

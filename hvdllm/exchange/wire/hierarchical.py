@@ -24,11 +24,11 @@ import torch
 
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Spanned
-from hvdllm.exchange.wire.plain import Plain, Work
+from hvdllm.exchange.wire.plain import Plain, Staged, Work, gather, scatter
 from hvdllm.world.base import Flight, World
 
 
-class Hierarchical(Plain):
+class Hierarchical(Staged):
     """kind: of the inner wire."""
 
     def __init__(self, world: World, settings: Any, flat: Any, nominal: int, kind: type[Plain]) -> None:
@@ -45,19 +45,11 @@ class Hierarchical(Plain):
         self.inner.begin(committed, weight)
 
     # ------------------------------------------------------------------ flights
-    def sum(self, x: torch.Tensor, key: str) -> Flight:
-        work = self.summing(key)
-        return self.world.drive(lambda: work(x))
-
-    def scatter(self, x: torch.Tensor, key: str) -> Flight:
-        work = self.scattering(key)
-        return self.world.drive(lambda: work(x))
-
     def spread(self, piece: torch.Tensor, key: str) -> Flight:
         name = self.name(key)
 
         def work() -> torch.Tensor:
-            return self._join(self.cross.gather(piece, f"{name}.cross").land(), name).reshape(-1)
+            return self._join(gather(self.cross, piece, f"{name}.cross").land(), name).reshape(-1)
 
         return self.world.drive(work)
 
@@ -78,12 +70,12 @@ class Hierarchical(Plain):
     def _share(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """[H, L, k] of each rank to [H k], this place's, summed over the host. x may be spent."""
         by_place = x.view(self.hosts, self.places, -1).transpose(0, 1).reshape(-1)
-        share: torch.Tensor = self.local.scatter(by_place, name).land()
+        share: torch.Tensor = scatter(self.local, by_place, name).land()
         return share
 
     def _join(self, share: torch.Tensor, name: str) -> torch.Tensor:
         """[H k] of each place to [H, L, k]."""
-        joined: torch.Tensor = self.local.gather(share, f"{name}.join").land()
+        joined: torch.Tensor = gather(self.local, share, f"{name}.join").land()
         return joined.view(self.places, self.hosts, -1).transpose(0, 1)
 
     # ------------------------------------------------------------------ checkpoint

@@ -51,6 +51,25 @@ class Several:
         return self.value
 
 
+def scatter(world: World, x: torch.Tensor, name: str) -> Flight:
+    """world.scatter in parts."""
+    rows = x.view(world.size, -1)
+    cuts = parts(rows[0])
+    if len(cuts) == 1:
+        return world.scatter(x, name)
+    flights = [world.scatter(rows[:, cut].reshape(-1), f"{name}.{k}") for k, cut in enumerate(cuts)]
+    return Several(flights, torch.cat)
+
+
+def gather(world: World, piece: torch.Tensor, name: str) -> Flight:
+    """world.gather of pieces of one length, in parts."""
+    cuts = parts(piece)
+    if len(cuts) == 1:
+        return world.gather(piece, name)
+    flights = [world.gather(piece[cut], f"{name}.{k}") for k, cut in enumerate(cuts)]
+    return Several(flights, lambda landed: torch.cat([x.view(world.size, -1) for x in landed], 1).view(-1))
+
+
 class Plain:
     """settings, flat and nominal, what every wire is made from, say nothing to this one."""
 
@@ -75,19 +94,10 @@ class Plain:
         return self.world.sum(x, self.name(key))
 
     def scatter(self, x: torch.Tensor, key: str) -> Flight:
-        rows, name = x.view(self.world.size, -1), self.name(key)
-        cuts = parts(rows[0])
-        if len(cuts) == 1:
-            return self.world.scatter(x, name)
-        flights = [self.world.scatter(rows[:, cut].reshape(-1), f"{name}.{k}") for k, cut in enumerate(cuts)]
-        return Several(flights, torch.cat)
+        return scatter(self.world, x, self.name(key))
 
     def spread(self, piece: torch.Tensor, key: str) -> Flight:
-        cuts, name = parts(piece), self.name(key)
-        if len(cuts) == 1:
-            return self.world.gather(piece, name)
-        flights = [self.world.gather(piece[cut], f"{name}.{k}") for k, cut in enumerate(cuts)]
-        return Several(flights, lambda landed: torch.cat([x.view(self.world.size, -1) for x in landed], 1).view(-1))
+        return gather(self.world, piece, self.name(key))
 
     # ------------------------------------------------------------------ the same as stages of a longer flight
     def summing(self, key: str) -> Work:
@@ -97,7 +107,7 @@ class Plain:
 
     def scattering(self, key: str) -> Work:
         name = self.name(key)
-        return lambda x: self.world.scatter(x, name).land()
+        return lambda x: scatter(self.world, x, name).land()
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
@@ -105,3 +115,15 @@ class Plain:
 
     def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
         """Nothing is kept."""
+
+
+class Staged(Plain):
+    """A wire whose flights have several stages: they are walked on the driver thread."""
+
+    def sum(self, x: torch.Tensor, key: str) -> Flight:
+        work = self.summing(key)
+        return self.world.drive(lambda: work(x))
+
+    def scatter(self, x: torch.Tensor, key: str) -> Flight:
+        work = self.scattering(key)
+        return self.world.drive(lambda: work(x))

@@ -1,0 +1,43 @@
+"""Adam's kind step by step, for the rules that torch's fused form does not know: NAdam, and AdamW with frozen v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hvdllm.config.schema import Adam
+
+# Of the gradient, the old v, the new m and the step's number: the new v, and what goes in the place of m / (1-b1^t).
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def step(
+    rule: Rule,
+    settings: Adam,
+    lr: float,
+    decayed: bool,
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    vectors: dict[str, list[torch.Tensor]],
+    steps: list[torch.Tensor],
+    scale: torch.Tensor | None,
+    found_inf: torch.Tensor,
+) -> None:
+    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included.
+
+    m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^t)) + eps))
+    """
+    keep = found_inf.bool()
+    for x, g, m, v, t in zip(params, grads, vectors["m"], vectors["v"], steps, strict=True):
+        if scale is not None:
+            g = g / scale
+        t.add_(1 - found_inf)
+        count = t.to(x.dtype)
+        new_m = torch.lerp(m, g, 1 - settings.beta1)
+        new_v, ahead = rule(g, v, new_m, count)
+        ahead /= (new_v / (1 - settings.beta2**count)).sqrt_().add_(settings.eps)
+        if decayed:
+            ahead.add_(x, alpha=settings.weight_decay)
+        for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):
+            old.copy_(torch.where(keep, old, new))
