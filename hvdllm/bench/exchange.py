@@ -199,6 +199,9 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     }
     for case in todo:
         results[case.label]["refused"] = refusal(words[case.label], together if case.kind == "together" else Place())
+    asked_for = [results[case.label]["refused"] for case in todo if case.kind == "together"]
+    if all(asked_for):
+        raise UserError(asked_for[0])
     shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)  # once, not by each rank
     raws: dict[str, list[Repetition]] = {case.label: [] for case in todo}
     seen: dict[str, Any] = {}

@@ -124,7 +124,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
             else:
                 train(stream, module, exchange, due, config.budget_tokens)
         reason = "budget" if due.finished else "stop"
-        trace.write(Path(start.folder) / "trace.json")
+        noted, path = trace.write(Path(start.folder) / "trace.json"), f"{start.folder}/trace.json"
+        if config.trace_steps:
+            show.say(f"trace in {path}" if noted else f"no trace: steps {config.trace_steps} were not trained here")
     except NotFinite as error:
         exchange.disarm()
         raise explain(error, stream, loss, flat, world) from None

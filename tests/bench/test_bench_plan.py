@@ -89,6 +89,14 @@ def test_refused_in_hvdllms_own_words() -> None:
     assert "fewer than the 99 ranks" in str(exchange.refusal(base, Place("horovodrun", 0, 99)))
 
 
+def test_nothing_is_measured_where_every_case_is_refused() -> None:
+    def never(text: str) -> None:
+        pytest.fail(f"something was done: {text}")
+
+    with pytest.raises(UserError, match="there is no exchange=aco: choose one of"):
+        exchange.measure(asked(exchanges=("aco",)), never, keep=False)
+
+
 @pytest.mark.parametrize(("ranks", "hosts", "each"), [(2, 2, [1, 1]), (5, 3, [2, 2, 1]), (8, 8, [1] * 8), (3, 1, [3])])
 def test_ranks_on_hosts(ranks: int, hosts: int, each: list[int]) -> None:
     assert exchange.spread(ranks, hosts) == each

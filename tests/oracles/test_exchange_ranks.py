@@ -147,6 +147,7 @@ def test_what_each_reports(tmp: Path) -> None:
         assert {record["staleness_max"] for record in commits[3:]} == {1.0 if late else 0.0}, name
         settled = {"delayed": BATCH, "delayed-powersgd": BATCH, "compensated": BATCH}.get(name, 0)
         assert end["tokens_settled"] == (BATCH // 2 if "acco" in name else settled), name
+    assert "trace in " in (tmp / "acco-2" / "log.txt").read_text()
     trace = json.loads((tmp / "acco-2" / "trace.json").read_text())["traceEvents"]
     seen = {(e["pid"], e["name"], e["args"]["step"]) for e in trace if e["ph"] == "X"}
     assert seen == {(r, lane, s) for r in (0, 1) for lane in ("compute", "flight", "blocked") for s in (4, 5)}
