@@ -1,9 +1,8 @@
 """Reference: torch's DistributedDataParallel (Li et al., 2020, arXiv 2006.15704), tuned as its users would.
 
 Invariant: as exact as all-reduce; replicas are bit-equal. Gradients are views of DDP's buckets, which travel during the
-last backward (no_sync before); fused optimizer; torch's own communication hooks for the wires fp16, bf16 and powersgd
-(which keep residuals of their own: a resumed run with powersgd begins with empty ones). DDP divides by the number of
-ranks.
+last backward (no_sync before); fused optimizer; torch's own communication hooks for the wires fp16, bf16 and powersgd,
+whose residuals and thin matrices are part of the checkpoint. DDP divides by the number of ranks.
 
 It runs without Horovod in the process, on world=torch.
 """
@@ -20,7 +19,7 @@ from torch import nn
 
 from hvdllm.config import schema
 from hvdllm.device import Mark
-from hvdllm.exchange.base import Batch, Stream, Update, Wire
+from hvdllm.exchange.base import Batch, State, Stream, Update, Wire
 from hvdllm.exchange.reference import Reference
 from hvdllm.world.base import World
 
@@ -37,7 +36,7 @@ class Ddp(Reference):
             model, bucket_cap_mb=_bucket_mb(self.settings, wire.settings, flat.x.nbytes),  # type: ignore[attr-defined]
             gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
-        self._bytes, self._power = _hook(self.module, wire.settings, self.parameters, self.nominal)  # type: ignore[attr-defined]
+        self._bytes, self._power = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
         self._rebuilt = False
         return self.module
 
@@ -61,19 +60,31 @@ class Ddp(Reference):
             assert p.grad is not None
             p.grad.zero_()
         if self._power is not None:  # it counts sums, from the run's first one on
-            self._power.iter = self.step
-            for kept in (self._power.error_dict, self._power.p_memory_dict, self._power.q_memory_dict):
-                kept.clear()
+            self._power.torch.iter = self.step
         self.arm(batch)
         self._begin, self._cpu = Mark(self.device), time.process_time()  # not this round's compute
 
     def finish(self) -> None:
         # The state has counted this sum already.
-        exact = self._power is not None and self._power.iter <= self._power.start_powerSGD_iter
+        exact = self._power is not None and self._power.torch.iter <= self._power.torch.start_powerSGD_iter
         self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (self.whole if exact else self._bytes)
 
     def check(self, gradients: list[torch.Tensor | None]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
+
+    def state(self) -> State:
+        state = super().state()
+        if self._power is not None and 0 in self._power.torch.error_dict:
+            state.summed["error"] = (self.flat.tensors(), self._power.error())
+            state.tensors |= {f"ddp.{name}": kept[0] for name, kept in self._power.thin().items()}
+        return state
+
+    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+        super().load(state, mine)
+        if self._power is not None and "error" in state.summed:
+            self._power.loaded = state.summed["error"]
+            for name, kept in self._power.thin().items():
+                kept[0] = state.tensors[f"ddp.{name}"].to(self.flat.x, copy=True)
 
 
 def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
@@ -84,10 +95,46 @@ def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
     return float(exchange.bucket_mb or max(1.0, min(25.0, size / 2**23)))
 
 
-def _hook(module: Any, wire: Any, parameters: list[Any], nominal: int) -> tuple[float, Any]:
-    """Registers torch's hook for a wire; the bytes that a sum has, and PowerSGD's state."""
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+class _Power:
+    """torch's PowerSGD hook and its state, one bucket. What it left out (e_i of exchange/wire/powersgd.py, in units
+    of a rank's own gradient) it keeps in the bucket's order of parameters, which is known only once a sum has come."""
 
+    def __init__(self, flat: Any, settings: Any, nominal: int) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+        self.flat, self._hook = flat, powerSGD_hook.powerSGD_hook
+        self.torch = powerSGD_hook.PowerSGDState(
+            process_group=None, matrix_approximation_rank=settings.rank,
+            start_powerSGD_iter=max(2, settings.warmup_tokens // nominal),
+            min_compression_rate=settings.min_compression,
+        )  # fmt: skip
+        self.loaded: torch.Tensor | None = None  # a vector over the map, until the bucket's order is known
+        self._order: list[str] = []
+        self._names = {id(p): name for name, p in flat.parameters.items()}
+
+    def __call__(self, _: Any, bucket: Any) -> Any:
+        self._order = [self._names[id(p)] for p in bucket.parameters()]
+        if self.loaded is not None and self.torch.iter >= self.torch.start_powerSGD_iter:
+            parts = [self.flat.view(name, self.loaded).reshape(-1) for name in self._order]
+            self.torch.error_dict[bucket.index()], self.loaded = torch.cat(parts), None
+        return self._hook(self.torch, bucket)
+
+    def error(self) -> torch.Tensor:
+        """A vector over the map's tensors in registration order, as flat.tensors() spans them."""
+        sizes = [self.flat.parameters[name].numel() for name in self._order]
+        parts = dict(zip(self._order, self.torch.error_dict[0].split(sizes), strict=True))
+        return torch.cat([parts[name] for name in self.flat.parameters])
+
+    def thin(self) -> dict[str, dict[int, torch.Tensor]]:
+        """P and Q, equal on all ranks, by bucket."""
+        return {"p": self.torch.p_memory_dict, "q": self.torch.q_memory_dict}
+
+
+def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, _Power | None]:
+    """Registers torch's hook for a wire; the bytes that a sum has, and PowerSGD's state."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    parameters = list(flat.parameters.values())
     whole = float(sum(p.nbytes for p in parameters))
     if isinstance(wire, schema.Fp16):
         module.register_comm_hook(None, default_hooks.fp16_compress_hook)
@@ -97,12 +144,9 @@ def _hook(module: Any, wire: Any, parameters: list[Any], nominal: int) -> tuple[
         module.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         return whole / 2, None
     if isinstance(wire, schema.PowerSGD):
-        state = powerSGD_hook.PowerSGDState(
-            process_group=None, matrix_approximation_rank=wire.rank,
-            start_powerSGD_iter=max(2, wire.warmup_tokens // nominal), min_compression_rate=wire.min_compression,
-        )  # fmt: skip
-        module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return float(sum(_power_bytes(p, wire) for p in parameters)), state
+        power = _Power(flat, wire, nominal)
+        module.register_comm_hook(None, lambda state, bucket: power(state, bucket))
+        return float(sum(_power_bytes(p, wire) for p in parameters)), power
     return whole, None
 
 

@@ -192,11 +192,18 @@ def test_resumed_in_mid_flight_it_is_bit_equal(n: int, tmp_path: Path) -> None:
     runs([{"words": words_of(tmp_path, f"{name}-b", STEPS, *words)} for name, words in here.items()], n, tmp_path)
     for name in here:
         assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
-    three = [{"words": words_of(tmp_path, f"ddp-{k}", STEPS, "exchange=ddp", *w)} for k, w in (("a", []), ("b", []))]
-    three[1]["do"] = stop  # type: ignore[assignment]
-    runs(three, n, tmp_path)
-    runs([{"words": words_of(tmp_path, "ddp-b", STEPS, "exchange=ddp")}], n, tmp_path)
-    assert same_bits(tmp_path / "runs" / "ddp-a", tmp_path / "runs" / "ddp-b")
+    over_torch = {"ddp": ["exchange=ddp"], "ddp-powersgd": CAST["ddp-powersgd"]}
+    for lives in ([("a", {}), ("b", stop)], [("b", {})]):
+        runs(
+            [
+                {"words": words_of(tmp_path, f"{name}-{k}", STEPS, *words), "do": do}
+                for name, words in over_torch.items()
+                for k, do in lives
+            ],
+            n, tmp_path,
+        )  # fmt: skip
+    for name in over_torch:
+        assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
 
 
 def test_residuals_at_another_world_size_are_said(tmp_path: Path) -> None:
