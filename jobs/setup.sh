@@ -196,7 +196,7 @@ horovod_recipe() { # all that shapes the wheel; its hash is the wheel's name in 
 }
 horovod_key() { horovod_recipe | sha256sum | cut -c1-16; }
 
-extras=horovod
+extras=horovod,wandb,report
 [ "$mpi" = none ] || extras+=,mpi
 { [ -z "$dev" ] && [[ $(remembered extras) != *dev* ]]; } || extras+=,dev
 package_key() { { say "$root $extras" && cat setup.py setup.cfg; } | sha256sum | cut -c1-16; }

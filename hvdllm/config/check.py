@@ -59,6 +59,8 @@ def check(config: Config, place: Place) -> None:
         raise UserError(f"wire.momentum={config.wire.momentum} must be smaller than 1")
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
+    if config.init_optimizer and config.init_from is None:
+        raise UserError("init_optimizer=true needs init_from: the run whose optimizer this one begins with")
     if config.trace_steps is not None:
         parse_steps(config.trace_steps)
 

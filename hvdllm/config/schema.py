@@ -387,6 +387,93 @@ class Device:
     )
 
 
+# ------------------------------------------------------------------ launch and track
+@dataclass
+class Launch:
+    """What is common to every way to start ranks."""
+
+    sweep: str | None = setting(
+        None,
+        "of train -m: folder of the sweep under runs_dir; null: named after the experiment and what the sweep varies, "
+        "so that the same command finds it again",
+    )
+    parallel: int | None = setting(
+        None, "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own)", least=1
+    )
+
+
+@dataclass
+class Local(Launch):
+    """Here: this process is the run, or a rank of it where a launcher started it; a sweep's points are processes."""
+
+
+@dataclass
+class Horovodrun(Launch):
+    """Each run is a horovodrun job of its own, started from here."""
+
+    np: int = setting(2, "ranks of a run", least=1)
+    controller: str = setting(
+        "gloo", "gloo, or mpi (Open MPI waits by spinning: for more cores than ranks)", choices=("gloo", "mpi")
+    )
+    hosts: str | None = setting(None, "host:slots,host:slots as -H of horovodrun takes them; null: this machine")
+    interface: str | None = setting(None, "network interfaces by which the hosts reach each other; null: any")
+    link: str | None = setting(
+        None,
+        "200mbit, 1gbit, ...: ranks run on hosts of their own in the network lab, joined by links of that rate (root "
+        "and iproute2; see hvdllm bench exchange); null: the network as it is",
+    )
+
+
+@dataclass
+class Slurm(Launch):
+    """Each run is a Slurm job, submitted by sbatch; this process waits for it and tells how it ended."""
+
+    how: str = setting(
+        "srun",
+        "what starts the ranks inside the job: srun (with PMIx), gloo (srun with Gloo, where there is no PMIx that "
+        "fits and no ssh) or horovodrun (needs ssh between nodes)",
+        choices=("srun", "gloo", "horovodrun"),
+    )
+    nodes: int = setting(1, "nodes of a run", least=1)
+    ranks_per_node: int = setting(1, "ranks on each node, one a GPU", least=1)
+    gpus_per_node: int | None = setting(None, "GPUs asked for on each node; null: none is asked for", least=1)
+    cpus_per_rank: int | None = setting(None, "cores asked for a rank; null: Slurm's default", least=1)
+    time: str | None = setting(None, "limit of a job as sbatch takes it (2:00:00); null: the partition's")
+    partition: str | None = setting(None, "partition; null: the cluster's default")
+    account: str | None = setting(None, "account that pays; null: the user's default")
+    interface: str | None = setting(None, "network interfaces of the nodes; null: any")
+    modules: Any = setting(None, "environment modules that a job loads, a name or a list; null: none")
+    options: Any = setting(None, "further options of sbatch, one or a list (--constraint=a100); null: none")
+
+
+@dataclass
+class NoTracker:
+    """The run's folder has all records; nothing else gets them."""
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases: all records by tokens, configuration, samples; offline where no server is reached."""
+
+    project: str = setting("hvdllm", "project of the run")
+    entity: str | None = setting(None, "user or team; null: the key's own")
+    group: str | None = setting(None, "group of the run; null: its sweep")
+    tags: Any = setting(None, "a tag or a list of tags; null: none")
+    mode: str = setting(
+        "auto",
+        "auto (online where a server and a key are there within start_s, else offline with a sentence), online "
+        "(refused without them) or offline",
+        choices=("auto", "online", "offline"),
+    )
+    start_s: float = setting(15.0, "seconds that a server may take at the start before the run goes offline", least=1)
+    checkpoints: bool = setting(False, "upload each checkpoint as an artifact")
+
+
+@dataclass
+class TensorBoard:
+    """TensorBoard's event files in the run's folder, all numbers by tokens."""
+
+
 # ------------------------------------------------------------------ the whole
 @dataclass
 class Config:
@@ -399,6 +486,14 @@ class Config:
     resume: str = setting(
         "auto",
         "auto (go on if the run's folder has a checkpoint), never, must, or the path of a run to go on with",
+    )
+    init_from: str | None = setting(
+        None,
+        "run folder, or one of its checkpoints, whose weights this run begins with instead of drawing them: a shared "
+        "trunk makes comparisons sharper; null: draw them",
+    )
+    init_optimizer: bool = setting(
+        False, "also the optimizer's state of init_from, of the same optimizer; the schedule begins anew all the same"
     )
     budget_tokens: int = setting(1_200_000, "tokens to train on; rounded up to whole batches", least=1)
     batch_tokens: int = setting(
@@ -443,6 +538,8 @@ class Config:
     optim: Any = setting(None, "what a summed gradient does to the weights")
     schedule: Any = setting(None, "the learning rate as a function of tokens")
     device: Any = setting(None, "where the model computes")
+    launch: Any = setting(None, "what starts the ranks")
+    track: Any = setting(None, "who else gets the records")
 
 
 # The options of each group, by the name that `group=name` takes where the name chooses the settings' class.
@@ -470,6 +567,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "optim": {"adamw": AdamW, "nadam": NAdam, "sgd": SGD},
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WarmupStableDecay},
     "device": {"device": Device},
+    "launch": {"local": Local, "horovodrun": Horovodrun, "slurm": Slurm},
+    "track": {"none": NoTracker, "wandb": Wandb, "tensorboard": TensorBoard},
 }
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
 from hvdllm.trainer.trace import Trace
+from hvdllm.trainer.trunk import Trunk, begin
 from hvdllm.world.base import World
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
@@ -93,6 +95,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     module = exchange.attach(loss, flat, update, wire, world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
     exchange.watch = trace.note if config.trace_steps else None
+    trunk = None
+    if config.init_from is not None and resumed is None:
+        trunk = begin(config, corpus.tokenizer, exchange, flat, world, show.say)
     agree_on_weights(flat, world)
     stream = make_stream(config, corpus, device, world)
     folder = Folder(Path(start.folder)) if world.rank == 0 else None
@@ -110,8 +115,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         notes += load(Path(start.checkpoint or ""), resumed, exchange, flat, stream, world)
         due.load(resumed["due"])
     if folder is not None:
-        open_folder(folder, config, overrides, start, resumed, corpus, hosts, world)
-    show.header(header(config, corpus, hosts, world, start, resumed))
+        open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
+    show.header(header(config, corpus, hosts, world, start, resumed, trunk))
     for note in notes:
         show.say(note)
 
@@ -300,6 +305,7 @@ def open_folder(
     overrides: list[str],
     start: Start,
     resumed: dict[str, Any] | None,
+    trunk: Trunk | None,
     corpus: Corpus,
     hosts: list[dict[str, Any]],
     world: World,
@@ -325,6 +331,7 @@ def open_folder(
             "tokenizer_hash": corpus.tokenizer.hash,
             "parameters": size.count_parameters(config.model, vocab),
             "flops_per_token": size.flops_per_token(config.model, vocab),
+            "trunk": trunk and asdict(trunk),
         },
         sync=True,
     )
@@ -340,6 +347,7 @@ def header(
     world: World,
     start: Start,
     resumed: dict[str, Any] | None,
+    trunk: Trunk | None,
 ) -> dict[str, str]:
     """What stands above the progress line."""
     names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
@@ -350,6 +358,9 @@ def header(
     text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
     batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
     going_on = {"goes on": f"from {resumed['shared']['tokens']:,} tokens"} if resumed else {}
+    if trunk is not None:
+        at = f", {trunk.tokens:,} tokens" if trunk.tokens is not None else ""
+        going_on = {"begins": f"with the weights of {trunk.path}{at}"}
     return {
         "model": f"{parameters / 1e6:.2f} M parameters, {config.precision}",
         "text": f"{schema.name_of('text', config.text)}, {text}",

@@ -18,7 +18,7 @@ from hvdllm.errors import UserError
 # What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
-    "log_every", "audit_every", "trace_steps", "keep", "world", "device",
+    "log_every", "audit_every", "trace_steps", "keep", "world", "device", "launch", "track",
 )  # fmt: skip
 
 
@@ -100,5 +100,5 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(
             f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name; "
-            "only the budget, cadences, keep, folders, world and device may differ"
+            "only the budget, cadences, keep, folders, world, device, launch and track may differ"
         )

@@ -1,0 +1,1 @@
+"""From run folders to a verdict: read, compare, measure, draw, say. Needs no torch and no Horovod."""

@@ -1,0 +1,103 @@
+"""`init_from`: a new run begins with the weights of another (its trunk), whatever its exchange, rate, budget or data.
+
+Only weights come along, and the optimizer's state where `init_optimizer` asks for it; tokens, schedule, order of data,
+residuals and what flew begin anew. Runs that share a trunk differ by what is compared alone: the noise of the first,
+steepest part of training is the same in all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdllm import runs
+from hvdllm.checkpoint import read
+from hvdllm.config import schema
+from hvdllm.config.schema import Config
+from hvdllm.errors import UserError
+from hvdllm.exchange.base import State
+from hvdllm.text.tokenize import Tokenizer
+from hvdllm.trainer.flat import Flat
+from hvdllm.world.base import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """path: of the checkpoint or the final/. tokens: that the trunk had committed there, None for a final/. steps: of
+    its optimizer."""
+
+    path: str
+    tokens: int | None
+    steps: int
+
+
+def begin(config: Config, tokenizer: Tokenizer, exchange: Any, flat: Flat, world: World, say: runs.Say) -> Trunk:
+    """Loads weights (and optimizer) into an attached exchange that has not trained yet. Collective.
+
+    Raises UserError, on every rank, where the trunk has another tokenizer, model or optimizer, or is not whole.
+    """
+    found, problem = None, None
+    if world.rank == 0:
+        try:
+            found = find(config, tokenizer, say)
+        except UserError as error:
+            problem = str(error)
+    said = json.loads(world.texts(json.dumps([problem, found and dataclasses.asdict(found)]), "start.trunk")[0])
+    if said[0]:
+        raise UserError(f"init_from={config.init_from}: {said[0]}")
+    trunk = Trunk(**said[1])
+    state = exchange.state()
+
+    def vector(kind: str) -> torch.Tensor:
+        if kind == "model":
+            return read.share_vector(Path(trunk.path), "model" if trunk.tokens is not None else "", flat, world)
+        # Fresh moments are zero; so is what an exchange keeps beside them.
+        optimizer = config.init_optimizer and kind in optimizer_vectors(exchange)
+        return read.share_vector(Path(trunk.path), kind, flat, world) if optimizer else torch.zeros_like(flat.x)
+
+    shared = state.shared | ({"steps": trunk.steps} if config.init_optimizer else {})
+    vectors = {kind: vector(kind) for kind in state.sharded}
+    exchange.load(State(shared, [], vectors, {}, {}, state.tensors), [state.mine] * world.size)
+    return trunk
+
+
+def optimizer_vectors(exchange: Any) -> set[str]:
+    """The names of the optimizer's vectors."""
+    return set(exchange.update.state()[1])
+
+
+def find(config: Config, tokenizer: Tokenizer, say: runs.Say) -> Trunk:
+    """Where the weights are. A run: its newest whole checkpoint, else its final/. Raises UserError."""
+    path = Path(config.init_from or "").expanduser()
+    if (path / "manifest.json").exists():
+        folder, source = path.absolute().parents[1], path
+        if problem := read.broken(path):
+            raise UserError(f"that checkpoint cannot be read ({problem}): take another of its run")
+    elif (path / "config.yaml").exists():
+        folder, newest = path, read.newest(path, say)
+        source = newest or path / "final"
+    elif (path / "model.safetensors").exists():
+        folder, source = path.absolute().parent, path
+    else:
+        raise UserError("there is no run and no checkpoint: give a run's folder, or a folder of its checkpoints/")
+    whole = (source / "manifest.json").exists()
+    if not whole and not (source / "model.safetensors").exists():
+        raise UserError("that run has no whole checkpoint and no final/: train it for longer")
+    if Tokenizer.load(folder / "tokenizer.json").hash != tokenizer.hash:
+        raise UserError(
+            "its tokenizer is not that of this text, so its tokens mean other things: give "
+            f"text.tokenizer={folder}/tokenizer.json"
+        )
+    state = read.read_state(source) if whole else {}
+    if config.init_optimizer:
+        if not whole:
+            raise UserError("there is no optimizer in final/: give a checkpoint, or init_optimizer=false")
+        theirs, ours = (schema.name_of("optim", c.optim) for c in (runs.read_config(folder), config))
+        if theirs != ours:
+            raise UserError(f"its optimizer is {theirs}, not {ours}: give optim={theirs}, or init_optimizer=false")
+    shared = state.get("shared", {})
+    return Trunk(str(source), shared.get("tokens") if whole else None, shared.get("steps", 0))

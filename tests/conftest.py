@@ -1,0 +1,1 @@
+"""That this file stands here puts this folder on the import path: tests/launch.py is importable from every room."""

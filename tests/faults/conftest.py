@@ -1,6 +1,0 @@
-"""tests/launch.py is importable from here."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
