@@ -258,10 +258,10 @@ def run(
 
 def read(folder: Path, ranks: int) -> Raw:
     """What a repetition left: rank-<k>.json of every rank, and metrics.jsonl of every run that it was."""
-    marks = [json.loads((folder / f"rank-{k}.json").read_text())["marks"] for k in range(ranks)]
+    seen = [json.loads((folder / f"rank-{k}.json").read_text()) for k in range(ranks)]
     found = sorted((folder / "runs").iterdir())
     records = [[record for record in runs.records(one) if record["kind"] == "commit"] for one in found]
-    return Raw(marks, records)
+    return Raw([one["marks"] for one in seen], records, seen[0]["sums"])
 
 
 def _conclude(

@@ -12,6 +12,7 @@ communication  the flight of the blocking exchange (allreduce) on the same wire 
                over those sent there; where it was not measured, the own flight
 bound          step / max(compute alone, communication); compute alone is that of a process without Horovod, for as many
                tokens. 1: whatever can be hidden is
+sum alone      of all gradients on this wire, its warm-up over, while nothing computes; median
 wire           bytes at the interface, less FRAME a packet, less what Horovod says while idle, for the time in which
                nothing travelled (its one thread is silent while a collective runs)
 """
@@ -28,10 +29,11 @@ from hvdllm.bench.lab import FRAME
 
 @dataclass(frozen=True)
 class Raw:
-    """marks: [rank][commit]; records: [rank or 1][commit]."""
+    """marks: [rank][commit]; records: [rank or 1][commit]. sums: rank 0's of bench/rank.py, None without any."""
 
     marks: list[list[list[Any]]]
     records: list[list[dict[str, Any]]]
+    sums: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Repetition:
     interface: float | None  # bytes less frames an interface in the measured steps
     packet: float | None  # bytes of a mean packet
     cpu_s: float  # of a rank's process
+    sum_s: list[float] = field(default_factory=list)  # of sums alone
+    sum_bytes: float | None = None  # that a rank sends in one
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Figures:
     tokens_per_s: float
     cpu_share: float  # CPU seconds of a rank over seconds
     packet_bytes: float | None
+    sum_ms: float | None = None
+    sum_mb: float | None = None
     step_ms_of_repetitions: list[float] = field(default_factory=list)
 
 
@@ -101,6 +107,7 @@ def repetition(raw: Raw, warmup: int, tokens: int) -> Repetition:
         updates=1 + sum(record["tokens"] < tokens for record in raw.records[0][:-1]),
         loss=fmean(record["loss"] for record in reached), sent=fmean(grown(2)), interface=interface,
         packet=packet, cpu_s=fmean(grown(5)),
+        sum_s=raw.sums["seconds"] if raw.sums else [], sum_bytes=raw.sums["bytes"] if raw.sums else None,
     )  # fmt: skip
 
 
@@ -159,6 +166,8 @@ def figures(
         wire_ratio=wire_ratio, loss=median(rep.loss for rep in repetitions),
         updates=median(rep.updates for rep in repetitions), tokens_per_update=tokens / steps,
         tokens_per_s=tokens / seconds, cpu_share=sum(rep.cpu_s for rep in repetitions) / seconds,
+        sum_ms=pooled(repetitions, "sum_s") if all(rep.sum_s for rep in repetitions) else None,
+        sum_mb=sums[0] / 1e6 if (sums := [rep.sum_bytes for rep in repetitions if rep.sum_bytes is not None]) else None,
         packet_bytes=median(rep.packet or 0.0 for rep in counted) if counted else None,
         step_ms_of_repetitions=[1e3 * median(rep.step_s) for rep in repetitions],
     )  # fmt: skip

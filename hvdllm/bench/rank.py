@@ -5,6 +5,9 @@ does nothing more than a file read and two clock reads a commit.
 
 mark   [seconds (perf_counter), tokens committed, bytes sent by the world's count, bytes and packets that the interface
        has sent since it is there (null without one), seconds of CPU time of this process]
+
+Where the wire sums (not where a reference's library does), the same ranks sum their gradients on it a few times more
+when the run is over and nothing computes: what a sum costs on idle cores.
 """
 
 from __future__ import annotations
@@ -19,11 +22,17 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm.config.schema import Config
+from hvdllm.exchange.reference import Reference
+from hvdllm.exchange.wire import make as make_wire
+from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account, build
+from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World
 from hvdllm.world.detect import Place
 
 COUNTERS = Path("/sys/class/net")
+SUMS = 5  # measured, after one that is not
+LATE = 10**15  # committed tokens from which no wire warms up
 
 
 class Watch:
@@ -64,7 +73,9 @@ def run(
     """Trains, and writes what this rank saw to rank-<index>.json. place, world: of the ranks that train together."""
     watch = Watch(world, interface)
     build.run(config, words, place, world, watch)
+    sums = sums_alone(config, world, folder) if world.size > 1 and not_a_reference(config) else None
     seen = {
+        "sums": sums,
         "marks": watch.marks,
         "device": devices.name(devices.choose(config.device.kind, world.local_rank)),
         "threads": torch.get_num_threads(),
@@ -72,3 +83,32 @@ def run(
         "horovod": "horovod.torch" in sys.modules,  # which talks also when it has nothing to do
     }
     (folder / f"rank-{index}.json").write_text(json.dumps(seen))
+
+
+def not_a_reference(config: Config) -> bool:
+    return not issubclass(build.EXCHANGES[type(config.exchange)], Reference)
+
+
+def sums_alone(config: Config, world: World, folder: Path) -> dict[str, Any]:
+    """seconds of each sum of all buckets of the run's model; bytes that one hands to the network. Collective."""
+    device = devices.choose(config.device.kind, world.local_rank)
+    (tokenizer,) = {path.read_text() for path in folder.glob("runs/*/tokenizer.json")} if world.rank == 0 else {""}
+    model = build.build_model(config, Tokenizer(world.texts(tokenizer, "bench.tokenizer")[0]).vocab, device)
+    flat = Flat(model, world.size, build.bucket_bytes(config, model))
+    wire = make_wire(config.wire, world, flat, config.batch_tokens)
+    values = torch.randn(len(flat.g), generator=torch.Generator().manual_seed(world.rank)).to(flat.g)
+    seconds, sent = [], 0.0
+    for turn in range(SUMS + 1):
+        flat.g.copy_(values)
+        wire.begin(LATE, 1.0 / config.batch_tokens)
+        world.texts("", "bench.ready")
+        before, begin = world.bytes_sent, time.perf_counter()
+        flights = [
+            wire.sum(flat.g[bucket.span.start : bucket.span.stop], f"grad.{bucket.index}") for bucket in flat.buckets
+        ]
+        for flight in flights:
+            flight.land()
+        if turn:
+            seconds.append(time.perf_counter() - begin)
+        sent = world.bytes_sent - before
+    return {"seconds": seconds, "bytes": sent}

@@ -189,10 +189,13 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
         columns = [f[f"{name}_ms"] for name in ("step", "compute", "blocked", "flight")]
         cells = [cell(None if apart and k > 1 else value, ".0f") for k, value in enumerate(columns)]
         times.append((label, *cells, cell(f["hidden"], ".0%"), cell(f["bound"], ".3f")))
-    traffic: list[tuple[str, ...]] = [("MB a rank and step", "counted", "on the wire", "ratio")]
+    traffic: list[tuple[str, ...]] = [
+        ("MB a rank and step", "counted", "on the wire", "ratio", "a sum alone: ms", "MB a rank")
+    ]
     learning: list[tuple[str, ...]] = [("", "loss", "updates", "tokens an update", "tokens a second")]
     for label, f in joined.items():
-        traffic.append((label, cell(f["sent_mb"], ".3f"), cell(f["wire_mb"], ".3f"), cell(f["wire_ratio"], ".3f")))
+        counted = [cell(f[name], ".3f") for name in ("sent_mb", "wire_mb", "wire_ratio")]
+        traffic.append((label, *counted, cell(f["sum_ms"], ".0f"), cell(f["sum_mb"], ".3f")))
         counts = (f"{f['updates']:g}", f"{f['tokens_per_update']:,.0f}", f"{f['tokens_per_s']:,.0f}")
         learning.append((label, f"{f['loss']:.4f}", *counts))
     return [times, traffic, learning]

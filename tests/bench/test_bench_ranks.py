@@ -39,6 +39,8 @@ def test_over_the_loopback(tmp_path: Path) -> None:
     # Two ranks send their whole gradient once: 4 bytes for each parameter, padding and a little meta on top.
     (parameters,) = {rep["sent"] / 3 / 4 for rep in cases["allreduce"]["repetitions"]}
     assert 20_000 < parameters < 60_000 and own["sent_mb"] == pytest.approx(parameters * 4 / 1e6)
+    assert own["sum_ms"] > 0 and own["sum_mb"] == pytest.approx(own["sent_mb"], rel=0.02), "the same sum, without meta"
+    assert cases["compute alone"]["figures"]["sum_ms"] is None, "a rank that trains alone sums nothing"
     assert own["flight_ms"] > 0 and own["bound"] > 0 and own["loss"] > 0
     assert figures["threads"] == 1 and {"torch", "horovod"} <= figures["versions"].keys()
 
