@@ -30,6 +30,12 @@ def test_the_readme_has_commands_of_every_kind() -> None:
     assert "python3 -m venv ~/hvdllm-try && . ~/hvdllm-try/bin/activate && pip install . && hvdllm train" in README
 
 
+def test_the_batch_files_it_names_are_there() -> None:
+    """Run by tests/launching/test_slurm_jobs.py."""
+    named = set(re.findall(r"jobs/\S+\.(?:sh|sbatch)", README))
+    assert "jobs/slurm/train.sbatch" in named and all((ROOT / name).exists() for name in named)
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder to work in, where the README's relative paths exist."""
@@ -48,6 +54,9 @@ def test_command(line: str, desk: Path) -> None:
         words[0] = str(ROOT / words[0])
         words.append(f"runs_dir={desk}/runs")
         train = True
+    sweep = "-m" in words and "train" in words[:2]
+    if sweep:
+        words = [word.replace("seed=0,1,2", "seed=0,1").replace("n_trials=4", "n_trials=2") for word in words]
     if train:  # a smaller budget, that of the resumed run above that of the run it goes on with
         going_on = any(word.startswith("resume=") for word in words)
         words = [word for word in words if not word.startswith("budget_tokens=")]
@@ -72,5 +81,7 @@ def test_command(line: str, desk: Path) -> None:
         environment["OMPI_MCA_plm"] = "isolated"
     done = subprocess.run(words, cwd=desk, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    if train:
+    if sweep:
+        assert "validation loss" in done.stdout and "hvdllm report runs/" in done.stdout
+    elif train:
         assert "tokens" in done.stdout and "next: hvdllm sample" in done.stdout

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,9 +14,17 @@ import pytest
 from hvdllm.cli import doctor
 
 TORCH = {"version": "2.13.0+cpu", "cuda": None, "devices": []}
-GPUS = {"version": "2.13.0+cu130", "cuda": "13.0", "devices": ["NVIDIA H100"] * 2}
+GPUS = {"version": "2.13.0+cu130", "cuda": "13.0", "devices": ["NVIDIA H100"] * 2, "nccl": "2.30.7"}
 HOROVOD = {"version": "0.28.1", "built": ["mpi", "gloo"], "libmpi": ["/usr/lib/libmpi.so.40.30.4"]}
 MPI4PY = {"version": "4.1.2", "library": "Open MPI v4.1.4", "libmpi": ["/usr/lib/libmpi.so.40.30.4"]}
+
+
+WANDB = {"version": "0.31.0", "key": True}
+SAYS = {  # what commands print
+    "mpirun --version": "mpirun (Open MPI) 4.1.4\n",
+    "sbatch --version": "slurm-wlm 22.05.8\n",
+    "srun --mpi=list": "MPI plugin types are...\n\tnone\n\tpmix\n",
+}
 
 
 def run_doctor(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,15 +68,26 @@ def test_a_broken_horovod_stops_the_main_job_not_doctor(tmp_path: Path, broken: 
     assert found in row["found"]
 
 
-def examined(monkeypatch: pytest.MonkeyPatch, **facts: dict[str, Any]) -> dict[str, doctor.Row]:
-    """The table for a machine where the probes found these facts, and two ranks add up."""
-    found = {doctor.TORCH: TORCH, doctor.HOROVOD: HOROVOD, doctor.MPI4PY: MPI4PY}
+def examined(
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Mapping[str, str] = MappingProxyType({}),
+    absent: tuple[str, ...] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+    **facts: dict[str, Any],
+) -> dict[str, doctor.Row]:
+    """The table for a machine where the probes found these facts, commands print this, and two ranks add up."""
+    found = {doctor.TORCH: TORCH, doctor.HOROVOD: HOROVOD, doctor.MPI4PY: MPI4PY, doctor.WANDB: WANDB}
     found |= {getattr(doctor, name): value for name, value in facts.items()}
     monkeypatch.setattr(doctor, "probe", found.get)
     monkeypatch.setattr(doctor, "two_ranks", lambda horovod: doctor.Row("two ranks", "add up"))
     monkeypatch.setattr(doctor, "launcher", lambda: "/bin/horovodrun")
-    monkeypatch.setattr(doctor, "output", lambda command: "mpirun (Open MPI) 4.1.4\n")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    says = {**SAYS, **commands}
+    monkeypatch.setattr(doctor, "output", lambda words, seconds=0: says[" ".join([Path(words[0]).name, *words[1:]])])
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path="": None if name in absent else f"/usr/bin/{name}")
+    for name in ("WANDB_MODE", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     return {row.name: row for row in doctor.examine()}
 
 
@@ -83,10 +104,12 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     [
         ({"TORCH": {"error": "No module named 'torch'"}}, "torch", "broken", "jobs/setup.sh"),
         ({"HOROVOD": {"error": "No module named 'horovod'"}}, "Horovod", "broken", "jobs/setup.sh"),
-        ({"TORCH": GPUS}, "Horovod", "lacking", "jobs/setup.sh --nccl"),
+        ({"TORCH": GPUS}, "NCCL", "lacking", "jobs/setup.sh --nccl"),
         ({"HOROVOD": HOROVOD | {"built": ["gloo"], "libmpi": []}}, "MPI", "lacking", "jobs/setup.sh --cpu"),
         ({"MPI4PY": MPI4PY | {"libmpi": ["/opt/libmpi.so.40"]}}, "mpi4py", "lacking", "--no-binary mpi4py"),
         ({"MPI4PY": {"error": "cannot load MPI library"}}, "mpi4py", "lacking", "pip install mpi4py"),
+        ({"WANDB": {"error": "No module named 'wandb'"}}, "W&B", "lacking", "pip install wandb"),
+        ({"WANDB": WANDB | {"key": False}}, "W&B", "lacking", "wandb login"),
     ],
 )
 def test_each_lack_has_its_command(
@@ -110,4 +133,40 @@ def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     nccl = HOROVOD | {"built": ["mpi", "gloo", "nccl"]}
     rows = examined(monkeypatch, TORCH=GPUS, HOROVOD=nccl)
     assert rows["torch"].found == "2.13.0+cu130 on 2 x NVIDIA H100"
+    assert rows["CUDA"].found == "2 GPUs; torch built for 13.0; compiler /usr/bin/nvcc"
+    assert rows["NCCL"].found == "built into Horovod, with torch's 2.30.7"
     assert {row.mark for row in rows.values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "found", "mend"),
+    [
+        ({"absent": ("sbatch",)}, "Slurm", "no sbatch on PATH", "module load slurm"),
+        ({"commands": {"sbatch --version": "sbatch: fatal: no source\n"}}, "Slurm", "no source", "export SLURM_CONF"),
+        ({"commands": {"srun --mpi=list": "\tnone\n\tpmi2\n"}}, "PMIx", "unknown to srun", "launch.how=gloo"),
+        ({"TORCH": GPUS, "absent": ("nvcc",)}, "NCCL", "without it", "CUDA_HOME=..., then jobs/setup.sh --nccl"),
+    ],
+)
+def test_a_cluster_lacks(
+    monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], name: str, found: str, mend: str
+) -> None:
+    rows = examined(monkeypatch, **machine)
+    assert [row.name for row in rows.values() if row.mark == "lacking"] == [name]
+    assert found in rows[name].found
+    assert mend in rows[name].mend
+    assert doctor.run([]) == 0
+
+
+def test_where_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examined(monkeypatch)["Slurm"].found == "slurm-wlm 22.05.8, inside no job"
+    inside = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "WANDB_MODE": "offline"}
+    rows = examined(monkeypatch, environment=inside, WANDB=WANDB | {"key": False})
+    assert rows["Slurm"].found == "slurm-wlm 22.05.8, inside job 7, nodes: 2"
+    assert (rows["W&B"].found, rows["W&B"].mark) == ("0.31.0, offline by WANDB_MODE=offline", "ok")
+    assert "lo 127.0.0.1" in rows["interfaces"].found
+
+
+def test_the_loopback_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.network, "addresses", dict)
+    row = examined(monkeypatch)["interfaces"]
+    assert (row.found, row.mark, row.mend) == ("none is up", "lacking", "as root: ip link set lo up")

@@ -1,0 +1,63 @@
+"""Every file of conf/experiment is run, in a tiny variant: what is a sweep as a sweep, and its report is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from launch import BATCH, HVDLLM, launch, records, words_of
+
+from hvdllm.bench import lab
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
+SWEEPS = {
+    "race": ["seed=0", "launch=horovodrun"],
+    "slow_link": ["seed=0", "exchange=allreduce", "wire=fp32,int8"],
+    "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun"],
+}
+POINTS = {"race": 6, "slow_link": 2, "acco_paper": 4}
+
+
+def tiny(tmp: Path, *more: str) -> list[str]:
+    """Words of a tiny run that leave what an experiment is about."""
+    left = ("name=", "schedule=", "exchange.", "log_every=", "text=", "optim.")
+    words = [word for word in words_of(tmp, "x", 4) if not word.startswith(left)]
+    return [*words, "text=files", f"eval_every={2 * BATCH}", *more]
+
+
+def test_the_files_are_these_and_say_how_they_are_started() -> None:
+    assert FILES.keys() == {"laptop", "shakespeare_char", *SWEEPS}
+    for name, text in FILES.items():
+        assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
+        assert (f"hvdllm train -m experiment={name}" in text) == (name in SWEEPS), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["laptop", "shakespeare_char"])
+def test_one_run(name: str, tmp_path: Path) -> None:
+    words = [word for word in tiny(tmp_path, f"experiment={name}", "name=one") if not word.startswith("text=")]
+    words += ["text=files"] if name == "laptop" else []
+    launch([*HVDLLM, "train", *words, f"batch_tokens={BATCH}"], "gloo", 2)
+    assert records(tmp_path / "runs" / "one", "end")[-1]["reason"] == "budget"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep(name: str, tmp_path: Path) -> None:
+    if name == "slow_link" and lab.missing():
+        pytest.skip(str(lab.missing()))
+    words = tiny(tmp_path, f"experiment={name}", *SWEEPS[name], f"launch.sweep={name}")
+    done = launch([*HVDLLM, "train", "-m", *words])
+    points = [path for path in (tmp_path / "runs" / name).iterdir() if (path / "config.yaml").exists()]
+    assert len(points) == POINTS[name], done.out
+    for point in points:
+        assert records(point, "end")[-1]["reason"] == "budget"
+    exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
+    assert exchanges == set(re.findall(r"exchange: (\S+)", FILES[name])[0].split(",")) or name == "slow_link"
+    page = tmp_path / "report.html"
+    launch([*HVDLLM, "report", str(tmp_path / "runs" / name), "--out", str(page)])
+    assert page.stat().st_size > 10_000 and "allreduce" in page.read_text()
+    assert json.loads((tmp_path / "runs" / name / "sweep.json").read_text())
