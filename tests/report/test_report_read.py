@@ -124,7 +124,7 @@ def test_odd_values_are_left_out_with_a_note(tmp_path: Path) -> None:
     odd = [
         {"kind": "eval", "tokens": "500", "loss": 3.0, "seconds": 50},
         {"kind": "eval", "tokens": 500, "loss": "<b>", "seconds": 50},
-        {"kind": "eval", "tokens": True, "loss": 1.0, "seconds": 50},
+        {"kind": "eval", "tokens": 500, "loss": True, "seconds": 50},
         {"kind": "eval", "tokens": 1, "loss": 1.0, "seconds": 50},  # goes back
         {"kind": "commit", "tokens": 10**400, "seconds": 50, "compute_s": 1, "blocked_s": 1, "flight_s": 1},
         {"kind": "commit", "tokens": 500, "seconds": 50, "compute_s": -1, "blocked_s": 1, "flight_s": 1},
@@ -187,6 +187,16 @@ def test_sweeps_patterns_files_and_links(tmp_path: Path) -> None:
         "holds no run (a folder with config.yaml or metrics.jsonl)"
     ]
     assert len(find([str(tmp_path / "bare/file")])[1]) == 1
+
+
+def test_a_loop_of_links_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(9):  # else 9 ** 4 folders
+        (tmp_path / f"link{k}").symlink_to(tmp_path)
+    make(tmp_path / "x/a")
+    opened: list[Any] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(path) or scandir(path))
+    assert [path.name for path in find([str(tmp_path)])[0]] == ["a"] and len(opened) == 3
 
 
 def test_a_copy_is_no_replicate(tmp_path: Path) -> None:

@@ -1,0 +1,328 @@
+"""The pictures: black on white, colours of Okabe and Ito (told apart by the colour-blind), and never colour alone:
+lines have dashes and markers, bars have hatches, so they survive a grey printer. Text is at least 9 pt.
+
+Names from folders are drawn as they are: no mathtext, no markup.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+from hvdllm.errors import UserError
+from hvdllm.report.figures import Figures, Line, Reach
+from hvdllm.report.read import Point, Run
+from hvdllm.report.table import BYTES, unit
+
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (2, 1.5)),
+    (0, (6, 2, 1.5, 2)),
+    (0, (10, 3)),
+    (0, (4, 1.5, 1, 1.5, 1, 1.5)),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 7.2  # inches, of a printed page: what is 9 pt here is 9 pt there
+COUNTS = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3), ("", 1.0))
+LABEL = 26  # characters of a name in a picture
+
+
+def check() -> None:
+    """Raises UserError where pictures cannot be made."""
+    try:
+        import matplotlib  # noqa: F401 - imported only where pictures are asked for
+    except ImportError:
+        raise UserError(
+            "pictures need matplotlib: pip install 'hvdllm[report]', or write a table with --out report.md"
+        ) from None
+
+
+@contextmanager
+def _style() -> Iterator[Any]:
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+    settings: Any = {
+        "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9.5,
+        "legend.fontsize": 9, "text.parse_math": False, "svg.hashsalt": "hvdllm", "svg.fonttype": "path",
+        "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "figure.facecolor": "white", "hatch.linewidth": 0.6,
+        "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script that the font lacks
+        yield pyplot
+
+
+def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:
+    """name → (what it shows, the file as png or svg); those for which there are numbers."""
+    out = {}
+    with _style() as pyplot:
+        for name, (text, make) in PICTURES.items():
+            figure = make(f, pyplot)
+            if figure is None:
+                continue
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+            pyplot.close(figure)
+            out[name] = (text, file.getvalue())
+    return out
+
+
+def looks(f: Figures) -> dict[str, dict[str, Any]]:
+    """Of each group, the same in every picture; no two alike among the first 168, in grey 24."""
+    order = [group.label for group in f.comparison.groups]
+    found = zip(*(islice(cycle(one), len(order)) for one in (COLOURS, DASHES, MARKERS)), strict=True)
+    return {
+        label: {"color": colour, "linestyle": dash, "marker": marker}
+        for label, (colour, dash, marker) in zip(order, found, strict=True)
+    }
+
+
+def short(label: str) -> str:
+    return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
+
+
+# ------------------------------------------------------------------ loss
+def loss(f: Figures, pyplot: Any) -> Any:
+    """Against tokens, seconds and bytes: each seed thin, the mean of the seeds thick."""
+    axes_of: list[tuple[str, Callable[[Point], float | None], tuple[tuple[str, float], ...]]] = [
+        ("tokens", lambda p: p.tokens, COUNTS),
+        ("training seconds", lambda p: None if f.virtual else p.seconds, (("", 1.0),)),
+        ("sent by a rank", lambda p: p.bytes, BYTES),
+    ]
+    drawn = []
+    for name, quantity, scales in axes_of:
+        xs = [x for run in f.runs for p in run.evals if math.isfinite(p.loss) and (x := quantity(p)) is not None]
+        if xs and max(xs) > 0:
+            drawn.append((name, quantity, unit(xs, scales)))
+    if not drawn:
+        return None
+    style = looks(f)
+    rows = math.ceil(len(f.lines) / 4)
+    figure, axes = pyplot.subplots(
+        1, len(drawn), figsize=(WIDTH, 3.5 + 0.25 * rows), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (name, quantity, (word, scale)) in zip(axes[0], drawn, strict=True):
+        for line in f.lines:
+            _curves(axis, line, quantity, scale, style[line.label])
+        if f.target is not None:
+            axis.axhline(f.target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="target")
+        axis.set_xlabel(f"{word} {name}".strip())
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=5)
+    axes[0][0].set_ylabel("validation loss, nats a token")
+    losses = sorted(p.loss for run in f.runs for p in run.evals if math.isfinite(p.loss))
+    cap = 2.5 * losses[len(losses) // 2]
+    if losses[-1] > cap > losses[0]:
+        axes[0][0].set_ylim(top=cap)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.4)
+    return figure
+
+
+def _curves(
+    axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: dict[str, Any]
+) -> None:
+    curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
+    if not curves:
+        return
+    if len(curves) > 1:
+        for curve in curves:
+            axis.plot(
+                [x / scale for x, _ in curve], [y for _, y in curve], color=style["color"], linewidth=0.6, alpha=0.55
+            )
+    mean = _mean(curves)
+    axis.plot(
+        [x / scale for x, _ in mean], [y for _, y in mean], linewidth=1.7, markersize=5, label=short(line.label),
+        markevery=max(1, len(mean) // 8), markerfacecolor="white", markeredgewidth=1.2, **style,
+    )  # fmt: skip
+
+
+def _curve(run: Run, quantity: Callable[[Point], float | None]) -> list[tuple[float, float]]:
+    points = [(x, p.loss) for p in run.evals if math.isfinite(p.loss) and (x := quantity(p)) is not None]
+    return sorted(dict(points).items())
+
+
+def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Where all have been evaluated, at the places of all their evaluations (at most 200 of them)."""
+    from hvdllm.report.stats import loss_at
+
+    low, high = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
+    grid = sorted({x for curve in curves for x, _ in curve if low <= x <= high})
+    grid = grid[:: max(1, len(grid) // 200)]
+    points = [[Point(x, y) for x, y in curve] for curve in curves]
+    out = []
+    for x in grid:
+        ys = [y for one in points if (y := loss_at(one, [p.tokens for p in one], x)) is not None]
+        if len(ys) == len(curves):
+            out.append((x, sum(ys) / len(ys)))
+    return out
+
+
+# ------------------------------------------------------------------ to the target
+def target(f: Figures, pyplot: Any) -> Any:
+    """Time (or tokens) and bytes to the target: seeds as small marks, the mean with its interval."""
+    panels: list[tuple[str, Callable[[Line], Reach], tuple[tuple[str, float], ...]]] = [
+        ("training seconds to the target", lambda line: line.seconds, (("", 1.0),)),
+        ("tokens to the target", lambda line: line.tokens, COUNTS),
+        ("a rank sends to the target", lambda line: line.bytes, BYTES),
+    ]
+    if f.rank_by == "seconds":
+        del panels[1]
+    else:
+        del panels[0]
+    drawn = []
+    for name, reach, scales in panels:
+        values = [value for line in f.lines for value in reach(line).by_seed.values()]
+        if values and max(values) > 0:
+            drawn.append((name, reach, unit(values, scales)))
+    if not drawn:
+        return None
+    style = looks(f)
+    figure, axes = pyplot.subplots(
+        1, len(drawn), figsize=(WIDTH, 1.3 + 0.36 * len(f.lines)), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (name, reach, (word, scale)) in zip(axes[0], drawn, strict=True):
+        for row, line in enumerate(f.lines):
+            _dot(axis, row, line, reach(line), scale, style[line.label])
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_xlabel(f"{word} {name}".strip())
+        axis.grid(axis="y", visible=False)
+    axes[0][0].set_yticks(range(len(f.lines)), [short(line.label) for line in f.lines])
+    axes[0][0].set_ylim(len(f.lines) - 0.5, -0.5)
+    return figure
+
+
+def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: dict[str, Any]) -> None:
+    values = [value / scale for value in reach.by_seed.values()]
+    colour, marker = style["color"], style["marker"]
+    if len(values) > 1 or not line.all_reached:
+        axis.scatter(
+            values,
+            [row + 0.27] * len(values),
+            s=16,
+            facecolors="none",
+            edgecolors=colour,
+            marker=marker,
+            linewidths=0.8,
+        )
+    if reach.spread is not None and line.all_reached:
+        found = reach.spread
+        half = None if found.half is None else found.half / scale
+        axis.errorbar(
+            [found.mean / scale], [row], xerr=None if half is None else [[half], [half]], color=colour, marker=marker,
+            markersize=7, capsize=4, linewidth=1.5,
+        )  # fmt: skip
+    else:
+        runs = len(line.group.runs)
+        text = (
+            "not recorded"
+            if line.all_reached
+            else f"reached by {line.reached} of {runs}"
+            if line.reached
+            else "not reached"
+        )
+        axis.text(0.02, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+
+
+# ------------------------------------------------------------------ where the time went
+def time(f: Figures, pyplot: Any) -> Any:
+    lines = [(line, line.split) for line in f.lines if line.split is not None]
+    if not lines:
+        return None
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 1.6 + 0.36 * len(lines)), layout="constrained")
+    left = [0.0] * len(lines)
+    names = ("compute", "compute, gradients travel (hidden)", "blocked (compute waits)", "rest")
+    fills = ((BLUE, "", "white"), (SKY, "//", INK), (VERMILLION, "xx", "white"), ("#bbbbbb", "..", INK))
+    for k, (name, (colour, hatch, ink)) in enumerate(zip(names, fills, strict=True)):
+        values = [split.parts[k] for _, split in lines if split is not None]
+        axis.barh(
+            range(len(lines)),
+            values,
+            left=left,
+            height=0.62,
+            color=colour,
+            hatch=hatch,
+            edgecolor=ink,
+            linewidth=0.4,
+            label=name,
+        )
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    for row, end in enumerate(left):
+        axis.text(end, row, f" {end:,.0f}" if end >= 100 else f" {end:.3g}", va="center", fontsize=9)
+    axis.set_xlim(0, 1.08 * max(max(left), 1e-12))
+    axis.set_yticks(range(len(lines)), [short(line.label) for line, _ in lines])
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("seconds a million tokens (mean over ranks and runs)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+# ------------------------------------------------------------------ staleness, stragglers
+def ranks(f: Figures, pyplot: Any) -> Any:
+    panels: list[tuple[str, Callable[[Line], list[float]]]] = [
+        (
+            "staleness, updates\n(mean; small: most)",
+            lambda one: [v for v in (one.stale_mean, one.stale_most) if v is not None],
+        ),
+        (
+            "compute of slowest less\nfastest rank, % of mean",
+            lambda one: [] if one.skew is None else [100 * one.skew],
+        ),
+        ("micro-batches of each\nrank, % of mean", lambda one: [100 * v for v in one.by_rank[:512]]),
+    ]
+    shown = [(name, value) for name, value in panels if any(value(line) for line in f.lines)]
+    if not shown:
+        return None
+    style = looks(f)
+    figure, axes = pyplot.subplots(
+        1, len(shown), figsize=(WIDTH, 1.5 + 0.36 * len(f.lines)), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (name, value) in zip(axes[0], shown, strict=True):
+        stale = name.startswith("staleness")
+        for row, line in enumerate(f.lines):
+            colour, marker = style[line.label]["color"], style[line.label]["marker"]
+            for k, x in enumerate(value(line)):
+                big = not stale or k == 0
+                axis.plot(
+                    [x],
+                    [row],
+                    color=colour,
+                    marker=marker,
+                    markersize=7 if big else 4.5,
+                    linestyle="none",
+                    markerfacecolor=colour if big and not name.startswith("micro") else "none",
+                )
+        axis.set_xlabel(name)
+        axis.grid(axis="y", visible=False)
+        if name.startswith("micro"):
+            low, high = axis.get_xlim()
+            reach = max(5.0, 1.1 * (high - 100), 1.1 * (100 - low))
+            axis.set_xlim(100 - reach, 100 + reach)
+        else:
+            axis.set_xlim(0, max(axis.get_xlim()[1], 1.1))
+    axes[0][0].set_yticks(range(len(f.lines)), [short(line.label) for line in f.lines])
+    axes[0][0].set_ylim(len(f.lines) - 0.5, -0.5)
+    return figure
+
+
+PICTURES: dict[str, tuple[str, Callable[[Figures, Any], Any]]] = {
+    "loss": ("Validation loss against tokens, training seconds and bytes sent; thin lines are single runs", loss),
+    "target": ("To the target: means with 95 % intervals over seeds; small marks are seeds", target),
+    "time": ("Where the time went", time),
+    "ranks": ("Staleness of gradients, and how unequal the ranks were", ranks),
+}

@@ -1,0 +1,455 @@
+"""From words of the command line to runs. Invariant: nothing that stands in a folder raises; what cannot be used is
+skipped with a reason, in `Skipped` (a folder) or in a run's notes (a record).
+
+Folders come from clusters, crashes and strangers: a metrics.jsonl may be a pipe, end in the middle of a line, hold
+strings where numbers belong, or names that are markup. Hence: only plain files are opened, at most MOST_BYTES of them
+are read, numbers are finite and below LARGEST, and all text loses its control characters and what is too long.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hvdllm.errors import UserError
+
+MOST_BYTES = 64 * 2**20  # read of a metrics.jsonl; 100,000 `commit` records
+MOST_LINE = 2**20  # bytes
+MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
+MOST_SETTINGS = 2000
+MOST_TEXT = 120  # characters of a name or value
+MOST_NOTES = 20
+DEPTH = 4  # folders below a word in which runs are looked for
+MOST_FOLDERS = 20_000
+LARGEST = 1e18  # more tokens, seconds or bytes than any run will have
+
+
+@dataclass(frozen=True)
+class Skipped:
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """An `eval` record. loss: nats a token, inf where it was not finite. seconds: of the training clock. wall_s: acts
+    (evaluations, saves, samples) included, over all lives of the run. bytes, updates: sent by rank 0, made, up to
+    here. None: not recorded."""
+
+    tokens: float
+    loss: float
+    seconds: float | None = None
+    wall_s: float | None = None
+    bytes: float | None = None
+    updates: float | None = None
+
+
+@dataclass
+class Sums:
+    """Of a run's `commit` records. Seconds are means over ranks, cpu_s of all ranks; skew_s: compute of the slowest
+    rank less that of the fastest."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    compute_s: float = 0.0
+    blocked_s: float = 0.0
+    flight_s: float = 0.0
+    skew_s: float = 0.0
+    cpu_s: float = 0.0
+    updates: float = 0.0
+    stale: float = 0.0  # staleness, summed over updates
+    stale_most: float = 0.0
+    micro_batches: list[float] = field(default_factory=list)  # of each rank
+
+
+@dataclass
+class Run:
+    """settings: of the last life of the run, flat (`optim.lr`), and beside them what was found where it ran
+    (`world.ranks`, `data.hash`, `versions.torch`, …), all as text."""
+
+    path: str
+    name: str
+    settings: dict[str, str]
+    evals: list[Point] = field(default_factory=list)
+    sums: Sums = field(default_factory=Sums)
+    status: str = "unfinished"  # finished, stopped, failed: what the last `end` record says
+    lives: int = 1
+    tokens: float = 0.0  # committed, by the last record of any kind
+    computed: float | None = None  # known once a run has ended
+    notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""  # of metrics.jsonl
+
+    @property
+    def seed(self) -> str:
+        return self.settings.get("seed", "?")
+
+    @property
+    def virtual(self) -> bool:
+        return self.settings.get("world.kind") == "virtual"
+
+    @property
+    def budget(self) -> float | None:
+        try:
+            return number(float(self.settings.get("budget_tokens", "")))
+        except ValueError:
+            return None
+
+    def note(self, text: str) -> None:
+        if text not in self.notes and len(self.notes) < MOST_NOTES:
+            self.notes.append(text)
+
+
+def gather(words: list[str]) -> tuple[list[Run], list[Skipped]]:
+    """The runs that these words mean, in the order given, and what was left out. Raises UserError where a word names
+    nothing at all."""
+    folders, skipped = find(words)
+    found: list[Run] = []
+    for folder in folders:
+        run = read(folder)
+        if isinstance(run, Skipped):
+            skipped.append(run)
+            continue
+        twin = next((other for other in found if other.fingerprint == run.fingerprint), None)
+        if twin is not None:  # else a copied folder would count as another replicate
+            skipped.append(Skipped(run.path, f"has the records of {twin.path}: a copy"))
+        else:
+            found.append(run)
+    return found, skipped
+
+
+# ------------------------------------------------------------------ folders
+def find(words: list[str]) -> tuple[list[Path], list[Skipped]]:
+    """Folders of runs, each once: those named, and those below the ones that are named."""
+    found: dict[str, Path] = {}
+    skipped: list[Skipped] = []
+    for word in words:
+        paths = [word] if os.path.lexists(word) or not glob.has_magic(word) else sorted(glob.glob(word))
+        if not paths or not os.path.lexists(paths[0]):
+            raise UserError(f"{text(word)}: there is no such folder; give folders of runs or sweeps, or a pattern")
+        for path in paths:
+            before = len(found) + len(skipped)
+            for folder in _walk(Path(path), skipped):
+                if len(found) >= MOST_FOLDERS:
+                    skipped.append(Skipped(text(path), f"more than {MOST_FOLDERS:,} runs: the rest is left out"))
+                    break
+                found.setdefault(os.path.realpath(folder), folder)
+            if len(found) + len(skipped) == before and not _known(Path(path), found):
+                skipped.append(Skipped(text(path), "holds no run (a folder with config.yaml or metrics.jsonl)"))
+    return list(found.values()), skipped
+
+
+def _known(path: Path, found: dict[str, Path]) -> bool:
+    """Whether runs in this folder were found by an earlier word."""
+    real = os.path.realpath(path)
+    return any(one == real or one.startswith(real + os.sep) for one in found)
+
+
+def _walk(path: Path, skipped: list[Skipped]) -> Iterator[Path]:
+    """This folder if it is a run's, else the runs below it. A link is followed once, so loops end."""
+    seen: set[str] = set()
+    todo = [(path, 0)]
+    while todo:
+        folder, depth = todo.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            if folder.name == "metrics.jsonl" and depth == 0 and not folder.is_dir():
+                yield folder.parent
+                continue
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except (OSError, ValueError) as error:
+            skipped.append(Skipped(text(folder), f"cannot be read ({_reason(error)})"))
+            continue
+        if any(entry.name in ("config.yaml", "metrics.jsonl") for entry in inside):
+            yield folder
+        elif depth < DEPTH and len(seen) < MOST_FOLDERS:
+            below = [(Path(entry.path), depth + 1) for entry in inside if _is_folder(entry)]
+            todo += reversed(below)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return text(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+# ------------------------------------------------------------------ one run
+def read(folder: Path) -> Run | Skipped:
+    run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
+    digest = hashlib.sha256()
+    try:
+        records = list(_records(folder / "metrics.jsonl", run, digest))
+    except (OSError, ValueError) as error:
+        return Skipped(run.path, f"metrics.jsonl: {_reason(error)}")
+    run.fingerprint = digest.hexdigest()
+    first = next((r for r in records if r.get("kind") == "run"), None)
+    try:
+        run.settings = _settings(folder, records, run)
+    except (OSError, ValueError, RecursionError) as error:
+        return Skipped(run.path, f"no configuration: {_reason(error)}")
+    if not any(r.get("kind") in ("commit", "eval") for r in records):
+        begun = "it never got to its first record" if first else "metrics.jsonl has no record of a run"
+        return Skipped(run.path, begun + (f" ({run.notes[0]})" if run.notes else ""))
+    _fill(run, records)
+    if not run.evals and not run.sums.tokens:
+        return Skipped(run.path, f"no usable record ({'; '.join(run.notes[:3])})")
+    if not run.evals:
+        run.note("has no evaluation yet, so no validation loss to compare")
+    return run
+
+
+def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
+    """JSON objects of a plain file. Raises OSError or ValueError where there is none to read."""
+    if not path.exists():
+        raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise ValueError("is not a plain file")
+    taken, bad = 0, 0
+    with open(path, "rb") as file:
+        while line := file.readline(MOST_LINE):
+            taken += len(line)
+            digest.update(line)
+            if taken > MOST_BYTES:
+                run.note(f"metrics.jsonl is larger than {MOST_BYTES >> 20} MiB: the rest is left out")
+                break
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                bad += 1
+                continue
+            if isinstance(record, dict):
+                yield record
+            else:
+                bad += 1
+    if not taken:
+        raise ValueError("is empty")
+    if bad:
+        run.note(f"{bad} lines of metrics.jsonl are no records (a kill cuts the last one short)")
+
+
+def _settings(folder: Path, records: list[dict[str, Any]], run: Run) -> dict[str, str]:
+    """Flat settings of the last life, and what was found where the run ran; what changed between lives says so."""
+    lives = [r for r in records if r.get("kind") == "run"]
+    run.lives = max(1, len(lives))
+    values = next((r["config"] for r in reversed(lives) if isinstance(r.get("config"), dict)), None)
+    if values is None:
+        values = _yaml(folder / "config.yaml")
+        run.note("metrics.jsonl says nothing of its configuration: config.yaml is taken")
+    out = dict(_flat(values))
+    each = [_found(life) for life in lives]
+    for key in dict.fromkeys(key for one in each for key in one):
+        seen = list(dict.fromkeys(one.get(key, "?") for one in each))
+        out[key] = ", then ".join(seen[:4])
+        if len(seen) > 1:
+            run.note(f"{key} changed between its lives: {out[key]}")
+    return out
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("neither a `run` record nor a config.yaml")
+    if path.stat().st_size > MOST_CONFIG:
+        raise ValueError(f"config.yaml is larger than {MOST_CONFIG >> 10} KiB")
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError:
+        raise ValueError("config.yaml is not YAML") from None
+    if not isinstance(values, dict):
+        raise ValueError("config.yaml holds no settings")
+    return values
+
+
+def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
+    """`optim.lr` → text. Raises ValueError where there are more than a run can have (aliases of YAML multiply)."""
+    todo: list[tuple[str, Any]] = [("", values)]
+    count = 0
+    while todo:
+        key, value = todo.pop()
+        count += 1
+        if count > MOST_SETTINGS:
+            raise ValueError(f"more than {MOST_SETTINGS} settings")
+        if isinstance(value, dict):
+            inside = [(f"{key}.{text(name)}" if key else text(name), inner) for name, inner in value.items()]
+            todo += reversed(inside)
+        elif isinstance(value, list):
+            flat = all(not isinstance(one, dict | list) for one in value[:MOST_SETTINGS])
+            yield key, text(value[:MOST_SETTINGS]) if flat else "a nested list"
+        else:
+            yield key, plain(value)
+
+
+def _found(life: dict[str, Any]) -> dict[str, str]:
+    """What a `run` record says of the place where the run ran, in the groups of the settings they go with."""
+    ranks = [one for one in _list(life.get("ranks")) if isinstance(one, dict)]
+    out = {
+        "world.ranks": life.get("world"),
+        "data.hash": life.get("data_hash"),
+        "data.tokenizer": life.get("tokenizer_hash"),
+        "model.parameters": life.get("parameters"),
+        "device.threads_used": life.get("threads"),
+        "device.names": ", ".join(sorted({text(one.get("device")) for one in ranks})) or None,
+        "world.hosts_used": len({text(one.get("host")) for one in ranks}) or None,
+        "hosts": ", ".join(sorted({text(one.get("host")) for one in ranks})) or None,
+        "git.commit": _dict(life.get("git")).get("commit"),
+        "git.dirty": _dict(life.get("git")).get("dirty"),
+        **{f"versions.{text(name)}": value for name, value in list(_dict(life.get("versions")).items())[:40]},
+    }
+    return {key: plain(value) for key, value in out.items() if value is not None}
+
+
+def _fill(run: Run, records: list[dict[str, Any]]) -> None:
+    """Evaluations and sums. A record that goes back in tokens is left out, but for an evaluation made again."""
+    sums, odd = run.sums, 0
+    evals: list[tuple[int, dict[str, Any], float, float]] = []  # life, record, tokens, loss
+    begins: list[float] = []  # tokens at which each life begins
+    clock, sent, made = [(0.0, 0.0)], [(0.0, 0.0)], [(0.0, 0.0)]  # (tokens, sum up to there)
+    no_bytes = False
+    for record in records:
+        kind, tokens = record.get("kind"), number(record.get("tokens"))
+        if kind == "run":
+            begins.append(0.0)
+            run.status, run.computed = "unfinished", None
+        elif kind == "event" and begins and tokens is not None and str(record.get("what")).startswith("resumed"):
+            begins[-1] = tokens
+        elif kind == "end":
+            run.status = {"budget": "finished", "stop": "stopped"}.get(str(record.get("reason")), "failed")
+            run.computed = number(record.get("tokens_computed"))
+            run.tokens = max(run.tokens, tokens or 0.0)
+        elif kind == "eval":
+            loss = _loss(record.get("loss"))
+            if tokens is None or loss is None or (evals and tokens < evals[-1][2]):
+                odd += 1
+                continue
+            if evals and tokens == evals[-1][2]:
+                evals.pop()
+            evals.append((len(begins), record, tokens, loss))
+            run.tokens = max(run.tokens, tokens)
+        elif kind == "commit":
+            if tokens is None or tokens <= sums.tokens or _add(sums, record, tokens) is None:
+                odd += 1
+                continue
+            run.tokens = max(run.tokens, tokens)
+            amount = number(record.get("bytes_sent"))
+            no_bytes = no_bytes or amount is None or amount < 0
+            sent.append((tokens, sent[-1][1] + (amount or 0.0)))
+            made.append((tokens, sums.updates))
+            clock.append((tokens, sums.seconds))
+    if odd:
+        run.note(f"{odd} records left out: tokens, loss or seconds that are no numbers, or go back")
+    if any(math.isinf(loss) for _, _, _, loss in evals):
+        run.note("diverged: an evaluation's loss is not finite")
+    clock += [(t, s) for _, r, t, _ in evals if (s := number(r.get("seconds"))) is not None]
+    clock.sort()
+    acts: dict[int, float] = {0: 0.0}  # of the lives so far
+    wall = True
+    for life, record, tokens, loss in evals:
+        seconds, here = number(record.get("seconds")), number(record.get("wall_s"))
+        wall = wall and seconds is not None and here is not None
+        total = None
+        if wall and seconds is not None and here is not None:
+            began = begins[life - 1] if life else 0.0
+            own = max(0.0, here - (seconds - (along(clock, began) or 0.0)))
+            earlier = [value for k, value in acts.items() if k < life]
+            acts[life] = (earlier[-1] if earlier else 0.0) + own
+            total = seconds + acts[life]
+        amount = None if no_bytes else along(sent, tokens)
+        run.evals.append(Point(tokens, loss, seconds, total, amount, along(made, tokens)))
+
+
+def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
+    """None, and nothing added, where what every `commit` record has is not there."""
+    needed = [number(record.get(key)) for key in ("seconds", "compute_s", "blocked_s", "flight_s")]
+    seconds, compute, blocked, flight = needed
+    if seconds is None or compute is None or blocked is None or flight is None:
+        return None
+    if min(compute, blocked, flight) < 0 or seconds < sums.seconds:
+        return None
+    updates = number(record.get("updates")) or 0.0
+    sums.compute_s, sums.blocked_s = sums.compute_s + compute, sums.blocked_s + blocked
+    sums.flight_s, sums.skew_s = sums.flight_s + flight, sums.skew_s + (number(record.get("skew_s")) or 0.0)
+    sums.cpu_s += (number(record.get("cpu_s_per_token")) or 0.0) * (tokens - sums.tokens)
+    sums.updates += updates
+    sums.stale += (number(record.get("staleness_mean")) or 0.0) * updates
+    sums.stale_most = max(sums.stale_most, number(record.get("staleness_max")) or 0.0)
+    counts = [number(one) or 0.0 for one in _list(record.get("micro_batches_by_rank"))[:4096]]
+    if len(counts) != len(sums.micro_batches):  # the first, or another world size: of the last one
+        sums.micro_batches = [0.0] * len(counts)
+    sums.micro_batches = [a + b for a, b in zip(sums.micro_batches, counts, strict=True)]
+    sums.tokens, sums.seconds = tokens, seconds
+    return sums
+
+
+def along(curve: list[tuple[float, float]], x: float) -> float | None:
+    """Linear between the points; beyond the last one at the slope before it, for one more interval at most (the
+    `commit` record of an evaluation comes a commit later), else None."""
+    if len(curve) < 2:
+        return None
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    (x0, y0), (x1, y1) = curve[-2:]
+    return y1 + (y1 - y0) * (x - x1) / (x1 - x0) if x1 < x <= x1 + (x1 - x0) else None
+
+
+# ------------------------------------------------------------------ values
+def number(value: Any) -> float | None:
+    """A finite number of a size that a run can have, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        out = float(value)
+    except OverflowError:
+        return None
+    return out if abs(out) < LARGEST else None
+
+
+def _loss(value: Any) -> float | None:
+    """inf: the run diverged. None: not a loss."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return math.inf
+    out = number(value)
+    return None if out is None else out
+
+
+def text(value: Any) -> str:
+    """One line that can be printed, of bounded length."""
+    out = "".join(c if c.isprintable() else "�" for c in str(value)[: MOST_TEXT + 1])
+    return out if len(out) <= MOST_TEXT else out[: MOST_TEXT - 1] + "…"
+
+
+def plain(value: Any) -> str:
+    """A setting as text: equal values are equal texts (0.001 and 1e-3, 1 and 1.0)."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float) and (exact := number(value)) is not None:
+        return str(int(exact)) if exact == int(exact) else repr(exact)
+    return text(value)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,287 @@
+"""The tables of a report as plain text cells; the terminal, Markdown and HTML each print the same ones."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from hvdllm.report.figures import Figures, Line, Reach
+from hvdllm.report.stats import Paired, Spread
+from hvdllm.report.verdict import count, verdict
+
+NONE = "-"
+MOST_ROWS = 200  # of the tables that have a row for each run or difference
+PARTS = {
+    "matters": "NOT EQUAL",
+    "compared": "compared",
+    "tuned": "tuned",
+    "replicate": "replicates",
+    "no matter": "changes no result",
+}
+NAMES = 2  # of runs that stand beside a value; more are counted
+
+
+@dataclass
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    left: int = 1  # columns of words; the others are numbers
+
+
+def unit(values: list[float], scales: tuple[tuple[str, float], ...]) -> tuple[str, float]:
+    """The largest unit in which the largest of these values is at least 1; the last one if there is none."""
+    most = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    return next((one for one in scales if most >= one[1]), scales[-1])
+
+
+BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+SECONDS = (("h", 36_000.0), ("s", 1.0))
+
+
+def digits(value: float) -> str:
+    """Four significant digits, thousands with commas."""
+    if not math.isfinite(value):
+        return "not finite"
+    places = 0 if value == 0 else max(0, min(4, 3 - math.floor(math.log10(abs(value)))))
+    return f"{value:,.{places}f}"
+
+
+def with_interval(found: Spread | None, scale: float = 1.0) -> str:
+    if found is None:
+        return NONE
+    if found.low is None or found.high is None:
+        return digits(found.mean / scale)
+    return f"{digits(found.mean / scale)} ± {digits((found.mean - found.low) / scale)}"
+
+
+def to_target(line: Line, reach: Reach, scale: float = 1.0) -> str:
+    if not line.all_reached:
+        runs = len(line.group.runs)
+        return "not reached" if not line.reached else f"reached by {line.reached} of {runs}"
+    if reach.spread is None:
+        return "not recorded"
+    return ("≤ " if line.bound else "") + with_interval(reach.spread, scale)
+
+
+def versus(line: Line, reference: Line) -> str:
+    """The speed-up with its interval and what the test says of it."""
+    if line is reference:
+        return "reference"
+    ratio = line.ratio
+    if ratio is None:
+        return NONE
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}, one seed"
+    said = "" if ratio.significant else ", n.s."
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}){said}"
+
+
+def loss(found: Spread | None) -> str:
+    if found is None:
+        return NONE
+    if not math.isfinite(found.mean):
+        return "not finite"
+    return f"{found.mean:.4f}" + (f" ± {found.half:.4f}" if found.half is not None else "")
+
+
+def difference(found: Paired | None) -> str:
+    if found is None or found.low is None or found.high is None:
+        return NONE if found is None else f"{found.value:+.4f}, one seed"
+    said = "" if found.significant else ", n.s."
+    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}){said}"
+
+
+def result(f: Figures) -> Table:
+    """The final table, sorted by what is ranked."""
+    times = [s.spread.mean for s in (line.seconds for line in f.lines) if s.spread]
+    sizes = [s.spread.mean for s in (line.bytes for line in f.lines) if s.spread]
+    (hours, _), (sized, bytes_) = unit(times, SECONDS), unit(sizes, BYTES)
+    second = 3600.0 if hours == "h" else 1.0
+    what = "speed-up" if f.rank_by == "seconds" else "fewer tokens, times"
+    head = [
+        "",
+        "seeds",
+        f"{hours} to target",
+        what,
+        f"{sized} a rank to target",
+        "tokens to target",
+        "updates to target",
+    ]
+    if f.virtual:
+        del head[2]
+    at = NONE if f.equal_tokens is None else count(f.equal_tokens)
+    head.append(f"loss at {at} tokens")
+    if f.equal_wall is not None:
+        head.append(f"loss at {digits(f.equal_wall)} s wall-clock")
+    rows = []
+    for line in f.lines:
+        row = [line.label, str(len(line.group.seeds)), to_target(line, line.seconds, second), versus(line, f.reference)]
+        row += [
+            to_target(line, reach, scale)
+            for reach, scale in ((line.bytes, bytes_), (line.tokens, 1.0), (line.updates, 1.0))
+        ]
+        if f.virtual:
+            del row[2]
+        row.append(loss(line.final))
+        if f.equal_wall is not None:
+            row.append(loss(line.wall))
+        rows.append(row)
+    target = NONE if f.target is None else f"{f.target:.4f}"
+    notes = ["± and brackets: 95 % intervals over seeds; n.s.: no significant difference from the reference"]
+    return Table(f"To validation loss {target}, best first", head, rows, notes)
+
+
+def work(f: Figures) -> Table:
+    """What an update is, and what it costs."""
+    head = ["", "tokens an update", "computed / committed", "CPU µs a token", "blocked", "hidden", "staleness", "most"]
+    head += ["slowest over fastest rank", "loss at equal wall-clock, less reference"]
+    rows = []
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return NONE if value is None else format(value * scale, form)
+
+    for line in f.lines:
+        s = line.split
+        busy = (s.compute + s.hidden + s.blocked) if s else 0.0
+        rows.append([
+            line.label, cell(line.tokens_per_update, ",.0f"), cell(line.computed, ".4f"),
+            cell(line.cpu_s_per_token, ",.1f", 1e6), cell(s.blocked / busy if s and busy else None, ".1%"),
+            cell(line.hidden_share, ".0%"), cell(line.stale_mean, ".2f"), cell(line.stale_most, ".0f"),
+            cell(line.skew, ".1%"), "reference" if line is f.reference else difference(line.wall_difference),
+        ])  # fmt: skip
+    notes = [
+        "blocked: share of the time in which compute stood still for the exchange; hidden: share of the time in which "
+        "something travelled that compute went on (1 - blocked / flight); staleness: of gradients, in updates; slowest "
+        "over fastest rank: the difference of their compute, over the mean; computed / committed: of runs that ended",
+    ]
+    if f.virtual:
+        notes.append("world=virtual: times, and what follows from them, are left out")
+    return Table("What an update is and costs", head, rows, notes)
+
+
+def equal_except(f: Figures) -> Table:
+    rows = []
+    for one in f.comparison.differences:
+        said = [f"{value}: {_names(names)}" for value, names in list(one.values.items())[:8]]
+        if len(one.values) > 8:
+            said.append(f"{len(one.values) - 8} more values")
+        rows.append([one.key, PARTS[one.part], "; ".join(said)])
+    tokens: dict[str, list[str]] = {}
+    for run in f.runs:
+        tokens.setdefault(count(run.tokens), []).append(run.name)
+    if len(tokens) > 1:
+        said = [f"{value}: {_names(names)}" for value, names in list(tokens.items())[:8]]
+        rows.append(["tokens committed", "compared where all are", "; ".join(said)])
+    notes = [] if rows else ["The runs differ in nothing."]
+    return _cut(Table("Equal except", ["setting", "part in the comparison", "values"], rows, notes, left=3))
+
+
+def equal_line(f: Figures) -> str:
+    """The same in one line, keys only."""
+    said = []
+    for part, words in PARTS.items():
+        keys = [one.key for one in f.comparison.differences if one.part == part]
+        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+        if keys:
+            said.append(f"{', '.join(keys[:6])}{more} ({words})")
+    return f"The runs are equal except: {'; '.join(said)}." if said else "The runs differ in nothing."
+
+
+def trials(f: Figures) -> Table | None:
+    if not f.comparison.tuned_by:
+        return None
+    rows = []
+    for group in f.comparison.groups:
+        for trial in group.trials:
+            won = "chosen" if trial.runs is group.runs else ""
+            value = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "not finite"
+            seeds = len({run.seed for run in trial.runs})
+            rows.append([group.label, trial.label, won, str(seeds), value])
+    head = ["", "trial", "", "seeds", "mean last validation loss"]
+    return _cut(Table(f"Tuned by {', '.join(f.comparison.tuned_by)}", head, rows, left=3))
+
+
+def runs(f: Figures) -> Table:
+    rows = []
+    for line in f.lines:
+        for run in line.group.runs:
+            last = run.evals[-1].loss if run.evals else None
+            value = NONE if last is None else f"{last:.4f}" if math.isfinite(last) else "not finite"
+            rows.append([
+                line.label, run.path, "; ".join(run.notes), run.seed, run.status, str(run.lives),
+                count(run.tokens), str(len(run.evals)), value,
+            ])  # fmt: skip
+    head = ["", "folder", "notes", "seed", "state", "lives", "tokens", "evaluations", "last loss"]
+    return _cut(Table("Runs", head, rows, left=3))
+
+
+def left_out(f: Figures) -> Table | None:
+    if not f.skipped:
+        return None
+    rows = [[one.where, one.why] for one in f.skipped]
+    return _cut(Table("Skipped", ["folder", "why"], rows, left=2))
+
+
+def tables(f: Figures) -> list[Table]:
+    every = [result(f), equal_except(f), trials(f), work(f), runs(f), left_out(f)]
+    return [one for one in every if one is not None]
+
+
+def method(f: Figures) -> list[str]:
+    """How the numbers were made, and what to know of them."""
+    out = []
+    if f.target is not None:
+        source = f"the best loss of {f.target_from}, which all evaluated runs reached" if f.target_from else "as given"
+        out.append(
+            f"Target: validation loss {f.target:.4f} nats a token, {source}. Reached: the first evaluation at or below "
+            "it; tokens, seconds, bytes and updates there are interpolated linearly between that evaluation and the "
+            "one before, so they are no finer than the evaluations are dense."
+        )
+    out.append(
+        "Seeds are the replicates: means and 95 % intervals (Student's t) over seeds. Ratios are paired by seed: "
+        "geometric mean, interval and two-sided paired t test on their logarithms; differences of losses likewise "
+        "without the logarithm. A difference is called significant where its interval leaves out no difference and it "
+        "is wider than the larger standard deviation between seeds of the two. The tests are not corrected for their "
+        "number."
+    )
+    if not f.virtual:
+        out.append(
+            "Seconds are those of the training clock, without evaluations, saves and samples. Wall-clock has these "
+            "too, but no time before the first round or between the lives of a resumed run."
+        )
+    out.append("Bytes are those that rank 0 sends, by the formulas of each collective.")
+    return out + [note[:1].upper() + note[1:] + "." for note in f.notes]
+
+
+def _names(names: list[str]) -> str:
+    return f"{len(names)} runs" if len(names) > NAMES else " and ".join(names)
+
+
+def _cut(table: Table) -> Table:
+    if len(table.rows) > MOST_ROWS:
+        table.notes.append(f"{len(table.rows) - MOST_ROWS} further rows are left out")
+        table.rows = table.rows[:MOST_ROWS]
+    return table
+
+
+# ------------------------------------------------------------------ Markdown
+def markdown(f: Figures) -> str:
+    parts = ["# Report", escape(verdict(f))]
+    for table in tables(f):
+        align = ["---"] * table.left + ["---:"] * (len(table.head) - table.left)
+        lines = [table.head, align] if table.rows else []
+        body = [
+            "| " + " | ".join(row if row is align else [escape(c) for c in row]) + " |" for row in [*lines, *table.rows]
+        ]
+        parts += [f"## {escape(table.title)}", "\n".join(body), *(escape(note) for note in table.notes)]
+    parts += ["## How", "\n".join(f"- {escape(note)}" for note in method(f))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escape(text: str) -> str:
+    """So that nothing in it is Markdown or HTML."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)
