@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launch import ROOT, environment
 
-LIMIT_S = 25.0  # a hang guard
+LIMIT_S = 90.0  # a hang guard
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
 # cred_expire: a job that is queued again waits that long. TmpFS: else PMIx of two nodes on one host would collide.

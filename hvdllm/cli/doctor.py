@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdllm.launch import network
+
 SECONDS = 60
 """How long a probe may take; a cold import of torch from a network disk can take half of it."""
+
+SLURM_SECONDS = 15
+"""How long a command of Slurm may take that needs no answer of its controller."""
 
 REQUIRED = ("numpy", "hydra-core", "safetensors", "tokenizers", "rich")
 
@@ -36,7 +42,8 @@ libmpi = sorted({os.path.realpath(path) for path in re.findall(r"/\\S*/libmpi\\.
 TORCH = """
 import json, torch
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda, devices=devices)))
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
+print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda, devices=devices, nccl=nccl)))
 """
 
 HOROVOD = f"""
@@ -54,6 +61,16 @@ from mpi4py import MPI
 {LIBMPI}
 library = MPI.Get_library_version().strip(chr(0)).split(",")[0].splitlines()[0]
 print(json.dumps(dict(version=mpi4py.__version__, library=library, libmpi=libmpi)))
+"""
+
+# Whether there is a key, never the key.
+WANDB = """
+import json, wandb
+try:
+    key = wandb.login(prompt=False, verify=False)
+except TypeError:  # before 0.31
+    key = wandb.api.api_key
+print(json.dumps(dict(version=wandb.__version__, key=bool(key))))
 """
 
 TWO_RANKS = """
@@ -96,14 +113,18 @@ def run(argv: list[str]) -> int:
 
 def examine() -> list[Row]:
     with ThreadPoolExecutor() as pool:
-        torch, horovod, mpi4py = pool.map(probe, (TORCH, HOROVOD, MPI4PY))
+        torch, horovod, mpi4py, wandb = pool.map(probe, (TORCH, HOROVOD, MPI4PY, WANDB))
     rows = [
         Row("Python", f"{platform.python_version()}, {sys.executable}"),
         Row("cores", f"{usable_cores()} usable"),
         *torch_rows(torch),
         *library_rows(),
-        *horovod_rows(horovod, torch),
+        *horovod_rows(horovod),
         *mpi_rows(horovod, mpi4py),
+        *gpu_rows(torch, horovod),
+        interface_row(),
+        *slurm_rows(),
+        wandb_row(wandb),
     ]
     if all(row.mark != "broken" for row in rows):
         rows.append(two_ranks(horovod))
@@ -146,12 +167,10 @@ def library_rows() -> list[Row]:
     return [Row("libraries", found, f"pip install {' '.join(missing)}" if missing else "")]
 
 
-def horovod_rows(horovod: dict[str, Any], torch: dict[str, Any]) -> list[Row]:
+def horovod_rows(horovod: dict[str, Any]) -> list[Row]:
     if "error" in horovod:
         return [Row("Horovod", why(horovod, "horovod"), setup())]
     found = f"{horovod['version']} with {', '.join(horovod['built'])}"
-    if torch.get("devices") and "nccl" not in horovod["built"]:
-        return [Row("Horovod", f"{found}, without NCCL for these GPUs", setup("--nccl"), needed=False)]
     if not launcher():
         return [Row("Horovod", f"{found}, but no horovodrun", setup())]
     return [Row("Horovod", found)]
@@ -182,6 +201,57 @@ def mpi_rows(horovod: dict[str, Any], mpi4py: dict[str, Any]) -> list[Row]:
         shared = ", the same library as Horovod's" if horovod.get("libmpi") else ""
         rows.append(Row("mpi4py", f"{mpi4py['version']} on {mpi4py['library']}{shared}"))
     return rows
+
+
+def gpu_rows(torch: dict[str, Any], horovod: dict[str, Any]) -> list[Row]:
+    """CUDA and NCCL. What torch and Horovod lack as such their own rows say."""
+    built = "nccl" in horovod.get("built", [])
+    parts = [f"torch built for {torch['cuda']}"] if torch.get("cuda") else []
+    nvcc = shutil.which("nvcc", path=path_of_nvcc())
+    parts += [f"compiler {nvcc}"] if nvcc else []
+    if not torch.get("devices"):
+        found = "; ".join(["no GPU that torch can use", *parts])
+        return [Row("CUDA", found), Row("NCCL", "built into Horovod" if built else "for GPUs alone")]
+    cuda = Row("CUDA", "; ".join([f"{len(torch['devices'])} GPUs", *parts]))
+    if built:
+        return [cuda, Row("NCCL", f"built into Horovod, with torch's {torch['nccl']}")]
+    first = "" if nvcc else "load a module with nvcc or export CUDA_HOME=..., then "
+    return [cuda, Row("NCCL", "Horovod is without it for these GPUs", first + setup("--nccl"), needed=False)]
+
+
+def interface_row() -> Row:
+    """Those that are up, with their IPv4 addresses: what launch.interface and horovodrun --network-interfaces take."""
+    up = network.addresses()
+    found = ", ".join(f"{name} {address}" for name, address in up.items()) or "none is up"
+    return Row("interfaces", found, "" if "lo" in up else "as root: ip link set lo up", needed=False)
+
+
+def slurm_rows() -> list[Row]:
+    if not shutil.which("sbatch"):
+        mend = "on a cluster's login node: module load slurm"
+        return [Row("Slurm", "no sbatch on PATH, which launch=slurm needs", mend, needed=False)]
+    version = output(["sbatch", "--version"], SLURM_SECONDS).strip()
+    if not re.match(r"slurm\S* \d", version):
+        mend = "export SLURM_CONF=/path/to/slurm.conf"
+        return [Row("Slurm", f"does not answer: {last_line(version) or 'no configuration'}", mend, needed=False)]
+    job = os.environ.get("SLURM_JOB_ID")
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    rows = [Row("Slurm", f"{version}, {f'inside job {job}, nodes: {nodes}' if job else 'inside no job'}")]
+    kinds = [line.split()[-1] for line in output(["srun", "--mpi=list"], SLURM_SECONDS).splitlines() if line.strip()]
+    if any(kind.startswith("pmix") for kind in kinds):
+        return [*rows, Row("PMIx", "known to srun")]
+    return [*rows, Row("PMIx", "unknown to srun", "hvdllm train launch=slurm launch.how=gloo", needed=False)]
+
+
+def wandb_row(wandb: dict[str, Any]) -> Row:
+    if "error" in wandb:
+        return Row("W&B", why(wandb, "wandb"), "pip install wandb", needed=False)
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in ("online", "run"):
+        return Row("W&B", f"{wandb['version']}, offline by WANDB_MODE={mode}")
+    if wandb["key"]:
+        return Row("W&B", f"{wandb['version']}, with a key")
+    return Row("W&B", f"{wandb['version']}, without a key: runs stay offline", "wandb login", needed=False)
 
 
 def two_ranks(horovod: dict[str, Any]) -> Row:
@@ -217,9 +287,11 @@ def why(facts: dict[str, Any], module: str) -> str:
     return "missing" if missing else f"does not load: {facts['error']}"
 
 
-def output(command: list[str]) -> str:
+def output(command: list[str], seconds: float = SECONDS) -> str:
+    """What it prints, errors behind the rest."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+        return done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
 
@@ -243,6 +315,12 @@ def launcher() -> str:
 
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def path_of_nvcc() -> str:
+    """Where jobs/setup.sh looks for it."""
+    home = os.environ.get("CUDA_HOME")
+    return f"{home}/bin" if home else os.environ.get("PATH", "")
 
 
 def setup(option: str = "") -> str:

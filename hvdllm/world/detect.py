@@ -51,7 +51,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
             raise UserError(
                 f"srun started {size} processes that know nothing of each other: start them with srun --mpi=pmix"
             )
-        tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(size))))
+        tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(size))))
         node = int(env.get("SLURM_NODEID", "0"))
         return Place("srun", int(env["PMIX_RANK"]), size, int(env.get("SLURM_LOCALID", "0")), tasks[node])
     if "PMIX_RANK" in env:
@@ -59,7 +59,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
-def _tasks_per_node(text: str) -> list[int]:
+def tasks_per_node(text: str) -> list[int]:
     """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
     out: list[int] = []
     for part in text.split(","):

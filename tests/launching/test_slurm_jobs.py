@@ -130,7 +130,9 @@ def point(tmp: Path, name: str, steps: int, *more: str) -> Point:
     return Point(name, str(tmp / "runs"), tuple(words_of(tmp, "-", steps, f'name="{name}"', *more)))
 
 
-def test_a_point_is_submitted_once_and_waited_for(here: slurmd.Cluster, tmp_path: Path) -> None:
+def test_a_point_is_submitted_once_and_waited_for(
+    here: slurmd.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By horovodrun on a node; the first waiter leaves before the job begins, the second joins it."""
     settings = Slurm(how="horovodrun", partition="main", options=["--comment x", "--nice=1"])
     one, said = point(tmp_path, "seed=0,a b", 3), []
@@ -153,6 +155,10 @@ def test_a_point_is_submitted_once_and_waited_for(here: slurmd.Cluster, tmp_path
     (tmp_path / "runs" / ".seed=0,a b.job").write_text("987654\n")
     assert slurm.ask("987654") is None
     assert slurm.finished(one.folder)
+    # While Slurm does not answer, nothing is submitted.
+    monkeypatch.setattr(slurm, "ask", lambda job: slurm.State("", "UNKNOWN", "Unable to contact slurm controller", 0))
+    with pytest.raises(UserError, match=r"job 987654 of seed=0,a b is .Unable to contact slurm controller"):
+        slurm.submit_once(one, settings)
 
 
 def test_a_point_that_fails_returns_its_code(here: slurmd.Cluster, tmp_path: Path) -> None:

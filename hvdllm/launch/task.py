@@ -1,0 +1,48 @@
+"""One task of srun as a rank of Horovod over Gloo: gives it the environment that horovodrun would, then becomes it.
+
+    srun … python -m hvdllm.launch.task PORT ADDRESS -- hvdllm train …
+
+launch/inside.py starts it, where the key-value server of PORT runs. ADDRESS: of that server's host, or - for the host
+where srun was called, as Slurm knows it. It keeps its process: a signal to the task is a signal to the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from hvdllm.launch import network
+
+
+def rank(env: Mapping[str, str], address: str, port: str) -> dict[str, str]:
+    """Horovod's variables from Slurm's. As many tasks on each node, numbered node by node."""
+    size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
+    return {
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
+        "HOROVOD_HOSTNAME": f"node{env['SLURM_NODEID']}",
+        "HOROVOD_RANK": env["SLURM_PROCID"],
+        "HOROVOD_SIZE": str(size),
+        "HOROVOD_LOCAL_RANK": env["SLURM_LOCALID"],
+        "HOROVOD_LOCAL_SIZE": str(size // nodes),
+        "HOROVOD_CROSS_RANK": env["SLURM_NODEID"],
+        "HOROVOD_CROSS_SIZE": str(nodes),
+    }
+
+
+def main(words: list[str]) -> None:
+    port, address, _, *command = words
+    env = dict(os.environ)
+    address = env["SLURM_LAUNCH_NODE_IPADDR"] if address == "-" else address
+    env |= rank(env, address, port)
+    # Left alone Gloo binds to what the host's name resolves to, often 127.0.0.1, where nobody else reaches it.
+    if "HOROVOD_GLOO_IFACE" not in env and (interface := network.towards(address)):
+        env["HOROVOD_GLOO_IFACE"] = interface
+    os.execvpe(command[0], command, env)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
