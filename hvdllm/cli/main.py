@@ -21,6 +21,8 @@ COMMANDS = {
     "sample": "let a run's model continue a text",
     "evaluate": "a run's validation loss, again",
     "bench": "measure: a step, a start, or every exchange on a network shaped for it",
+    "report": "compare runs: pictures, tables and a verdict",
+    "track": "send to W&B what was tracked offline",
     "doctor": "what this machine has, and what to do about what it has not",
 }
 WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0's sentence is not lost

@@ -1,4 +1,4 @@
-"""`hvdllm train`: compose, check, and let trainer/build.py run."""
+"""`hvdllm train`: compose, check, and let trainer/build.py run, or launch/ start ranks that do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.config.composition import transport
-from hvdllm.config.schema import Config, Horovod
+from hvdllm.config.schema import Config, Horovod, Local, name_of
+from hvdllm.errors import UserError
+from hvdllm.launch import sweep as sweeps
 from hvdllm.world.detect import Place, place
 
-USAGE = """hvdllm train [setting=value ...] [--cfg job] [--help]
+SWEEP = ("-m", "--multirun")
+USAGE = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help]
 
 Trains a transformer language model and writes runs/<name>/. As it stands: a small model on this machine's Python
 standard library, in one to two minutes. Under a launcher every process is a rank:
@@ -23,6 +26,15 @@ standard library, in one to two minutes. Under a launcher every process is a ran
   torchrun --nproc-per-node 2 -m hvdllm train exchange=ddp
   hvdllm train world=virtual world.size=8 exchange=delayed
   hvdllm train resume=runs/<name> budget_tokens=1e7
+
+launch= starts the ranks itself; -m (--multirun) trains with every combination of settings that have several values,
+each in a folder of its own, and run again only what is missing. --config-dir: a folder of your own settings, whose
+launch/site.yaml is launch=site:
+
+  hvdllm train launch=horovodrun launch.np=2
+  hvdllm train -m launch=horovodrun launch.np=2 exchange=allreduce,delayed,acco seed=0,1,2
+  hvdllm train -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optim.lr=tag(log,interval(1e-4,1e-2))'
+  hvdllm train --config-dir conf/ launch=site exchange=acco
 """
 
 
@@ -31,11 +43,23 @@ def run(argv: list[str]) -> int:
     from hvdllm.trainer.resume import with_run
 
     here = place()
-    words = settings_only(argv, USAGE, compose.compose)
+    sweep = any(flag in argv for flag in SWEEP)
+    words = settings_only([word for word in argv if word not in SWEEP], USAGE, compose.compose)
     if words is None:
         return 0
+    if sweep:
+        if here.launcher != "none":
+            raise UserError(f"train -m under {here.launcher}: it starts ranks itself, see launch= in --help")
+        return sweeps.run(words)
     words = with_run(words)
     config = compose.compose(words)
+    if sweeps.LAUNCHED in os.environ:
+        config = sweeps.obeyed(config)
+    if not isinstance(config.launch, Local):
+        kind = name_of("launch", config.launch)
+        if here.launcher != "none":
+            raise UserError(f"launch={kind} under {here.launcher}: one of them starts the ranks, leave launch at local")
+        return sweeps.one(config, words)
     check(config, here)
     set_threads(config, here)
     train(config, words, here)

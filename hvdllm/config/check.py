@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 
 from hvdllm.config.composition import ranks, refusal, transport
-from hvdllm.config.schema import Acco, Config, Cosine, Files, WarmupStableDecay
+from hvdllm.config.schema import Acco, Config, Cosine, Files, NoTracker, Wandb, WarmupStableDecay, name_of
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
@@ -63,6 +64,24 @@ def check(config: Config, place: Place) -> None:
         raise UserError("init_optimizer=true needs init_from: the run whose optimizer this one begins with")
     if config.trace_steps is not None:
         parse_steps(config.trace_steps)
+    check_track(config)
+
+
+def check_track(config: Config) -> None:
+    """Raises UserError where a tracker's library is not here, or tags are no words. Imports none."""
+    if isinstance(config.track, NoTracker):
+        return
+    name = name_of("track", config.track)
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # a folder wandb/, which W&B makes where it is started, is no package
+        raise UserError(f"track={name}: the package is not installed: pip install {name}, or leave track at none")
+    tags = getattr(config.track, "tags", None)
+    if tags is not None and not (
+        (isinstance(tags, str) and tags) or (isinstance(tags, list) and all(isinstance(t, str) and t for t in tags))
+    ):
+        raise UserError(f"track.tags={tags} is neither a tag nor a list of tags: give words, such as [baseline,night]")
+    if isinstance(config.track, Wandb) and not config.track.project:
+        raise UserError("track.project is empty: give the name of a project")
 
 
 def parse_steps(text: str) -> tuple[int, int]:

@@ -7,8 +7,10 @@ are looked up in a dict, never named by a file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,8 @@ TOKEN_SETTINGS = (
     *(f"{act}_every" for act in ("eval", "save", "log", "sample", "audit")),
     *("exchange.warmup_tokens", "wire.warmup_tokens", "optim.freeze_tokens"),
 )
+
+CONFIG_DIR = "--config-dir="
 
 
 def conf_dir() -> Path:
@@ -41,24 +45,48 @@ def options(group: str) -> list[str]:
 
 
 def compose(words: Sequence[str]) -> Config:
-    """The configuration of the defaults and these overrides. Raises UserError with one sentence."""
+    """The configuration of the defaults and these overrides. Raises UserError with one sentence.
+
+    A word `--config-dir=DIR` adds a folder of the user's own, whose launch/site.yaml is `launch=site`.
+    """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    _register()
-    if bad := next((word for word in words if word.lstrip("+~").startswith("hydra.")), None):
-        raise UserError(f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own")
-    words = [_whole_numbers(word) for word in words]
-    GlobalHydra.instance().clear()
+    if bad := next((word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/"))), None):
+        raise UserError(
+            f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
+            "`hvdllm train -m`"
+        )
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            node = hydra_compose("train", overrides=list(words))
+        with hydra_over(words) as overrides:
+            node = hydra_compose("train", overrides=overrides)
         return _typed(node)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=null
-        raise UserError(_sentence(error, words)) from None
+        raise UserError(sentence(error, words)) from None
+
+
+@contextlib.contextmanager
+def hydra_over(words: Sequence[str]) -> Iterator[list[str]]:
+    """Hydra, ready to compose from conf/ and the user's folder; the words as its overrides."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    _register()
+    overrides = [whole_numbers(word) for word in words if not word.startswith(CONFIG_DIR)]
+    if folders := [f"file://{word.removeprefix(CONFIG_DIR)}" for word in words if word.startswith(CONFIG_DIR)]:
+        overrides.append(f"hydra.searchpath={json.dumps(folders, ensure_ascii=False)}")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield overrides
+
+
+def config_folder(path: str) -> str:
+    """The word that stands for `--config-dir path`. Raises UserError where there is no such folder."""
+    folder = Path(path).expanduser()
+    if not path or not folder.is_dir():
+        raise UserError(f"--config-dir {path}: there is no such folder; it may hold launch/site.yaml for launch=site")
+    return f"{CONFIG_DIR}{folder.resolve()}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -117,13 +145,17 @@ def _register() -> None:
             store.store(group=f"schema/{group}", name=name, node=kind)
 
 
-def _whole_numbers(word: str) -> str:
-    """budget_tokens=1e6 as people write it: OmegaConf takes no float for an int, even a whole one."""
+def whole_numbers(word: str) -> str:
+    """budget_tokens=1e6 as people write it, also 1e6,2e6: OmegaConf takes no float for an int, even a whole one."""
     key, _, value = word.partition("=")
     if key.lstrip("+") not in TOKEN_SETTINGS:
         return word
-    whole = re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", value)
-    return f"{key}={int(float(value))}" if whole and not value.isdigit() and float(value).is_integer() else word
+
+    def whole(part: str) -> str:
+        number = re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", part)
+        return str(int(float(part))) if number and not part.isdigit() and float(part).is_integer() else part
+
+    return f"{key}={','.join(whole(part) for part in value.split(','))}"
 
 
 def _typed(node: Any) -> Config:
@@ -177,17 +209,20 @@ def _unknown(key: str) -> str:
     return f"there is no setting `{key}`: {hint}"
 
 
-def _sentence(error: Exception, words: Sequence[str]) -> str:
+def sentence(error: Exception, words: Sequence[str]) -> str:
     """Hydra's and OmegaConf's paragraphs as one sentence."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    words = [word for word in words if not word.startswith(CONFIG_DIR)]
     for word in words:
         try:
             OverridesParser.create().parse_override(word)
         except (HydraException, ValueError):
             return f"`{word}` cannot be read: settings are given as key=value, values with special characters in quotes"
     text = f"{error}\n{error.__cause__ or ''}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires", text):
+        return f"`{found.group(1) or found.group(2)}` gives several values: `hvdllm train -m` trains with each of them"
     if "Config group override must be" in text:  # model=null, or a word without a key
         groups = ("", "experiment", *schema.SCHEMAS)
         parsed = {word: OverridesParser.create().parse_override(word) for word in words}

@@ -1,7 +1,7 @@
-"""A point of a sweep, and what a launcher is: launch/local.py, launch/horovodrun.py and launch/slurm.py are three.
+"""A point of a sweep, and what a launcher is: local.py, horovodrun.py and slurm.py are three.
 
-A launcher starts `command(point)` as a run of its own, in the environment that a shell would give it, sends all that the
-run prints to `launch.log` in the point's folder, and returns its exit code. It imports neither torch nor Horovod.
+A launcher starts `command(point)` as a run of its own, in the environment that a shell would give it, sends all that
+the run prints to `launch.log` in the point's folder, and returns its exit code. It imports neither torch nor Horovod.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Point:
-    """name: of the run's folder under runs_dir. words: all settings of the run, `runs_dir=`, `name=` and `launch.sweep=`
-    included, those of the group launch left out (a rank is launch=local)."""
+    """name: of the run's folder under runs_dir. words: all settings of the run, `runs_dir=`, `name=` and
+    `launch.sweep=` included, those of the group launch left out (a rank is launch=local)."""
 
     name: str
     runs_dir: str
@@ -29,8 +29,8 @@ class Point:
 
 class Launcher(Protocol):
     """A function. stop: set by Ctrl-C or SIGTERM of the sweep; then the point's ranks are asked to save and to end
-    (under Slurm they stay queued or running: the job outlives this process), and it returns soon. say: one sentence for a
-    person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
+    (under Slurm they stay queued or running: the job outlives this process), and it returns soon. say: one sentence for
+    a person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
 
     def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Any) -> int: ...
 

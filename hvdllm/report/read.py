@@ -304,6 +304,7 @@ def _found(life: dict[str, Any]) -> dict[str, str]:
     ranks = [one for one in _list(life.get("ranks")) if isinstance(one, dict)]
     out = {
         "world.ranks": life.get("world"),
+        "world.link": life.get("link"),
         "data.hash": life.get("data_hash"),
         "data.tokenizer": life.get("tokenizer_hash"),
         "model.parameters": life.get("parameters"),

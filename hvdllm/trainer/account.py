@@ -69,6 +69,11 @@ def slurm() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def link() -> str | None:
+    """The rate of the network lab's links that this runs over (launch.link), if any."""
+    return os.environ.get("HVDLLM_LINK")
+
+
 def command() -> list[str]:
     """The command line of this process."""
     return [os.path.basename(sys.argv[0]), *sys.argv[1:]]

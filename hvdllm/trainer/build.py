@@ -38,6 +38,8 @@ from hvdllm.text import shards
 from hvdllm.text.shards import Corpus
 from hvdllm.text.stream import Stream, validation
 from hvdllm.text.tokenize import Tokenizer
+from hvdllm.track import mirror
+from hvdllm.track.mirror import Mirror
 from hvdllm.trainer import account
 from hvdllm.trainer.backward import Loss, explain
 from hvdllm.trainer.clock import Clock
@@ -97,7 +99,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     exchange.watch = trace.note if config.trace_steps else None
     trunk = None
     if config.init_from is not None and resumed is None:
-        trunk = begin(config, corpus.tokenizer, exchange, flat, world, show.say)
+        trunk = begin(config, corpus.tokenizer.hash, exchange, flat, world, show.say)
     agree_on_weights(flat, world)
     stream = make_stream(config, corpus, device, world)
     folder = Folder(Path(start.folder)) if world.rank == 0 else None
@@ -119,6 +121,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     show.header(header(config, corpus, hosts, world, start, resumed, trunk))
     for note in notes:
         show.say(note)
+    tracker = start_tracker(config, Path(start.folder), world, show)
 
     reason = "failed"
     clock.start()
@@ -143,7 +146,10 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
             except RunError:
                 if reason != "failed":
                     raise
-            folder.close()
+            finally:
+                folder.close()
+                if tracker is not None:
+                    tracker.close(patient=reason == "budget")
     if folder is not None:
         show.finish(end, start.folder, due.last_sample)
 
@@ -298,6 +304,19 @@ def grace(place: Place) -> float | None:
     return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0, "torchrun": 30.0}[place.launcher]
 
 
+def start_tracker(config: Config, folder: Path, world: World, show: Show) -> Mirror | None:
+    """On rank 0, where the settings name one. Raises UserError on every rank where it must be online and is not."""
+    tracker = mirror.start(config, folder, show.say) if world.rank == 0 else None
+    if getattr(config.track, "mode", "") == "online":
+        problem = tracker.refusal(config.track.start_s + mirror.SLACK_S) if tracker is not None else None
+        said = json.loads(world.texts(json.dumps(problem), "start.track")[0])
+        if said:
+            if tracker is not None:
+                tracker.close(patient=False)
+            raise UserError(said)
+    return tracker
+
+
 # ------------------------------------------------------------------ what is written
 def open_folder(
     folder: Folder,
@@ -327,6 +346,7 @@ def open_folder(
             "ranks": hosts,
             "threads": hosts[0]["threads"],
             "slurm": account.slurm(),
+            "link": account.link(),
             "data_hash": corpus.data_hash,
             "tokenizer_hash": corpus.tokenizer.hash,
             "parameters": size.count_parameters(config.model, vocab),

@@ -163,7 +163,8 @@ class Due:
         self.last_eval = result
         if self.folder is not None:
             values = {"tokens": self.tokens, "seconds": seconds, "loss": result.loss}
-            self.folder.record("eval", {**values, "bits_per_byte": result.bits_per_byte})
+            values |= {"bits_per_byte": result.bits_per_byte, "wall_s": self.clock.wall_s()}
+            self.folder.record("eval", values)
         self.show.say(
             f"{self.tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
         )
@@ -194,6 +195,7 @@ class Due:
         self.last_sample = text
         if self.folder is not None:
             self.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
+            self.folder.record("sample", {"tokens": self.tokens, "text": text})
 
     def save(self, seconds: float) -> None:
         begin, state = self.clock.wall_s(), self.exchange.state()

@@ -60,7 +60,7 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
     if not (folder / "config.yaml").exists():
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no run in {folder} to go on with")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(file.name != "launch.log" for file in folder.iterdir()):
             raise UserError(f"{folder} exists and is not the folder of a run: choose another name or runs_dir")
         return Start(str(folder))
     if config.resume == "never":

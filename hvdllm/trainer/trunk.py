@@ -8,6 +8,7 @@ steepest part of training is the same in all of them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from hvdllm.config import schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
-from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World
 
@@ -35,7 +35,7 @@ class Trunk:
     steps: int
 
 
-def begin(config: Config, tokenizer: Tokenizer, exchange: Any, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(config: Config, tokenizer_hash: str, exchange: Any, flat: Flat, world: World, say: runs.Say) -> Trunk:
     """Loads weights (and optimizer) into an attached exchange that has not trained yet. Collective.
 
     Raises UserError, on every rank, where the trunk has another tokenizer, model or optimizer, or is not whole.
@@ -43,7 +43,7 @@ def begin(config: Config, tokenizer: Tokenizer, exchange: Any, flat: Flat, world
     found, problem = None, None
     if world.rank == 0:
         try:
-            found = find(config, tokenizer, say)
+            found = find(config, tokenizer_hash, say)
         except UserError as error:
             problem = str(error)
     said = json.loads(world.texts(json.dumps([problem, found and dataclasses.asdict(found)]), "start.trunk")[0])
@@ -70,7 +70,7 @@ def optimizer_vectors(exchange: Any) -> set[str]:
     return set(exchange.update.state()[1])
 
 
-def find(config: Config, tokenizer: Tokenizer, say: runs.Say) -> Trunk:
+def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
     """Where the weights are. A run: its newest whole checkpoint, else its final/. Raises UserError."""
     path = Path(config.init_from or "").expanduser()
     if (path / "manifest.json").exists():
@@ -87,7 +87,11 @@ def find(config: Config, tokenizer: Tokenizer, say: runs.Say) -> Trunk:
     whole = (source / "manifest.json").exists()
     if not whole and not (source / "model.safetensors").exists():
         raise UserError("that run has no whole checkpoint and no final/: train it for longer")
-    if Tokenizer.load(folder / "tokenizer.json").hash != tokenizer.hash:
+    try:
+        theirs = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"its tokenizer.json cannot be read ({error.strerror}): copy the whole folder") from None
+    if theirs != tokenizer_hash:
         raise UserError(
             "its tokenizer is not that of this text, so its tokens mean other things: give "
             f"text.tokenizer={folder}/tokenizer.json"

@@ -1,0 +1,137 @@
+"""A point as a horovodrun job of its own, on this machine, on hosts of the user's, or on those of the network lab.
+
+horovodrun gives its ranks SIGKILL 5 s after Ctrl-C, and under MPI forgets them at SIGTERM. So a stop is asked of the
+ranks themselves (one is enough: the next meta tells all), and horovodrun ends when they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hvdllm.bench import lab
+from hvdllm.errors import UserError
+from hvdllm.launch import local
+from hvdllm.launch.base import Point, command
+
+RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
+    with network(settings) as hosts:
+        words = [*launcher(settings, hosts), *command(point)]
+        return local.run(words, environment(settings, hosts), point.folder / "launch.log", stop, ask_ranks)
+
+
+def ready(settings: Any) -> None:
+    """Raises UserError where these settings cannot start anything."""
+    program()
+    if settings.hosts is not None:
+        if not re.fullmatch(r"[^\s,:]+:\d+(,[^\s,:]+:\d+)*", settings.hosts):
+            raise UserError(f"launch.hosts={settings.hosts}: give host:slots, several with commas between, in quotes")
+        if (slots := sum(slots_of(settings))) != settings.np:
+            raise UserError(
+                f"launch.hosts={settings.hosts} has {slots} slots and launch.np={settings.np}: make them equal "
+                "(horovodrun --gloo starts a rank for each slot)"
+            )
+    if settings.link is None:
+        return
+    if settings.hosts is not None or settings.interface is not None or settings.controller != "gloo":
+        raise UserError(
+            "launch.link puts the ranks on hosts of the network lab: leave launch.hosts and launch.interface at null "
+            "and launch.controller at gloo"
+        )
+    try:
+        lab.bits_per_second(settings.link)
+        lab.Lab(settings.np, settings.link)
+    except UserError as error:
+        raise UserError(
+            f"launch.link={settings.link}: {str(error).removeprefix(f'--link {settings.link}: ')}"
+        ) from None
+    if why := lab.missing():
+        raise UserError(f"launch.link={settings.link}: {why}; null trains over the network as it is")
+
+
+def slots_of(settings: Any) -> list[int]:
+    """Ranks on each host, in order."""
+    if settings.link is not None:
+        return [1] * int(settings.np)
+    return [int(part.rpartition(":")[2]) for part in settings.hosts.split(",")] if settings.hosts else [settings.np]
+
+
+def program() -> str:
+    """horovodrun of this environment. Raises UserError where there is none."""
+    beside = Path(sys.executable).with_name("horovodrun")
+    found = str(beside) if beside.exists() else shutil.which("horovodrun")
+    if found is None:
+        raise UserError("launch=horovodrun needs Horovod, which is not installed: jobs/setup.sh builds and installs it")
+    return found
+
+
+def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
+    """The words before those of a rank."""
+    words = [program(), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
+    if hosts is not None:
+        where = ",".join(f"{host.address}:1" for host in hosts.hosts)
+        return hosts.inside(hosts.hosts[0], [*words, "-H", where, "--network-interfaces", lab.INTERFACE])
+    words += ["-H", settings.hosts] if settings.hosts else []
+    return words + (["--network-interfaces", settings.interface] if settings.interface else [])
+
+
+def environment(settings: Any, hosts: lab.Lab | None) -> dict[str, str]:
+    """This process's; what the user has set of Open MPI stays."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    interface = lab.INTERFACE if hosts is not None else settings.interface
+    env = {"PYTHONUNBUFFERED": "1", "PATH": f"{hosts.folder}{os.pathsep}{path}" if hosts is not None else path}
+    if settings.link is not None:
+        env["HVDLLM_LINK"] = settings.link  # for the run's records
+    if interface and "," not in interface:
+        env["GLOO_SOCKET_IFNAME"] = interface  # torch's Gloo asks no launcher
+    if settings.controller == "mpi":
+        mpi = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+        mpi |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_odls_base_sigkill_timeout": "5"}
+        if settings.hosts is None and not shutil.which("ssh"):
+            mpi["OMPI_MCA_plm"] = "isolated"  # else mpirun looks for ssh even where it needs none
+        env |= {name: value for name, value in mpi.items() if name not in os.environ}
+    return {**os.environ, **env}
+
+
+def ask_ranks(pid: int, mark: str) -> None:
+    """The ranks on this machine; where there is none (yet, or all are elsewhere) horovodrun, as Ctrl-C does."""
+    ranks = [
+        one for one, env in local.family(mark).items() if any(name in env for name in RANK) and _is_rank(one)
+    ]  # fmt: skip
+    if ranks:
+        local.ask(ranks)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def network(settings: Any) -> Iterator[lab.Lab | None]:
+    """The lab, one host a rank, where launch.link asks for it; gone at the end, whatever happens."""
+    if settings.link is None:
+        yield None
+        return
+    hosts = lab.Lab(settings.np, settings.link)
+    with contextlib.closing(hosts):
+        hosts.build()
+        yield hosts
+
+
+def _is_rank(pid: int) -> bool:
+    """Not the shell that started it, which has the same environment."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return os.path.basename(words[0]).startswith("python") and words[1:4] == ["-m", "hvdllm", "train"]

@@ -1,0 +1,623 @@
+"""`hvdllm train -m`: every point a run of its own, in a folder that the same command finds again.
+
+runs/<sweep>/
+  sweep.json      the command, its words, and every point there has been: name and the words that make it
+  <point>/        an ordinary run, with launch.log: all that its ranks printed, of all its lives
+
+A point is named by what differs (exchange=delayed,seed=1), a sweep by launch.sweep, or by its experiment and a hash of
+the words that do not differ and of the keys of those that do: another value of a key is a further point of the same
+sweep. What is finished, what goes on and what is refused is decided as a rank would (trainer/resume.decide), for all
+points before the first begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hvdllm import runs
+from hvdllm.config import compose, schema
+from hvdllm.config.check import check
+from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
+from hvdllm.errors import RunError, UserError
+from hvdllm.launch import local
+from hvdllm.launch.base import Launcher, Point
+from hvdllm.world.detect import Place
+
+LAUNCHED = "HVDLLM_LAUNCHED"  # in the environment of what is started here: its group launch has been obeyed
+LONGEST = 200  # characters of a folder's name; most file systems take 255 bytes
+PLAIN_EVERY_S = 10.0
+# What changes where and how a run is started and followed, or how many points there are, but not what is compared.
+NOT_OF_THE_SWEEP = re.compile(
+    r"runs_dir|data_dir|resume|keep|track(\..*)?|--config-dir|hydra\.sweeper\.(n_trials|n_jobs|max_failure_rate)"
+    r"|launch\.(?!np$|nodes$|ranks_per_node$|link$|controller$|how$).*"
+)
+FIXED = ("runs_dir", "name", "resume", "launch.sweep", "launch.parallel")  # the same for all points
+SAID = re.compile(r"(?:\[[\d,]+\]<std(?:err|out)>:\s?)?hvdllm: (.*)")
+
+
+@dataclass
+class Task:
+    """A point, how it is started, and what became of it.
+
+    state: waiting, running, done, stopped, queued (a Slurm job that goes on without us) or failed. seconds: training
+    time. loss: the last validation loss. why: it failed.
+    """
+
+    point: Point
+    config: Config
+    differs: tuple[str, ...]
+    state: str = "waiting"
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    why: str = ""
+    again: bool = False  # there was something of it before
+    watched: Watched = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watched = Watched(self.point.folder)
+
+
+# ------------------------------------------------------------------ the two commands
+def run(words: list[str], show: Callable[[str], None] = print) -> int:
+    """A sweep. words: of `train -m`. Returns its exit code: 1 where a point failed."""
+    from hvdllm.launch import hydra
+
+    if any(word.startswith("resume=") and word[7:] not in ("auto", "never", "must") for word in words):
+        raise UserError("resume=RUN is for one run: the same command as before goes on with a sweep")
+    words = compose.merged([], words)  # of a key that is given twice the last word counts
+    sweep: Sweep | None = None
+
+    def make(trials: int | None) -> hydra.Task:
+        nonlocal sweep
+        sweep = Sweep(words, trials, show)
+        return sweep.batch
+
+    try:
+        with contextlib.suppress(hydra.Ended):
+            hydra.drive(words, make)
+    finally:
+        if sweep is not None:
+            sweep.conclude()
+    return int(sweep is None or any(task.state == "failed" for task in sweep.tasks.values()))
+
+
+def one(config: Config, words: list[str], show: Callable[[str], None] = print) -> int:
+    """`train launch=horovodrun` and launch=slurm: one run, whose output is passed on as it comes."""
+    from hvdllm.trainer.resume import decide
+
+    config.name = config.name or runs.new_name()
+    task = Task(point_of(config, words), config, ())
+    prepare(config)
+    start = decide(config, show)
+    if start.finished:
+        show(start.finished)
+        return 0
+    stop, log = threading.Event(), Path(task.point.folder, "launch.log")
+    codes: list[int | Exception] = []
+
+    def launch() -> None:
+        try:
+            codes.append(launcher_of(config.launch)(task.point, config.launch, stop, show))
+        except Exception as error:
+            codes.append(error)
+
+    with environment(), asked_to_stop(stop, "asking the run to save and to end; Ctrl-C again ends it at once"):
+        at = log.stat().st_size if log.exists() else 0
+        thread = threading.Thread(target=launch, name="launch")
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.1)
+                at = pass_on(log, at)
+        finally:
+            thread.join()
+            pass_on(log, at)
+    if isinstance(code := codes[0], Exception):
+        raise code
+    return code
+
+
+# ------------------------------------------------------------------ a sweep
+class Sweep:
+    """batch() runs points and returns their losses; conclude() says how it went."""
+
+    def __init__(self, words: list[str], trials: int | None, show: Callable[[str], None]) -> None:
+        self.words, self.trials, self.show = words, trials, show
+        self.fixed = {key_of(word) for word in words if not is_sweep(word)}
+        self.tasks: dict[str, Task] = {}
+        self.stop = threading.Event()
+        self.began = False  # all points of the first batch have been checked
+        self.folder: Path | None = None
+        self.crashed: BaseException | None = None
+
+    def batch(self, jobs: Sequence[Sequence[str]]) -> list[float | None]:
+        """Composes and checks all, then runs what is not finished. Raises UserError, hydra.Ended."""
+        from hvdllm.launch.hydra import Ended
+
+        first = not self.tasks
+        names: list[str | None] = []
+        for job in jobs:
+            try:
+                task = self.task(job)
+            except UserError as error:
+                if first:
+                    raise
+                self.show(f"not tried: {' '.join(self.differing(job))}: {error}")  # an optimizer goes on without it
+                names.append(None)
+                continue
+            self.tasks.setdefault(task.point.name, task)
+            names.append(task.point.name)
+        todo = list(dict.fromkeys(self.tasks[name].point.name for name in names if name))
+        parallel = self.parallel([self.tasks[name] for name in todo])
+        if first:
+            self.show(f"sweep     {self.folder}, {self.total} point{'s' * (self.total != 1)}")
+        self.write()
+        self.began = True
+        for name in todo:
+            if self.tasks[name].state == "done":
+                self.show(f"{self.place(self.tasks[name])} {name}  is finished already")
+        self.run([self.tasks[name] for name in todo if self.tasks[name].state == "waiting"], parallel)
+        if self.crashed is not None:
+            raise self.crashed
+        if self.stop.is_set():
+            raise Ended
+        return [self.tasks[name].loss if name and self.tasks[name].state == "done" else None for name in names]
+
+    @property
+    def total(self) -> int:
+        return max(self.trials or 0, len(self.tasks))
+
+    def place(self, task: Task) -> str:
+        return f"[{list(self.tasks).index(task.point.name) + 1}/{self.total}]"
+
+    def differing(self, job: Sequence[str]) -> list[str]:
+        return [word for word in job if key_of(word) not in self.fixed]
+
+    def task(self, job: Sequence[str]) -> Task:
+        """The point of these words, checked as its ranks will, and what there is of it already."""
+        from hvdllm.trainer.resume import decide
+
+        differs = self.differing(job)
+        if not differs:
+            raise UserError("there is nothing to sweep: give a setting several values, seed=0,1,2 for example")
+        if bad := next((word for word in differs if key_of(word) in FIXED), None):
+            raise UserError(f"{key_of(bad)} is the same for all points of a sweep: give it one value")
+        try:
+            folders = [word for word in self.words if word.startswith(compose.CONFIG_DIR)]
+            config = compose.compose([*folders, *job])
+            if config.name is not None:
+                raise UserError("the points of a sweep are named by what differs: leave name out; see launch.sweep")
+            if self.trials is not None and not config.eval_every:
+                raise UserError("an optimizer goes by the final validation loss: give eval_every above 0")
+            sweep = config.launch.sweep or self.name(differs)
+            if sweep in ("", ".", "..") or "/" in sweep or sweep.startswith("."):
+                raise UserError(f"launch.sweep={sweep!r} is not the name of a folder: no slashes and no leading dot")
+            config.name, config.launch.sweep = safe(",".join(differs)), sweep
+            config.runs_dir = str(Path(config.runs_dir) / sweep)
+            self.folder = Path(config.runs_dir)
+            threads = share_of_cores(config)
+            prepare(config)
+            start = decide(config, self.show)
+        except UserError as error:
+            raise UserError(f"{' '.join(differs)}: {error}" if len(differs) else str(error)) from None
+        words = [*folders, *job, *([f"device.threads={threads}"] if threads else [])]
+        task = Task(point_of(config, words), config, tuple(differs))
+        if start.again or start.finished:
+            read_end(task)
+            task.again, task.watched.began = True, task.tokens
+        if start.finished:
+            task.state = "done"
+        return task
+
+    def name(self, differs: Sequence[str]) -> str:
+        """`<experiment>-<hash>`."""
+        experiment = next((w.partition("=")[2] for w in self.words if key_of(w) == "experiment"), "sweep")
+        counts = [
+            compose.whole_numbers(word).lstrip("+") for word in self.words
+            if not is_sweep(word) and not NOT_OF_THE_SWEEP.fullmatch(key_of(word))
+        ]  # fmt: skip
+        said = json.dumps([sorted(counts), sorted(map(key_of, differs))])
+        prefix = "sweep" if "," in experiment else safe(experiment)
+        return f"{prefix}-{hashlib.sha256(said.encode()).hexdigest()[:6]}"
+
+    def parallel(self, tasks: Sequence[Task]) -> int:
+        """Points at once."""
+        if not tasks:
+            return 1
+        launch = tasks[0].config.launch
+        count = int(launch.parallel or (len(tasks) if isinstance(launch, Slurm) else 1))
+        if count > 1 and any(getattr(task.config.launch, "link", None) for task in tasks):
+            raise UserError(
+                "launch.link with launch.parallel: this machine has one network lab, points take turns there"
+            )
+        return count
+
+    def run(self, todo: Sequence[Task], parallel: int) -> None:
+        """Returns when all have ended, or when a stop was asked and those that ran have saved."""
+        waiting = deque(todo)
+
+        def work() -> None:
+            while not self.stop.is_set():
+                try:
+                    task = waiting.popleft()
+                except IndexError:
+                    return
+                self.train(task)
+
+        with (
+            environment(),
+            asked_to_stop(self.stop, "asking what runs to save and to end; Ctrl-C again ends it at once"),
+            Display(self, todo) as display,
+        ):
+            workers = [threading.Thread(target=work, name=f"point-{k}") for k in range(min(parallel, len(todo)))]
+            for worker in workers:
+                worker.start()
+            try:
+                while any(worker.is_alive() for worker in workers):
+                    time.sleep(0.05)
+                    display.show()
+            except BaseException:
+                self.stop.set()
+                raise
+            finally:
+                for worker in workers:
+                    worker.join()
+                display.show()
+
+    def train(self, task: Task) -> None:
+        """One point, to its end."""
+        task.state = "running"
+        log = task.point.folder / "launch.log"
+        at = log.stat().st_size if log.exists() else 0
+        try:
+            code = launcher_of(task.config.launch)(task.point, task.config.launch, self.stop, self.show)
+            judge(task, code, self.stop.is_set(), last_sentence(log, at))
+        except (UserError, RunError) as error:
+            task.state, task.why = "failed", str(error)
+        except BaseException as error:  # a bug: said by the main thread, once the others have ended
+            task.state, task.why, self.crashed = "failed", repr(error), error
+            self.stop.set()
+
+    def write(self) -> None:
+        """sweep.json, with the points of earlier commands."""
+        assert self.folder is not None
+        path = self.folder / "sweep.json"
+        points: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            points = {point["name"]: point["words"] for point in json.loads(path.read_text())["points"]}
+        points |= {name: list(task.differs) for name, task in self.tasks.items()}
+        about = {
+            "command": shlex.join(["hvdllm", "train", "-m", *self.words]), "words": self.words,
+            "points": [{"name": name, "words": words} for name, words in points.items()],
+        }  # fmt: skip
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            runs.write_whole(path, json.dumps(about, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror or error}): choose another runs_dir") from None
+
+    def conclude(self) -> None:
+        """The table, what failed and why, and what to do next."""
+        if not self.began:
+            return
+        rows = [("point", "tokens", "time", "validation loss", "state")]
+        for name, task in self.tasks.items():
+            loss = "-" if task.loss is None else f"{task.loss:.4f}"
+            rows.append((name, f"{task.tokens:,}", duration(task.seconds), loss, task.state))
+        wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        self.show("")
+        for row in rows:
+            cells = [row[0].ljust(wide[0]), *(row[k].rjust(wide[k]) for k in (1, 2, 3)), row[4]]
+            self.show("  ".join(cells))
+        self.show("")
+        for name, task in self.tasks.items():
+            if task.state == "failed":
+                self.show(f"failed: {name}: {task.why or 'no reason was given'} ({task.point.folder / 'launch.log'})")
+        states = [task.state for task in self.tasks.values()]
+        if left := sum(state in ("waiting", "stopped", "failed", "queued") for state in states):
+            self.show(f"{left} not finished: the same command goes on with what is missing")
+        if "done" in states:
+            best = min((t for t in self.tasks.values() if t.loss is not None and t.state == "done"), default=None,
+                       key=lambda task: task.loss or 0.0)  # fmt: skip
+            if self.trials is not None and best is not None:
+                self.show(f"best: {best.point.name}, validation loss {best.loss:.4f}")
+            self.show(f"next: hvdllm report {self.folder}")
+
+
+# ------------------------------------------------------------------ a point
+def key_of(word: str) -> str:
+    """optim.lr of `+optim.lr=1`."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def is_sweep(word: str) -> bool:
+    """Several values: a list with commas, choice(), range(), interval(), glob()."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return not word.startswith("-") and OverridesParser.create().parse_override(word).is_sweep_override()
+    except (HydraException, ValueError):
+        return False
+
+
+def safe(text: str) -> str:
+    """A folder's name that says what `text` says. Two texts have two names: what is replaced or cut leaves a hash."""
+    name = re.sub(r"[^A-Za-z0-9_.,=+@%-]+", "_", text.replace('"', "").replace("'", "")).lstrip(".-")
+    if name == text and len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def point_of(config: Config, words: Sequence[str]) -> Point:
+    """What is started. words: all of the run; those of the group launch have been obeyed by then, but for the sweep."""
+    own = {"runs_dir": config.runs_dir, "name": config.name}
+    if config.launch.sweep:
+        own["launch.sweep"] = config.launch.sweep
+    rest = [word for word in words if key_of(word) not in own and not re.match(r"[+~]*launch(\.|=|$)", word)]
+    quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
+    return Point(str(config.name), config.runs_dir, (*rest, *quoted))
+
+
+def place_of(launch: Any) -> Place:
+    """Where rank 0 will stand."""
+    if isinstance(launch, Horovodrun):
+        from hvdllm.launch.horovodrun import slots_of
+
+        return Place("horovodrun", 0, launch.np, 0, slots_of(launch)[0])
+    if isinstance(launch, Slurm):
+        launcher = "srun" if launch.how == "srun" else "horovodrun"
+        ranks = launch.nodes * launch.ranks_per_node
+        if ranks > 1 or launch.how != "srun":  # srun with one task is a run alone
+            return Place(launcher, 0, ranks, 0, launch.ranks_per_node)
+    return Place()
+
+
+def prepare(config: Config) -> None:
+    """Raises UserError for what could not be started, or would end at once."""
+    if isinstance(config.launch, Horovodrun):
+        from hvdllm.launch.horovodrun import ready
+
+        ready(config.launch)
+    check(config, place_of(config.launch))
+
+
+def launcher_of(launch: Any) -> Launcher:
+    found: Launcher = importlib.import_module(f"hvdllm.launch.{schema.name_of('launch', launch)}").launch
+    return found
+
+
+def share_of_cores(config: Config) -> int | None:
+    """device.threads of a point that shares this machine with others; None: as it would be alone."""
+    from hvdllm.device import usable_cores
+
+    launch = config.launch
+    here = isinstance(launch, Local) or (isinstance(launch, Horovodrun) and launch.hosts is None)
+    if not here or (launch.parallel or 1) == 1 or config.device.threads is not None:
+        return None
+    return max(1, usable_cores() // (launch.parallel * getattr(launch, "np", 1)))
+
+
+def judge(task: Task, code: int, stopped: bool, said: str) -> None:
+    """What became of a point, by the rule that a resumed run goes by. said: its last sentence."""
+    from hvdllm.trainer.resume import decide
+
+    read_end(task)
+    try:
+        finished = decide(task.config, lambda text: None).finished
+    except UserError as error:
+        finished, said = None, said or str(error)
+    if finished:
+        task.state = "done"
+    elif stopped:
+        task.state = "queued" if isinstance(task.config.launch, Slurm) else "stopped"
+    else:
+        task.state = "failed"
+        task.why = said or (f"it ended with code {code}" if code else f"it was stopped at {task.tokens:,} tokens")
+
+
+def read_end(task: Task) -> None:
+    """Tokens, seconds and loss from the run's records."""
+    for record in runs.records(task.point.folder):
+        if record.get("kind") in ("commit", "end", "eval"):
+            task.tokens = int(record.get("tokens") or 0)
+            task.seconds = float(record.get("seconds") or 0.0)
+        loss = {"eval": "loss", "end": "eval_loss"}.get(str(record.get("kind")))
+        if loss and record.get(loss) is not None:
+            task.loss = float(record[loss])
+
+
+def last_sentence(log: Path, at: int) -> str:
+    """Of what was printed from `at` on: the last `hvdllm: ...`, else the last line that says something."""
+    from hvdllm.bench.group import last_lines
+
+    try:
+        with open(log, "rb") as file:
+            file.seek(at)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    sentences = [found[1] for line in text.splitlines() if (found := SAID.match(line))]
+    return sentences[-1] if sentences else "".join(last_lines(text, 1))
+
+
+# ------------------------------------------------------------------ what a person sees
+class Watched:
+    """The newest commit of a run that another process writes; reads only what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.at = folder / "metrics.jsonl", 0
+        self.tokens, self.loss = 0, float("nan")
+        self.began = 0  # tokens when this command took it up
+
+    def look(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self.at:  # cut, by a run that goes on
+                    self.at = 0
+                file.seek(self.at)
+                new = file.read()
+        except OSError:
+            new = b""
+        whole = new[: new.rfind(b"\n") + 1]
+        self.at += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                record = json.loads(line)
+                if record.get("kind") == "commit":
+                    self.tokens, self.loss = int(record["tokens"]), float(record["loss"])
+
+
+class Display:
+    """Live on a terminal: a line for each point that runs, and one for the sweep. Elsewhere plain lines."""
+
+    def __init__(self, sweep: Sweep, todo: Sequence[Task]) -> None:
+        self.sweep, self.todo = sweep, todo
+        self.states = {task.point.name: task.state for task in todo}
+        self.began = self.shown = time.monotonic()
+        self.live: Any = None
+
+    def __enter__(self) -> Display:
+        if sys.stdout.isatty() and self.todo:
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self) -> None:
+        """Called often."""
+        for task in self.todo:
+            if (now := task.state) != self.states[task.point.name]:
+                self.states[task.point.name] = now
+                self.say(task)
+        every = 0.25 if self.live is not None else PLAIN_EVERY_S
+        if time.monotonic() - self.shown < every:
+            return
+        self.shown = time.monotonic()
+        running = [task for task in self.todo if task.state == "running"]
+        for task in running:
+            task.watched.look()
+        lines = [f"{self.line(task)}" for task in running]
+        left = self.left()
+        if self.live is not None:
+            done = sum(task.state == "done" for task in self.sweep.tasks.values())
+            total = f"{done} of {self.sweep.total} points done{left}"
+            from rich.text import Text
+
+            self.live.update(Text("\n".join([*lines, total])))
+        else:
+            for line in lines:
+                self.sweep.show(line + left)
+
+    def say(self, task: Task) -> None:
+        """A change of state."""
+        said = {
+            "running": "goes on" if task.again else "begins",
+            "done": f"done: {task.tokens:,} tokens in {duration(task.seconds)}"
+            + (f", validation loss {task.loss:.4f}" if task.loss is not None else ""),
+            "failed": f"failed: {task.why}",
+            "stopped": f"stopped at {task.tokens:,} tokens",
+            "queued": "is left to Slurm",
+        }[task.state]
+        text = f"{self.sweep.place(task)} {task.point.name}  {said}"
+        if self.live is not None:
+            from rich.text import Text
+
+            self.live.console.print(Text(text), soft_wrap=True)
+        else:
+            self.sweep.show(text)
+
+    def line(self, task: Task) -> str:
+        seen = task.watched
+        if not seen.tokens:
+            return f"{self.sweep.place(task)} {task.point.name}  starts"
+        loss = f", loss {seen.loss:.3f}" if seen.loss == seen.loss else ""
+        share = 100 * min(1.0, seen.tokens / task.config.budget_tokens)
+        return f"{self.sweep.place(task)} {task.point.name}  {seen.tokens:,} tokens ({share:.0f}%){loss}"
+
+    def left(self) -> str:
+        """By what this command has trained in the time it took, evaluations and starts included."""
+        trained = missing = 0
+        for task in self.todo:
+            at = max(task.watched.tokens, task.tokens)
+            trained += max(0, at - task.watched.began)
+            missing += max(0, task.config.budget_tokens - at) if task.state in ("waiting", "running") else 0
+        passed = time.monotonic() - self.began
+        return f" · {duration(missing * passed / trained)} left" if trained and missing else ""
+
+
+def pass_on(log: Path, at: int) -> int:
+    """Prints what the log has from `at` on; returns how far it came."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(at)
+        if new := file.read():
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+        return at + len(new)
+    return at
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+# ------------------------------------------------------------------ this process
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """What is started inside knows that it was."""
+    before = os.environ.get(LAUNCHED)
+    os.environ[LAUNCHED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(LAUNCHED) if before is None else os.environ.update({LAUNCHED: before})
+
+
+def obeyed(config: Config) -> Config:
+    """The configuration of a run that was started here: launch=local, whatever its experiment says."""
+    return dataclasses.replace(config, launch=Local(sweep=config.launch.sweep))
+
+
+@contextlib.contextmanager
+def asked_to_stop(stop: threading.Event, said: str) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM sets `stop`, the second ends at once what runs and raises KeyboardInterrupt."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            local.end_all()
+            raise KeyboardInterrupt
+        stop.set()
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{said}\n".encode())
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
