@@ -2,7 +2,7 @@
 
 runs/<name>/
   config.yaml         the resolved configuration
-  metrics.jsonl       one JSON object a line, `kind` first: run, commit, eval, save, event, end
+  metrics.jsonl       one JSON object a line, `kind` first: run, commit, eval, audit, sample, save, event, end
   checkpoints/<step>/ to go on from (checkpoint/write.py)
   final/              the weights to keep, once the budget is met
   tokenizer.json      so that a copied run can be sampled

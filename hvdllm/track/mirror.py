@@ -1,0 +1,95 @@
+"""The run's end of a tracker: starts its process, says what it says, ends it. Nothing waits while the run trains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from hvdllm.config.schema import Config, NoTracker
+from hvdllm.track.base import END_S, Say
+
+STOP_S = 2.0  # that a run which was stopped or failed gives its tracker: launchers kill soon
+SLACK_S = 20.0  # for the start of the process, and what wandb.init takes longer than its timeout
+PROCESS = (sys.executable, "-P", "-m", "hvdllm.track.process")
+
+
+def start(config: Config, folder: Path, say: Say) -> Mirror | None:
+    """The tracker that the settings name; folder: of the run, whose first record is written. On rank 0 only."""
+    if isinstance(config.track, NoTracker):
+        return None
+    # This interpreter's path, so that the process finds what the run found, and nothing by the folder it stands in.
+    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+    return Mirror([*PROCESS, str(folder)], folder, say, os.environ | {"PYTHONPATH": path})
+
+
+class Mirror:
+    """A tracker's process, followed by a thread that waits for its sentences."""
+
+    def __init__(self, command: list[str], folder: Path, say: Say, env: dict[str, str] | None = None) -> None:
+        self._say, self._folder, self._closed = say, folder, False
+        self._started: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        try:
+            with open(folder / "track.log", "ab") as log:
+                # A session of its own: Ctrl-C in a terminal and what a launcher sends to its group are for the run.
+                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True, env=env
+                )
+        except OSError as error:
+            self._process = None
+            self._lost(error.strerror or str(error))
+            return
+        self._thread = threading.Thread(target=self._listen, name="tracker", daemon=True)
+        self._thread.start()
+
+    def refusal(self, limit_s: float) -> str | None:
+        """Waits until the tracker has started; why it has not, in a sentence."""
+        try:
+            return self._started.get(timeout=limit_s)
+        except queue.Empty:
+            return f"the tracker has not started within {limit_s:.0f} s: {self._folder}/track.log may say why"
+
+    def close(self, patient: bool) -> None:
+        """After the run's last record. patient: until all is sent, if that takes no longer than END_S."""
+        if self._process is None:
+            return
+        self._closed = True
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_S + 1 if patient else STOP_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            if patient:
+                self._say(f"the tracker was ended before all was sent: {self._folder} has all records")
+        self._thread.join(STOP_S)
+        if not self._thread.is_alive():
+            self._process.stdout.close()
+
+    def _listen(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        refused = False
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError, AttributeError):
+                message: dict[str, Any] = json.loads(line)
+                if "say" in message:
+                    self._say(str(message["say"]))
+                if "started" in message:
+                    refused = message["started"] is not None
+                    self._started.put(message["started"])
+        if not self._closed and not refused:
+            self._lost(f"{self._folder}/track.log may say why")
+
+    def _lost(self, why: str) -> None:
+        self._started.put(f"the tracker has ended: {why}")
+        self._say(f"the tracker has ended ({why}); the run goes on, and its folder has all records")
