@@ -104,7 +104,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
     from hvdllm.trainer.resume import decide
 
     config.name = config.name or runs.new_name()
-    task = Task(point_of(config, words), config, ())
+    task = Task(point_of(config, [*words, *share_of_cores(config)]), config, ())
     prepare(config)
     start = decide(config, show)
     if start.finished:
@@ -213,13 +213,11 @@ class Sweep:
             config.name, config.launch.sweep = safe(",".join(differs)), sweep
             config.runs_dir = str(Path(config.runs_dir) / sweep)
             self.folder = Path(config.runs_dir)
-            threads = share_of_cores(config)
             prepare(config)
             start = decide(config, self.show)
         except UserError as error:
             raise UserError(f"{' '.join(differs)}: {error}" if len(differs) else str(error)) from None
-        words = [*folders, *job, *([f"device.threads={threads}"] if threads else [])]
-        task = Task(point_of(config, words), config, tuple(differs))
+        task = Task(point_of(config, [*folders, *job, *share_of_cores(config)]), config, tuple(differs))
         if start.again or start.finished:
             read_end(task)
             task.again, task.watched.began = True, task.tokens
@@ -405,15 +403,17 @@ def launcher_of(launch: Any) -> Launcher:
     return found
 
 
-def share_of_cores(config: Config) -> int | None:
-    """device.threads of a point that shares this machine with others; None: as it would be alone."""
+def share_of_cores(config: Config) -> list[str]:
+    """device.threads where ranks do not see with whom they share this machine's cores: points at once, and hosts that
+    are namespaces of it."""
     from hvdllm.device import usable_cores
 
     launch = config.launch
     here = isinstance(launch, Local) or (isinstance(launch, Horovodrun) and launch.hosts is None)
-    if not here or (launch.parallel or 1) == 1 or config.device.threads is not None:
-        return None
-    return max(1, usable_cores() // (launch.parallel * getattr(launch, "np", 1)))
+    parallel, link = launch.parallel or 1, getattr(launch, "link", None)
+    if not here or (parallel == 1 and link is None) or config.device.threads is not None:
+        return []
+    return [f"device.threads={max(1, usable_cores() // (parallel * getattr(launch, 'np', 1)))}"]
 
 
 def judge(task: Task, code: int, stopped: bool, said: str) -> None:

@@ -274,14 +274,16 @@ def test_the_words_of_horovodrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_points_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdllm.device.usable_cores", lambda: 16)
 
-    def threads(*words: str) -> int | None:
+    def threads(*words: str) -> list[str]:
         return sweep.share_of_cores(compose.compose(words))
 
-    assert threads() is None
-    assert threads("launch.parallel=4") == 4
-    assert threads("launch=horovodrun", "launch.parallel=4") == 2
-    assert threads("launch.parallel=4", "device.threads=3") is None
-    assert threads("launch=slurm", "launch.parallel=4") is None
+    assert threads() == []
+    assert threads("launch.parallel=4") == ["device.threads=4"]
+    assert threads("launch=horovodrun", "launch.parallel=4") == ["device.threads=2"]
+    assert threads("launch=horovodrun", "launch.np=4", "launch.link=1gbit") == ["device.threads=4"], "each host is all"
+    assert threads("launch=horovodrun", "launch.np=4") == [], "the ranks see each other"
+    assert threads("launch.parallel=4", "device.threads=3") == []
+    assert threads("launch=slurm", "launch.parallel=4") == []
     words = next(iter(points("launch.parallel=4", "seed=0,1").values())).point.words
     assert "device.threads=4" in words
 

@@ -65,6 +65,7 @@ def test_a_stop_without_a_checkpoint_finished_nothing(made: Path) -> None:
 @pytest.mark.parametrize("name", sorted(set(MAY_DIFFER) - {"name", "runs_dir"}))
 def test_each_of_those_that_may_differ_may(made: Path, name: str) -> None:
     word = {"resume": "resume=must", "data_dir": "data_dir=/x", "world": "world=single", "device": "device.threads=3"}
+    word |= {"launch": "launch=slurm", "track": "track=wandb"}
     assert decide(config(made, word.get(name, f"{name}=5000")), pytest.fail).checkpoint
 
 
