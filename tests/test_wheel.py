@@ -110,3 +110,13 @@ def test_it_trains_where_there_is_no_horovod(hvdllm: str, tmp_path: Path) -> Non
     assert records[-1]["kind"] == "end"
     assert records[-1]["tokens"] == 10240
     assert losses[-1] < 5.5  # 257 equal chances are 5.55
+
+    # A sweep over those two settings of a user's own folder; the report's packages are an extra, which it says.
+    (tmp_path / "mine" / "launch").mkdir(parents=True)
+    (tmp_path / "mine" / "launch" / "site.yaml").write_text("defaults: [local, _self_]\nparallel: 2\n")
+    own = [word for word in words if not word.startswith("name=")]
+    sweep = ["-m", "--config-dir", "mine", "launch=site", "launch.sweep=two", "seed=0,1", *own]
+    assert "hvdllm report runs/two" in call(hvdllm, "train", *sweep, cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "runs" / "two").iterdir()} == {"seed=0", "seed=1", "sweep.json"}
+    lacking = subprocess.run([hvdllm, "report", "runs/two"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert lacking.returncode == 2 and "hvdllm[report]" in lacking.stderr and lacking.stderr.count("\n") == 1

@@ -419,8 +419,8 @@ class Horovodrun(Launch):
     interface: str | None = setting(None, "network interfaces by which the hosts reach each other; null: any")
     link: str | None = setting(
         None,
-        "rate such as 200mbit or 1gbit: ranks run on hosts of their own in the network lab, joined by links of that rate (root "
-        "and iproute2; see hvdllm bench exchange); null: the network as it is",
+        "rate such as 200mbit or 1gbit: ranks run on hosts of their own in the network lab, joined by links of that "
+        "rate (root and iproute2; see hvdllm bench exchange); null: the network as it is",
     )
 
 

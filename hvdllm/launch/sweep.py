@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -38,11 +37,11 @@ from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
 from hvdllm.errors import RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import Launcher, Point
+from hvdllm.launch.progress import Display, Watched, duration, pass_on
 from hvdllm.world.detect import Place
 
 LAUNCHED = "HVDLLM_LAUNCHED"  # in the environment of what is started here: its group launch has been obeyed
 LONGEST = 200  # characters of a folder's name; most file systems take 255 bytes
-PLAIN_EVERY_S = 10.0
 # What changes where and how a run is started and followed, or how many points there are, but not what is compared.
 NOT_OF_THE_SWEEP = re.compile(
     r"runs_dir|data_dir|resume|keep|track(\..*)?|--config-dir|hydra\.sweeper\.(n_trials|n_jobs|max_failure_rate)"
@@ -457,133 +456,6 @@ def last_sentence(log: Path, at: int) -> str:
         return ""
     sentences = [found[1] for line in text.splitlines() if (found := SAID.match(line))]
     return sentences[-1] if sentences else "".join(last_lines(text, 1))
-
-
-# ------------------------------------------------------------------ what a person sees
-class Watched:
-    """The newest commit of a run that another process writes; reads only what is new."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.at = folder / "metrics.jsonl", 0
-        self.tokens, self.loss = 0, float("nan")
-        self.began = 0  # tokens when this command took it up
-
-    def look(self) -> None:
-        try:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self.at:  # cut, by a run that goes on
-                    self.at = 0
-                file.seek(self.at)
-                new = file.read()
-        except OSError:
-            new = b""
-        whole = new[: new.rfind(b"\n") + 1]
-        self.at += len(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                record = json.loads(line)
-                if record.get("kind") == "commit":
-                    self.tokens, self.loss = int(record["tokens"]), float(record["loss"])
-
-
-class Display:
-    """Live on a terminal: a line for each point that runs, and one for the sweep. Elsewhere plain lines."""
-
-    def __init__(self, sweep: Sweep, todo: Sequence[Task]) -> None:
-        self.sweep, self.todo = sweep, todo
-        self.states = {task.point.name: task.state for task in todo}
-        self.began = self.shown = time.monotonic()
-        self.live: Any = None
-
-    def __enter__(self) -> Display:
-        if sys.stdout.isatty() and self.todo:
-            from rich.live import Live
-
-            self.live = Live(refresh_per_second=4, transient=True)
-            self.live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-
-    def show(self) -> None:
-        """Called often."""
-        for task in self.todo:
-            if (now := task.state) != self.states[task.point.name]:
-                self.states[task.point.name] = now
-                self.say(task)
-        every = 0.25 if self.live is not None else PLAIN_EVERY_S
-        if time.monotonic() - self.shown < every:
-            return
-        self.shown = time.monotonic()
-        running = [task for task in self.todo if task.state == "running"]
-        for task in running:
-            task.watched.look()
-        lines = [f"{self.line(task)}" for task in running]
-        left = self.left()
-        if self.live is not None:
-            done = sum(task.state == "done" for task in self.sweep.tasks.values())
-            total = f"{done} of {self.sweep.total} points done{left}"
-            from rich.text import Text
-
-            self.live.update(Text("\n".join([*lines, total])))
-        else:
-            for line in lines:
-                self.sweep.show(line + left)
-
-    def say(self, task: Task) -> None:
-        """A change of state."""
-        said = {
-            "running": "goes on" if task.again else "begins",
-            "done": f"done: {task.tokens:,} tokens in {duration(task.seconds)}"
-            + (f", validation loss {task.loss:.4f}" if task.loss is not None else ""),
-            "failed": f"failed: {task.why}",
-            "stopped": f"stopped at {task.tokens:,} tokens",
-            "queued": "is left to Slurm",
-        }[task.state]
-        text = f"{self.sweep.place(task)} {task.point.name}  {said}"
-        if self.live is not None:
-            from rich.text import Text
-
-            self.live.console.print(Text(text), soft_wrap=True)
-        else:
-            self.sweep.show(text)
-
-    def line(self, task: Task) -> str:
-        seen = task.watched
-        if not seen.tokens:
-            return f"{self.sweep.place(task)} {task.point.name}  starts"
-        loss = f", loss {seen.loss:.3f}" if seen.loss == seen.loss else ""
-        share = 100 * min(1.0, seen.tokens / task.config.budget_tokens)
-        return f"{self.sweep.place(task)} {task.point.name}  {seen.tokens:,} tokens ({share:.0f}%){loss}"
-
-    def left(self) -> str:
-        """By what this command has trained in the time it took, evaluations and starts included."""
-        trained = missing = 0
-        for task in self.todo:
-            at = max(task.watched.tokens, task.tokens)
-            trained += max(0, at - task.watched.began)
-            missing += max(0, task.config.budget_tokens - at) if task.state in ("waiting", "running") else 0
-        passed = time.monotonic() - self.began
-        return f" · {duration(missing * passed / trained)} left" if trained and missing else ""
-
-
-def pass_on(log: Path, at: int) -> int:
-    """Prints what the log has from `at` on; returns how far it came."""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
-        file.seek(at)
-        if new := file.read():
-            sys.stdout.write(new.decode(errors="replace"))
-            sys.stdout.flush()
-        return at + len(new)
-    return at
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 # ------------------------------------------------------------------ this process

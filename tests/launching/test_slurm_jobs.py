@@ -11,6 +11,7 @@ import pytest
 import slurmd
 from launch import BATCH, CURVE, curve, records, words_of
 
+from hvdllm.cli.main import main
 from hvdllm.config.schema import Slurm
 from hvdllm.errors import UserError
 from hvdllm.launch import slurm
@@ -159,6 +160,19 @@ def test_a_point_is_submitted_once_and_waited_for(
     monkeypatch.setattr(slurm, "ask", lambda job: slurm.State("", "UNKNOWN", "Unable to contact slurm controller", 0))
     with pytest.raises(UserError, match=r"job 987654 of seed=0,a b is .Unable to contact slurm controller"):
         slurm.submit_once(one, settings)
+
+
+def test_a_sweep_is_a_job_a_point_and_is_reported(here: slurmd.Cluster, tmp_path: Path) -> None:
+    settings = words(tmp_path, 3, "launch=slurm", "launch.sweep=three", "seed=0,1,2", f"eval_every={BATCH}")
+    assert main(["train", "-m", *settings]) == 0
+    sweep, names = tmp_path / "runs" / "three", [f"seed={seed}" for seed in range(3)]
+    jobs = {(sweep / f".{name}.job").read_text().strip() for name in names}
+    assert len(jobs) == 3 and all(here.state(job) == "COMPLETED" for job in jobs)
+    assert all(records(sweep / name, "end")[-1]["reason"] == "budget" for name in names)
+    assert main(["train", "-m", *settings]) == 0
+    assert {(sweep / f".{name}.job").read_text().strip() for name in names} == jobs, "nothing was missing"
+    assert main(["report", str(sweep), "--out", str(tmp_path / "report.md")]) == 0
+    assert "3 seeds" in (tmp_path / "report.md").read_text() or "| 3 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_point_that_fails_returns_its_code(here: slurmd.Cluster, tmp_path: Path) -> None:
