@@ -1,8 +1,8 @@
 """Each point as a Slurm job, by plain sbatch: this process submits it, waits, and returns its exit code.
 
-Plain sbatch and not submitit: a point is a command, and submitit would pickle a function for a Python that must be the
-same on the node, poll by sacct, which needs accounting, and know neither how=gloo nor our requeue. What stands in the
-script can be read and submitted again by hand.
+Plain sbatch and not submitit: a point is a command, and submitit would send a serialised function to a Python that must
+be the same on the node, poll by sacct, which needs accounting, and know neither how=gloo nor our requeue. What stands
+in the script can be read and submitted again by hand.
 
 Beside the point's folder, in runs_dir, stand `.<name>.sbatch`, the script, and `.<name>.job`, the number of its job: a
 job that is queued or runs is joined, never submitted twice, also by another process or after Ctrl-C, which leaves jobs
