@@ -52,13 +52,11 @@ class Host:
     address: str
 
 
-def bits_per_second(link: str) -> float:
-    """200mbit, 1gbit, 2.5gbit, 512kbit. Raises UserError."""
+def bits_per_second(link: str, setting: str = "--link ", without: str = "none") -> float:
+    """200mbit, 1gbit, 2.5gbit, 512kbit. Raises UserError. setting, without: how one gives it, and asks for no lab."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", link)
     if not found or not float(found[1]):
-        raise UserError(
-            f"--link {link}: give a rate such as 200mbit or 1gbit, or none for the loopback of this machine"
-        )
+        raise UserError(f"{setting}{link}: give a rate such as 200mbit or 1gbit, or {without} for the network as it is")
     return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
 
 

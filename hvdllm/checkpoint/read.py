@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from hvdllm.checkpoint.write import not_shared, steps
 from hvdllm.errors import UserError
 from hvdllm.trainer.flat import Flat, Part
-from hvdllm.world.base import World
+from hvdllm.world.base import World, from_first
 
 T = TypeVar("T")
 
@@ -137,8 +137,7 @@ def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, t
             raise UserError(not_shared(path))
         return {kind: read_summed(path, kind, flat, rank) for kind in kinds}
 
-    listed = _together(lambda: summed_kinds(path) if world.rank == 0 else [], world)
-    kinds = json.loads(world.texts(json.dumps(listed), "load.kinds")[0])
+    kinds = from_first(world, lambda: summed_kinds(path), "load.kinds")
     return _together(read, world) if kinds else {}
 
 

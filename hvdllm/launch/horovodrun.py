@@ -21,6 +21,7 @@ from hvdllm.bench import lab
 from hvdllm.errors import UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import Point, command
+from hvdllm.world.detect import LINK
 
 RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
@@ -49,13 +50,11 @@ def ready(settings: Any) -> None:
             "launch.link puts the ranks on hosts of the network lab: leave launch.hosts and launch.interface at null "
             "and launch.controller at gloo"
         )
+    lab.bits_per_second(settings.link, "launch.link=", "null")
     try:
-        lab.bits_per_second(settings.link)
         lab.Lab(settings.np, settings.link)
     except UserError as error:
-        raise UserError(
-            f"launch.link={settings.link}: {str(error).removeprefix(f'--link {settings.link}: ')}"
-        ) from None
+        raise UserError(f"launch.link={settings.link}: {error}") from None
     if why := lab.missing():
         raise UserError(f"launch.link={settings.link}: {why}; null trains over the network as it is")
 
@@ -72,7 +71,7 @@ def program() -> str:
     beside = Path(sys.executable).with_name("horovodrun")
     found = str(beside) if beside.exists() else shutil.which("horovodrun")
     if found is None:
-        raise UserError("launch=horovodrun needs Horovod, which is not installed: jobs/setup.sh builds and installs it")
+        raise UserError("horovodrun is not here, Horovod is not installed: jobs/setup.sh builds and installs it")
     return found
 
 
@@ -92,7 +91,7 @@ def environment(settings: Any, hosts: lab.Lab | None) -> dict[str, str]:
     interface = lab.INTERFACE if hosts is not None else settings.interface
     env = {"PYTHONUNBUFFERED": "1", "PATH": f"{hosts.folder}{os.pathsep}{path}" if hosts is not None else path}
     if settings.link is not None:
-        env["HVDLLM_LINK"] = settings.link  # for the run's records
+        env[LINK] = settings.link  # for the run's records
     if interface and "," not in interface:
         env["GLOO_SOCKET_IFNAME"] = interface  # torch's Gloo asks no launcher
     if settings.controller == "mpi":

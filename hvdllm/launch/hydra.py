@@ -60,11 +60,9 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
     with tempfile.TemporaryDirectory() as scratch, compose.hydra_over(words) as overrides:
         try:
             with warnings.catch_warnings():
-                for kind in (
-                    FutureWarning,
-                    DeprecationWarning,
-                ):  # of optuna and its storage, at what Hydra's sweeper calls
-                    warnings.simplefilter("ignore", kind)
+                # Of optuna and its storage, at what Hydra's sweeper calls.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
                 _check_optuna(words)
                 _register()
                 hydra = GlobalHydra.instance().hydra
@@ -138,9 +136,7 @@ def _prepare(node: Any, words: Sequence[str]) -> int | None:
         for key, value in (sweeper.get("params") or {}).items():
             sweeper.params[key] = compose.whole_numbers(f"{key}={value}").partition("=")[2]
         if "n_trials" not in sweeper:
-            sweeper.max_batch_size = (
-                None  # every point is checked before the first begins; launch.parallel is the batch
-            )
+            sweeper.max_batch_size = None  # every point is checked before the first begins
             return None
         if OmegaConf.select(sweeper, "sampler.seed", default=0) is None:
             sweeper.sampler.seed = 0  # the same command comes to the same trials, and runs only those that are missing

@@ -41,7 +41,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdllm.errors import UserError
-from hvdllm.launch import local, network
+from hvdllm.launch import horovodrun, local, network
 from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
@@ -112,10 +112,8 @@ def by_horovodrun(here: Allocation, hosts: list[str], interface: str | None, com
     """A job of one node needs no ssh: to horovodrun a node's name may be another host's, localhost is not."""
     names = hosts if here.nodes > 1 else ["localhost"]
     slots = ",".join(f"{host}:{here.each}" for host in names)
-    beside = Path(sys.executable).with_name("horovodrun")
-    program = str(beside) if beside.exists() else "horovodrun"
     nics = ["--network-interfaces", interface] if interface else []
-    return [program, "--gloo", "-np", str(here.ranks), "-H", slots, *nics, *command]
+    return [horovodrun.program(), "--gloo", "-np", str(here.ranks), "-H", slots, *nics, *command]
 
 
 @contextlib.contextmanager

@@ -109,6 +109,8 @@ def _bytes(f: Figures) -> str:
     if least[1] >= 0.995 * most[1]:
         return "All sent as many bytes to get there."
     base = next((value for line, value in sent if line is f.reference), None)
+    if base is not None and least[1] >= 0.995 * base:  # a tie is the reference's
+        return f"Fewest bytes to get there: {f.reference.label}, {size(base)} a rank."
     against = f", {f.reference.label} {size(base)}" if base is not None and least[0] is not f.reference else ""
     return f"Fewest bytes to get there: {least[0].label}, {size(least[1])} a rank{against}."
 

@@ -17,6 +17,7 @@ import torch
 import hvdllm
 from hvdllm import device as devices
 from hvdllm.world.base import World
+from hvdllm.world.detect import LINK
 
 PACKAGES = ("torch", "numpy", "horovod", "mpi4py", "hydra-core", "safetensors", "tokenizers")
 
@@ -71,7 +72,7 @@ def slurm() -> dict[str, str]:
 
 def link() -> str | None:
     """The rate of the network lab's links that this runs over (launch.link), if any."""
-    return os.environ.get("HVDLLM_LINK")
+    return os.environ.get(LINK)
 
 
 def command() -> list[str]:

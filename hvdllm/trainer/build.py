@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from contextlib import closing
@@ -50,7 +49,7 @@ from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
-from hvdllm.world.base import World
+from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
 
@@ -76,8 +75,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
     flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
-    resumed = read.read_state(Path(start.checkpoint)) if start.checkpoint and world.rank == 0 else None
-    resumed = json.loads(world.texts(json.dumps(resumed), "load.state")[0])
+    checkpoint = Path(start.checkpoint) if start.checkpoint else None
+    resumed = from_first(world, lambda: read.read_state(checkpoint), "load.state") if checkpoint else None
     horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
     if resumed and resumed["data_hash"] != corpus.data_hash:
         raise UserError(
@@ -114,7 +113,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     hosts = account.hosts(device, world)
     notes = list(corpus.notes)
     if resumed is not None:
-        notes += load(Path(start.checkpoint or ""), resumed, exchange, flat, stream, world)
+        assert checkpoint is not None
+        notes += load(checkpoint, resumed, exchange, flat, stream, world)
         due.load(resumed["due"])
     if folder is not None:
         open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
@@ -175,16 +175,7 @@ def load(
 # ------------------------------------------------------------------ what the ranks must agree on
 def agreed_start(config: Config, world: World, show: Show) -> Start:
     """Rank 0's decision, on every rank."""
-    start, problem = None, None
-    if world.rank == 0:
-        try:
-            start = decide(config, show.say)
-        except UserError as error:
-            problem = str(error)
-    said = json.loads(world.texts(json.dumps([problem, start and start.to_json()]), "start.folder")[0])
-    if said[0]:
-        raise UserError(said[0])
-    return Start(**json.loads(said[1]))
+    return Start(**from_first(world, lambda: asdict(decide(config, show.say)), "start.folder"))
 
 
 def agreed_device(config: Config, world: World) -> torch.device:
@@ -307,13 +298,14 @@ def grace(place: Place) -> float | None:
 def start_tracker(config: Config, folder: Path, world: World, show: Show) -> Mirror | None:
     """On rank 0, where the settings name one. Raises UserError on every rank where it must be online and is not."""
     tracker = mirror.start(config, folder, show.say) if world.rank == 0 else None
+
+    def refuse() -> None:
+        if tracker is not None and (problem := tracker.refusal(config.track.start_s + mirror.SLACK_S)):
+            tracker.close(patient=False)
+            raise UserError(problem)
+
     if getattr(config.track, "mode", "") == "online":
-        problem = tracker.refusal(config.track.start_s + mirror.SLACK_S) if tracker is not None else None
-        said = json.loads(world.texts(json.dumps(problem), "start.track")[0])
-        if said:
-            if tracker is not None:
-                tracker.close(patient=False)
-            raise UserError(said)
+        from_first(world, refuse, "start.track")
     return tracker
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +29,6 @@ class Start:
     checkpoint: str | None = None
     finished: str | None = None
     again: bool = False  # the folder was there already
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
 
 
 def with_run(words: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
 from hvdllm.trainer.flat import Flat
-from hvdllm.world.base import World
+from hvdllm.world.base import World, from_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,34 +39,18 @@ def begin(config: Config, tokenizer_hash: str, exchange: Any, flat: Flat, world:
 
     Raises UserError, on every rank, where the trunk has another tokenizer, model or optimizer, or is not whole.
     """
-    found, problem = None, None
-    if world.rank == 0:
-        try:
-            found = find(config, tokenizer_hash, say)
-        except UserError as error:
-            problem = str(error)
-    said = json.loads(world.texts(json.dumps([problem, found and dataclasses.asdict(found)]), "start.trunk")[0])
-    if said[0]:
-        raise UserError(f"init_from={config.init_from}: {said[0]}")
-    trunk = Trunk(**said[1])
-    state = exchange.state()
-
-    def vector(kind: str) -> torch.Tensor:
-        if kind == "model":
-            return read.share_vector(Path(trunk.path), "model" if trunk.tokens is not None else "", flat, world)
-        # Fresh moments are zero; so is what an exchange keeps beside them.
-        optimizer = config.init_optimizer and kind in optimizer_vectors(exchange)
-        return read.share_vector(Path(trunk.path), kind, flat, world) if optimizer else torch.zeros_like(flat.x)
-
+    try:
+        found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
+    except UserError as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from None
+    trunk, state = Trunk(**found), exchange.state()
     shared = state.shared | ({"steps": trunk.steps} if config.init_optimizer else {})
-    vectors = {kind: vector(kind) for kind in state.sharded}
+    taken = {"model": "model" if trunk.tokens is not None else ""}  # our name of a vector: the trunk's
+    taken |= {kind: kind for kind in exchange.update.state()[1]} if config.init_optimizer else {}
+    vectors = {kind: torch.zeros_like(flat.x) for kind in state.sharded}  # so are fresh moments, and what is kept
+    vectors |= {kind: read.share_vector(Path(trunk.path), theirs, flat, world) for kind, theirs in taken.items()}
     exchange.load(State(shared, [], vectors, {}, {}, state.tensors), [state.mine] * world.size)
     return trunk
-
-
-def optimizer_vectors(exchange: Any) -> set[str]:
-    """The names of the optimizer's vectors."""
-    return set(exchange.update.state()[1])
 
 
 def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
@@ -88,10 +71,10 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
     if not whole and not (source / "model.safetensors").exists():
         raise UserError("that run has no whole checkpoint and no final/: train it for longer")
     try:
-        theirs = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"its tokenizer.json cannot be read ({error.strerror}): copy the whole folder") from None
-    if theirs != tokenizer_hash:
+    if tokenizer != tokenizer_hash:
         raise UserError(
             "its tokenizer is not that of this text, so its tokens mean other things: give "
             f"text.tokenizer={folder}/tokenizer.json"

@@ -9,11 +9,14 @@ channel   the first word of a name (`grad` of `grad.3.0`): its collectives are c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from hvdllm.errors import UserError
 
 
 class Flight(Protocol):
@@ -94,6 +97,21 @@ class World(Protocol):
 
     def close(self) -> None:
         """Leaves in good order, when every rank does."""
+
+
+def from_first(world: World, decide: Callable[[], Any], name: str) -> Any:
+    """What `decide` returns on rank 0, plain JSON values, on every rank. Collective. What it raises as UserError there
+    is raised everywhere."""
+    value, problem = None, None
+    if world.rank == 0:
+        try:
+            value = decide()
+        except UserError as error:
+            problem = str(error)
+    value, problem = json.loads(world.texts(json.dumps([value, problem]), name)[0])
+    if problem is not None:
+        raise UserError(problem)
+    return value
 
 
 def first_problem(problems: list[str]) -> str | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from hvdllm.errors import UserError
 
+LINK = "HVDLLM_LINK"  # in the environment of ranks that the network lab's links join: their rate
+
 
 @dataclass(frozen=True)
 class Place:
