@@ -22,12 +22,10 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm.config.schema import Config
-from hvdllm.exchange.reference import Reference
-from hvdllm.exchange.wire import make as make_wire
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account, build
 from hvdllm.trainer.flat import Flat
-from hvdllm.world.base import World
+from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 
 COUNTERS = Path("/sys/class/net")
@@ -73,7 +71,7 @@ def run(
     """Trains, and writes what this rank saw to rank-<index>.json. place, world: of the ranks that train together."""
     watch = Watch(world, interface)
     build.run(config, words, place, world, watch)
-    sums = sums_alone(config, world, folder) if world.size > 1 and not_a_reference(config) else None
+    sums = sums_alone(config, world, folder) if world.size > 1 and not build.is_reference(config) else None
     seen = {
         "sums": sums,
         "marks": watch.marks,
@@ -85,17 +83,13 @@ def run(
     (folder / f"rank-{index}.json").write_text(json.dumps(seen))
 
 
-def not_a_reference(config: Config) -> bool:
-    return not issubclass(build.EXCHANGES[type(config.exchange)], Reference)
-
-
 def sums_alone(config: Config, world: World, folder: Path) -> dict[str, Any]:
     """seconds of each sum of all buckets of the run's model; bytes that one hands to the network. Collective."""
     device = devices.choose(config.device.kind, world.local_rank)
-    (tokenizer,) = {path.read_text() for path in folder.glob("runs/*/tokenizer.json")} if world.rank == 0 else {""}
-    model = build.build_model(config, Tokenizer(world.texts(tokenizer, "bench.tokenizer")[0]).vocab, device)
+    tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")
+    model = build.build_model(config, Tokenizer(tokenizer).vocab, device)
     flat = Flat(model, world.size, build.bucket_bytes(config, model))
-    wire = make_wire(config.wire, world, flat, config.batch_tokens)
+    wire = build.build_wire(config, world, flat)
     values = torch.randn(len(flat.g), generator=torch.Generator().manual_seed(world.rank)).to(flat.g)
     seconds, sent = [], 0.0
     for turn in range(SUMS + 1):

@@ -19,7 +19,7 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
-from hvdllm.exchange.base import NotFinite, State
+from hvdllm.exchange.base import NotFinite, State, Wire
 from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.horovod import Horovod
@@ -87,13 +87,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
         dropout=config.model.dropout > 0,
     )  # fmt: skip
-    # A reference's library moves the sums: of the wire it reads the settings alone.
-    wire = (
-        Plain(world, config.wire, flat, config.batch_tokens)
-        if isinstance(exchange, Reference)
-        else make_wire(config.wire, world, flat, config.batch_tokens)
-    )
-    module = exchange.attach(loss, flat, update, wire, world)
+    module = exchange.attach(loss, flat, update, build_wire(config, world, flat), world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
     exchange.watch = trace.note if config.trace_steps else None
     trunk = None
@@ -236,6 +230,18 @@ def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
     if config.model.compile:
         compile_blocks(model)
     return model
+
+
+def is_reference(config: Config) -> bool:
+    """Does a library of its own move the sums?"""
+    return issubclass(EXCHANGES[type(config.exchange)], Reference)
+
+
+def build_wire(config: Config, world: World, flat: Flat) -> Wire:
+    """A reference reads of its wire the settings alone."""
+    if is_reference(config):
+        return Plain(world, config.wire, flat, config.batch_tokens)
+    return make_wire(config.wire, world, flat, config.batch_tokens)
 
 
 def bucket_bytes(config: Config, model: torch.nn.Module) -> float:
