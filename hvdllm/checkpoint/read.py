@@ -79,23 +79,24 @@ def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None
     flat.paste(parts, vector)
 
 
-def summed_kinds(path: Path) -> list[str]:
-    """The kinds of summed vectors that any rank wrote."""
+def kinds_of(path: Path, group: str) -> list[str]:
+    """The kinds of `summed` or `local` vectors that any rank wrote."""
     kinds: set[str] = set()
     with _readable(path):
         for file in path.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
-                kinds |= {key.rpartition("/")[0] for key in tensors.keys() if key.startswith("summed.")}  # noqa: SIM118
-    return sorted(kind.removeprefix("summed.") for kind in kinds)
+                kinds |= {key.rpartition("/")[0] for key in tensors.keys() if key.startswith(f"{group}.")}  # noqa: SIM118
+    return sorted(kind.removeprefix(f"{group}.") for kind in kinds)
 
 
-def read_summed(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Tensor:
-    """A vector over the map: what this rank wrote of a summed kind, or (None) the sum over all ranks, in rank order.
+def read_ranks(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Tensor:
+    """A vector over the map: what this rank wrote of a kind (`summed.residual`, `local.x`), or (None) the sum over all
+    ranks, in rank order.
 
     Zero where nothing was written. Raises UserError where a tensor misfits.
     """
     vector = torch.zeros_like(flat.x)
-    for name, start, values in _parts(path, "*" if rank is None else f"rank-{rank:05d}", f"summed.{kind}", flat):
+    for name, start, values in _parts(path, "*" if rank is None else f"rank-{rank:05d}", kind, flat):
         vector[flat.at[name]][start : start + values.numel()] += values.reshape(-1).to(vector)
     return vector
 
@@ -135,10 +136,23 @@ def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, t
             return {kind: torch.zeros_like(flat.x) for kind in kinds}
         if not path.is_dir():
             raise UserError(not_shared(path))
-        return {kind: read_summed(path, kind, flat, rank) for kind in kinds}
+        return {kind: read_ranks(path, f"summed.{kind}", flat, rank) for kind in kinds}
 
-    kinds = from_first(world, lambda: summed_kinds(path), "load.kinds")
+    kinds = from_first(world, lambda: kinds_of(path, "summed"), "load.kinds")
     return _together(read, world) if kinds else {}
+
+
+def load_local(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, torch.Tensor]:
+    """Vectors over the map by kind, what this rank wrote of its own; {} where `ranks`, who wrote, are not as many as
+    now. Needs a shared runs_dir. Collective."""
+
+    def read() -> dict[str, torch.Tensor]:
+        if not path.is_dir():
+            raise UserError(not_shared(path))
+        return {kind: read_ranks(path, f"local.{kind}", flat, world.rank) for kind in kinds}
+
+    kinds = from_first(world, lambda: kinds_of(path, "local"), "load.kinds")
+    return _together(read, world) if kinds and ranks == world.size else {}
 
 
 def share_tensors(path: Path, world: World) -> dict[str, torch.Tensor]:

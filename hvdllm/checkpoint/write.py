@@ -4,6 +4,7 @@ checkpoints/<step>/
   rank-00000.safetensors  what this rank hands out, by name and unpadded, so that any world size can read it:
                             `model/<parameter>`, `m/<parameter>`, ...; a range as `m/<parameter>@<first element>`
                             `summed.<kind>/<parameter>`  this rank's summand (residuals), ranges likewise
+                            `local.<kind>/<parameter>`   this rank's alone (its own weights), ranges likewise
                             `tensor/<name>`              of any shape, equal on all ranks: in rank 0's file
   state.json              plain values: shared, each rank's own, the stream's position, the run's
   manifest.json           sha256 of the others, written last
@@ -150,6 +151,8 @@ def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
         add(kind, state.spans, vector)
     for kind, (spans, vector) in state.summed.items():
         add(f"summed.{kind}", spans, vector)
+    for kind, (spans, vector) in state.local.items():
+        add(f"local.{kind}", spans, vector)
     if rank == 0:  # clones, because the file's format takes no two names of the same memory
         tensors |= {f"tensor/{name}": x.detach().cpu().contiguous().clone() for name, x in state.tensors.items()}
     return tensors

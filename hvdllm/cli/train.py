@@ -117,5 +117,8 @@ def open_world(config: Config, here: Place) -> Any:
     from hvdllm.world.hvd import HorovodWorld
 
     return HorovodWorld(
-        here, config.world.timeout_s, groups=config.wire.hierarchical, fuse=isinstance(config.exchange, Horovod)
+        here,
+        config.world.timeout_s,
+        groups=config.wire.hierarchical or getattr(config.exchange, "inner", "none") != "none",
+        fuse=isinstance(config.exchange, Horovod),
     )

@@ -6,8 +6,20 @@ import importlib.util
 import math
 import re
 
+from hvdllm.config.bounds import outer_rate_below
 from hvdllm.config.composition import ranks, refusal, transport
-from hvdllm.config.schema import Acco, Config, Cosine, Files, NoTracker, Wandb, WarmupStableDecay, name_of
+from hvdllm.config.schema import (
+    Acco,
+    Config,
+    Cosine,
+    Files,
+    LocalSteps,
+    NoTracker,
+    StreamingDiLoCo,
+    Wandb,
+    WarmupStableDecay,
+    name_of,
+)  # fmt: skip
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
@@ -26,6 +38,7 @@ def check(config: Config, place: Place) -> None:
     if why := refusal(config, place):
         raise UserError(why)
     check_batch(config, ranks(config, place))
+    check_local(config)
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
     for key in ("path", "validation"):
@@ -112,6 +125,36 @@ def check_batch(config: Config, size: int) -> None:
         raise UserError(
             f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
             f"{size} ranks{' have in two halves' if halves else ''}: at least {least * context}, or start fewer ranks"
+        )
+
+
+def check_local(config: Config) -> None:
+    """Raises UserError where local steps, pulses or an outer optimizer cannot be as asked."""
+    exchange = config.exchange
+    if not isinstance(exchange, LocalSteps):
+        return
+    if (getattr(exchange, "pulses", None) or 1) > exchange.local_steps:
+        raise UserError(
+            f"exchange.pulses={exchange.pulses} in {exchange.local_steps} local steps: at most one after each"
+        )
+    if isinstance(exchange, StreamingDiLoCo):
+        if (exchange.delay + 1) * exchange.fragments > exchange.local_steps:
+            raise UserError(
+                f"exchange.delay={exchange.delay} is not less than local_steps / fragments = {exchange.local_steps} / "
+                f"{exchange.fragments}: one part travels at a time"
+            )
+        if exchange.mixing > 1:
+            raise UserError(f"exchange.mixing={exchange.mixing} must lie between 0 and 1")
+    momentum = getattr(exchange, "outer_momentum", 0.0)
+    if momentum >= 1:
+        raise UserError(f"exchange.outer_momentum={momentum} must be smaller than 1")
+    late, lr = getattr(exchange, "overlap", False), getattr(exchange, "outer_lr", 1.0)
+    bound = outer_rate_below(momentum, late)
+    if lr >= bound:
+        why = "applied one round late (exchange.overlap) it is" if late else "it is"
+        raise UserError(
+            f"exchange.outer_lr={lr:g} with exchange.outer_momentum={momentum:g} is unstable: {why} stable below "
+            f"{bound:.3g} only; lower one of them"
         )
 
 

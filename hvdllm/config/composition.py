@@ -19,6 +19,9 @@ REFUSED: dict[type, dict[type, str]] = {
     schema.Delayed: {},
     schema.Sharded: {schema.PowerSGD: WHOLE_MATRICES},
     schema.Acco: {schema.PowerSGD: WHOLE_MATRICES},
+    schema.LocalSGD: {},
+    schema.DiLoCo: {},
+    schema.StreamingDiLoCo: {},
     schema.Ddp: dict.fromkeys((schema.Int8, schema.TopK, schema.Sign), TORCH_HOOKS),
     schema.Horovod: dict.fromkeys(
         (schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), HOROVOD_COMPRESSION
@@ -48,6 +51,7 @@ def refusal(config: Config, place: Place) -> str | None:
     return (
         _exchange_and_wire(config, world)
         or _adasum(config, ranks(config, place))
+        or _groups(config, place)
         or _wire_and_optimizer(config)
         or _virtual(config, world)
     )
@@ -74,6 +78,29 @@ def _exchange_and_wire(config: Config, world: str) -> str | None:
     return None
 
 
+def _groups(config: Config, place: Place) -> str | None:
+    exchange = config.exchange
+    if not isinstance(exchange, schema.LocalSteps):
+        return None
+    if exchange.inner == "none":
+        return "exchange.group needs exchange.inner=allreduce or sharded: else a group is one rank" * bool(
+            exchange.group
+        ) or (
+            "exchange.inner_wire needs exchange.inner: alone nothing travels" * (exchange.inner_wire != "fp32") or None
+        )
+    world = config.world
+    host = world.size // world.hosts if world.kind == "virtual" else place.local_size
+    size, all_ = exchange.group or host, ranks(config, place)
+    if config.wire.hierarchical:
+        return "wire.hierarchical=true with exchange.inner: groups are a hierarchy already, leave one of them out"
+    if size < 2 or all_ % size or all_ == size:
+        return (
+            f"exchange.inner={exchange.inner} makes groups of {size} of {all_} ranks: it takes at least two groups of "
+            "at least two, all equal; give exchange.group"
+        )
+    return None
+
+
 def _adasum(config: Config, size: int) -> str | None:
     if getattr(config.exchange, "reduction", "sum") != "adasum":
         return None
@@ -86,6 +113,11 @@ def _adasum(config: Config, size: int) -> str | None:
 
 def _wire_and_optimizer(config: Config) -> str | None:
     wire, optim = config.wire, config.optim
+    local = isinstance(config.exchange, schema.LocalSteps)
+    if local and isinstance(wire, schema.TopK) and wire.momentum:
+        return "wire.momentum is that of gradients; this exchange sends what local steps have made: leave it at 0"
+    if local:  # no optimizer sees the sums
+        return None
     if isinstance(wire, schema.TopK) and wire.momentum:
         if not isinstance(optim, schema.SGD) or optim.momentum:
             return "wire.momentum is that of SGD, moved before the selection: it needs optim=sgd optim.momentum=0"

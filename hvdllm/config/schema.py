@@ -154,6 +154,82 @@ class Acco(Exchange):
 
 
 @dataclass
+class LocalSteps(Exchange):
+    """What is common to exchanges whose ranks, or groups of ranks, train on their own between meetings."""
+
+    local_steps: int = setting(
+        50, "updates of each group from one meeting to the next (H); its bytes fall by this factor", least=1
+    )
+    inner: str = setting(
+        "none",
+        "how the ranks of a group are one replica: none (a group is one rank), allreduce or sharded",
+        choices=("none", "allreduce", "sharded"),
+    )
+    group: int | None = setting(None, "ranks of a group where inner is not none; null: those of a host", least=2)
+    inner_wire: str = setting(
+        "fp32", "wire inside a group; `wire` is that of the meetings", choices=("fp32", "fp16", "bf16", "int8")
+    )
+    host_memory: bool = setting(
+        False, "the anchor and the outer optimizer's state live in the host's memory; for GPUs that are full"
+    )
+
+
+@dataclass
+class LocalRounds(LocalSteps):
+    """What is common where the whole model meets at once."""
+
+    pulses: int | None = setting(
+        None,
+        "times a round that tokens, losses and asks of all ranks are told, the meeting included; they change no "
+        "weight; null: one every 10 local steps",
+        least=1,
+    )
+    by_speed: bool = setting(
+        False, "slower groups make fewer local steps, so that all meet at once; deltas are normalised by them (FedNova)"
+    )
+
+
+@dataclass
+class LocalSGD(LocalRounds):
+    """Local SGD: some updates alone, then the mean of the weights. Fewer bytes, no momentum of its own."""
+
+    local_steps: int = setting(16, "updates of each rank from one mean to the next; 16 as post-local SGD", least=1)
+    warmup_tokens: int = setting(
+        40_000, "committed tokens before which the mean is taken after every update (post-local SGD)", least=0
+    )
+
+
+@dataclass
+class DiLoCo(LocalRounds):
+    """DiLoCo (Douillard et al., 2023): many updates alone, then a step of Nesterov's momentum on their mean."""
+
+    outer_lr: float = setting(0.7, "rate of the outer step; .7 as in the paper", least=0)
+    outer_momentum: float = setting(0.9, "momentum of the outer step; .9 as in the paper", least=0)
+    overlap: bool = setting(
+        False,
+        "what a round has made travels during the next and is applied after it; the outer rate must be below .253 at "
+        "momentum .9, .562 at .5, 1 at 0",
+    )
+
+
+@dataclass
+class StreamingDiLoCo(LocalSteps):
+    """Streaming DiLoCo (Douillard et al., 2025): the model meets part by part while training goes on."""
+
+    fragments: int = setting(
+        4, "parts of the model, of about equal size; the peak of traffic falls by this factor", least=1
+    )
+    delay: int = setting(
+        1, "local steps that a part may take to arrive (tau), fewer than local_steps / fragments", least=0
+    )
+    mixing: float = setting(
+        0.5, "share of its own weights that a rank keeps at a join (alpha); .5 as the paper", least=0
+    )
+    outer_lr: float = setting(0.7, "rate of the outer step", least=0)
+    outer_momentum: float = setting(0.9, "momentum of the outer step", least=0)
+
+
+@dataclass
 class Ddp(Exchange):
     """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
     It runs without Horovod (world=torch)."""
@@ -551,6 +627,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sharded": Sharded,
         "delayed": Delayed,
         "acco": Acco,
+        "local_sgd": LocalSGD,
+        "diloco": DiLoCo,
+        "streaming_diloco": StreamingDiLoCo,
         "ddp": Ddp,
         "horovod": Horovod,
     },

@@ -38,14 +38,37 @@ class Batch(Protocol):
     index: int
 
 
-class Stream(Protocol):
-    """Where micro-batches come from: a pure function of seed and position."""
+@dataclass(frozen=True)
+class Nothing:
+    """An empty micro-batch, for a rank that has nothing to compute and still walks the loop."""
+
+    inputs: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    tokens: int = 0
+    last: bool = True
+    round: int = 0
+    index: int = 0
+
+
+class Rounded(Protocol):
+    """What deals micro-batches in rounds."""
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         """This rank's share of each global batch, dealt by count in equal parts; one list a part."""
 
+    def share(self, round: int, parts: int = 1) -> list[Any]:
+        """That of one round; pure."""
+
+
+class Stream(Rounded, Protocol):
+    """Where micro-batches come from: a pure function of seed and position."""
+
     def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
         """Micro-batches of `most` tokens without end, of walker `index` among `of`; the exchange sets `last`."""
+
+    def group(self, index: int, of: int, rank: int, size: int) -> Rounded:
+        """The stream of group `index` among `of`, which trains on its own: its lane, each round its share of a global
+        batch, dealt to the group's ranks."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,8 @@ class State:
 
     shared: plain values, equal on all ranks. spans: the elements of the flat vector that this rank hands out
     (none where another rank holds the same); sharded: vectors by name over those elements. mine: plain values
-    of this rank alone. summed: of this rank alone too, but what counts is the sum over ranks (residuals).
+    of this rank alone; local: its vectors, such as its own weights (Spanned when saved, vectors over the map when
+    loaded; only at the same world size, else there are none). summed: of this rank alone too, but what counts is the sum over ranks (residuals).
     tensors: of any shape, equal on all ranks.
 
     On load, `sharded` and `summed` cover the whole map; at the same world size `summed` is this rank's own, else
@@ -116,6 +140,7 @@ class State:
     mine: dict[str, Any]
     summed: dict[str, Any] = field(default_factory=dict)  # Spanned when saved, a vector over the map when loaded
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
 
 
 class Meta(Protocol):
@@ -177,11 +202,16 @@ class Exchange(Protocol):
     """When a round closes, at which weights gradients are taken, who waits for whom.
 
     copies: gradient vectors it needs of the map, 2 where one travels while the next is filled. identical: does it
-    promise replicas that are bit-equal at every mark?
+    promise replicas that are bit-equal at every mark? anchored: are the weights to keep older than a mark, and of all
+    its tokens only once settled? Then the last evaluation comes after settling.
     """
 
     copies: int
     identical: bool
+    anchored: bool
+
+    def between(self, world: World) -> World:
+        """The ranks that its wire joins. Collective; called once, before `attach`."""
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         """Installs hooks that only enqueue; returns the module to call."""
@@ -192,8 +222,9 @@ class Exchange(Protocol):
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
         """After a backward: launch, land, apply. A Commit only at a mark."""
 
-    def consensus(self) -> AbstractContextManager[None]:
-        """Within: the weights a user would keep; after: this rank's own again. Raises NotFinite."""
+    def consensus(self) -> AbstractContextManager[int | None]:
+        """Within: the weights a user would keep; after: this rank's own again. Yields the tokens that they are of, None
+        where these are all committed ones. Collective. Raises NotFinite."""
 
     def settle(self) -> Settled:
         """Lands and applies what is in flight. Collective."""
@@ -211,10 +242,14 @@ class Exchange(Protocol):
 class NotFinite(Exception):
     """A summed gradient is not finite: the update was masked, on every rank alike.
 
-    rounds: of the stream, in `parts` a batch, whose gradients these were (none where they cannot be dealt again).
-    left: the weights are no longer those that they were taken at.
+    rounds: of the stream, in `parts` a batch, whose gradients these were. left: the weights are no longer those that
+    they were taken at. stream: another than the run's that deals them. again: can they be dealt again, on any rank?
     """
 
-    def __init__(self, step: int, rounds: list[int], norm: float, parts: int = 1, left: bool = False) -> None:
+    def __init__(
+        self, step: int, rounds: list[int], norm: float, parts: int = 1, left: bool = False, *,
+        stream: Any = None, again: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(f"step {step}: gradient norm {norm}")
         self.step, self.rounds, self.norm, self.parts, self.left = step, rounds, norm, parts, left
+        self.stream, self.again = stream, bool(rounds) if again is None else again

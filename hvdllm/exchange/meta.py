@@ -14,7 +14,7 @@ import torch
 
 from hvdllm.world.base import Asks, Flight, World
 
-FIELDS = ("tokens", "loss", "loss_tokens", "squares", "stop", "save")
+FIELDS = ("tokens", "loss", "loss_tokens", "squares", "stop", "save", "bad", "weight", "steps")
 SLOT = ("compute_s", "blocked_s", "flight_s", "cpu_s", "micro_batches")
 
 
@@ -28,14 +28,19 @@ class MetaSum:
     squares: float  # each rank's squared norm of its own sum over its own tokens, added up
     asks: Asks
     slots: dict[str, list[float]]
+    bad: float = 0.0  # ranks that have masked a local step, which nobody else can see
+    weight: float = 0.0  # of what travels with it, where sums are weighted by more than tokens
+    steps: float = 0.0  # weight times local steps
 
 
 class MetaPost:
-    """One meta in flight."""
+    """One meta in flight. values: of FIELDS, those that are not 0; asks of this rank are taken along, beside what
+    `values` passes on of others'."""
 
     def __init__(self, world: World, parity: int, values: dict[str, float], slot: dict[str, float]) -> None:
         asks = world.asks.take()
-        fixed = {**values, "stop": float(asks.stop), "save": float(asks.save)}
+        fixed = {**dict.fromkeys(FIELDS, 0.0), **values}
+        fixed |= {"stop": fixed["stop"] + asks.stop, "save": fixed["save"] + asks.save}
         vector = torch.zeros(len(FIELDS) + len(SLOT) * world.size, dtype=torch.float64)
         vector[: len(FIELDS)] = torch.tensor([fixed[name] for name in FIELDS], dtype=torch.float64)
         begin = len(FIELDS) + len(SLOT) * world.rank
@@ -52,4 +57,7 @@ class MetaPost:
             head["squares"],
             Asks(head["stop"] > 0, head["save"] > 0),
             {name: rest[i :: len(SLOT)] for i, name in enumerate(SLOT)},
+            head["bad"],
+            head["weight"],
+            head["steps"],
         )

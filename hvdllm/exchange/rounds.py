@@ -20,7 +20,7 @@ from torch import nn
 
 from hvdllm.device import Later, Mark
 from hvdllm.exchange import noise
-from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, Settled, State, Stream, Update, Wire
+from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, Rounded, Settled, State, Update, Wire
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.meta import SLOT, MetaPost, MetaSum
 from hvdllm.world.base import Asks, Flight, World
@@ -84,6 +84,7 @@ class Rounds:
 
     copies = 1
     identical = True
+    anchored = False
     parts = 1  # rounds a global batch
     hooks = True  # does it launch buckets of the map itself?
     one_point = True  # are all gradients of a commit taken at the same weights? The noise scale needs it.
@@ -92,6 +93,8 @@ class Rounds:
         self.settings, self.nominal = settings, nominal
         self.tokens = self.step = self.round = 0
         self.watch: Callable[[int, str, Mark, Mark], None] | None = None  # (step, lane, begin, end): trace_steps
+        # Tokens of all ranks once so many more are committed here; an outer exchange knows more than its inner one.
+        self.reckon: Callable[[int], int] = lambda more: self.tokens + more
         self._mine: dict[str, float] = dict.fromkeys(("loss", "loss_tokens", "squares"), 0.0)
         self._slot: dict[str, float] = dict.fromkeys(SLOT, 0.0)
         self._computed: Computed | None = None
@@ -103,6 +106,9 @@ class Rounds:
         self._parity = 0
         self._flown: Mark | None = None  # when the last flight had landed
         self._launched: Mark | None = None  # this round's first bucket
+
+    def between(self, world: World) -> World:
+        return world
 
     # ------------------------------------------------------------------ what a rank owns, and how it launches
     def spans(self) -> list[Any]:
@@ -146,7 +152,7 @@ class Rounds:
         return [vector[span.start : span.stop] for span in self.owned]
 
     # ------------------------------------------------------------------ the round
-    def feed(self, stream: Stream) -> Iterator[Batch]:
+    def feed(self, stream: Rounded) -> Iterator[Batch]:
         for batches in stream.rounds(self.parts):
             self.begin()
             self.meta = self.post(sum(batch.tokens for batch in batches))
@@ -165,7 +171,7 @@ class Rounds:
 
     def applied_at(self) -> int:
         """Tokens that will be committed with the round that begins, going by nominal batches."""
-        return self.tokens + self.nominal
+        return self.reckon(self.nominal)
 
     def arm(self, batch: Batch) -> None:
         self.buckets.arm(batch.last and batch.tokens > 0 and self.world.size > 1)
@@ -205,7 +211,7 @@ class Rounds:
         self._squares.zero_()
 
     def counts(self, tokens: float) -> Counts:
-        return Counts(tokens, self.tokens + int(tokens))
+        return Counts(tokens, self.reckon(int(tokens)))
 
     def commit(
         self,
@@ -283,7 +289,7 @@ class Rounds:
         return Report(said.loss, said.loss_tokens, norm, noise.scale(self._noise), **slots)
 
     # ------------------------------------------------------------------ acts
-    def consensus(self) -> AbstractContextManager[None]:
+    def consensus(self) -> AbstractContextManager[int | None]:
         self.land()
         return nullcontext()
 

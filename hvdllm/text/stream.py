@@ -6,6 +6,7 @@ position  how many windows were taken: position k is window k % W of the order o
 round     `batch` windows, position round x batch and on, dealt to the ranks as evenly as it goes:
           each rank a consecutive share, the first `batch % size` ranks one window more
 lane      what one rank walks where rounds have no fixed size: lane i of n takes the windows at positions i, i + n, ...
+group     ranks that train on their own together: it walks a lane in rounds, its share of `batch`, dealt to its ranks
 batch     (a micro-batch) at most `micro_batch` sequences of a rank's share: one forward pass
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -137,9 +138,24 @@ class Stream:
         The lanes are as many as the walkers were when the run began; a walker of fewer takes, each time, whichever of
         its lanes is least far on. What was read ahead and not handed out does not count.
         """
-        if not self._lanes:
-            self._lanes = dict.fromkeys(range(of), 0)
-        count, each = len(self._lanes), max(1, min(self.micro_batch, most // (self._windows.shape[1] - 1)))
+        each = max(1, min(self.micro_batch, most // (self._windows.shape[1] - 1)))
+        for lane, at, loaded in self._walk(index, of, each, self._places):
+            (batch,) = self._arrive(loaded, at)
+            batch.index = lane  # with its place in the lane: what dropout is seeded by
+            yield batch
+
+    def group(self, index: int, of: int, rank: int, size: int) -> Group:
+        """The rounds of group `index` among `of`, as rank `rank` of the group's `size` has them."""
+        return Group(self, index, of, rank, size)
+
+    def _walk(
+        self, index: int, of: int, each: int, rows: Callable[[int, int, int], np.ndarray]
+    ) -> Iterator[tuple[int, int, _Loaded]]:
+        """(lane, windows handed out of it before, what was loaded) of every `each` windows, without end. rows: which
+        positions this rank loads of them, given lane, place and count."""
+        if len(self._lanes) < of:
+            # At the start; or more walkers than there were: as many lanes, each as far on as all were on average.
+            self._lanes = dict.fromkeys(range(of), -(-sum(self._lanes.values()) // of))
         mine = [lane for lane in self._lanes if lane % of == index]
         planned = {lane: self._lanes[lane] for lane in mine}
         self._walked = mine
@@ -147,7 +163,7 @@ class Stream:
         def load() -> tuple[int, int, Future[_Loaded]]:
             lane = min(mine, key=lambda lane: (planned[lane], lane))
             at, planned[lane] = planned[lane], planned[lane] + each
-            return lane, at, pool.submit(self._rows, lane + count * np.arange(at, at + each))
+            return lane, at, pool.submit(self._rows, rows(lane, at, each))
 
         self.close()
         pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
@@ -162,11 +178,13 @@ class Stream:
                 first = False
                 ready.append(load())
                 self._lanes[lane] = at + each
-                (batch,) = self._arrive(loaded, at)
-                batch.index = lane  # with its place in the lane: what dropout is seeded by
-                yield batch
+                yield lane, at, loaded
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _places(self, lane: int, at: int, count: int) -> np.ndarray:
+        """Positions in the epochs' order of `count` windows of a lane."""
+        return lane + len(self._lanes) * np.arange(at, at + count)
 
     def lanes(self) -> dict[str, Any]:
         """How many lanes there are, and how far on those that this rank walks; {} where it walks none."""
@@ -180,8 +198,6 @@ class Stream:
     def load(self, state: dict[str, int], lanes: Sequence[dict[str, Any]] = ()) -> None:
         """Goes to the place that state(), and lanes() of all ranks, named, for any world size. Ends what is under way.
 
-        More ranks than there were lanes: as many lanes as ranks, each as far on as all were on average.
-
         Raises UserError where the place does not exist with this text and this batch.
         """
         position = state["epoch"] * self.windows + state["window"]
@@ -194,8 +210,6 @@ class Stream:
         self.position = position
         known = {int(lane): at for each in lanes if each for lane, at in each["at"].items()}
         self._lanes = dict(sorted(known.items()))
-        if known and self.size > len(known):
-            self._lanes = dict.fromkeys(range(self.size), -(-sum(known.values()) // self.size))
 
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
@@ -217,6 +231,8 @@ class Stream:
 
     def _rows(self, positions: np.ndarray) -> _Loaded:
         """The windows at these positions, copied or on their way to the device. Runs in the thread."""
+        if not len(positions):
+            return None
         epochs, places = np.divmod(positions, self.windows)
         rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
         inputs, targets = _pair(self._windows, rows)
@@ -239,6 +255,34 @@ class Stream:
             targets.record_stream(here)
         pairs = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
         return [Batch(x, y, x.numel(), i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
+
+
+class Group:
+    """One rank's micro-batches where groups of ranks train on their own; see Stream.group.
+
+    A round's number is the position of its first window, so that share() is pure.
+    """
+
+    def __init__(self, stream: Stream, index: int, of: int, rank: int, size: int) -> None:
+        self.stream, self.index, self.of, self.rank, self.size = stream, index, of, rank, size
+        self.windows = deal(stream.batch, index, of)[1]  # of all the group's ranks a round
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
+        if parts != 1:
+            raise ValueError(f"a group's rounds are not cut into {parts} parts")
+        for lane, at, loaded in self.stream._walk(self.index, self.of, self.windows, self._own):
+            yield self.stream._arrive(loaded, self._number(lane, at))
+
+    def share(self, number: int, parts: int = 1) -> list[Batch]:
+        at, lane = divmod(number, len(self.stream._lanes))
+        return self.stream._arrive(self.stream._rows(self._own(lane, at, self.windows)), number)
+
+    def _number(self, lane: int, at: int) -> int:
+        return lane + len(self.stream._lanes) * at
+
+    def _own(self, lane: int, at: int, count: int) -> np.ndarray:
+        first, own = deal(count, self.rank, self.size)
+        return self.stream._places(lane, at + first, own)
 
 
 # inputs, targets and, on CUDA, the event after their copies; None: this rank has no share.

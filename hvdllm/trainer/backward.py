@@ -64,7 +64,8 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
     weights are still those before the round) and says where the first bad number came up. Collective.
     """
     found: dict[str, Any] = {}
-    batches = [batch for number in error.rounds for batch in stream.share(number, error.parts)]
+    source = error.stream or stream
+    batches = [batch for number in error.rounds for batch in source.share(number, error.parts)]
     for batch in batches:
         flat.g.zero_()
         for name, p in flat.parameters.items():  # wherever a library had moved it
@@ -77,7 +78,7 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
             break
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
     rank = next((rank for rank, said in enumerate(says) if said), None)
-    if not error.rounds:
+    if not error.again:
         sentence = (
             f"step {error.step}: the sum of gradients is not finite (norm {error.norm}); a timed round cannot be "
             "replayed to say where; nothing was updated: lower optim.lr, or run exchange.timed=false to see the tensor"

@@ -22,9 +22,12 @@ from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import NotFinite, State, Wire
 from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.delayed import Delayed
+from hvdllm.exchange.diloco import DiLoCo
 from hvdllm.exchange.horovod import Horovod
+from hvdllm.exchange.local_sgd import LocalSGD
 from hvdllm.exchange.reference import Reference
 from hvdllm.exchange.sharded import Sharded
+from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
 from hvdllm.exchange.wire import make as make_wire
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.models import size
@@ -58,6 +61,9 @@ EXCHANGES: dict[type, Any] = {
     schema.Sharded: Sharded,
     schema.Delayed: Delayed,
     schema.Acco: Acco,
+    schema.LocalSGD: LocalSGD,
+    schema.DiLoCo: DiLoCo,
+    schema.StreamingDiLoCo: StreamingDiLoCo,
     schema.Ddp: Ddp,
     schema.Horovod: Horovod,
 }
@@ -87,7 +93,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
         dropout=config.model.dropout > 0,
     )  # fmt: skip
-    module = exchange.attach(loss, flat, update, build_wire(config, world, flat), world)
+    wire = build_wire(config, exchange.between(world), flat)
+    module = exchange.attach(loss, flat, update, wire, world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
     exchange.watch = trace.note if config.trace_steps else None
     trunk = None
@@ -156,14 +163,21 @@ def load(
     ranks = read.saved_ranks(resumed)
     summed = read.load_summed(checkpoint, flat, world, ranks)
     tensors = read.share_tensors(checkpoint, world)
-    exchange.load(State(resumed["shared"], [], vectors, {}, summed, tensors), resumed["mine"])
+    local = read.load_local(checkpoint, flat, world, ranks)
+    exchange.load(State(resumed["shared"], [], vectors, {}, summed, tensors, local), resumed["mine"])
     stream.load(resumed["stream"], [mine.get("lanes", {}) for mine in resumed["mine"]])
+    notes = []
     if summed and ranks != world.size:
-        return [
+        notes.append(
             f"the wire's residuals of {ranks} ranks were added up on rank 0, the other ranks begin with none: "
             "nothing is lost, but the curve is not that of an unchanged world"
-        ]
-    return []
+        )
+    if exchange.anchored and ranks != world.size:
+        notes.append(
+            f"what {ranks} ranks had of their own (weights since they last met, moments) has no place in {world.size}: "
+            "all begin with the shared weights and with clocks at 0, so the curve is not that of an unchanged world"
+        )
+    return notes
 
 
 # ------------------------------------------------------------------ what the ranks must agree on
@@ -248,7 +262,10 @@ def bucket_bytes(config: Config, model: torch.nn.Module) -> float:
     """Of gradients that travel together; see exchange.bucket_mb."""
     whole = sum(p.nbytes for p in model.parameters())
     chosen = config.exchange.bucket_mb
-    return float(chosen * 2**20 if chosen else min(25 * 2**20, max(2**20, whole / 8)))
+    if chosen:
+        return float(chosen * 2**20)
+    fragments = getattr(config.exchange, "fragments", 1)  # each of several buckets, so that they come out equal
+    return float(min(25 * 2**20, max(2**20 if fragments == 1 else 0, whole / (8 if fragments == 1 else 4 * fragments))))
 
 
 def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:

@@ -1,6 +1,8 @@
 """The acts of a run: log, audit, evaluate, sample, save. Which are due is a function of committed tokens and asks
 alone, so every rank does the same ones in the same order. Acts change no weight.
 
+Where the weights to keep are those of a mark only once settled (an anchor), the last evaluation comes then.
+
 A milestone is crossed where `tokens // every` changes, so the cadence needs no state and may change on resume.
 The mark that meets the budget evaluates, samples and saves; a stop only saves.
 """
@@ -132,7 +134,8 @@ class Due:
         if config.log_every and (met or stop or crossed(config.log_every)):
             self._open_record(commit, extra=not crossed(config.log_every))
         self._progress()
-        evaluate, sample = due(config.eval_every), due(config.sample_every)
+        settle_first = met and self.exchange.anchored
+        evaluate, sample = (due(every) and not settle_first for every in (config.eval_every, config.sample_every))
         audit, save = due(config.audit_every), due(config.save_every) or commit.asks.save or stop
         if evaluate or sample or save or audit:
             seconds = self.clock.seconds()
@@ -151,6 +154,13 @@ class Due:
         """After settle: the last commit's record is complete; the weights to keep are written."""
         self._close_record(settled.report)
         self.settled_tokens = settled.tokens
+        if self.finished and self.exchange.anchored and (self.config.eval_every or self.config.sample_every):
+            seconds = self.clock.seconds()
+            with self.clock.act():
+                if self.config.eval_every:
+                    self.evaluate(seconds)
+                if self.config.sample_every:
+                    self.sample()
         if self.finished and self.config.save_every:
             with self.exchange.consensus(), self.update.weights():
                 if self.folder is not None:
@@ -158,15 +168,18 @@ class Due:
 
     # ------------------------------------------------------------------ acts
     def evaluate(self, seconds: float) -> None:
-        with self.exchange.consensus(), self.update.weights():
+        with self.exchange.consensus() as of, self.update.weights():
             result = self._evaluate()
         self.last_eval = result
+        tokens = self.tokens + self.settled_tokens
+        older = of is not None and of != tokens
         if self.folder is not None:
-            values = {"tokens": self.tokens, "seconds": seconds, "loss": result.loss}
+            values = {"tokens": tokens, "seconds": seconds, "loss": result.loss}
             values |= {"bits_per_byte": result.bits_per_byte, "wall_s": self.clock.wall_s()}
-            self.folder.record("eval", values)
+            self.folder.record("eval", {**values, "weights_tokens": of} if older else values)
         self.show.say(
-            f"{self.tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+            f"{tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+            + (f" (weights of {of:,} tokens)" if older else "")
         )
 
     def audit(self) -> None:

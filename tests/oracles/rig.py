@@ -22,7 +22,10 @@ from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import State
 from hvdllm.exchange.delayed import Delayed
+from hvdllm.exchange.diloco import DiLoCo
+from hvdllm.exchange.local_sgd import LocalSGD
 from hvdllm.exchange.sharded import Sharded
+from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
 from hvdllm.exchange.wire import make
 from hvdllm.optim.update import Update
 from hvdllm.trainer.flat import Flat
@@ -30,6 +33,7 @@ from hvdllm.world import virtual
 
 EXCHANGES: dict[type, Any] = {
     schema.AllReduce: AllReduce, schema.Sharded: Sharded, schema.Delayed: Delayed, schema.Acco: Acco,
+    schema.LocalSGD: LocalSGD, schema.DiLoCo: DiLoCo, schema.StreamingDiLoCo: StreamingDiLoCo,
 }  # fmt: skip
 NOMINAL = 24  # examples of a global batch
 MICRO = 2
@@ -57,19 +61,54 @@ def deal(part: int, parts: int, rank: int, size: int) -> slice:
     return slice(borders[rank], borders[rank + 1])
 
 
-class Examples:
-    """The stream of one rank."""
+def own_examples(group: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one local step of a group: its own distribution, and a number that differs from group and step to step."""
+    draw = torch.Generator().manual_seed(50_000 + 1000 * group + step)
+    count = 4 + (group + 2 * step) % 3
+    x = torch.randn(count, 4, generator=draw, dtype=torch.float64) + 0.3 * group
+    return x, torch.randn(count, 3, generator=draw, dtype=torch.float64) * (0.3 + (group + step) % 4)
 
-    def __init__(self, rank: int, size: int, first: int = 0) -> None:
-        self.rank, self.size, self.next = rank, size, first
+
+def batches(x: torch.Tensor, t: torch.Tensor, round: int) -> list[Any]:
+    """Micro-batches of one share, which may be empty."""
+    if not len(x):
+        return [SimpleNamespace(inputs=None, targets=None, tokens=0, last=True, round=round, index=0)]
+    cut = list(zip(x.split(MICRO), t.split(MICRO), strict=True))
+    return [SimpleNamespace(inputs=a, targets=b, tokens=len(a), last=i == len(cut) - 1, round=round, index=i)
+            for i, (a, b) in enumerate(cut)]  # fmt: skip
+
+
+class Group:
+    """The stream of a group, as one of its ranks has it."""
+
+    def __init__(self, whole: Examples, index: int, rank: int, size: int) -> None:
+        self.whole, self.index, self.rank, self.size = whole, index, rank, size
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
+        while True:
+            self.whole.lane += 1
+            yield self.share(self.whole.lane - 1)
+
+    def share(self, number: int, parts: int = 1) -> list[Any]:
+        x, t = own_examples(self.index, number)
+        part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
+        return batches(x[part], t[part], number)
+
+
+class Examples:
+    """The stream of one rank. lane: local steps that its group has taken."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.next, self.lane = rank, size, 0, 0
+
+    def group(self, index: int, of: int, rank: int, size: int) -> Group:
+        return Group(self, index, rank, size)
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         for part in itertools.count(self.next):
-            x, t = (each[deal(part, parts, self.rank, self.size)].split(MICRO) for each in examples(part, parts))
-            last = len(x) - 1
+            x, t = (each[deal(part, parts, self.rank, self.size)] for each in examples(part, parts))
             self.next = part + 1
-            yield [SimpleNamespace(inputs=a, targets=b, tokens=len(a), last=i == last, round=part, index=i)
-                   for i, (a, b) in enumerate(zip(x, t, strict=True))]  # fmt: skip
+            yield batches(x, t, part)
 
 
 def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -81,11 +120,14 @@ class Rig:
     """What a run of one rank leaves."""
 
     weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
+    kept: list[torch.Tensor] = field(default_factory=list)  # within consensus, where there were acts
     commits: list[Any] = field(default_factory=list)
     settled: Any = None
     final: Any = None
     state: Any = None  # (State, stream position) where asked for
     sent: float = 0.0
+    taken: int = 0  # local steps of its group
+    fragments: Any = None  # of the model that meet together: names of their tensors
 
 
 def flatten(flat: Flat) -> torch.Tensor:
@@ -116,14 +158,17 @@ def train(
         part = EXCHANGES[type(exchange)](exchange, NOMINAL)
         flat = Flat(net_, world.size, 1, part.copies)
         update = Update(optim, rate)
-        part.attach(net_, flat, update, make(wire or schema.Fp32(), world, flat, NOMINAL), world)
+        over = make(wire or schema.Fp32(), part.between(world), flat, NOMINAL)
+        part.attach(net_, flat, update, over, world)
         stream = Examples(world.rank, world.size)
         if states is not None:
             load(part, flat, states, world, model)
-            stream.next = states[0][1]
+            stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
         for batch in part.feed(stream):
-            value = cost(net_, batch.inputs, batch.targets)
-            value.backward()
+            value = torch.zeros((), dtype=torch.float64)
+            if batch.tokens:
+                value = cost(net_, batch.inputs, batch.targets)
+                value.backward()
             commit = part.advance(batch, value.detach())
             if commit is None:
                 continue
@@ -133,15 +178,17 @@ def train(
                 part.state()
                 with part.consensus():
                     world.sum(torch.ones(1), "act.x").land()
+                    out.kept.append(flatten(flat))
             if commit.step == stop_at:
-                out.state = freeze(part.state()), stream.next
+                out.state = freeze(part.state()), (stream.next, stream.lane)
                 break
             if commit.step >= steps:
                 break
         if settle:
             out.settled = part.settle()
             out.final = flatten(flat)
-        out.sent = world.bytes_sent
+        out.sent, out.taken = world.bytes_sent, stream.lane
+        out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
     return virtual.run(size, body, hosts=hosts) if hosts > 1 else virtual.run(size, body)
@@ -150,6 +197,7 @@ def train(
 def freeze(state: State) -> State:
     copy = deepcopy(state)
     copy.sharded = {name: vector.clone() for name, vector in state.sharded.items()}
+    copy.local = {name: (spans, vector.clone()) for name, (spans, vector) in state.local.items()}
     return copy
 
 
@@ -170,7 +218,9 @@ def load(part: Any, flat: Flat, states: list[Any], world: Any, model: Callable[[
     same = len(saved) == world.size
     who = [saved[world.rank]] if same else saved if world.rank == 0 else []
     summed = {kind: gather([s.summed[kind] for s in who]) for kind in saved[0].summed}
-    part.load(State(deepcopy(saved[0].shared), [], whole, {}, summed, saved[0].tensors), [s.mine for s in saved])
+    local = {kind: gather([saved[world.rank].local[kind]]) for kind in saved[0].local} if same else {}
+    mine = [deepcopy(s.mine) for s in saved]
+    part.load(State(deepcopy(saved[0].shared), [], whole, {}, summed, saved[0].tensors, local), mine)
 
 
 # ------------------------------------------------------------------ plain references

@@ -1,0 +1,36 @@
+"""DiLoCo: many local steps, then one outer step of Nesterov's momentum on their mean (Douillard et al., 2023, arXiv
+2311.08105).
+
+    each group:  H steps of AdamW from the anchor, own moments, never reset
+    d = mean of (anchor - x_i);  u = μ u + d;  anchor = anchor - γ (d + μ u);  x_i = anchor        # γ = .7, μ = .9
+
+Invariant: with H = 1, plain descent inside, γ = 1 and μ = 0 it is synchronous descent; with γ = 1 and μ = 0 local SGD.
+Replicas are equal only at the beginning of a round; evaluation and samples use the anchor.
+
+Stability: on a quadratic where a round shrinks the distance to the optimum by q = 1 - (1 - ηλ)^H the outer loop is
+stable for γ q < 2 (1+μ) / (1+2μ): 1.357 at μ = .9, so .7 with .9 is stable for all 0 < q <= 1. overlap: the sums travel
+during the next round and are applied after it; the bound is .253 at .9, .562 at .5, 1 at 0, and settings above it are
+refused.
+
+Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: anchor and momentum, 2 P (host_memory puts them
+on the host of a GPU), overlap two vectors more. Staleness: 0; overlap 1 round. Source: EXCHANGES.md, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hvdllm.exchange import outer
+from hvdllm.exchange.local_rounds import LocalRounds
+
+
+class DiLoCo(LocalRounds):
+    def outer_vectors(self) -> tuple[str, ...]:
+        return ("velocity",)
+
+    def outer_rate(self) -> float:
+        return float(self.settings.outer_lr)
+
+    def outer_step(self, anchor: torch.Tensor, delta: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        lr, momentum = self.settings.outer_lr, self.settings.outer_momentum
+        outer.nesterov(anchor, delta, state["velocity"], lr=lr, momentum=momentum)
