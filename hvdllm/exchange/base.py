@@ -38,7 +38,7 @@ class Batch(Protocol):
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Nothing:
     """An empty micro-batch, for a rank that has nothing to compute and still walks the loop."""
 
@@ -127,8 +127,8 @@ class State:
     shared: plain values, equal on all ranks. spans: the elements of the flat vector that this rank hands out
     (none where another rank holds the same); sharded: vectors by name over those elements. mine: plain values
     of this rank alone; local: its vectors, such as its own weights (Spanned when saved, vectors over the map when
-    loaded; only at the same world size, else there are none). summed: of this rank alone too, but what counts is the sum over ranks (residuals).
-    tensors: of any shape, equal on all ranks.
+    loaded; only at the same world size, else there are none). summed: of this rank alone too, but what counts is the
+    sum over ranks (residuals). tensors: of any shape, equal on all ranks.
 
     On load, `sharded` and `summed` cover the whole map; at the same world size `summed` is this rank's own, else
     rank 0 gets the sum over all ranks there were and the others zeros.

@@ -194,10 +194,10 @@ class LocalSteps:
         inner = self.inner.feed(self._text)
         while True:
             try:
-                batch: Batch = next(inner) if self._bad is None else Nothing()
+                yield next(inner) if self._bad is None else Nothing()
             except NotFinite as error:  # only this group knows; the next pulse says it
-                self._bad, batch = error, Nothing()
-            yield batch
+                self._bad = error
+                yield Nothing()
 
     def disarm(self) -> None:
         self.inner.disarm()
@@ -285,8 +285,8 @@ class LocalSteps:
 
     # ------------------------------------------------------------------ meetings
     def launch(self, fragment: Fragment) -> tuple[list[Flight], float, float]:
-        """Sends this group's weighted deltas of a fragment; they travel in `buffer`. Returns the flights, and weight and
-        steps for the pulse. The fragment counts anew."""
+        """Sends this group's weighted deltas of a fragment, in `buffer`. Returns the flights, and weight and steps for
+        the pulse. The fragment counts anew."""
         steps = max(fragment.steps, 1)
         weight = fragment.tokens / steps
         # In the size of a mean delta times the tokens of a batch, as a wire expects a sum of gradients to be.

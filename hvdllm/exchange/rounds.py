@@ -20,7 +20,7 @@ from torch import nn
 
 from hvdllm.device import Later, Mark
 from hvdllm.exchange import noise
-from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, Rounded, Settled, State, Update, Wire
+from hvdllm.exchange.base import Batch, Commit, NotFinite, Report, Settled, State, Update, Wire
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.meta import SLOT, MetaPost, MetaSum
 from hvdllm.world.base import Asks, Flight, World
@@ -152,7 +152,7 @@ class Rounds:
         return [vector[span.start : span.stop] for span in self.owned]
 
     # ------------------------------------------------------------------ the round
-    def feed(self, stream: Rounded) -> Iterator[Batch]:
+    def feed(self, stream: Any) -> Iterator[Batch]:
         for batches in stream.rounds(self.parts):
             self.begin()
             self.meta = self.post(sum(batch.tokens for batch in batches))
