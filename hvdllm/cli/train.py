@@ -116,9 +116,5 @@ def open_world(config: Config, here: Place) -> Any:
         return TorchWorld(here, config.world.timeout_s, config.device.kind)
     from hvdllm.world.hvd import HorovodWorld
 
-    return HorovodWorld(
-        here,
-        config.world.timeout_s,
-        groups=config.wire.hierarchical or getattr(config.exchange, "inner", "none") != "none",
-        fuse=isinstance(config.exchange, Horovod),
-    )
+    groups = config.wire.hierarchical or getattr(config.exchange, "inner", "none") != "none"
+    return HorovodWorld(here, config.world.timeout_s, groups=groups, fuse=isinstance(config.exchange, Horovod))

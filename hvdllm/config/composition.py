@@ -83,11 +83,11 @@ def _groups(config: Config, place: Place) -> str | None:
     if not isinstance(exchange, schema.LocalSteps):
         return None
     if exchange.inner == "none":
-        return "exchange.group needs exchange.inner=allreduce or sharded: else a group is one rank" * bool(
-            exchange.group
-        ) or (
-            "exchange.inner_wire needs exchange.inner: alone nothing travels" * (exchange.inner_wire != "fp32") or None
-        )
+        if exchange.group is not None:
+            return "exchange.group needs exchange.inner=allreduce or sharded: else a group is one rank"
+        if exchange.inner_wire != "fp32":
+            return "exchange.inner_wire needs exchange.inner=allreduce or sharded: alone nothing travels"
+        return None
     world = config.world
     host = world.size // world.hosts if world.kind == "virtual" else place.local_size
     size, all_ = exchange.group or host, ranks(config, place)
