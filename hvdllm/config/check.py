@@ -13,6 +13,7 @@ from hvdllm.config.schema import (
     Config,
     Cosine,
     Files,
+    LocalRounds,
     LocalSteps,
     NoTracker,
     StreamingDiLoCo,
@@ -133,7 +134,7 @@ def check_local(config: Config) -> None:
     exchange = config.exchange
     if not isinstance(exchange, LocalSteps):
         return
-    if (getattr(exchange, "pulses", None) or 1) > exchange.local_steps:
+    if isinstance(exchange, LocalRounds) and (exchange.pulses or 1) > exchange.local_steps:
         raise UserError(
             f"exchange.pulses={exchange.pulses} in {exchange.local_steps} local steps: at most one after each"
         )

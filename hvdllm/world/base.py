@@ -47,6 +47,29 @@ class Asks:
         return taken
 
 
+@dataclass
+class Letter:
+    """What one rank sends another, outside all collectives. head: plain JSON values."""
+
+    sender: int
+    head: dict[str, Any]
+    body: torch.Tensor | None = None
+
+
+class Mail(Protocol):
+    """Letters between two ranks. box: what they are about (`log`, `push`, `weights`); few and fixed."""
+
+    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+        """Returns at once; `body` may be written to again. Letters of one sender arrive in the order they were sent."""
+
+    def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
+        """The next letter in this box; waits, calling `meanwhile` now and then. Raises PeerError when the sender can
+        only be gone."""
+
+    def close(self) -> None:
+        """No letter is on its way any more; every rank calls it."""
+
+
 class World(Protocol):
     """`x` is a tensor on any device; `name` is matched over the ranks."""
 
