@@ -33,6 +33,7 @@ from hvdllm.bench import figures, group, lab
 from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose
 from hvdllm.config.check import check
+from hvdllm.config.schema import Config, LocalRounds, StreamingDiLoCo
 from hvdllm.errors import UserError
 from hvdllm.world.detect import Place
 
@@ -44,8 +45,12 @@ MODEL = (
 QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "log_every=1", "schedule=constant")
 # A timed exchange commits what it computed while gradients travelled: it is given more tokens, to make enough commits.
 MORE_IF_TIMED = 3
-# Delayed begins with synchronous updates, which are not what is to be measured.
-OF_EXCHANGE = {"delayed": ("exchange.warmup_tokens=0",)}
+# What begins with synchronous updates, which are not what is to be measured; and a whole outer round a commit.
+OF_EXCHANGE = {
+    "delayed": ("exchange.warmup_tokens=0",),
+    "local_sgd": ("exchange.warmup_tokens=0", "exchange.pulses=1"),
+    "diloco": ("exchange.pulses=1",),
+}
 RESERVED = {
     "exchange": "--exchanges", "wire": "--wires", "world": "--worlds", "budget_tokens": "--steps",
     **dict.fromkeys(("name", "runs_dir", "resume", "eval_every", "save_every", "sample_every", "log_every"), ""),
@@ -135,9 +140,19 @@ def base_words(asked: Asked, cores: int) -> list[str]:
 def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int) -> list[str]:
     """Settings of a case. Alone, a rank has the share of the rank with the most sequences."""
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
-    more = MORE_IF_TIMED if "exchange.timed=true" in case.words else 1
-    own = [*case.words, f"batch_tokens={share}", f"budget_tokens={asked.commits * share * more}"]
-    return compose.merged(base, own)
+    own = compose.merged(base, [*case.words, f"batch_tokens={share}"])
+    more = batches_a_commit(compose.compose(own)) if case.kind == "together" else 1
+    return [*own, f"budget_tokens={asked.commits * share * more}"]
+
+
+def batches_a_commit(config: Config) -> int:
+    """Global batches from one commit to the next, at least."""
+    exchange = config.exchange
+    if isinstance(exchange, LocalRounds):
+        return -(-exchange.local_steps // max(1, (exchange.pulses or 1) - 1))
+    if isinstance(exchange, StreamingDiLoCo):
+        return -(-exchange.local_steps // exchange.fragments)
+    return MORE_IF_TIMED if getattr(exchange, "timed", False) else 1
 
 
 def refusal(words: Sequence[str], place: Place) -> str | None:

@@ -5,6 +5,7 @@ or, where every rank trained alone, of each. Left out are the rounds of warm-up 
 lands what others overlap. Seconds in, milliseconds out; bytes are those that one rank (one interface) sends.
 
 step           between two commits, median
+a batch        mean time for as many tokens as a global batch: of whole outer rounds, where a commit is one
 compute        gradients, the update and what the exchange computes itself; mean over ranks, median
 blocked        compute stood still for the exchange; flight: something travelled
 hidden         share of the flight under which compute went on, 1 - blocked / flight, of the sums
@@ -76,6 +77,7 @@ class Figures:
     tokens_per_s: float
     cpu_share: float  # CPU seconds of a rank over seconds
     packet_bytes: float | None
+    batch_ms: float
     sum_ms: float | None = None
     sum_mb: float | None = None
     step_ms_of_repetitions: list[float] = field(default_factory=list)
@@ -169,5 +171,6 @@ def figures(
         sum_ms=pooled(repetitions, "sum_s") if all(rep.sum_s for rep in repetitions) else None,
         sum_mb=sums[0] / 1e6 if (sums := [rep.sum_bytes for rep in repetitions if rep.sum_bytes is not None]) else None,
         packet_bytes=median(rep.packet or 0.0 for rep in counted) if counted else None,
+        batch_ms=1e3 * seconds * batch_tokens / tokens,
         step_ms_of_repetitions=[1e3 * median(rep.step_s) for rep in repetitions],
     )  # fmt: skip

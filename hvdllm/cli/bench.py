@@ -183,12 +183,13 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    times: list[tuple[str, ...]] = [("", "step, ms", "compute", "blocked", "flight", "hidden", "step / bound")]
+    times: list[tuple[str, ...]] = [("", "step, ms", "compute", "blocked", "flight", "hidden", "step / bound", "a batch, ms")]
     for label, f in found.items():
         apart = figures["cases"][label]["kind"] != "together"
         columns = [f[f"{name}_ms"] for name in ("step", "compute", "blocked", "flight")]
         cells = [cell(None if apart and k > 1 else value, ".0f") for k, value in enumerate(columns)]
-        times.append((label, *cells, cell(f["hidden"], ".0%"), cell(f["bound"], ".3f")))
+        a_batch = "-" if apart else cell(f["batch_ms"], ".0f")
+        times.append((label, *cells, cell(f["hidden"], ".0%"), cell(f["bound"], ".3f"), a_batch))
     traffic: list[tuple[str, ...]] = [
         ("MB a rank and step", "counted", "on the wire", "ratio", "a sum alone: ms", "MB a rank")
     ]

@@ -47,7 +47,9 @@ class Rig:
         self.folder.create(config)
         show = SimpleNamespace(progress=lambda values: None, say=self.said.append)
         clock = SimpleNamespace(seconds=lambda: self.now, wall_s=lambda: self.now, act=nullcontext)
-        exchange = SimpleNamespace(consensus=self.consensus, state=self.state, identical=identical)
+        exchange = SimpleNamespace(
+            consensus=self.consensus, state=self.state, identical=identical, anchored=False
+        )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         self.due = Due(
             config, world=world or SingleWorld(), flat=self.flat, exchange=exchange, update=update,
@@ -269,3 +271,14 @@ def test_a_rank_without_windows_takes_part_in_an_evaluation() -> None:
 
     found = evaluate(nn.Linear(1, 1), [], np.ones(3), "fp32", torch.device("cpu"), Other())
     assert found == Evaluation(2.0, 6 / np.log(2) / 4, 3)
+
+
+def test_where_an_anchor_is_kept_the_last_evaluation_comes_after_settling(tmp_path: Path, rig: MakeRig) -> None:
+    it = rig(tmp_path)
+    it.due.exchange.anchored = True
+    it.commits(1, 10)
+    assert it.due.finished and (1000, "evaluate") not in it.did and (1000, "sample") not in it.did
+    assert it.did[-1] == (1000, "save")
+    it.due.finish(Settled(report(10), 50))
+    assert it.did[-2:] == [(1000, "evaluate"), (1000, "sample")]
+    assert it.records("eval")[-1]["tokens"] == 1050, "with what settling committed"
