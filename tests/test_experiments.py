@@ -61,5 +61,8 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
         assert exchanges == set(re.findall(r"exchange: (\S+)", FILES[name])[0].split(","))
     page = tmp_path / "report.html"
     launch([*HVDLLM, "report", str(tmp_path / "runs" / name), "--out", str(page)])
-    assert page.stat().st_size > 10_000 and {"slow_link": "int8", "diloco_h": "diloco"}.get(name, "allreduce") in page.read_text()
+    assert (
+        page.stat().st_size > 10_000
+        and {"slow_link": "int8", "diloco_h": "diloco"}.get(name, "allreduce") in page.read_text()
+    )
     assert json.loads((tmp_path / "runs" / name / "sweep.json").read_text())

@@ -216,6 +216,10 @@ class Exchange(Protocol):
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         """Installs hooks that only enqueue; returns the module to call."""
 
+    def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        """Begins, attached and not yet trained, with a trunk's weights; where moments are given, with its optimizer,
+        which has made so many steps. Vectors over the map."""
+
     def feed(self, stream: Stream) -> Iterator[Batch]:
         """Micro-batches, hooks armed before each forward; endless. Raises NotFinite in the round after a bad one."""
 

@@ -407,6 +407,10 @@ class LocalSteps:
         """More vectors over the map, equal on all ranks."""
         return {}
 
+    def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        self.anchor.copy_(model)
+        self.inner.start(model, moments, steps)
+
     def load(self, state: State, mine: list[dict[str, Any]]) -> None:
         shared = state.shared
         self.tokens, self.step, self.anchor_tokens = shared["tokens"], shared["step"], shared["anchor_tokens"]

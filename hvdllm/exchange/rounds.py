@@ -332,6 +332,12 @@ class Rounds:
         """Does this rank write its pieces? Where replicas are whole and equal rank 0 alone does."""
         return self.world.rank == 0
 
+    def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        fresh = self.state()
+        vectors = {kind: torch.zeros_like(self.flat.x) for kind in fresh.sharded} | {"model": model} | moments
+        shared = fresh.shared | ({"steps": steps} if moments else {})
+        self.load(State(shared, [], vectors, {}, {}, fresh.tensors), [fresh.mine] * self.world.size)
+
     def load(self, state: State, mine: list[dict[str, Any]]) -> None:
         shared = state.shared
         self.tokens, self.step, self.round = shared["tokens"], shared["step"], shared["round"]

@@ -413,6 +413,8 @@ def exchange_name(config: Config) -> str:
     wire = schema.name_of("wire", config.wire)
     parts = [schema.name_of("exchange", config.exchange)]
     parts += [f"wire {wire}"] * (wire != "fp32") + ["hierarchical"] * config.wire.hierarchical
+    inner = getattr(config.exchange, "inner", "none")
+    parts += [f"{inner} inside"] * (inner != "none")
     return ", ".join(parts + [f"world {config.world.kind}"] * (config.world.kind not in ("auto", "horovod")))
 
 

@@ -12,14 +12,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvdllm import runs
 from hvdllm.checkpoint import read
 from hvdllm.config import schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
-from hvdllm.exchange.base import State
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World, from_first
 
@@ -43,13 +40,10 @@ def begin(config: Config, tokenizer_hash: str, exchange: Any, flat: Flat, world:
         found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
     except UserError as error:
         raise UserError(f"init_from={config.init_from}: {error}") from None
-    trunk, state = Trunk(**found), exchange.state()
-    shared = state.shared | ({"steps": trunk.steps} if config.init_optimizer else {})
-    taken = {"model": "model" if trunk.tokens is not None else ""}  # our name of a vector: the trunk's
-    taken |= {kind: kind for kind in exchange.update.state()[1]} if config.init_optimizer else {}
-    vectors = {kind: torch.zeros_like(flat.x) for kind in state.sharded}  # so are fresh moments, and what is kept
-    vectors |= {kind: read.share_vector(Path(trunk.path), theirs, flat, world) for kind, theirs in taken.items()}
-    exchange.load(State(shared, [], vectors, {}, {}, state.tensors), [state.mine] * world.size)
+    trunk = Trunk(**found)
+    path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
+    model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
+    exchange.start(model, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
 
 
@@ -86,5 +80,9 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
         theirs, ours = (schema.name_of("optim", c.optim) for c in (runs.read_config(folder), config))
         if theirs != ours:
             raise UserError(f"its optimizer is {theirs}, not {ours}: give optim={theirs}, or init_optimizer=false")
+        if state["shared"].get("steps") is None:
+            raise UserError(
+                "its ranks have an optimizer each (local steps), there is none for all: init_optimizer=false"
+            )
     shared = state.get("shared", {})
     return Trunk(str(source), shared.get("tokens") if whole else None, shared.get("steps", 0))

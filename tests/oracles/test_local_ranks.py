@@ -12,7 +12,7 @@ from launch import BATCH, HVDLLM, launch, losses, meddled, records, runs, same_b
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
-STREAM = "exchange=streaming_diloco exchange.local_steps=4 exchange.fragments=2 exchange.delay=1".split()
+STREAM = ["exchange=streaming_diloco", "exchange.local_steps=4", "exchange.fragments=2", "exchange.delay=1"]
 KINDS = {
     "local_sgd": [
         "exchange=local_sgd",
@@ -64,7 +64,9 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp / "runs"
 
 
-@pytest.mark.parametrize("name", [*(f"{kind}-3" for kind in KINDS), *(f"{kind}-4" for kind in INNER), "torch-streaming-2"])
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}-3" for kind in KINDS), *(f"{kind}-4" for kind in INNER), "torch-streaming-2"]
+)
 def test_virtual_ranks_give_the_curve_of_real_ones(name: str, tmp: Path) -> None:
     close(tmp / name, tmp / f"{name}-virtual", 1e-4 if name.startswith(("streaming-int8", "inner-sharded")) else 1e-9)
 

@@ -51,7 +51,7 @@ def test_an_earlier_checkpoint_is_another_beginning(trunk: Path) -> None:
     assert any(not a[name].equal(b[name]) for name in b)
 
 
-@pytest.mark.parametrize("exchange", ["allreduce", "sharded", "acco", "delayed"])
+@pytest.mark.parametrize("exchange", ["allreduce", "sharded", "acco", "delayed", "diloco"])
 @pytest.mark.parametrize("optimizer", [False, True])
 def test_the_optimizer_comes_along_if_asked(trunk: Path, exchange: str, optimizer: bool) -> None:
     """One step of rate 0 from the trunk's moments is beta m + (1 - beta) g; from none it is (1 - beta) g."""
@@ -61,16 +61,16 @@ def test_the_optimizer_comes_along_if_asked(trunk: Path, exchange: str, optimize
         words = [
             *of(trunk, run), f"init_from={trunk}/runs/trunk", f"init_optimizer={optimizer}", "world=virtual",
             "world.size=2", f"exchange={exchange}", "optim.lr=0", "optim.clip=0", f"optim.beta1={beta}",
-            "budget_tokens=1", f"batch_tokens={BATCH}",
+            "budget_tokens=1", f"batch_tokens={BATCH}", *["exchange.local_steps=1"] * (exchange == "diloco"),
         ]  # fmt: skip
         assert main(["train", *words]) == 0
         (checkpoint,) = (trunk / "runs" / run / "checkpoints").iterdir()
         kept[name] = {}
-        for file in checkpoint.glob("*.safetensors"):
+        for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    if key.startswith("m/"):
-                        kept[name][key] = tensors.get_tensor(key)
+                    if (short := key.removeprefix("local.update.")).startswith("m/"):
+                        kept[name][short] = tensors.get_tensor(key)
     was = moments(trunk / "runs" / "trunk" / "checkpoints" / "6")
     whole = [key for key in kept["half"] if key in was and kept["half"][key].shape == was[key].shape]
     assert whole
