@@ -183,9 +183,8 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    times: list[tuple[str, ...]] = [
-        ("", "step, ms", "compute", "blocked", "flight", "hidden", "step / bound", "a batch, ms")
-    ]
+    titles = ("", "step, ms", "compute", "blocked", "flight", "hidden", "step / bound", "a batch, ms")
+    times: list[tuple[str, ...]] = [titles]
     for label, f in found.items():
         apart = figures["cases"][label]["kind"] != "together"
         columns = [f[f"{name}_ms"] for name in ("step", "compute", "blocked", "flight")]
