@@ -71,7 +71,7 @@ INNER_WIRES = {"fp32": schema.Fp32, "fp16": schema.Fp16, "bf16": schema.Bf16, "i
 
 @dataclass
 class Window:
-    """What this rank has to say in its next pulse. tokens and loss: of the whole group, said by its first rank."""
+    """What this rank has to say in its next pulse. tokens: of the whole group, said by its first rank."""
 
     tokens: int = 0
     loss: float = 0.0
@@ -83,13 +83,13 @@ class Window:
     cpu_s: float = 0.0
     micro_batches: float = 0.0
 
-    def add(self, report: Report, place: int) -> None:
-        """The inner exchange's report of one step, known one step later."""
-        self.loss += report.loss_sum
-        self.loss_tokens += report.loss_tokens
-        self.squares = report.grad_norm**2
+    def add(self, said: dict[str, float], slot: dict[str, float], norm: float) -> None:
+        """What came of one step on this rank."""
+        self.loss += said["loss"]
+        self.loss_tokens += said["loss_tokens"]
+        self.squares = norm**2
         for name in SLOT:
-            setattr(self, name, getattr(self, name) + getattr(report, name)[place])
+            setattr(self, name, getattr(self, name) + slot[name])
 
 
 class Posted(Protocol):
@@ -157,6 +157,7 @@ class LocalSteps:
         self.inner = kind(settings, share)
         self.inner.reckon = lambda more: self._base + self.groups * (self._open + more)
         self.inner.watch = self._note
+        self.inner.told = lambda said, slot, norm: self._now.add(said, slot, norm)
         inner_wire = make_wire(INNER_WIRES[self.settings.inner_wire](), self.inside, flat, share)
         module = self.inner.attach(model, flat, update, inner_wire, self.inside)
         self.buffer = flat.gradients[-1]  # deltas travel in it; where it is the only one it is zero between two steps
@@ -220,8 +221,6 @@ class LocalSteps:
         for fragment in self.fragments:
             fragment.tokens += tokens
         self._asks = Asks(self._asks.stop or commit.asks.stop, self._asks.save or commit.asks.save)
-        if commit.before is not None:
-            self._now.add(commit.before, self.inside.rank)
 
     _inner_tokens = 0
     lr = 0.0
@@ -233,13 +232,14 @@ class LocalSteps:
     # ------------------------------------------------------------------ pulses
     def pulse(self, meeting: bool = False, weight: float = 0.0, steps: float = 0.0) -> Pulse:
         """Posts what this rank has to say. weight, steps: of the deltas that travel with it."""
+        self._land_inner()  # the one host read
         self._read_intervals()
         now, self._now = self._now, Window()
-        first = self.inside.rank == 0
-        said = {"tokens": float(now.tokens), "loss": now.loss, "loss_tokens": now.loss_tokens}
-        said |= {"squares": now.squares, "weight": weight, "steps": steps, "bad": float(self._bad is not None)}
         asks, self._asks = self._asks, Asks()
-        values = {"stop": float(asks.stop), "save": float(asks.save), **(said if first else {})}
+        values = {"loss": now.loss, "loss_tokens": now.loss_tokens}
+        values |= {"stop": float(asks.stop), "save": float(asks.save), "bad": float(self._bad is not None)}
+        if self.inside.rank == 0:
+            values |= {"tokens": float(now.tokens), "squares": now.squares, "weight": weight, "steps": steps}
         self._parity = 1 - self._parity
         return Pulse(MetaPost(self.world, self._parity, values, {name: getattr(now, name) for name in SLOT}), meeting)
 
@@ -356,9 +356,6 @@ class LocalSteps:
 
     def settle(self) -> Settled:
         self._land()
-        report = self.inner.settle().report
-        if report is not None:
-            self._now.add(report, self.inside.rank)
         tokens, metas = self.tokens, self.close()
         held, late = self.held, self._report(metas)
         self.tokens += sum(int(meta.tokens) for meta in metas)

@@ -95,6 +95,8 @@ class Rounds:
         self.watch: Callable[[int, str, Mark, Mark], None] | None = None  # (step, lane, begin, end): trace_steps
         # Tokens of all ranks once so many more are committed here; an outer exchange knows more than its inner one.
         self.reckon: Callable[[int], int] = lambda more: self.tokens + more
+        # What this rank has to say of a round, and the norm of its sum, as soon as they are read; for an outer exchange.
+        self.told: Callable[[dict[str, float], dict[str, float], float], None] | None = None
         self._mine: dict[str, float] = dict.fromkeys(("loss", "loss_tokens", "squares"), 0.0)
         self._slot: dict[str, float] = dict.fromkeys(SLOT, 0.0)
         self._computed: Computed | None = None
@@ -275,6 +277,8 @@ class Rounds:
             self._last[2] = norm
             if not math.isfinite(norm):
                 raise NotFinite(applied.step, applied.stream, norm, self.parts, applied.left)
+            if self.told is not None:
+                self.told(self._mine, self._slot, norm)
 
     def report(self) -> Report | None:
         """Of the last commit, once; None where there was none, or it is reported."""

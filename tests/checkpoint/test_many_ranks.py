@@ -92,7 +92,7 @@ def test_every_rank_writes_its_own_and_any_number_reads_all(n: int, tmp_path: Pa
     assert sorted([*named, "manifest.json"]) == files
     state = read.read_state(final)
     assert state["mine"] == [{"rank": rank, "clock": 10 * rank} for rank in range(n)] and state["horizon"] == 5
-    assert read.saved_ranks(state) == n and read.summed_kinds(final) == ["error"]
+    assert read.saved_ranks(state) == n and read.kinds_of(final, "summed") == ["error"]
     for m in (1, 2, 4):
 
         def body(world: Any) -> None:
@@ -386,7 +386,7 @@ def test_a_range_beyond_its_tensor_is_refused(start: str, tmp_path: Path) -> Non
     own = flat(1)
     save_file({f"summed.e/0.weight@{start}": torch.ones(11)}, tmp_path / "rank-00000.safetensors")
     with pytest.raises(UserError, match=rf"`summed\.e/0\.weight@{start}` has 11 elements"):
-        read.read_summed(tmp_path, "e", own, 0)
+        read.read_ranks(tmp_path, "summed.e", own, 0)
 
 
 def test_a_part_that_a_host_does_not_see_is_said_by_all(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from launch import BATCH, HVDLLM, launch, losses, meddled, records, runs, same_b
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
+LONG = 28  # an ask is acted on two marks later, each of some steps
 STREAM = ["exchange=streaming_diloco", "exchange.local_steps=4", "exchange.fragments=2", "exchange.delay=1"]
 KINDS = {
     "local_sgd": [
@@ -85,8 +86,8 @@ def test_what_each_reports(tmp: Path) -> None:
         assert "weights_tokens" not in evals[-1]
         assert all(record["bytes_sent"] > 0 and record["grad_norm"] > 0 for record in commits), name
         assert sum(sum(r["micro_batches_by_rank"]) for r in commits) > 0
-        if name != "local_sgd":
-            assert any(e.get("weights_tokens", e["tokens"]) < e["tokens"] for e in evals[:-1]) or name == "diloco"
+        if name == "late":  # in mid-round the anchor is older than what is committed
+            assert any(e.get("weights_tokens", e["tokens"]) < e["tokens"] for e in evals[:-1])
         assert records(run, "audit")[-1]["spread"] >= 0
     sent = [record["bytes_sent"] for record in records(tmp / "diloco-3", "commit")]
     size = sum(w.nbytes for w in weights(tmp / "diloco-3").values())
@@ -96,20 +97,19 @@ def test_what_each_reports(tmp: Path) -> None:
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_resumed_in_mid_round_it_is_bit_equal(n: int, tmp_path: Path) -> None:
-    here = dict(KINDS) | ({"inner-sharded": [*INNER["inner-sharded"], "exchange.group=2"]} if n == 4 else {})
     both = [
         spec
-        for name, words in here.items()
+        for name, words in KINDS.items()
         for spec in (
-            {"words": words_of(tmp_path, f"{name}-a", STEPS, *words)},
-            {"words": words_of(tmp_path, f"{name}-b", STEPS, *words), "do": {"stop": [n - 1, 2]}},
+            {"words": words_of(tmp_path, f"{name}-a", LONG, *words)},
+            {"words": words_of(tmp_path, f"{name}-b", LONG, *words), "do": {"stop": [n - 1, 2]}},
         )
     ]
     runs(both, n, tmp_path)
-    for name in here:
+    for name in KINDS:
         assert records(tmp_path / "runs" / f"{name}-b", "end")[-1]["reason"] == "stop"
-    runs([{"words": words_of(tmp_path, f"{name}-b", STEPS, *words)} for name, words in here.items()], n, tmp_path)
-    for name in here:
+    runs([{"words": words_of(tmp_path, f"{name}-b", LONG, *words)} for name, words in KINDS.items()], n, tmp_path)
+    for name in KINDS:
         assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
 
 
@@ -117,20 +117,20 @@ def test_groups_resumed_in_mid_round_and_at_another_size(tmp_path: Path) -> None
     words = [*INNER["inner-sharded"], "exchange.pulses=4", "exchange.group=2"]
     runs(
         [
-            {"words": words_of(tmp_path, "a", STEPS, *words)},
-            {"words": words_of(tmp_path, "b", STEPS, *words), "do": {"stop": [3, 2]}},
-            {"words": words_of(tmp_path, "c", STEPS, *words), "do": {"stop": [3, 2]}},
+            {"words": words_of(tmp_path, "a", LONG, *words)},
+            {"words": words_of(tmp_path, "b", LONG, *words), "do": {"stop": [3, 2]}},
+            {"words": words_of(tmp_path, "c", LONG, *words), "do": {"stop": [3, 2]}},
         ],
         4, tmp_path,
     )  # fmt: skip
-    runs([{"words": words_of(tmp_path, "b", STEPS, *words)}], 4, tmp_path)
+    runs([{"words": words_of(tmp_path, "b", LONG, *words)}], 4, tmp_path)
     assert same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
-    done = launch([*HVDLLM, "train", *words_of(tmp_path, "c", STEPS, *words)], "gloo", 2, code=2)
+    done = launch([*HVDLLM, "train", *words_of(tmp_path, "c", LONG, *words)], "gloo", 2, code=None)
     assert "at least two groups" in done.out and done.out.count("at least two groups") == 1
 
 
 def test_another_world_size_is_said(tmp_path: Path) -> None:
-    words = words_of(tmp_path, "a", STEPS, *KINDS["diloco"])
+    words = words_of(tmp_path, "a", LONG, *KINDS["diloco"])
     runs([{"words": words, "do": {"stop": [0, 2]}}], 3, tmp_path)
     runs([{"words": words}], 2, tmp_path)
     assert "what 3 ranks had of their own" in (tmp_path / "runs" / "a" / "log.txt").read_text()
