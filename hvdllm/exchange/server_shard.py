@@ -115,17 +115,21 @@ class Shard:
             self.mail.post(self.servers[0], "log", {"kind": "overflow", "norm": self.norm})
 
     def _push(self, letter: Letter) -> None:
-        """A step of its own for one worker's gradient G: the optimizer's, with G / n at the rate times n / batch_tokens."""
+        """A step of its own for one worker's gradient: with G / n, at the rate times n / batch_tokens."""
         head, gradient = letter.head, self._gradient(letter)
         if self.settings.compensation:
-            moved = (self.theta - self._backups[letter.sender]).mul_(gradient).mul_(self.settings.compensation)
-            gradient.addcmul_(gradient, moved)
+            moved = self.theta - self._backups[letter.sender]
+            gradient.addcmul_(self._curvature(gradient, head["n"]), moved)
         share = head["n"] / self.nominal
         if self.settings.staleness_aware:
             share /= max(1, self.version - self._read[letter.sender])
         squares: Callable[[torch.Tensor], torch.Tensor] = lambda own: torch.full_like(own, head["squares"])  # noqa: E731
         counted = Counted(head["n"], head["committed"])
         self.update.step(self.pieces, list(gradient.split(self.sizes)), counted, squares, share)
+
+    def _curvature(self, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
+        """What stands for the Hessian of a sum over so many tokens: λ G*G."""
+        return gradient * gradient * self.settings.compensation
 
     def _gradient(self, letter: Letter) -> torch.Tensor:
         assert letter.body is not None
