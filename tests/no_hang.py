@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launch import BATCH, RANKS, Job, records, words_of
@@ -40,12 +41,13 @@ def launcher(name: str) -> str:
     return {"parameter_server": "mpi", "ddp": "torchrun"}.get(name.split("+")[0], "gloo")
 
 
-def no_hang(name: str, times: int, limit_s: float, tmp: Path, first: int = 0) -> tuple[int, int]:
-    """How many of the runs met their budget, and how many ended by a stop. first: seed of the first run."""
+def no_hang(name: str, times: int, limit_s: float, tmp: Path, first: int = 0, **do: Any) -> tuple[int, int]:
+    """How many of the runs met their budget, and how many ended by a stop. first: seed of the first run. do: more that
+    ranks/meddle.py takes."""
     often = [f"save_every={5 * BATCH}", f"eval_every={4 * BATCH}", f"audit_every={6 * BATCH}", "eval_tokens=64"]
     kind = name.replace("+", "-").replace("=", "-").replace(".", "-")
     specs = [
-        {"words": words_of(tmp, f"{kind}-{k}", STEPS, *often, *settings(name)), "do": {"chaos": first + k}}
+        {"words": words_of(tmp, f"{kind}-{k}", STEPS, *often, *settings(name)), "do": {"chaos": first + k, **do}}
         for k in range(times)
     ]
     path = tmp / f"{kind}.json"

@@ -25,6 +25,7 @@ def meddle(
     stop: Any = None,  # asks for a stop, as a signal does
     kill: Any = None,  # SIGKILL
     fail: Any = None,  # raises
+    hang: Any = None,  # sleeps for an hour
     bad: Any = None,  # [rank, round, parameter, ...]: their gradients there are NaN; None: the loss is
     large: Any = None,  # [rank, round, factor]: its loss there is multiplied
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
@@ -46,6 +47,8 @@ def meddle(
             self.world.asks.stop = True
         if here == kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if here == hang:
+            time.sleep(3600)
         if here == fail:
             raise ValueError("an apple fell on the fan")
 
