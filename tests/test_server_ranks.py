@@ -73,12 +73,12 @@ def test_a_killed_worker_ends_the_job_and_the_run_goes_on(how: str, tmp_path: Pa
 
 def test_a_worker_that_stands_still_ends_the_run_when_its_lease_is_over(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
-    words = words_of(tmp_path, "a", 10_000, *SERVER, "exchange.lease_s=3", "exchange.staleness=2")
+    words = words_of(tmp_path, "a", 10_000, *SERVER, "exchange.lease_s=15", "exchange.staleness=2")
     with Job(meddled(words), "mpirun", 3) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         os.kill(job.rank(1), signal.SIGSTOP)
         done = job.wait()
-        assert done.code != 0 and done.out.count("rank 1 has said nothing for 3 s (exchange.lease_s)") == 1, done.out
+        assert done.code != 0 and done.out.count("rank 1 has said nothing for 15 s (exchange.lease_s)") == 1, done.out
         assert "Traceback" not in done.out and "bug in hvdllm" not in done.out
         job.until_gone()
 

@@ -113,7 +113,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         evaluate=lambda: evaluate_run(config, model, corpus, device, world),
         sample=lambda tokens: sample_run(config, model, corpus, tokens) if world.rank == 0 else "",
         extra={"horizon": horizon, "data_hash": corpus.data_hash},
-        folder=folder, show=show, grace_s=grace(place),
+        folder=folder, show=show,
+        # Its marks are far apart, and an ask makes one at once.
+        grace_s=None if isinstance(exchange, ParameterServer) else grace(place),
     )  # fmt: skip
     hosts = account.hosts(device, world)
     notes = list(corpus.notes)

@@ -57,7 +57,7 @@ def test_a_light_mark_is_told_with_the_next_answer_and_stops_nobody() -> None:
     assert grant["mark"]["tokens"] == 20 and not grant["mark"]["frozen"] and grant["mark"]["mark"] == 1
     assert say(here, 0, BEGIN) == [(0, {"need": 2})], "rank 1 has not heard of it yet"
     assert say(here, 0, PUSH)[0][1]["ticket"] == 3
-    assert say(here, 1, PUSH)[1][1]["mark"]["tokens"] == 20
+    assert say(here, 1, PUSH)[0][1]["mark"]["tokens"] == 20
 
 
 def test_a_frozen_mark_grants_nothing_until_all_have_left() -> None:
