@@ -356,6 +356,15 @@ class ParameterServer:
         local = {"model": (whole, self.flat.x), "gradient": (whole, self.flat.g)} if self.phase == "push" else {}
         return State(shared, self.owned, {"model": self.theta, **vectors}, mine, {}, {}, local)
 
+    def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        """Begins, attached and not yet trained, with a trunk's weights; where moments are given, with its optimizer,
+        which has made so many steps. Vectors over the map."""
+        self.flat.x.copy_(model)
+        self.theta.copy_(model[self._part])
+        if moments:
+            self.counts.steps = steps
+            self.update.load({"steps": steps}, {name: vector[self._part] for name, vector in moments.items()})
+
     def load(self, state: State, mine: list[dict[str, Any]]) -> None:
         shared = state.shared
         self.counts = Counts(**shared["counts"])
