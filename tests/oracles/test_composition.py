@@ -194,11 +194,11 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
             "torch's hook takes one bucket",
         ),
         (["wire=sign", "wire.warmup_tokens=0"], Place(), "needs exact sums first"),
-        (["exchange=parameter_server"], Place("horovodrun", 0, 2, 0, 2), "Gloo joins have none: start them with horovodrun"),
+        (["exchange=parameter_server"], Place("horovodrun", 0, 2, 0, 2), "Gloo joins have none: start them"),
         (["exchange=parameter_server"], Place("torchrun", 0, 2, 0, 2), "torch.distributed joins have none"),
         (["exchange=parameter_server", "wire=fp16"], Place("mpirun", 0, 2, 0, 2), "no sum of ranks that a wire could"),
         (["exchange=parameter_server", "wire.hierarchical=true"], Place(), "wire.hierarchical=true with exchange="),
-        (["exchange=parameter_server", "exchange.bucket_mb=1"], Place(), "by servers, not by buckets, leave it at null"),
+        (["exchange=parameter_server", "exchange.bucket_mb=1"], Place(), "not by buckets, leave it at null"),
         (["exchange=parameter_server", "exchange.servers=1"], Place(), "exchange.servers=1 of 1 rank: none is left"),
         (
             ["exchange=parameter_server", "exchange.staleness=0", "exchange.compensation=1"], Place(),
