@@ -18,6 +18,7 @@ from hvdllm.optim.update import Update
 from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 from hvdllm.world.base import Asks
+from hvdllm.world.virtual_mail import VirtualMail
 
 NOMINAL = 15  # examples of a global batch; a micro-batch has 4 to 6
 Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -34,6 +35,30 @@ class Lanes:
             x, t = self.data(index, self.at)
             self.at += 1
             yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=self.at - 1, index=index)
+
+
+class Slow:
+    """Letters to servers that take their time, each pair of ranks its own; those of one sender to one server arrive in
+    order."""
+
+    def __init__(self, world: Any, transit: Callable[[int, int], int]) -> None:
+        self.world, self.mail, self.transit = world, VirtualMail(world), transit
+        self.take, self.close = self.mail.take, self.mail.close
+        self.arrival: dict[int, int] = {}
+
+    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+        if box != "server" or to == self.world.rank:
+            return self.mail.post(to, box, head, body)
+        hub, copy = self.world.hub, None if body is None else body.clone()
+        at = max(self.arrival.get(to, 0), hub.holder.time + self.transit(self.world.rank, to))
+        self.arrival[to] = at
+
+        def travel() -> None:
+            hub.holder.time = at
+            hub.poll(lambda: False)
+            self.mail.post(to, box, head, copy)
+
+        self.world.spawn(travel, "letter")
 
 
 def pushes(worker: int, workers: int, nominal: int = NOMINAL, data: Data = own_examples) -> Iterator[list[int]]:
@@ -68,14 +93,18 @@ def serve(
     data: Data = own_examples,
     log: int = 1,
     act: int = 0,
+    transit: Callable[[int, int], int] | None = None,
 ) -> list[Rig]:
     """Trains on `tokens`, or until a stop. log, act: tokens between light marks, and between frozen ones. pace:
     simulated seconds of a rank's micro-batch; asks: what a rank is asked for while it computes one; begins: called
-    with each; stop_at: leave at that mark with its state; states: of all ranks, to go on from."""
+    with each; transit: simulated seconds of a letter to a server; stop_at: leave at that mark with its state; states:
+    of all ranks, to go on from."""
     wanted = milestones or Milestones((act,), (log,), tokens)
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
+        if transit is not None:
+            world.mail = lambda: Slow(world, transit)
         part = ParameterServer(settings, nominal)
         part.milestones = wanted
         flat = Flat(net_, world.size, 1)

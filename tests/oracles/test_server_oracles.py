@@ -34,6 +34,11 @@ def uneven(rank: int, number: int) -> int:
     return 7 + 3 * rank + 40 * (rank == 2) + number % 3
 
 
+def far(sender: int, to: int) -> int:
+    """Simulated seconds of a letter: some servers are a long way from some workers."""
+    return 1 + 60 * ((sender + 2 * to) % 3)
+
+
 def gradient(x: torch.Tensor, worker: int, numbers: list[int]) -> tuple[torch.Tensor, int, float]:
     """Sum over the micro-batches of one push at these weights, its examples and its loss."""
     model, count, value = net(), 0, 0.0
@@ -68,8 +73,8 @@ def trail(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("optim", OPTIMS, ids=type)
 @pytest.mark.parametrize(("size", "servers"), [(1, 0), (2, 0), (3, 0), (3, 1), (4, 2), (5, 0)])
 def test_staleness_0_is_one_process_with_the_whole_batch(optim: Any, size: int, servers: int) -> None:
-    """Ragged pushes, clipping at work, a slow worker. Seen to catch: a step for each push, a pull before the clock's
-    step, squares of one server's piece alone, a push left out of the sum, and the rate of a share."""
+    """Ragged pushes, clipping at work, a slow worker, letters that are long on their way. Seen to catch: a step for
+    each push, a pull before the clock's step, squares of one server's piece alone, a push left out of the sum."""
     workers, marks = size - servers, 5
     plain, lanes = Plain(optim, rate), [pushes(i, size - servers) for i in range(size - servers)]
     expected, losses = [], []
@@ -78,7 +83,7 @@ def test_staleness_0_is_one_process_with_the_whole_batch(optim: Any, size: int, 
         expected.append(plain.step(sum(g for g, _, _ in parts), sum(n for _, n, _ in parts)))
         losses.append(sum(value for _, _, value in parts))
     settings = Settings(staleness=0, servers=servers)
-    rigs = serve(settings, size, plain.tokens, optim=optim, rate=rate, act=1, acts=True, pace=uneven)
+    rigs = serve(settings, size, plain.tokens, optim=optim, rate=rate, act=1, acts=True, pace=uneven, transit=far)
     for rig in rigs:
         assert [c.step for c in rig.commits] == [1, 2, 3, 4, 5] and rig.commits[-1].tokens == plain.tokens
         for k in range(marks):
@@ -93,8 +98,7 @@ def test_staleness_0_is_one_process_with_the_whole_batch(optim: Any, size: int, 
 
 @pytest.mark.parametrize("servers", [0, 1])
 def test_at_staleness_0_acts_change_no_bit(servers: int) -> None:
-    """Frozen marks, light ones, asks in mid-clock. Seen to catch: a mark that takes a push along, and consensus that
-    keeps the own weights' place."""
+    """Frozen marks, light ones, asks in mid-clock."""
     settings = Settings(staleness=0, servers=servers)
     bare = serve(settings, 3, 200, optim=OPTIMS[1], rate=rate, pace=uneven, log=0)
     acting = serve(settings, 3, 200, optim=OPTIMS[1], rate=rate, pace=lambda r, k: 50 - 9 * r, act=40, acts=True)
@@ -255,7 +259,7 @@ def test_every_server_applies_the_same_pushes_in_the_order_of_tickets(
     size = 3 + servers
     rigs = serve(
         Settings(staleness=staleness, servers=servers), size, 200, optim=optim, rate=rate, pace=uneven, act=90,
-        acts=True,
+        acts=True, transit=far,
     )  # fmt: skip
     plain, order = Plain(optim, rate), [n for n, _ in net().named_parameters()]
     flat = Flat(net(), size, 1)
@@ -337,7 +341,8 @@ def test_heavy_tailed_delays_and_asks_at_any_moment(staleness: Any, servers: int
         wanted = Milestones((35, 50), (20,), 260)
         rigs = serve(
             Settings(staleness=staleness, servers=servers), 3 + servers, 260, optim=OPTIMS[seed % 2], rate=rate,
-            milestones=wanted, acts=True, asks=asks, pace=lambda rank, k, times=times: min(times[rank, k], 10_000),
+            milestones=wanted, acts=True, asks=asks, transit=lambda a, b, draw=draw: int(draw.paretovariate(0.8)),
+            pace=lambda rank, k, times=times: min(times[rank, k], 10_000),
         )  # fmt: skip
         for rig in rigs:
             assert [(c.tokens, c.step) for c in rig.commits] == [(c.tokens, c.step) for c in rigs[0].commits]
