@@ -23,6 +23,7 @@ standard library, in one to two minutes. Under a launcher every process is a ran
   hvdllm train text=files text.path=notes/ budget_tokens=5e6
   horovodrun --gloo -np 2 hvdllm train experiment=laptop
   horovodrun --gloo -np 2 hvdllm train exchange=acco wire=bf16
+  horovodrun --mpi -np 3 hvdllm train exchange=parameter_server exchange.staleness=2
   torchrun --nproc-per-node 2 -m hvdllm train exchange=ddp
   hvdllm train world=virtual world.size=8 exchange=delayed
   hvdllm train resume=runs/<name> budget_tokens=1e7

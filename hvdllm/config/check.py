@@ -16,6 +16,7 @@ from hvdllm.config.schema import (
     LocalRounds,
     LocalSteps,
     NoTracker,
+    ParameterServer,
     StreamingDiLoCo,
     Wandb,
     WarmupStableDecay,
@@ -38,7 +39,8 @@ def check(config: Config, place: Place) -> None:
     check_world(config, place)
     if why := refusal(config, place):
         raise UserError(why)
-    check_batch(config, ranks(config, place))
+    check_servers(config, ranks(config, place), transport(config, place))
+    check_batch(config, ranks(config, place) - getattr(config.exchange, "servers", 0))
     check_local(config)
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
@@ -157,6 +159,26 @@ def check_local(config: Config) -> None:
             f"exchange.outer_lr={lr:g} with exchange.outer_momentum={momentum:g} is unstable: {why} stable below "
             f"{bound:.3g} only; lower one of them"
         )
+
+
+def check_servers(config: Config, size: int, world: str) -> None:
+    """Raises UserError where a parameter server has no workers, or nothing to correct. Imports nothing."""
+    exchange = config.exchange
+    if not isinstance(exchange, ParameterServer):
+        return
+    if exchange.servers >= size:
+        raise UserError(
+            f"exchange.servers={exchange.servers} of {size} rank{'s' * (size > 1)}: none is left to train; start more, "
+            "or give exchange.servers=0, where every rank trains and serves its part"
+        )
+    for name in ("compensation", "staleness_aware"):
+        if exchange.staleness == 0 and getattr(exchange, name):
+            raise UserError(
+                f"exchange.{name} with exchange.staleness=0: gradients are not late there, leave it out or give "
+                "another staleness"
+            )
+    if world == "horovod" and importlib.util.find_spec("mpi4py") is None:
+        raise UserError("exchange=parameter_server needs mpi4py: run jobs/setup.sh, or pip install mpi4py")
 
 
 def check_world(config: Config, place: Place) -> None:

@@ -13,6 +13,8 @@ WHOLE_MATRICES = "PowerSGD needs whole matrices, this exchange hands out slices 
 TORCH_HOOKS = "torch has hooks of its own for fp16, bf16 and powersgd alone: take one of these, or allreduce"
 HOROVOD_COMPRESSION = "Horovod's own optimizer compresses to fp16 alone: take fp32 or fp16, or allreduce"
 
+PUSHES = "a push is one rank's and goes to the servers as it is, no sum of ranks that a wire could code: take fp32"
+
 # exchange: {wire: why not}
 REFUSED: dict[type, dict[type, str]] = {
     schema.AllReduce: {},
@@ -22,6 +24,9 @@ REFUSED: dict[type, dict[type, str]] = {
     schema.LocalSGD: {},
     schema.DiLoCo: {},
     schema.StreamingDiLoCo: {},
+    schema.ParameterServer: dict.fromkeys(
+        (schema.Fp16, schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), PUSHES
+    ),
     schema.Ddp: dict.fromkeys((schema.Int8, schema.TopK, schema.Sign), TORCH_HOOKS),
     schema.Horovod: dict.fromkeys(
         (schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), HOROVOD_COMPRESSION
@@ -52,6 +57,7 @@ def refusal(config: Config, place: Place) -> str | None:
         _exchange_and_wire(config, world)
         or _adasum(config, ranks(config, place))
         or _groups(config, place)
+        or _letters(config, place, world)
         or _wire_and_optimizer(config)
         or _virtual(config, world)
     )
@@ -97,6 +103,25 @@ def _groups(config: Config, place: Place) -> str | None:
         return (
             f"exchange.inner={exchange.inner} makes groups of {size} of {all_} ranks: it takes at least two groups of "
             "at least two, all equal; give exchange.group"
+        )
+    return None
+
+
+def _letters(config: Config, place: Place, world: str) -> str | None:
+    """Letters between two ranks need MPI; under Gloo mpi4py would see, in every rank, a world of one."""
+    exchange = config.exchange
+    if not isinstance(exchange, schema.ParameterServer):
+        return None
+    name = "exchange=parameter_server"
+    if config.wire.hierarchical:
+        return f"wire.hierarchical=true with {name}: {PUSHES}"
+    if exchange.bucket_mb is not None:
+        return f"exchange.bucket_mb with {name}: gradients travel by servers, not by buckets, leave it at null"
+    if world == "torch" or (world == "horovod" and place.launcher == "horovodrun"):
+        started = "torch.distributed" if world == "torch" else "Gloo"
+        return (
+            f"{name} sends letters between two ranks over MPI, and ranks that {started} joins have none: start them "
+            f"with horovodrun --mpi -np 3 hvdllm train {name} (or mpirun), or take world=virtual"
         )
     return None
 

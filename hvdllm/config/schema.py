@@ -230,6 +230,38 @@ class StreamingDiLoCo(LocalSteps):
 
 
 @dataclass
+class ParameterServer(Exchange):
+    """Parameter servers: pieces of the weights live on servers, each rank pushes gradients and pulls weights when it is
+    ready. Needs ranks that MPI started (horovodrun --mpi, mpirun), or logical ones."""
+
+    staleness: int | None = setting(
+        None,
+        "clocks (a push each, of about batch_tokens / ranks) that a rank may be ahead of the slowest when it begins "
+        "one; 0: synchronous, one step with the sum of all ranks; null: asynchronous, nobody waits for anybody",
+        least=0,
+    )
+    servers: int = setting(
+        0, "ranks, the last ones, that serve and do not train; 0: every rank trains and serves its part", least=0
+    )
+    compensation: float = setting(
+        0.0,
+        "lambda of delay compensation (Zheng et al., 2017): the sum G over n tokens becomes G + lambda G*G*(x - "
+        "x_then), x_then what its rank had pulled; 1 takes G*G/n for the Hessian of the mean loss; 0: none. Costs the "
+        "servers a copy of the weights a rank; the paper's numbers belong to its batch",
+        least=0,
+    )
+    staleness_aware: bool = setting(
+        False, "the rate of a push is divided by its staleness in pushes (Zhang et al., 2016)"
+    )
+    lease_s: float = setting(
+        300.0,
+        "seconds that a rank may be silent before the run ends with a sentence that names it; longer than a push takes "
+        "to compute",
+        least=0.1,
+    )
+
+
+@dataclass
 class Ddp(Exchange):
     """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
     It runs without Horovod (world=torch)."""
@@ -630,6 +662,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "local_sgd": LocalSGD,
         "diloco": DiLoCo,
         "streaming_diloco": StreamingDiLoCo,
+        "parameter_server": ParameterServer,
         "ddp": Ddp,
         "horovod": Horovod,
     },

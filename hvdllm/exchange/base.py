@@ -94,7 +94,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Commit:
-    """tokens, step: committed by all ranks, this one included. lr: of this step. staleness: of its gradients, in steps.
+    """tokens, step: committed by all ranks, this one included. lr: of this step. staleness: of its gradients, in steps,
+    the mean of them; staleness_max: of the stalest, where they differ.
 
     before: the report of the commit before this one (None for the first). asks: of any rank, the same on all.
     """
@@ -105,15 +106,28 @@ class Commit:
     staleness: float
     before: Report | None
     asks: Asks
+    staleness_max: float | None = None
 
 
 @dataclass(frozen=True)
 class Settled:
     """What is known once nothing travels any more. report: of the last commit. tokens: committed by settling alone, on
-    top of the last mark: they enter no comparison."""
+    top of the last mark: they enter no comparison. dropped: computed, and never to be committed."""
 
     report: Report | None
     tokens: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Where a run wants marks, for an exchange whose marks are not the ends of rounds. acts: tokens between those at
+    which everybody has something to do together; logs: between those at which nobody need wait; budget: tokens of the
+    last mark, 0 for none."""
+
+    acts: tuple[int, ...] = ()
+    logs: tuple[int, ...] = ()
+    budget: int = 0
 
 
 # Spans of the map, and a vector over their elements, one after the other.
@@ -157,7 +171,9 @@ class Update(Protocol):
 
     def rate(self, committed: int) -> float: ...
 
-    def step(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
+    def step(
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any, share: float = 1.0
+    ) -> Any: ...
 
     def peek(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
 

@@ -72,14 +72,15 @@ class Update:
         return self.settings.lr * self.factor(committed)
 
     def step(
-        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total, share: float = 1.0
     ) -> tuple[float, Later]:
         """One optimizer step in place; `grad` is spent. total: sums a small vector over the owners of the pieces.
+        share: of the rate that this step takes, where it is less than a whole one.
 
         Returns the rate (that of meta.committed, this round included) and the norm of the mean gradient before
         clipping, to be read later.
         """
-        norm = self._apply(pieces, grad, meta, total, self._own)
+        norm = self._apply(pieces, grad, meta, total, self._own, share)
         self.steps += 1
         return self.rate(meta.committed), norm
 
@@ -95,7 +96,13 @@ class Update:
         return out
 
     def _apply(
-        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total, slots: Slots
+        self,
+        pieces: list[torch.Tensor],
+        grad: list[torch.Tensor],
+        meta: Meta,
+        total: Total,
+        slots: Slots,
+        share: float = 1.0,
     ) -> Later:
         squares = torch.stack([torch.linalg.vector_norm(g) for g in grad]).square().sum()
         norm = total(squares).sqrt() / meta.tokens
@@ -120,7 +127,7 @@ class Update:
             if chosen:
                 step(
                     self.settings,
-                    self.rate(meta.committed),
+                    share * self.rate(meta.committed),
                     decayed,
                     [pieces[i] for i in chosen],
                     [grad[i] for i in chosen],

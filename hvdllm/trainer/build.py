@@ -19,12 +19,13 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
-from hvdllm.exchange.base import NotFinite, State, Wire
+from hvdllm.exchange.base import Milestones, NotFinite, State, Wire
 from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.diloco import DiLoCo
 from hvdllm.exchange.horovod import Horovod
 from hvdllm.exchange.local_sgd import LocalSGD
+from hvdllm.exchange.parameter_server import ParameterServer
 from hvdllm.exchange.reference import Reference
 from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
@@ -64,6 +65,7 @@ EXCHANGES: dict[type, Any] = {
     schema.LocalSGD: LocalSGD,
     schema.DiLoCo: DiLoCo,
     schema.StreamingDiLoCo: StreamingDiLoCo,
+    schema.ParameterServer: ParameterServer,
     schema.Ddp: Ddp,
     schema.Horovod: Horovod,
 }
@@ -80,6 +82,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     corpus = agreed_corpus(config, world, show)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
+    if isinstance(exchange, ParameterServer):  # its marks are no ends of rounds
+        exchange.milestones = milestones(config)
     flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
     checkpoint = Path(start.checkpoint) if start.checkpoint else None
     resumed = from_first(world, lambda: read.read_state(checkpoint), "load.state") if checkpoint else None
@@ -109,7 +113,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         evaluate=lambda: evaluate_run(config, model, corpus, device, world),
         sample=lambda tokens: sample_run(config, model, corpus, tokens) if world.rank == 0 else "",
         extra={"horizon": horizon, "data_hash": corpus.data_hash},
-        folder=folder, show=show, grace_s=grace(place),
+        folder=folder, show=show,
+        # Its marks are far apart, and an ask makes one at once.
+        grace_s=None if isinstance(exchange, ParameterServer) else grace(place),
     )  # fmt: skip
     hosts = account.hosts(device, world)
     notes = list(corpus.notes)
@@ -176,6 +182,10 @@ def load(
         notes.append(
             f"what {ranks} ranks had of their own (weights since they last met, moments) has no place in {world.size}: "
             "all begin with the shared weights and with clocks at 0, so the curve is not that of an unchanged world"
+        )
+    if dropped := getattr(getattr(exchange, "counts", None), "dropped", 0):
+        notes.append(
+            f"gradients of {dropped:,} tokens that no server had yet have no place in another world and were dropped"
         )
     return notes
 
@@ -256,6 +266,12 @@ def build_wire(config: Config, world: World, flat: Flat) -> Wire:
     if is_reference(config):
         return Plain(world, config.wire, flat, config.batch_tokens)
     return make_wire(config.wire, world, flat, config.batch_tokens)
+
+
+def milestones(config: Config) -> Milestones:
+    """Every act that is due has a mark; only logs need nobody to stand still."""
+    acts = (config.eval_every, config.sample_every, config.save_every, config.audit_every)
+    return Milestones(acts, (config.log_every,), config.budget_tokens)
 
 
 def bucket_bytes(config: Config, model: torch.nn.Module) -> float:
@@ -441,9 +457,10 @@ def end_record(
         "loss": due.recorded_loss if due.recorded_loss is not None or math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,
-        "tokens_computed": due.tokens + due.settled_tokens,  # every exchange commits all it computes, a failure aside
+        "tokens_computed": due.tokens + due.settled_tokens + due.dropped_tokens,  # in what has not failed
         "tokens_settled": due.settled_tokens,
-        "tokens_not_committed": 0 if due.finished else due.settled_tokens,  # in the checkpoint, not yet applied
+        # In the checkpoint and not yet applied, or dropped.
+        "tokens_not_committed": due.dropped_tokens + (0 if due.finished else due.settled_tokens),
         "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
         "peak_memory_bytes": devices.peak_memory(device),
         "device_hours": clock.wall_s() * world.size / 3600,

@@ -57,6 +57,7 @@ class Window:
     skew_s: float = 0.0  # compute of the slowest rank less that of the fastest
     micro_batches: list[float] = field(default_factory=list)  # of each rank
     staleness: list[float] = field(default_factory=list)  # one a commit
+    stalest: float = 0.0  # where a commit's gradients differ
 
     def add(self, report: Report) -> None:
         self.loss_sum += report.loss_sum
@@ -107,6 +108,7 @@ class Due:
         self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
         self.settled_tokens = 0  # committed by settling, behind the last mark
+        self.dropped_tokens = 0  # of gradients that have no place any more
         self.finished = False
         self._save_s = 0.0
         self._first_steps: list[float] = []
@@ -131,6 +133,7 @@ class Due:
             return not stop and (crossed(every) or (met and bool(every)))
 
         self.window.staleness.append(commit.staleness)
+        self.window.stalest = max(self.window.stalest, commit.staleness_max or commit.staleness)
         if config.log_every and (met or stop or crossed(config.log_every)):
             self._open_record(commit, extra=not crossed(config.log_every))
         self._progress()
@@ -153,7 +156,7 @@ class Due:
     def finish(self, settled: Settled) -> None:
         """After settle: the last commit's record is complete; the weights to keep are written."""
         self._close_record(settled.report)
-        self.settled_tokens = settled.tokens
+        self.settled_tokens, self.dropped_tokens = settled.tokens, settled.dropped
         if self.finished and self.exchange.anchored and (self.config.eval_every or self.config.sample_every):
             seconds = self.clock.seconds()
             with self.clock.act():
@@ -257,7 +260,7 @@ class Due:
             "cpu_s_per_token": window.cpu_s / max(window.loss_tokens, 1.0),
             "bytes_sent": head["bytes"] - last["bytes"],
             "staleness_mean": fmean(window.staleness) if window.staleness else 0.0,
-            "staleness_max": max(window.staleness, default=0.0),
+            "staleness_max": window.stalest,
             "micro_batches": sum(window.micro_batches),
             "micro_batches_by_rank": window.micro_batches,
             "updates": len(window.staleness),

@@ -63,8 +63,8 @@ class Mail(Protocol):
         """Returns at once; `body` may be written to again. Letters of one sender arrive in the order they were sent."""
 
     def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
-        """The next letter in this box; waits, calling `meanwhile` now and then. Raises PeerError when the sender can
-        only be gone."""
+        """The next letter in this box; waits, calling `meanwhile` now and then. Its body is on the CPU and the taker's.
+        Raises PeerError when the sender can only be gone."""
 
     def close(self) -> None:
         """No letter is on its way any more; every rank calls it."""
@@ -111,6 +111,13 @@ class World(Protocol):
         """A flight of several stages: `work` runs on this rank's one driver thread, in the order of the calls, and
         what it returns is what lands. It may wait for collectives, and drive stages of its own, which are walked at
         once; not for work that was driven after it."""
+
+    def mail(self) -> Mail:
+        """Letters between the ranks of this world; one at a time. Collective. Raises UserError where they have none."""
+
+    def spawn(self, work: Callable[[], None], name: str) -> None:
+        """A thread of this rank that runs `work` until it returns. What it raises is raised in the loop, where that
+        waits for another rank."""
 
     def texts(self, text: str, name: str) -> list[str]:
         """Every rank's text, in rank order. Blocks."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from hvdllm.errors import PeerError, UserError
-from hvdllm.world.base import Flight
+from hvdllm.world.base import Flight, Mail
 from hvdllm.world.detect import Place
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
@@ -57,6 +57,7 @@ class HorovodFlight:
         if self.value is None:
             pause, begin = 2e-5, time.monotonic()
             while not self.landed():
+                self.world.threads.check()
                 waited = time.monotonic() - begin
                 if waited > self.world.timeout_s:
                     raise PeerError(
@@ -191,6 +192,13 @@ class HorovodWorld(HorovodRanks):
             if (key := tuple(sorted(group))) not in self._sets:
                 self._sets[key] = _peer_errors(partial(hvd.add_process_set, list(key)))
         return HorovodRanks(self._sets[mine], mine, (mine.index(self.rank), len(mine), *local), self.timeout_s, self)
+
+    def mail(self) -> Mail:
+        if not hvd.mpi_enabled():
+            raise UserError("Gloo's ranks know collectives and no letters: start them with horovodrun --mpi or mpirun")
+        from hvdllm.world.mpi import MpiMail  # here, because it needs the MPI that Horovod has initialised
+
+        return MpiMail(self)
 
     def distributed_optimizer(
         self,

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from hvdllm.errors import UserError
-from hvdllm.world.base import Asks, Flight, first_problem
+from hvdllm.world.base import Asks, Flight, Mail, first_problem
 from hvdllm.world.driver import Driver
+from hvdllm.world.mail import Threads
 
 HALVES = (torch.float16, torch.bfloat16)
 Where = tuple[int, int, int, int]  # rank, size, local rank, local size
@@ -102,6 +103,7 @@ class Ranks(ABC):
         self.bytes_sent = 0.0
         self._counting = threading.Lock()  # the loop and the driver both send
         self._driver: Drives = parent._driver if parent else driver or Driver()
+        self.threads: Threads = parent.threads if parent else Threads(timeout_s)
 
     @abstractmethod
     def gather(self, x: torch.Tensor, name: str) -> Flight: ...
@@ -115,6 +117,12 @@ class Ranks(ABC):
 
     def drive(self, work: Callable[[], Any]) -> Flight:
         return self._driver(work)
+
+    def mail(self) -> Mail:
+        raise UserError("these ranks know no letters, only collectives: start them with horovodrun --mpi or mpirun")
+
+    def spawn(self, work: Callable[[], None], name: str) -> None:
+        self.threads.spawn(work, name)
 
     def texts(self, text: str, name: str) -> list[str]:
         own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)

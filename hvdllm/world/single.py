@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from hvdllm.errors import UserError
 from hvdllm.world.base import Asks
+from hvdllm.world.mail import OwnMail, Threads
 
 
 class Landed:
@@ -33,6 +35,7 @@ class SingleWorld:
 
     def __init__(self) -> None:
         self.asks = Asks()
+        self.threads = Threads(math.inf)
 
     def sum(self, x: torch.Tensor, name: str) -> Landed:
         return Landed(x)
@@ -57,6 +60,12 @@ class SingleWorld:
 
     def drive(self, work: Callable[[], Any]) -> Landed:
         return Landed(work())
+
+    def mail(self) -> OwnMail:
+        return OwnMail(self.threads)
+
+    def spawn(self, work: Callable[[], None], name: str) -> None:
+        self.threads.spawn(work, name)
 
     def texts(self, text: str, name: str) -> list[str]:
         return [text]

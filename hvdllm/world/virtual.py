@@ -25,6 +25,7 @@ import torch
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Asks, Flight
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
+from hvdllm.world.virtual_mail import VirtualMail, spawn
 
 
 # ------------------------------------------------------------------ the baton
@@ -48,6 +49,7 @@ class Hub:
         self.lanes: list[Lane] = []
         self.holder: Lane | None = None
         self.open: dict[Any, Box] = {}  # collectives that some rank has not joined yet
+        self.letters: dict[tuple[int, str], deque[Any]] = {}  # by rank and box; see virtual_mail.py
         self.random: dict[int, torch.Tensor] = {}
         self.failure: BaseException | None = None
         self.over = threading.Event()  # no lane is left
@@ -109,7 +111,7 @@ class Hub:
 
 
 def _words(lane: Lane) -> str:
-    return f"rank {lane.rank}{' (driver)' if lane.number else ''} waits for {lane.waits()}"
+    return f"rank {lane.rank}{' (a thread)' if lane.number else ''} waits for {lane.waits()}"
 
 
 # ------------------------------------------------------------------ things travelling
@@ -279,6 +281,13 @@ class VirtualWorld(Ranks):
         mine = group_of(self.rank, groups, self.size)
         local = self._local(mine, name)
         return VirtualWorld(self.hub, (mine.index(self.rank), len(mine), *local), self, path=(*self.path, name, mine))
+
+    def mail(self) -> VirtualMail:
+        return VirtualMail(self)
+
+    def spawn(self, work: Callable[[], None], name: str) -> None:
+        number = max(lane.number for lane in self.hub.lanes) + 2  # behind its own thread and its driver
+        spawn(self.hub, Lane(self.rank, number), work, name)
 
     def close(self) -> None:
         if self.parent is None:

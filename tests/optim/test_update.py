@@ -52,6 +52,22 @@ def ours(
     return x, update
 
 
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[5]], ids=repr)
+def test_a_share_of_a_step_is_a_step_at_that_share_of_the_rate(settings: Adam | SGD) -> None:
+    """Decay and momentum included; the rate that is told is the whole one. Seen to catch: a share of the gradient."""
+
+    def steps(lr: float, share: float) -> torch.Tensor:
+        x = torch.linspace(-1, 1, N, dtype=torch.float64)
+        update = Update(type(settings)(**{**vars(settings), "lr": lr}), lambda tokens: 1.0)
+        update.attach(SimpleNamespace(x=x), [Span(0, N, True)])
+        for g in gradients(3):
+            meta = SimpleNamespace(tokens=TOKENS, committed=1)
+            assert update.step([x], [torch.tensor(g)], meta, lambda v: v, share)[0] == lr
+        return x
+
+    torch.testing.assert_close(steps(0.08, 0.25), steps(0.02, 1.0), rtol=0, atol=1e-12)
+
+
 def oracle(settings: Adam | SGD, grads: list[np.ndarray]) -> np.ndarray:
     x, m, v = np.linspace(-1, 1, N), np.zeros(N), np.zeros(N)
     wd = settings.weight_decay * (np.arange(N) < DECAYED)

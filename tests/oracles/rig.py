@@ -218,7 +218,8 @@ def load(part: Any, flat: Flat, states: list[Any], world: Any, model: Callable[[
     same = len(saved) == world.size
     who = [saved[world.rank]] if same else saved if world.rank == 0 else []
     summed = {kind: gather([s.summed[kind] for s in who]) for kind in saved[0].summed}
-    local = {kind: gather([saved[world.rank].local[kind]]) for kind in saved[0].local} if same else {}
+    kinds = {kind for s in saved for kind in s.local}
+    local = {kind: gather([saved[world.rank].local.get(kind, ([], flat.x[:0]))]) for kind in kinds} if same else {}
     mine = [deepcopy(s.mine) for s in saved]
     part.load(State(deepcopy(saved[0].shared), [], whole, {}, summed, saved[0].tensors, local), mine)
 

@@ -55,7 +55,7 @@ BASE = compose.compose([])
 
 def refused(exchange: str, wire: str, optim: str) -> str | None:
     """What `hvdllm train` says to the pair, started as it should be."""
-    place = Place("torchrun" if exchange == "ddp" else "horovodrun", 0, 2, 0, 2)
+    place = Place({"ddp": "torchrun", "parameter_server": "mpirun"}.get(exchange, "horovodrun"), 0, 2, 0, 2)
     exchange_, wire_, optim_ = (
         schema.SCHEMAS[group][name]() for group, name in (("exchange", exchange), ("wire", wire), ("optim", optim))
     )
@@ -77,7 +77,7 @@ HERE = [pair for pair, why in WHY.items() if why is None and schema.SCHEMAS["exc
 
 def test_most_pairs_work_and_the_others_say_why() -> None:
     said = {pair: text for pair, text in WHY.items() if text}
-    assert len(PAIRS) == 126 and len(said) == 34
+    assert len(PAIRS) == 210 and len(said) == 52
     for pair, text in said.items():
         assert "\n" not in text and len(text) < 260
         assert f"exchange={pair[0]} with wire={pair[1]}: " in text or (
@@ -194,6 +194,20 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
             "torch's hook takes one bucket",
         ),
         (["wire=sign", "wire.warmup_tokens=0"], Place(), "needs exact sums first"),
+        (["exchange=parameter_server"], Place("horovodrun", 0, 2, 0, 2), "Gloo joins have none: start them"),
+        (["exchange=parameter_server"], Place("torchrun", 0, 2, 0, 2), "torch.distributed joins have none"),
+        (["exchange=parameter_server", "wire=fp16"], Place("mpirun", 0, 2, 0, 2), "no sum of ranks that a wire could"),
+        (["exchange=parameter_server", "wire.hierarchical=true"], Place(), "wire.hierarchical=true with exchange="),
+        (["exchange=parameter_server", "exchange.bucket_mb=1"], Place(), "not by buckets, leave it at null"),
+        (["exchange=parameter_server", "exchange.servers=1"], Place(), "exchange.servers=1 of 1 rank: none is left"),
+        (
+            ["exchange=parameter_server", "exchange.staleness=0", "exchange.compensation=1"], Place(),
+            "exchange.compensation with exchange.staleness=0: gradients are not late there",
+        ),
+        (
+            ["exchange=parameter_server", "exchange.servers=1", "batch_tokens=256"], Place("mpirun", 0, 4, 0, 4),
+            "fewer than the 3 ranks",
+        ),
         (["trace_steps=9"], Place(), "trace_steps=9 is no range of steps"),
         (["trace_steps='24:20'"], Place(), "trace_steps=24:20 is no range of steps"),
     ],

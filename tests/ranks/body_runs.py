@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from hvdllm.world.detect import Place, place
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # whoever stands still says where
     specs, here, world = json.loads(Path(sys.argv[1]).read_text()), place(), None
     for spec in specs:
         words = with_run(spec["words"])

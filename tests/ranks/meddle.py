@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from hvdllm.exchange.buckets import Buckets
+from hvdllm.exchange.server_shard import Shard
 from hvdllm.trainer.backward import Loss
 from hvdllm.trainer.due import Due
 
@@ -24,29 +25,41 @@ def meddle(
     stop: Any = None,  # asks for a stop, as a signal does
     kill: Any = None,  # SIGKILL
     fail: Any = None,  # raises
+    hang: Any = None,  # sleeps for an hour
     bad: Any = None,  # [rank, round, parameter, ...]: their gradients there are NaN; None: the loss is
     large: Any = None,  # [rank, round, factor]: its loss there is multiplied
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
     slow: Any = None,  # [rank, times]: this rank takes so many times as long for each micro-batch
+    serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one
+    chaos: Any = None,  # seed: heavy-tailed delays, and asks at random moments
 ) -> Iterator[None]:
-    act, forward, launch_full = Due.act, Loss.forward, Buckets._launch_full
-    draw = random.Random(os.urandom(8))
+    act, forward, launch_full, apply = Due.act, Loss.forward, Buckets._launch_full, Shard._apply
+    draw = random.Random(os.urandom(8) if chaos is None else 1000 * chaos + rank)
+    asks: list[Any] = []
 
     def acting(self: Due, commit: Any) -> None:
         act(self, commit)
+        asks[:] = [self.world.asks]
         time.sleep(slow_s)
         here = [rank, commit.step]
         if here == stop:
             self.world.asks.stop = True
         if here == kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if here == hang:
+            time.sleep(3600)
         if here == fail:
             raise ValueError("an apple fell on the fan")
 
     def forwarding(self: Loss, inputs: torch.Tensor, targets: torch.Tensor, place: Any) -> torch.Tensor:
         if jitter:
             time.sleep(draw.expovariate(1000))
+        if chaos is not None:
+            time.sleep(min(0.3, 5e-4 * draw.paretovariate(0.8)))
+            for one in asks:
+                one.save |= draw.random() < 0.02
+                one.stop |= draw.random() < 0.002
         begin = time.perf_counter()
         loss = forward(self, inputs, targets, place)
         if slow is not None and rank == slow[0]:  # a backward takes about two forwards
@@ -66,10 +79,16 @@ def meddle(
             time.sleep(draw.expovariate(2000))
         launch_full(self)
 
+    def applying(self: Shard) -> None:
+        if [rank, self.version + 1] == serve_fail:
+            raise ValueError("an apple fell on the server")
+        apply(self)
+
     with ExitStack() as stack:
         for owner, name, double in ((Due, "act", acting), (Loss, "forward", forwarding)):
             stack.enter_context(patch.object(owner, name, double))
         stack.enter_context(patch.object(Buckets, "_launch_full", launching))
+        stack.enter_context(patch.object(Shard, "_apply", applying))
         yield
 
 

@@ -1,0 +1,97 @@
+"""Letters and threads beside the loop: what a single process and worlds of real ranks share."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvdllm.errors import PeerError
+from hvdllm.world.base import Letter
+
+PAUSE_S = 0.05  # between two looks at what else may end a wait
+
+
+class Threads:
+    """This rank's threads beside its loop. The first error of any is raised wherever the loop waits for another rank,
+    so the job ends with it. A thread waits without limit, the loop for `timeout_s`."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._error: BaseException | None = None
+        self._own: set[int] = set()
+
+    def spawn(self, work: Callable[[], None], name: str) -> None:
+        def run() -> None:
+            self._own.add(threading.get_ident())
+            try:
+                work()
+            except BaseException as error:
+                self._error = self._error or error
+            finally:
+                self._own.discard(threading.get_ident())
+
+        threading.Thread(target=run, name=f"hvdllm-{name}", daemon=True).start()
+
+    def check(self, waited_s: float = 0.0, what: str = "") -> None:
+        """Raises what a thread has raised; PeerError where the loop has waited too long for `what`."""
+        if self._error is not None:
+            raise self._error
+        if waited_s > self.timeout_s and threading.get_ident() not in self._own:
+            raise PeerError(
+                f"waited {waited_s:.0f} s for {what}: another rank stands still, or acts take longer than "
+                "world.timeout_s"
+            )
+
+
+class Boxes:
+    """What has arrived at this rank, box by box; any thread puts, any takes."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._boxes: dict[str, deque[Letter]] = defaultdict(deque)
+        self._changed = threading.Condition()
+
+    def put(self, box: str, letter: Letter) -> None:
+        with self._changed:
+            self._boxes[box].append(letter)
+            self._changed.notify_all()
+
+    def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
+        begin = time.monotonic()
+        while True:
+            with self._changed:
+                if not self._boxes[box]:
+                    self._changed.wait(PAUSE_S)
+                if self._boxes[box]:
+                    return self._boxes[box].popleft()
+            self._threads.check(time.monotonic() - begin, f"a letter in `{box}`")
+            if meanwhile is not None:
+                meanwhile()
+
+
+def copied(sender: int, head: dict[str, Any], body: torch.Tensor | None) -> Letter:
+    """As it would arrive from elsewhere: nothing is shared with who wrote it."""
+    return Letter(sender, json.loads(json.dumps(head)), None if body is None else body.detach().cpu().clone())
+
+
+class OwnMail:
+    """A rank that writes to itself."""
+
+    def __init__(self, threads: Threads, rank: int = 0) -> None:
+        self.rank, self.boxes = rank, Boxes(threads)
+
+    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+        assert to == self.rank, f"there is no rank {to} here"
+        self.boxes.put(box, copied(self.rank, head, body))
+
+    def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
+        return self.boxes.take(box, meanwhile)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,84 @@
+"""Letters between logical ranks, and threads beside a logical rank's loop: lanes of its own, deterministic.
+
+A letter is there at once; who takes it is one simulated second later than who wrote it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hvdllm.errors import PeerError
+from hvdllm.world.base import Letter
+from hvdllm.world.mail import copied
+
+if TYPE_CHECKING:
+    from hvdllm.world.virtual import Hub, VirtualWorld
+
+
+class VirtualMail:
+    """`meanwhile` is called where this rank has been asked for something while it waits."""
+
+    def __init__(self, world: VirtualWorld) -> None:
+        self.world, self.hub = world, world.hub
+
+    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+        letter = copied(self.world.rank, head, body)
+        if to != self.world.rank and letter.body is not None:
+            self.world.count(letter.body.nbytes)
+        assert self.hub.holder is not None
+        self.hub.letters.setdefault((to, box), deque()).append((self.hub.holder.time + 1, letter))
+
+    def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
+        letters, asks = self.hub.letters.setdefault((self.world.rank, box), deque()), self.world.asks
+        listens = meanwhile is not None
+
+        def asked() -> bool:
+            return listens and (asks.stop or asks.save)
+
+        while not letters:
+            self.hub.wait(lambda: bool(letters) or asked() or over(self.hub), lambda: f"a letter in `{box}`")
+            if letters:
+                break
+            if asked() and meanwhile is not None:
+                meanwhile()
+                listens = not asked()  # it does not take what was asked along
+            elif over(self.hub):
+                raise PeerError("all ranks have left")
+        at, letter = letters.popleft()
+        assert self.hub.holder is not None
+        self.hub.holder.time = max(self.hub.holder.time, at)
+        return letter
+
+    def close(self) -> None:
+        self.world.texts("", "mail.close")
+
+
+def over(hub: Hub) -> bool:
+    """Has every rank's own thread ended?"""
+    return not any(lane.number == 0 for lane in hub.lanes)
+
+
+def spawn(hub: Hub, lane: Any, work: Callable[[], None], name: str) -> None:
+    """A thread that takes part in passing the baton, from where the calling one stands. lane: its own, a new one."""
+    assert hub.holder is not None
+    lane.time = hub.holder.time
+    hub.lanes.append(lane)
+
+    def run() -> None:
+        try:
+            hub.enter(lane)
+            work()
+        except PeerError as error:
+            if not over(hub):
+                hub.fail(error)
+        except BaseException as error:
+            hub.fail(error)
+        finally:
+            hub.leave(lane)
+
+    threading.Thread(target=run, daemon=True, name=f"{name}-{lane.rank}").start()
