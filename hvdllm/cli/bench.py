@@ -146,10 +146,11 @@ def ask(given: argparse.Namespace) -> Any:
     """The request, checked. Raises UserError."""
     from hvdllm.bench import lab
     from hvdllm.bench.exchange import Asked
+    from hvdllm.config.pace import bits_per_second
 
     link = None if given.link == "none" or lab.missing() else given.link
     if given.link != "none":
-        lab.bits_per_second(given.link)
+        bits_per_second(given.link)
     hosts = given.hosts if given.hosts is not None else min(given.ranks, lab.MOST_HOSTS)
     for flag, value, least in (
         ("--ranks", given.ranks, 2), ("--steps", given.steps, 1), ("--warmup", given.warmup, 1),

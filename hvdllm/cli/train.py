@@ -89,12 +89,15 @@ def train(config: Config, words: list[str], here: Place) -> None:
         world.close()
 
     if config.world.kind == "virtual":
+        from hvdllm.config import pace
         from hvdllm.world import virtual
         from hvdllm.world.base import Asks
 
-        asks = Asks()
+        asks, links = Asks(), None
+        if config.world.tokens_per_s is not None:
+            links = virtual.Links(pace.bandwidth(config.world), config.world.latency_ms / 1e3)
         signals.listen(asks, alone=True)
-        virtual.run(config.world.size, live, asks, hosts=config.world.hosts)
+        virtual.run(config.world.size, live, asks, hosts=config.world.hosts, links=links)
         return
     world = open_world(config, here)
     signals.listen(world.asks, alone=world.size == 1)

@@ -215,7 +215,7 @@ def test_steps_too_long_for_the_launcher_are_announced_once(
 # ------------------------------------------------------------------ the clock
 def test_the_clock_stops_in_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SimpleNamespace(value=0.0)
-    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    monkeypatch.setattr(clocks, "now", lambda: now.value)
     names: list[str] = []
 
     class Slow(SingleWorld):
