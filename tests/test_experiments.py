@@ -10,6 +10,7 @@ import pytest
 from launch import BATCH, HVDLLM, launch, records, words_of
 
 from hvdllm.bench import lab
+from hvdllm.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
@@ -17,8 +18,11 @@ SWEEPS = {
     "race": ["seed=0", "launch=horovodrun"],
     "slow_link": ["seed=0", "exchange=allreduce", "wire=fp32,int8"],
     "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun"],
+    "slow_rank": ["seed=0", "exchange=allreduce,acco_timed,local_sgd_by_speed", "launch=horovodrun"],
+    "staleness": ["seed=0", "exchange.staleness=0,null", "world.size=2,4"],
 }
-POINTS = {"race": 6, "slow_link": 2, "acco_paper": 4}
+POINTS = {"race": 6, "slow_link": 2, "acco_paper": 4, "slow_rank": 3, "staleness": 4}
+FEWER = ("slow_link", "slow_rank")  # exchanges than the file has
 
 
 def tiny(tmp: Path, *more: str) -> list[str]:
@@ -49,6 +53,9 @@ def test_one_run(name: str, tmp_path: Path) -> None:
 def test_a_sweep(name: str, tmp_path: Path) -> None:
     if name == "slow_link" and lab.missing():
         pytest.skip(str(lab.missing()))
+    asked = set(re.findall(r"exchange: (\S+)", FILES[name])[0].split(","))
+    if unknown := asked - set(compose.options("exchange")):
+        pytest.skip(f"there is no exchange={unknown.pop()} yet")
     words = tiny(tmp_path, f"experiment={name}", *SWEEPS[name], f"launch.sweep={name}")
     done = launch([*HVDLLM, "train", "-m", *words])
     points = [path for path in (tmp_path / "runs" / name).iterdir() if (path / "config.yaml").exists()]
@@ -56,8 +63,16 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
     for point in points:
         assert records(point, "end")[-1]["reason"] == "budget"
     exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
-    assert exchanges == set(re.findall(r"exchange: (\S+)", FILES[name])[0].split(",")) or name == "slow_link"
+    assert exchanges == asked or name in FEWER
+    if name == "slow_rank":
+        assert exchanges == {"allreduce", "acco", "local_sgd"}
+        for point in points:
+            last = records(point, "commit")[-1]
+            speeds = last["micro_batches_per_s_by_rank"]
+            assert speeds[1] < speeds[0], (point, last)
     page = tmp_path / "report.html"
-    launch([*HVDLLM, "report", str(tmp_path / "runs" / name), "--out", str(page)])
-    assert page.stat().st_size > 10_000 and ("int8" if name == "slow_link" else "allreduce") in page.read_text()
+    by = ["--by", "exchange.staleness,world"] if name == "staleness" else []
+    launch([*HVDLLM, "report", str(tmp_path / "runs" / name), *by, "--out", str(page)])
+    word = {"slow_link": "int8", "staleness": "staleness=0", "slow_rank": "Uneven ranks"}.get(name, "allreduce")
+    assert page.stat().st_size > 10_000 and word in page.read_text()
     assert json.loads((tmp_path / "runs" / name / "sweep.json").read_text())

@@ -101,6 +101,14 @@ class Examples:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.next, self.lane = rank, size, 0, 0
 
+    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
+        """Micro-batches of `most` examples, for rounds that no count closes."""
+        while True:
+            draw = torch.Generator().manual_seed(90_000 + 1000 * index + self.lane)
+            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
+            self.lane += 1
+            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=self.lane - 1, index=index)
+
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
         return Group(self, index, rank, size)
 
@@ -149,9 +157,11 @@ def train(
     settle: bool = True,
     model: Callable[[], nn.Module] = net,
     cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
+    links: Any = None,
+    speeds: Callable[[int], float] = lambda rank: 1.0,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from."""
+    ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -167,6 +177,8 @@ def train(
         for batch in part.feed(stream):
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
+                if links is not None:
+                    world.spend(batch.tokens / speeds(world.rank))
                 value = cost(net_, batch.inputs, batch.targets)
                 value.backward()
             commit = part.advance(batch, value.detach())
@@ -191,7 +203,7 @@ def train(
         out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
-    return virtual.run(size, body, hosts=hosts) if hosts > 1 else virtual.run(size, body)
+    return virtual.run(size, body, hosts=hosts, links=links)
 
 
 def freeze(state: State) -> State:
