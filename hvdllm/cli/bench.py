@@ -223,7 +223,7 @@ def uneven_tables(figures: dict[str, Any], joined: dict[str, Any]) -> list[list[
     """With --slow: what the ranks could do, and what each exchange keeps of it."""
     from hvdllm.bench.exchange import ALONE, SLOWED
 
-    speeds = figures["rank_tokens_per_s"]
+    speeds = figures.get("rank_tokens_per_s", {})
     if SLOWED not in speeds:
         return []
     ranks = range(len(speeds[SLOWED]))

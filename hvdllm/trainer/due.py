@@ -320,14 +320,15 @@ class Due:
             "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
             "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
             "bytes": self.bytes_before + self.world.bytes_sent, "straggler": asdict(self.straggler),
+            "ranks": self.world.size,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
         self.window, self.last_record = Window(**state["window"]), state["last_record"]
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
-        if len(self.window.micro_batches) in (0, self.world.size):  # else ranks have other numbers now
-            self.straggler = Straggler(**state.get("straggler", {}))
+        if state.get("ranks") == self.world.size:  # else they have other numbers now
+            self.straggler = Straggler(**state["straggler"])
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens
         if self.pending and self.pending["extra"] and not self.finished:

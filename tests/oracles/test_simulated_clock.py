@@ -1,4 +1,4 @@
-"""Exchanges under the simulated clock: who waits for whom, and all of it again bit for bit whatever the machine does."""
+"""Exchanges under the simulated clock: who waits for whom, and the same again bit for bit whatever the machine does."""
 
 from __future__ import annotations
 
