@@ -235,7 +235,7 @@ def test_timed_acco_with_a_slow_rank(tmp_path: Path) -> None:
 
 
 def test_a_slowed_rank_is_waited_for_and_changes_no_bit(tmp_path: Path) -> None:
-    """world.slow by computing, and by sleeping where ranks outnumber cores. Caught: extra work that leaves a gradient."""
+    """world.slow by computing, and by sleeping where ranks outnumber cores. Caught: work that leaves a gradient."""
     more = ["exchange=allreduce", "model.width=64", "micro_batch=4"]
     both = {"plain": [], "slow": ["world.slow=1:6"]}
     for n in (2, 3):  # of 2 cores
