@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 MARGIN = 0.2
-RECORDS = 6
+RECORDS = 9
 SHARE = 2 / 3
 
 

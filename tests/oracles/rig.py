@@ -101,14 +101,6 @@ class Examples:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.next, self.lane = rank, size, 0, 0
 
-    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
-        """Micro-batches of `most` examples, for rounds that no count closes."""
-        while True:
-            draw = torch.Generator().manual_seed(90_000 + 1000 * index + self.lane)
-            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
-            self.lane += 1
-            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=self.lane - 1, index=index)
-
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
         return Group(self, index, rank, size)
 
@@ -117,6 +109,20 @@ class Examples:
             x, t = (each[deal(part, parts, self.rank, self.size)] for each in examples(part, parts))
             self.next = part + 1
             yield batches(x, t, part)
+
+
+class Lanes:
+    """The same where no count closes a round: micro-batches of `most` examples. whole.lane: those taken."""
+
+    def __init__(self, whole: Examples) -> None:
+        self.whole = whole
+
+    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
+        while True:
+            at, self.whole.lane = self.whole.lane, self.whole.lane + 1
+            draw = torch.Generator().manual_seed(90_000 + 1000 * index + at)
+            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
+            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=at, index=index)
 
 
 def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -174,7 +180,7 @@ def train(
         if states is not None:
             load(part, flat, states, world, model)
             stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
-        for batch in part.feed(stream):
+        for batch in part.feed(Lanes(stream) if getattr(exchange, "timed", False) else stream):
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 if links is not None:

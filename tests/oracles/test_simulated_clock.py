@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hvdllm.config import schema
+from hvdllm.trainer.flat import Flat
 from hvdllm.world.virtual import Links
 
 SGD = schema.SGD(lr=0.02, momentum=0.5, clip=0)
@@ -80,8 +81,9 @@ def test_seconds_of_a_step_are_those_that_one_can_reckon() -> None:
     compute, blocked = sums(out[0], "compute_s"), sums(out[0], "blocked_s")
     assert sum(compute) == pytest.approx(24.0 * 5, rel=1e-6), "ragged shares of 24 examples a step"
     apart = sum(abs(a - b) for c in out[0].commits if c.before for a, b in [c.before.compute_s])
-    # P b of two ranks: half a second, blocked on both; and whoever had less to compute waits for the other.
-    assert sum(blocked) == pytest.approx(5 * 2 * 0.5 + apart, rel=0.02)
+    # The padded buckets, blocked on both; and whoever had less to compute waits for the other.
+    padded = Flat(rig.net(), 2, 1).g.nbytes
+    assert sum(blocked) == pytest.approx(5 * 2 * padded / (2 * BYTES) + apart, rel=1e-3)
 
 
 EXCHANGES = {
@@ -94,20 +96,21 @@ EXCHANGES = {
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_16_ranks_repeat_bit_for_bit(name: str) -> None:
+def test_many_ranks_repeat_bit_for_bit(name: str) -> None:
     """Speeds all different, a slow link, an uneasy machine. Caught: `landed` that does not ask the clock; marks that
     read the host's (by speed)."""
-    draws = [0.5 + random.Random(rank).random() for rank in range(16)]
-    links = Links(BYTES / 3, 0.02)
-    one, other = (train(16, 8, EXCHANGES[name], draws.__getitem__, links=links, cost=restless(seed)) for seed in (1, 2))
+    n = 16 if name == "timed" else 8
+    draws = [0.5 + random.Random(rank).random() for rank in range(n)]
+    links = Links(BYTES, 0.02)
+    one, other = (train(n, 6, EXCHANGES[name], draws.__getitem__, links=links, cost=restless(seed)) for seed in (1, 2))
     assert equal(one, other)
     if name == "by speed":
         taken = [run.taken for run in one]
         assert min(taken) < max(taken) and taken.index(max(taken)) == draws.index(max(draws))
     if name == "timed":
         assert len(set(sums(one[0], "micro_batches"))) > 4, "all at their own pace"
-        slower = train(16, 8, TIMED, lambda rank: draws[rank] / 2, links=links)
-        assert not equal(one, slower), "another speed is another run"
+        slower = train(16, 2, TIMED, lambda rank: draws[rank] / 2, links=links)
+        assert not slower[0].weights[1].equal(one[0].weights[1]), "another speed is another run"
 
 
 @pytest.mark.parametrize("name", ["acco", "delayed", "streaming"])

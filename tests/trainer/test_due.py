@@ -188,14 +188,14 @@ def test_a_straggler_is_named_once_also_over_a_resume(tmp_path: Path, rig: MakeR
         return Report(1.0, 1.0, 0.5, None, [1.0, 3.0], [2.0, 0.0], [2.0, 2.0], [1.0, 1.0], [1.0, 1.0])
 
     it, again, other = (rig(tmp_path / name, log_every=100) for name in "abc")
-    for k in range(1, 8):
+    for k in range(1, 9):
         it.due.act(Commit(100 * k, k, 0.1, 0.0, slow(k) if k > 1 else None, Asks()))
     (event,) = it.records("event")
-    assert event["straggler"] == 1 and event["tokens"] == 400 and event["what"].startswith("rank 1 delays the others")
-    assert it.said.count(event["what"]) == 1 and [r["waited_for"] for r in it.records("commit")] == [1] * 6
+    assert event["straggler"] == 1 and event["tokens"] == 600 and event["what"].startswith("rank 1 delays the others")
+    assert it.said.count(event["what"]) == 1 and [r["waited_for"] for r in it.records("commit")] == [1] * 7
     for one, ranks in ((again, 1), (other, 3)):
         one.due.load({**it.due.state(), "ranks": ranks})
-        for k in range(8, 10):
+        for k in range(9, 11):
             one.due.act(Commit(100 * k, k, 0.1, 0.0, slow(k), Asks()))
     assert again.due.straggler.named == 1 and not again.records("event"), "it was said in the life before"
     assert other.due.straggler.named is None, "of other ranks"

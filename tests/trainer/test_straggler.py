@@ -20,7 +20,7 @@ from hvdllm.trainer.straggler import RECORDS, Straggler, waited_for
         ([1.0, 1.1], [0.1, 0.0], None),  # below the margin
         ([1.0, 4.0], [5.0, 5.0], None),  # the network, alike for all
         ([1.0, 4.0], [8.0, 5.0], 1),  # the network, and a wait on top
-        ([1.0, 1.0, 4.0, 4.1], [3.0, 3.0, 0.0, 0.0], None),  # two of four: no one rank
+        ([1.0, 1.0, 4.0, 4.1], [3.1, 3.1, 0.1, 0.0], 3),  # two are slow: the slower one
         ([0.0, 0.0], [0.0, 0.0], None),
         ([1.0], [0.0], None),
         ([], [], None),
@@ -36,9 +36,9 @@ SLOW, EVEN = ([1.0, 1.0, 4.0], [3.0, 3.0, 0.0]), ([1.0, 1.0, 1.0], [0.1, 0.1, 0.
 def test_it_is_said_once_and_again_when_it_changes() -> None:
     one = Straggler()
     said = [one.note(*SLOW) for _ in range(20)]
-    assert said[:3] == [None] * 3 and said[4:] == [None] * 16 and one.named == 2
-    assert said[3] == (
-        "rank 2 delays the others: it computes 4.0 times as long as they do, and they waited for it in 4 of the last 4 "
+    assert said[:5] == [None] * 5 and said[6:] == [None] * 14 and one.named == 2
+    assert said[5] == (
+        "rank 2 delays the others: it computes 4.0 times as long as they do, and they waited for it in 6 of the last 6 "
         "records"
     )
     said = [one.note(*EVEN) for _ in range(RECORDS)]
@@ -53,11 +53,11 @@ def test_a_stumble_is_no_straggler() -> None:
     one, draw = Straggler(), random.Random(3)
     for _ in range(300):
         slow = draw.randrange(8)  # another one every time, as a busy host has it
-        compute = [4.0 if rank == slow else 1.0 for rank in range(8)]
+        compute = [4.0 if rank == slow and draw.random() < 0.8 else 1.0 for rank in range(8)]
         assert one.note(compute, [4.0 - c for c in compute]) is None
 
 
 def test_two_thirds_are_enough_and_half_is_not() -> None:
     one, other = Straggler(), Straggler()
-    assert any([one.note(*(EVEN if k % 3 == 0 else SLOW)) for k in range(12)])
-    assert not any([other.note(*(EVEN if k % 2 == 0 else SLOW)) for k in range(12)])
+    assert any([one.note(*(EVEN if k % 3 == 0 else SLOW)) for k in range(20)])
+    assert not any([other.note(*(EVEN if k % 2 == 0 else SLOW)) for k in range(20)])
