@@ -9,11 +9,30 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import torch
 
 from hvdllm.errors import UserError
+
+_told = threading.local()
+
+
+def now() -> float:
+    """Seconds on this thread's clock: the host's, or a simulated one."""
+    return float(_told.clock()) if simulated() else time.perf_counter()
+
+
+def simulated() -> bool:
+    """Is time simulated for this thread?"""
+    return hasattr(_told, "clock")
+
+
+def tell_time_by(clock: Callable[[], float]) -> None:
+    """From here on `now` is what `clock` says, for the calling thread (world/virtual.py)."""
+    _told.clock = clock
 
 
 class Later:
@@ -40,14 +59,15 @@ class Later:
 
 
 class Mark:
-    """A point in time: of the host, or on CUDA of the current stream (an event), since the host runs ahead there."""
+    """A point in time: of the host, or on CUDA of the current stream (an event), since the host runs ahead there; where
+    time is simulated, of that."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda":
+        if device.type == "cuda" and not simulated():
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
         else:
-            self.time = time.perf_counter()
+            self.time = now()
 
     def until(self, later: Mark) -> float:
         """Seconds between the two. On CUDA both must have passed: read it a round later."""

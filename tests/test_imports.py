@@ -16,7 +16,7 @@ MAY = {
     "text": (),
     "models": (),
     "config": ("models.size", "world.detect"),  # both without torch
-    "world": (),
+    "world": ("device",),
     "exchange": ("world", "device"),
     "optim": ("device",),
     "checkpoint": ("exchange.base", "trainer.flat", "world.base", "runs"),

@@ -1,6 +1,7 @@
 """What exchanges cost over a network of known speed: real ranks on several hosts of one machine (bench/lab.py).
 
     compute alone          as many processes as ranks, each with one rank's share of the batch, no Horovod in them
+    compute alone, slowed  with --slow: the same, each rank as slow as it is asked to be
     Horovod idle           the same under horovodrun: initialised, with nothing to do
     every exchange         on every wire and world asked for; `hvdllm train` with its acts off
 
@@ -31,7 +32,7 @@ from typing import Any
 from hvdllm import runs
 from hvdllm.bench import figures, group, lab
 from hvdllm.bench.figures import Raw, Repetition
-from hvdllm.config import compose
+from hvdllm.config import compose, pace
 from hvdllm.config.check import check
 from hvdllm.config.schema import Config, LocalRounds, StreamingDiLoCo
 from hvdllm.errors import UserError
@@ -45,22 +46,26 @@ MODEL = (
 QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "log_every=1", "schedule=constant")
 # A timed exchange commits what it computed while gradients travelled: it is given more tokens, to make enough commits.
 MORE_IF_TIMED = 3
+# The more so where others compute on while a slow rank comes to an end.
+MORE_IF_SLOW = 2
 # What begins with synchronous updates, which are not what is to be measured; and a whole outer round a commit.
 OF_EXCHANGE = {
     "delayed": ("exchange.warmup_tokens=0",),
     "local_sgd": ("exchange.warmup_tokens=0", "exchange.pulses=1"),
     "diloco": ("exchange.pulses=1",),
 }
+UNEVEN = {"local_sgd": ("exchange.by_speed=true",)}  # and what there is for uneven ranks
 RESERVED = {
     "exchange": "--exchanges", "wire": "--wires", "world": "--worlds", "budget_tokens": "--steps",
+    "world.slow": "--slow",
     **dict.fromkeys(("name", "runs_dir", "resume", "eval_every", "save_every", "sample_every", "log_every"), ""),
 }  # fmt: skip
-ALONE, IDLE = "compute alone", "Horovod idle"
+ALONE, SLOWED, IDLE = "compute alone", "compute alone, slowed", "Horovod idle"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says. link None: loopback. settings: of all cases alike."""
+    """What the command line says. link None: loopback. settings: of all cases alike. slow: as world.slow."""
 
     link: str | None
     ranks: int
@@ -73,6 +78,7 @@ class Asked:
     warmup: int
     repetitions: int
     limit_s: float
+    slow: str | None = None
 
     @property
     def commits(self) -> int:
@@ -88,27 +94,31 @@ class Asked:
 @dataclass(frozen=True)
 class Case:
     """kind: alone, idle or together. words: its settings, on top of those of all. blocking: label of the case whose
-    flight is the communication of this one."""
+    flight is the communication of this one. slowed: is each rank as slow as asked?"""
 
     label: str
     kind: str
     words: tuple[str, ...] = ()
     blocking: str = ""
+    slowed: bool = False
 
 
 # ------------------------------------------------------------------ what is measured
 def cases(asked: Asked) -> list[Case]:
     """The two without an exchange, then exchanges x wires x worlds, in the order given."""
     out = [Case(ALONE, "alone"), Case(IDLE, "idle")]
+    if asked.slow:
+        out.insert(1, Case(SLOWED, "alone", slowed=True))
     for text in asked.exchanges:
         name, *more = split_item(text)
         for wire in asked.wires or ("",):
             for world in asked.worlds or ("",):
                 chosen = [f"{group}={value}" for group, value in (("wire", wire), ("world", world)) if value]
-                words = compose.merged([f"exchange={name}", *chosen, *OF_EXCHANGE.get(name, ())], more)
+                own = [*OF_EXCHANGE.get(name, ()), *(UNEVEN.get(name, ()) if asked.slow else ())]
+                words = compose.merged([f"exchange={name}", *chosen, *own], more)
                 label = " ".join(word for word in (text, wire, world) if word)
                 blocking = " ".join(word for word in ("allreduce", wire, world) if word)
-                out.append(Case(label, "together", tuple(words), blocking))
+                out.append(Case(label, "together", tuple(words), blocking, slowed=bool(asked.slow)))
     if len({case.label for case in out}) < len(out):
         raise UserError("an exchange, wire or world is named twice: once is enough, --repetitions measures it again")
     return out
@@ -140,19 +150,22 @@ def base_words(asked: Asked, cores: int) -> list[str]:
 def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int) -> list[str]:
     """Settings of a case. Alone, a rank has the share of the rank with the most sequences."""
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
-    own = compose.merged(base, [*case.words, f"batch_tokens={share}"])
-    more = batches_a_commit(compose.compose(own)) if case.kind == "together" else 1
+    slow = [f"world.slow='{asked.slow}'"] if case.slowed and case.kind == "together" else []
+    own = compose.merged(base, [*case.words, *slow, f"batch_tokens={share}"])
+    more = batches_a_commit(compose.compose(own), case.slowed) if case.kind == "together" else 1
     return [*own, f"budget_tokens={asked.commits * share * more}"]
 
 
-def batches_a_commit(config: Config) -> int:
+def batches_a_commit(config: Config, slowed: bool) -> int:
     """Global batches from one commit to the next, at least."""
     exchange = config.exchange
     if isinstance(exchange, LocalRounds):
         return -(-exchange.local_steps // max(1, (exchange.pulses or 1) - 1))
     if isinstance(exchange, StreamingDiLoCo):
         return -(-exchange.local_steps // exchange.fragments)
-    return MORE_IF_TIMED if getattr(exchange, "timed", False) else 1
+    if getattr(exchange, "timed", False):
+        return MORE_IF_TIMED * (MORE_IF_SLOW if slowed else 1)
+    return 1
 
 
 def refusal(words: Sequence[str], place: Place) -> str | None:
@@ -243,8 +256,9 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     if keep:
         say(f"run folders and logs are in {folder}")
     _conclude(todo, results, raws, asked, config.batch_tokens)
+    speeds = {label: figures.rank_speeds(raws[label]) for label in (ALONE, SLOWED) if raws.get(label)}
     return {
-        "asked": asdict(asked), "batch_tokens": config.batch_tokens, "cases": results,
+        "rank_tokens_per_s": speeds, "asked": asdict(asked), "batch_tokens": config.batch_tokens, "cases": results,
         "idle_bytes_per_s": figures.idle_rate(raws[IDLE]), "device": seen.get("device"), "threads": seen.get("threads"),
         "cores": device.usable_cores(), "versions": seen.get("versions"),
     }  # fmt: skip
@@ -255,7 +269,8 @@ def run(
 ) -> Repetition | dict[str, Any]:
     """One repetition of a case; else why there is none: {"refused": ...} or {"failed": ..., "tail": [...]}."""
     folder.mkdir()
-    spec = {"kind": case.kind, "words": list(words), "interface": asked.interface, "folder": str(folder)}
+    slow = pace.slowed(asked.slow, asked.ranks) if case.slowed and case.kind == "alone" else {}
+    spec = {"slow": slow, "kind": case.kind, "words": list(words), "interface": asked.interface, "folder": str(folder)}
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
     ended = group.run(commands(case, path, asked, network), environment(network), folder / "log.txt", asked.limit_s)
@@ -288,6 +303,7 @@ def _conclude(
 ) -> None:
     """Adds every case's figures and, for who wants to compute others, its repetitions."""
     idle = figures.idle_rate(raws[IDLE])
+    speeds = figures.rank_speeds(raws.get(SLOWED, ()))
     for case in todo:
         own = raws[case.label]
         if not own:
@@ -295,6 +311,7 @@ def _conclude(
         found = figures.figures(
             own, alone=raws[ALONE], blocking=raws.get(case.blocking, ()), batch_tokens=batch_tokens,
             idle=idle if results[case.label]["horovod"] else 0.0, own_interface=asked.ranks == asked.hosts,
+            speeds=speeds if case.kind == "together" else (),
         )  # fmt: skip
         results[case.label] |= {"figures": asdict(found), "repetitions": [asdict(rep) for rep in own]}
 

@@ -14,6 +14,7 @@ communication  the flight of the blocking exchange (allreduce) on the same wire 
 bound          step / max(compute alone, communication); compute alone is that of a process without Horovod, for as many
                tokens. 1: whatever can be hidden is
 sum alone      of all gradients on this wire, its warm-up over, while nothing computes; median
+kept           tokens a second over the sum of what the ranks compute alone, each as slow as it is (--slow)
 wire           bytes at the interface, less FRAME a packet, less what Horovod says while idle, for the time in which
                nothing travelled (its one thread is silent while a collective runs)
 """
@@ -53,6 +54,7 @@ class Repetition:
     interface: float | None  # bytes less frames an interface in the measured steps
     packet: float | None  # bytes of a mean packet
     cpu_s: float  # of a rank's process
+    rank_tokens_per_s: list[float] = field(default_factory=list)  # of processes that train alone: each one's
     sum_s: list[float] = field(default_factory=list)  # of sums alone
     sum_bytes: float | None = None  # that a rank sends in one
 
@@ -80,6 +82,7 @@ class Figures:
     batch_ms: float
     sum_ms: float | None = None
     sum_mb: float | None = None
+    kept: float | None = None
     step_ms_of_repetitions: list[float] = field(default_factory=list)
 
 
@@ -97,6 +100,7 @@ def repetition(raw: Raw, warmup: int, tokens: int) -> Repetition:
     def booked(name: str) -> list[float]:
         return [fmean(records[k][name] for records in raw.records) for k in range(first, last + 1)]
 
+    speeds = [(m[last][1] - m[first - 1][1]) / (m[last][0] - m[first - 1][0]) for m in raw.marks]
     steps = [fmean(marks[k][0] - marks[k - 1][0] for marks in raw.marks) for k in range(first, last + 1)]
     reached = [next((r for r in records if r["tokens"] >= tokens), records[-1]) for records in raw.records]
     interface = packet = None
@@ -108,7 +112,7 @@ def repetition(raw: Raw, warmup: int, tokens: int) -> Repetition:
         seconds=fmean(grown(0)), tokens=round(fmean(grown(1))),
         updates=1 + sum(record["tokens"] < tokens for record in raw.records[0][:-1]),
         loss=fmean(record["loss"] for record in reached), sent=fmean(grown(2)), interface=interface,
-        packet=packet, cpu_s=fmean(grown(5)),
+        packet=packet, cpu_s=fmean(grown(5)), rank_tokens_per_s=speeds if len(raw.records) == len(raw.marks) else [],
         sum_s=raw.sums["seconds"] if raw.sums else [], sum_bytes=raw.sums["bytes"] if raw.sums else None,
     )  # fmt: skip
 
@@ -117,6 +121,11 @@ def idle_rate(repetitions: Sequence[Repetition]) -> float:
     """Bytes a second, less frames, that an interface sends while ranks compute and Horovod has nothing to do."""
     rates = [rep.interface / rep.seconds for rep in repetitions if rep.interface is not None]
     return median(rates) if rates else 0.0
+
+
+def rank_speeds(repetitions: Sequence[Repetition]) -> list[float]:
+    """Tokens a second of each rank that computes alone; medians over repetitions."""
+    return [median(each) for each in zip(*(rep.rank_tokens_per_s for rep in repetitions), strict=True)]
 
 
 def pooled(repetitions: Sequence[Repetition], name: str) -> float:
@@ -136,10 +145,12 @@ def figures(
     batch_tokens: int = 1,
     idle: float = 0.0,
     own_interface: bool = True,
+    speeds: Sequence[float] = (),
 ) -> Figures:
     """alone: compute without Horovod, of a rank's share of batch_tokens. blocking: the all-reduce on the same wire and
     world. idle: bytes a second.
 
+    speeds: tokens a second of each rank alone, as slow as it is.
     own_interface: does each rank have one of its own? Else what it sends to its neighbours is not in the counters.
     """
     steps = sum(len(rep.step_s) for rep in repetitions)
@@ -172,5 +183,6 @@ def figures(
         sum_mb=sums[0] / 1e6 if (sums := [rep.sum_bytes for rep in repetitions if rep.sum_bytes is not None]) else None,
         packet_bytes=median(rep.packet or 0.0 for rep in counted) if counted else None,
         batch_ms=1e3 * seconds * batch_tokens / tokens,
+        kept=tokens / seconds / sum(speeds) if speeds else None,
         step_ms_of_repetitions=[1e3 * median(rep.step_s) for rep in repetitions],
     )  # fmt: skip

@@ -32,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import RunError, UserError
 
 NAMES = Path("/run/netns")
@@ -50,14 +51,6 @@ class Host:
 
     name: str
     address: str
-
-
-def bits_per_second(link: str, setting: str = "--link ", without: str = "none") -> float:
-    """200mbit, 1gbit, 2.5gbit, 512kbit. Raises UserError. setting, without: how one gives it, and asks for no lab."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", link)
-    if not found or not float(found[1]):
-        raise UserError(f"{setting}{link}: give a rate such as 200mbit or 1gbit, or {without} for the network as it is")
-    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
 
 
 def hosts_of(prefix: str, hosts: int) -> list[Host]:

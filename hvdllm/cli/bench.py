@@ -22,6 +22,14 @@ about as long as its gradients at 200mbit. What a column means: hvdllm/bench/fig
 ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 
 
+def uneven() -> list[str]:
+    """What is measured with --slow: one that waits, and those that need not."""
+    from hvdllm.config.schema import SCHEMAS
+
+    ours = ("allreduce", "acco+exchange.timed=true", "local_sgd", "parameter_server+exchange.staleness=null")
+    return [text for text in ours if text.partition("+")[0] in SCHEMAS["exchange"]]
+
+
 def run(argv: list[str]) -> int:
     if argv[:1] == ["rank"]:  # a process of bench exchange, started by it
         return bench_rank(argv[1:])
@@ -42,10 +50,16 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--link", default="200mbit", help="200mbit, 1gbit, ...; none: the loopback (200mbit)")
     exchange.add_argument("--ranks", type=int, default=2)
     exchange.add_argument("--hosts", type=int, help="2 to 8 (as many as ranks, at most 8)")
-    exchange.add_argument("--exchanges", default=ALL, help=f"with commas between; settings after a plus each ({ALL})")
+    exchange.add_argument(
+        "--exchanges",
+        help=f"with commas between; settings after a plus each ({ALL}; with --slow {', '.join(uneven())})",
+    )
     exchange.add_argument("--model", help="of conf/model, as model=NAME does (a small one of the bench's own)")
     exchange.add_argument("--wires", default="", help="with commas between (as configured)")
     exchange.add_argument("--worlds", default="", help="horovod,torch (as configured)")
+    exchange.add_argument(
+        "--slow", help="ranks slowed as world.slow does, 1:4 or 1:4,3:2: what of the ranks' speeds does each keep?"
+    )
     exchange.add_argument("--steps", type=int, default=10, help="measured steps a repetition (10)")
     exchange.add_argument("--warmup", type=int, default=3, help="commits before them that do not count (3)")
     exchange.add_argument("--repetitions", type=int, default=3, help="of each case, interleaved (3)")
@@ -146,10 +160,11 @@ def ask(given: argparse.Namespace) -> Any:
     """The request, checked. Raises UserError."""
     from hvdllm.bench import lab
     from hvdllm.bench.exchange import Asked
+    from hvdllm.config.pace import bits_per_second, slowed
 
     link = None if given.link == "none" or lab.missing() else given.link
     if given.link != "none":
-        lab.bits_per_second(given.link)
+        bits_per_second(given.link)
     hosts = given.hosts if given.hosts is not None else min(given.ranks, lab.MOST_HOSTS)
     for flag, value, least in (
         ("--ranks", given.ranks, 2), ("--steps", given.steps, 1), ("--warmup", given.warmup, 1),
@@ -161,9 +176,12 @@ def ask(given: argparse.Namespace) -> Any:
         raise UserError(
             f"--hosts {hosts}: give 2 to {lab.MOST_HOSTS}, and no more than there are ranks ({given.ranks})"
         )
+    if given.exchanges is None:
+        given.exchanges = ",".join(uneven()) if given.slow else ALL
     exchanges, wires, worlds = (
         tuple(filter(None, text.split(","))) for text in (given.exchanges, given.wires, given.worlds)
     )
+    slowed(given.slow, given.ranks)
     if not exchanges:
         raise UserError("--exchanges is empty: name one, allreduce for example")
     if odd := set(worlds) - {"horovod", "torch"}:
@@ -171,7 +189,7 @@ def ask(given: argparse.Namespace) -> Any:
     return Asked(
         link, given.ranks, hosts, exchanges, wires, worlds, settings=tuple(given.settings), steps=given.steps,
         warmup=given.warmup,
-        repetitions=given.repetitions, limit_s=given.limit,
+        repetitions=given.repetitions, limit_s=given.limit, slow=given.slow,
     )  # fmt: skip
 
 
@@ -200,7 +218,27 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
         traffic.append((label, *counted, cell(f["sum_ms"], ".0f"), cell(f["sum_mb"], ".3f")))
         counts = (f"{f['updates']:g}", f"{f['tokens_per_update']:,.0f}", f"{f['tokens_per_s']:,.0f}")
         learning.append((label, f"{f['loss']:.4f}", *counts))
-    return [times, traffic, learning]
+    return [times, traffic, learning, *uneven_tables(figures, joined)]
+
+
+def uneven_tables(figures: dict[str, Any], joined: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """With --slow: what the ranks could do, and what each exchange keeps of it."""
+    from hvdllm.bench.exchange import ALONE, SLOWED
+
+    speeds = figures.get("rank_tokens_per_s", {})
+    if SLOWED not in speeds:
+        return []
+    ranks = range(len(speeds[SLOWED]))
+    alone: list[tuple[str, ...]] = [("tokens a second alone", *(f"rank {rank}" for rank in ranks), "sum")]
+    for label in (ALONE, SLOWED):
+        own = speeds.get(label, [])
+        alone += [(label, *(f"{speed:,.0f}" for speed in own), f"{sum(own):,.0f}")] * bool(own)
+    whole = sum(speeds[SLOWED])
+    allowed = len(ranks) * min(speeds[SLOWED])
+    kept: list[tuple[str, ...]] = [("", "tokens a second", "of the sum of the ranks' speeds")]
+    kept.append(("what the slowest allows, in equal shares", f"{allowed:,.0f}", f"{allowed / whole:.0%}"))
+    kept += [(label, f"{f['tokens_per_s']:,.0f}", f"{f['kept']:.0%}") for label, f in joined.items()]
+    return [alone, kept]
 
 
 def bench_rank(argv: list[str]) -> int:
@@ -218,6 +256,7 @@ def bench_rank(argv: list[str]) -> int:
     folder, together = Path(spec["folder"]), spec["kind"] == "together"
     words = [
         *spec["words"],
+        *([f"world.slow=0:{factor}"] if (factor := spec.get("slow", {}).get(str(index))) else []),
         f"runs_dir={json.dumps(f'{folder}/runs')}",
         f"name=run-{0 if together else index}",
         "resume=never",

@@ -95,13 +95,22 @@ def train(config: Config, words: list[str], here: Place) -> None:
 
         asks = Asks()
         signals.listen(asks, alone=True)
-        virtual.run(config.world.size, live, asks, hosts=config.world.hosts)
+        virtual.run(config.world.size, live, asks, hosts=config.world.hosts, links=simulated_links(config))
         return
     world = open_world(config, here)
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
     live(world)
+
+
+def simulated_links(config: Config) -> Any:
+    """Of world=virtual with a simulated clock; None without one."""
+    from hvdllm.config import pace
+    from hvdllm.world.virtual import Links
+
+    world = config.world
+    return Links(pace.bandwidth(world), world.latency_ms / 1e3) if world.tokens_per_s is not None else None
 
 
 def open_world(config: Config, here: Place) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 
+from hvdllm.config import pace
 from hvdllm.config.bounds import outer_rate_below
 from hvdllm.config.composition import ranks, refusal, transport
 from hvdllm.config.schema import (
@@ -199,3 +200,4 @@ def check_world(config: Config, place: Place) -> None:
         )
     if kind == "virtual" and config.world.size % config.world.hosts:
         raise UserError(f"world.hosts={config.world.hosts} is no divisor of world.size={config.world.size}")
+    pace.check(config.world, kind, ranks(config, place))

@@ -164,8 +164,11 @@ def _virtual(config: Config, world: str) -> str | None:
         return None
     if config.model.compile:
         return "world=virtual with model.compile=true: logical ranks share a process, they would share what is compiled"
-    if getattr(config.exchange, "timed", False):
-        return "world=virtual with exchange.timed=true: logical ranks have no times to end a half by, take timed=false"
+    if getattr(config.exchange, "timed", False) and config.world.tokens_per_s is None:
+        return (
+            "world=virtual with exchange.timed=true: logical ranks have no times to end a half by; give "
+            "world.tokens_per_s, which simulates a clock, or take timed=false"
+        )
     return None
 
 

@@ -394,6 +394,35 @@ class World:
     )
     size: int = setting(4, "logical ranks of world=virtual; elsewhere the launcher decides", least=1)
     hosts: int = setting(1, "logical hosts of world=virtual, a divisor of its size; for wire.hierarchical", least=1)
+    slow: Any = setting(
+        None,
+        "ranks made slower than they are, for experiments: rank:factor such as 1:4, or a list, [1:4,3:2]; by computing "
+        "that much more, by sleeping where ranks outnumber cores, on a simulated clock by its time; null: none",
+    )
+    tokens_per_s: float | None = setting(
+        None,
+        "tokens a second that a logical rank computes on a simulated clock: then all seconds of the records are "
+        "simulated, exchange.timed has times to go by, and runs repeat bit for bit; null: no such clock",
+        least=1e-3,
+    )
+    speed_spread: float = setting(
+        0.0,
+        "on the simulated clock, how unequal ranks are: standard deviation of the logarithm of their speeds, "
+        "drawn from the seed (.3: one rank in three is faster than 1.34 or slower than 0.75 times)",
+        least=0,
+    )
+    jitter: float = setting(
+        0.0,
+        "on the simulated clock, a micro-batch takes 1 + jitter x X times as long, X of mean 1 with a heavy tail "
+        "(Pareto of index 2), drawn from the seed",
+        least=0,
+    )
+    bandwidth: str | None = setting(
+        None,
+        "on the simulated clock, rate of each rank's link such as 200mbit; what stays inside one of several "
+        "logical hosts takes no time; null: nothing takes time for its size",
+    )
+    latency_ms: float = setting(0.0, "on the simulated clock, of everything that travels", least=0)
     timeout_s: float = setting(
         1800.0,
         "seconds a rank waits for the others before it gives up with a sentence; longer than any act",

@@ -15,7 +15,7 @@ synchronous descent, where one delayed update allows 1. No systematic staleness.
 
 timed=false: a half is half a global batch, dealt by count. timed=true: a half ends for a rank when what travels has
 landed (asked before each forward), so a fast rank does more micro-batches; sums divide by everybody's tokens. Such a
-run cannot be repeated bit for bit.
+run cannot be repeated bit for bit, but on logical ranks with a simulated clock (world.tokens_per_s).
 
 Everything behind a launch runs on the driver thread: land, peek or step, spread. Bytes a rank and update: two rounds of
 (N-1)/N P (b_gradients + 4). Memory: two gradient vectors, and by pieces (1/N) the master weights, S~, the update's

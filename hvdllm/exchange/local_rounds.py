@@ -7,7 +7,7 @@ so that there are max(1, J - 1) marks a round. With J pulses a round an ask is h
 
 by_speed: groups take H_i = H v_i / max v steps a round, at least J, where v is the speed of the round before (steps
 over seconds of compute; DyLU, Liu et al., 2024, arXiv 2401.09135), so that all arrive together. Such a run cannot be
-repeated bit for bit.
+repeated bit for bit, but with a simulated clock.
 
 late (overlap): the deltas of one round travel while the next is computed, and are applied after it. Each round then
 begins with an anchor that lacks the last one's progress, and the bounds on the outer rate fall (config/bounds.py).

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm.bench import lab
+from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import Point, command
@@ -50,7 +51,7 @@ def ready(settings: Any) -> None:
             "launch.link puts the ranks on hosts of the network lab: leave launch.hosts and launch.interface at null "
             "and launch.controller at gloo"
         )
-    lab.bits_per_second(settings.link, "launch.link=", "null")
+    bits_per_second(settings.link, "launch.link=", "null for the network as it is")
     try:
         lab.Lab(settings.np, settings.link)
     except UserError as error:

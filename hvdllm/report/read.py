@@ -68,7 +68,11 @@ class Sums:
     updates: float = 0.0
     stale: float = 0.0  # staleness, summed over updates
     stale_most: float = 0.0
-    micro_batches: list[float] = field(default_factory=list)  # of each rank
+    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    compute_by_rank: list[float] = field(default_factory=list)
+    blocked_by_rank: list[float] = field(default_factory=list)
+    records: int = 0  # that say for whom the others waited,
+    waited_for: dict[int, int] = field(default_factory=dict)  # and in how many for which rank
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Run:
     lives: int = 1
     tokens: float = 0.0  # committed, by the last record of any kind
     computed: float | None = None  # known once a run has ended
+    stragglers: list[int] = field(default_factory=list)  # ranks that were said to delay the others
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""  # of metrics.jsonl
 
@@ -94,7 +99,13 @@ class Run:
 
     @property
     def virtual(self) -> bool:
-        return self.settings.get("world.kind") == "virtual"
+        """Logical ranks without a clock: its seconds mean nothing."""
+        return self.settings.get("world.kind") == "virtual" and not self.simulated
+
+    @property
+    def simulated(self) -> bool:
+        """Its seconds are those of a simulated clock."""
+        return self.settings.get("world.clock") == "simulated"
 
     @property
     def budget(self) -> float | None:
@@ -305,6 +316,7 @@ def _found(life: dict[str, Any]) -> dict[str, str]:
     out = {
         "world.ranks": life.get("world"),
         "world.link": life.get("link"),
+        "world.clock": life.get("clock") if life.get("clock") == "simulated" else None,
         "data.hash": life.get("data_hash"),
         "data.tokenizer": life.get("tokenizer_hash"),
         "model.parameters": life.get("parameters"),
@@ -333,6 +345,8 @@ def _fill(run: Run, records: list[dict[str, Any]]) -> None:
             run.status, run.computed = "unfinished", None
         elif kind == "event" and begins and tokens is not None and str(record.get("what")).startswith("resumed"):
             begins[-1] = tokens
+        elif kind == "event" and (rank := number(record.get("straggler"))) is not None:
+            run.stragglers = list(dict.fromkeys([*run.stragglers, int(rank)]))[:16]
         elif kind == "end":
             run.status = {"budget": "finished", "stop": "stopped"}.get(str(record.get("reason")), "failed")
             run.computed = number(record.get("tokens_computed"))
@@ -393,12 +407,21 @@ def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
     sums.updates += updates
     sums.stale += (number(record.get("staleness_mean")) or 0.0) * updates
     sums.stale_most = max(sums.stale_most, number(record.get("staleness_max")) or 0.0)
-    counts = [number(one) or 0.0 for one in _list(record.get("micro_batches_by_rank"))[:4096]]
-    if len(counts) != len(sums.micro_batches):  # the first, or another world size: of the last one
-        sums.micro_batches = [0.0] * len(counts)
-    sums.micro_batches = [a + b for a, b in zip(sums.micro_batches, counts, strict=True)]
+    sums.micro_batches = _by_rank(sums.micro_batches, record.get("micro_batches_by_rank"))
+    sums.compute_by_rank = _by_rank(sums.compute_by_rank, record.get("compute_s_by_rank"))
+    sums.blocked_by_rank = _by_rank(sums.blocked_by_rank, record.get("blocked_s_by_rank"))
+    if "waited_for" in record:
+        sums.records += 1
+        if (rank := number(record["waited_for"])) is not None and len(sums.waited_for) < 4096:
+            sums.waited_for[int(rank)] = sums.waited_for.get(int(rank), 0) + 1
     sums.tokens, sums.seconds = tokens, seconds
     return sums
+
+
+def _by_rank(sums: list[float], values: Any) -> list[float]:
+    """Added up rank by rank; the first, or those of another world size, begin anew."""
+    counts = [max(0.0, number(one) or 0.0) for one in _list(values)[:4096]]
+    return [a + b for a, b in zip(sums, counts, strict=True)] if len(sums) == len(counts) else counts
 
 
 def along(curve: list[tuple[float, float]], x: float) -> float | None:

@@ -162,6 +162,35 @@ def work(f: Figures) -> Table:
     return Table("What an update is and costs", head, rows, notes)
 
 
+def uneven(f: Figures) -> Table | None:
+    """Who kept whom waiting, run by run. Speeds are micro-batches a second of compute."""
+    rows = []
+    for line in f.lines:
+        for run in line.group.runs:
+            s = run.sums
+            ranks = {len(s.micro_batches), len(s.compute_by_rank), len(s.blocked_by_rank)}
+            if run.virtual or len(ranks) > 1 or min(ranks) < 2 or not all(s.compute_by_rank) or not s.records:
+                continue
+            speeds = [count / seconds for count, seconds in zip(s.micro_batches, s.compute_by_rank, strict=True)]
+            busy = [c + b for c, b in zip(s.compute_by_rank, s.blocked_by_rank, strict=True)]
+            slowest, stood = speeds.index(min(speeds)), [b / t for b, t in zip(s.blocked_by_rank, busy, strict=True)]
+            rank, times = max(s.waited_for.items(), key=lambda pair: pair[1], default=(None, 0))
+            rows.append([
+                line.label, run.name, str(slowest), f"{speeds[slowest] / max(speeds):.0%}" if max(speeds) else NONE,
+                f"{min(stood):.1%}", f"{max(stood):.1%}", NONE if rank is None else f"{rank}: {times} of {s.records}",
+                ", ".join(str(one) for one in run.stragglers) or NONE,
+            ])  # fmt: skip
+    if not rows:
+        return None
+    head = ["", "run", "slowest rank", "its speed", "blocked, least", "most", "waited for, records", "straggler"]
+    notes = [
+        "its speed: micro-batches a second of compute, of the fastest rank's; blocked: share of the time of the rank "
+        "that stood still least, and most; waited for: the rank that the others waited for most often, in how many "
+        "`commit` records; straggler: said to delay the others persistently (trainer/straggler.py)",
+    ]
+    return _cut(Table("Uneven ranks", head, rows, notes, left=2))
+
+
 def equal_except(f: Figures) -> Table:
     rows = []
     for one in f.comparison.differences:
@@ -226,7 +255,7 @@ def left_out(f: Figures) -> Table | None:
 
 
 def tables(f: Figures) -> list[Table]:
-    every = [result(f), equal_except(f), trials(f), work(f), runs(f), left_out(f)]
+    every = [result(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
     return [one for one in every if one is not None]
 
 
@@ -247,7 +276,11 @@ def method(f: Figures) -> list[str]:
         "is wider than the larger standard deviation between seeds of the two. The tests are not corrected for their "
         "number."
     )
-    if not f.virtual:
+    if any(run.simulated for run in f.runs):
+        out.append(
+            "Seconds are those of a simulated clock (world.tokens_per_s); evaluations, saves and samples take none."
+        )
+    elif not f.virtual:
         out.append(
             "Seconds are those of the training clock, without evaluations, saves and samples. Wall-clock has these "
             "too, but no time before the first round or between the lives of a resumed run."

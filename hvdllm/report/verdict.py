@@ -38,6 +38,8 @@ def _head(f: Figures) -> str:
         if f.virtual
         else ""
     )
+    if any(run.simulated for run in f.runs):
+        virtual = "Seconds are those of a simulated clock. "
     best = f.lines[0]
     if not best.all_reached or f.ranked(best).spread is None:
         if any(line.reached for line in f.lines):

@@ -13,7 +13,7 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm.checkpoint import read
-from hvdllm.config import compose, schema
+from hvdllm.config import compose, pace, schema
 from hvdllm.config.check import parse_steps
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
@@ -51,11 +51,13 @@ from hvdllm.trainer.evaluate import Evaluation, evaluate
 from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide
+from hvdllm.trainer.slow import Simulated, Slow
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
 from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
+from hvdllm.world.virtual import VirtualWorld
 
 EXCHANGES: dict[type, Any] = {
     schema.AllReduce: AllReduce,
@@ -118,6 +120,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         grace_s=None if isinstance(exchange, ParameterServer) else grace(place),
     )  # fmt: skip
     hosts = account.hosts(device, world)
+    module = paced(config, module, loss, hosts, device, world)
     notes = list(corpus.notes)
     if resumed is not None:
         assert checkpoint is not None
@@ -188,6 +191,29 @@ def load(
             f"gradients of {dropped:,} tokens that no server had yet have no place in another world and were dropped"
         )
     return notes
+
+
+def paced(
+    config: Config,
+    module: torch.nn.Module,
+    loss: Loss,
+    hosts: list[dict[str, Any]],
+    device: torch.device,
+    world: World,
+) -> torch.nn.Module:
+    """What the loop calls, as fast as the settings say that this rank is."""
+    if config.world.tokens_per_s is not None:
+        assert isinstance(world, VirtualWorld)
+        speed = pace.speeds(config.world, config.seed)[world.rank]
+        return Simulated(module, world.spend, speed, config.world.jitter, config.seed, world.rank)
+    factor = pace.slowed(config.world.slow, world.size).get(world.rank, 1.0)
+    return Slow(module, loss, factor, crowded(hosts, world.rank, device)) if factor > 1 else module
+
+
+def crowded(hosts: list[dict[str, Any]], rank: int, device: torch.device) -> bool:
+    """Would more compute on this rank slow others? Hosts of the network lab share one machine and its name."""
+    here = sum(one["host"] == hosts[rank]["host"] for one in hosts)
+    return device.type == "cpu" and here > devices.usable_cores()
 
 
 # ------------------------------------------------------------------ what the ranks must agree on
@@ -376,6 +402,7 @@ def open_folder(
             "world": world.size,
             "ranks": hosts,
             "threads": hosts[0]["threads"],
+            "clock": "simulated" if devices.simulated() else "host",
             "slurm": account.slurm(),
             "link": account.link(),
             "data_hash": corpus.data_hash,
@@ -419,9 +446,30 @@ def header(
         "update": f"{batch}, {schema.name_of('optim', config.optim)}",
         "ranks": ranks,
         "device": ", ".join(names),
+        **speed_lines(config, hosts),
         "run": start.folder,
         **going_on,
     }
+
+
+def speed_lines(config: Config, hosts: list[dict[str, Any]]) -> dict[str, str]:
+    """Of the header, where ranks are not as fast as they are."""
+    world, out = config.world, dict[str, str]()
+    by = pace.slowed(world.slow, len(hosts))
+    if by:
+        how = "by more compute"
+        if world.tokens_per_s is not None:
+            how = "on the simulated clock"
+        elif any(crowded(hosts, rank, torch.device(hosts[rank]["kind"])) for rank in by):
+            how = "by sleeping, since ranks outnumber cores"
+        out["slowed"] = ", ".join(f"rank {rank} {factor:g} times" for rank, factor in sorted(by.items())) + f", {how}"
+    if world.tokens_per_s is not None:
+        speeds = pace.speeds(world, config.seed)
+        spread = f"{min(speeds):,.0f}" + (f" to {max(speeds):,.0f}" if max(speeds) > min(speeds) else "")
+        link = f"links of {world.bandwidth}" if world.bandwidth else "transfers that take no time for their size"
+        late = f", {world.latency_ms:g} ms late" if world.latency_ms else ""
+        out["time"] = f"simulated: {spread} tokens/s a rank, {link}{late}"
+    return out
 
 
 def exchange_name(config: Config) -> str:
@@ -448,7 +496,7 @@ def end_record(
     """reason: budget, stop or failed. loss: of the last `commit` record. mfu: share of the peak, where it is known."""
     seconds = clock.seconds()
     vocab = model.output.shape[0]
-    peak = size.peak_flops(hosts[0]["device"], config.precision)
+    peak = None if devices.simulated() else size.peak_flops(hosts[0]["device"], config.precision)
     flops = size.flops_per_token(config.model, vocab) * due.tokens_here
     return {
         "reason": reason,
@@ -464,5 +512,5 @@ def end_record(
         "mfu": flops / (clock.seconds_here() * world.size * peak) if peak and clock.seconds_here() > 0 else None,
         "peak_memory_bytes": devices.peak_memory(device),
         "device_hours": clock.wall_s() * world.size / 3600,
-        "data_waited_s": stream.waited_s,
+        "data_waited_s": 0.0 if devices.simulated() else stream.waited_s,
     }

@@ -1,17 +1,17 @@
 """The training clock: seconds since the first round, less those spent in acts.
 
 It stops when the last rank has arrived at an act and goes on when all leave it together, so that no rank books
-another's act as waiting.
+another's act as waiting. On virtual ranks with a simulated clock the seconds are that one's.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from hvdllm.device import now
 from hvdllm.world.base import World
 
 
@@ -24,12 +24,12 @@ class Clock:
 
     def start(self) -> None:
         """The first round begins."""
-        self._begin = self._since = time.perf_counter()
+        self._begin = self._since = now()
         self._before = self.earlier
 
     def seconds(self) -> float:
         """Of training, earlier lives included."""
-        return self._before + time.perf_counter() - self._since
+        return self._before + now() - self._since
 
     def seconds_here(self) -> float:
         """Of training, in this process."""
@@ -37,7 +37,7 @@ class Clock:
 
     def wall_s(self) -> float:
         """Since the start of this process's training, acts included."""
-        return time.perf_counter() - self._begin
+        return now() - self._begin
 
     @contextmanager
     def act(self) -> Iterator[None]:
@@ -46,4 +46,4 @@ class Clock:
         self._before = self.seconds()
         yield
         self.world.sum(torch.zeros(1), "act.end").land()
-        self._since = time.perf_counter()
+        self._since = now()

@@ -24,6 +24,7 @@ from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.evaluate import Evaluation
 from hvdllm.trainer.flat import Flat
+from hvdllm.trainer.straggler import Straggler, waited_for
 from hvdllm.world.base import World
 
 
@@ -55,7 +56,9 @@ class Window:
     flight_s: float = 0.0
     cpu_s: float = 0.0  # of all ranks
     skew_s: float = 0.0  # compute of the slowest rank less that of the fastest
-    micro_batches: list[float] = field(default_factory=list)  # of each rank
+    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    compute_s_by_rank: list[float] = field(default_factory=list)
+    blocked_s_by_rank: list[float] = field(default_factory=list)
     staleness: list[float] = field(default_factory=list)  # one a commit
     stalest: float = 0.0  # where a commit's gradients differ
 
@@ -68,9 +71,14 @@ class Window:
         self.flight_s += fmean(report.flight_s)
         self.cpu_s += sum(report.cpu_s)
         self.skew_s += max(report.compute_s) - min(report.compute_s)
-        if len(self.micro_batches) != len(report.micro_batches):  # the first, or another world size
-            self.micro_batches = [0.0] * len(report.micro_batches)
-        self.micro_batches = [a + b for a, b in zip(self.micro_batches, report.micro_batches, strict=True)]
+        self.micro_batches = _added(self.micro_batches, report.micro_batches)
+        self.compute_s_by_rank = _added(self.compute_s_by_rank, report.compute_s)
+        self.blocked_s_by_rank = _added(self.blocked_s_by_rank, report.blocked_s)
+
+
+def _added(sums: list[float], values: list[float]) -> list[float]:
+    """Rank by rank; the first ones, or of another world size than before, count alone."""
+    return [a + b for a, b in zip(sums, values, strict=True)] if len(sums) == len(values) else list(values)
 
 
 class Due:
@@ -101,6 +109,7 @@ class Due:
         self.extra, self.folder, self.show, self.grace_s = extra, folder, show, grace_s
         self.tokens = self.step = self._tokens_loaded = 0
         self.window = Window()
+        self.straggler = Straggler()
         self.pending: dict[str, Any] | None = None  # a `commit` record that waits for its loss
         self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
         self.bytes_before = 0.0  # sent in earlier lives of this run
@@ -263,6 +272,13 @@ class Due:
             "staleness_max": window.stalest,
             "micro_batches": sum(window.micro_batches),
             "micro_batches_by_rank": window.micro_batches,
+            "compute_s_by_rank": window.compute_s_by_rank,
+            "blocked_s_by_rank": window.blocked_s_by_rank,
+            "micro_batches_per_s_by_rank": [
+                count / seconds if seconds else 0.0
+                for count, seconds in zip(window.micro_batches, window.compute_s_by_rank, strict=True)
+            ],
+            "waited_for": waited_for(window.compute_s_by_rank, window.blocked_s_by_rank),
             "updates": len(window.staleness),
             "tokens_per_update": (head["tokens"] - last["tokens"]) / max(len(window.staleness), 1),
             "noise_scale": report.noise_scale,
@@ -271,6 +287,10 @@ class Due:
         self.recorded_loss = values["loss"]
         if self.folder is not None:
             self.folder.record("commit", values)
+        if said := self.straggler.note(window.compute_s_by_rank, window.blocked_s_by_rank):
+            self.show.say(said)
+            if self.folder is not None:
+                self.folder.record("event", {"what": said, "tokens": head["tokens"], "straggler": self.straggler.named})
         self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
         self.window, self.pending = Window(), None
 
@@ -302,13 +322,16 @@ class Due:
         return {
             "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
             "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
-            "bytes": self.bytes_before + self.world.bytes_sent,
+            "bytes": self.bytes_before + self.world.bytes_sent, "straggler": asdict(self.straggler),
+            "ranks": self.world.size,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
         self.window, self.last_record = Window(**state["window"]), state["last_record"]
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
+        if state.get("ranks") == self.world.size:  # else they have other numbers now
+            self.straggler = Straggler(**state["straggler"])
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens
         if self.pending and self.pending["extra"] and not self.finished:

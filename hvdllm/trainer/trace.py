@@ -6,13 +6,12 @@ A process a rank, and in it a lane each for compute, flight and blocked. Nothing
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvdllm.device import Mark
+from hvdllm.device import Mark, now, simulated
 from hvdllm.errors import RunError
 from hvdllm.runs import write_whole
 from hvdllm.world.base import World
@@ -36,15 +35,15 @@ class Trace:
         return self.first <= step < self.stop
 
     def note(self, step: int, lane: str, begin: Mark | float, end: Mark | float) -> None:
-        """An interval of one of LANES; begin and end are marks, or seconds of time.perf_counter."""
+        """An interval of one of LANES; begin and end are marks, or seconds of device.now."""
         if not self.wants(step):
             return
         if self._base is None:
             # Now, not at the start of the run: the difference of two CUDA events is an fp32 of milliseconds.
             self._base = Mark(self.device)
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not simulated():
                 torch.cuda.synchronize(self.device)
-                self._base_s = time.perf_counter()
+                self._base_s = now()
             else:
                 self._base_s = self._base.time
         self._noted.append((step, LANES.index(lane), begin, end))
@@ -70,9 +69,9 @@ class Trace:
 
     def _meet(self) -> tuple[float, float]:
         """When this rank entered a sum and when it left it."""
-        entered = time.perf_counter()
+        entered = now()
         self.world.sum(torch.zeros(1), "act.trace.clock").land()
-        return entered, time.perf_counter()
+        return entered, now()
 
     def _seconds(self, point: Mark | float) -> float:
         """On this host's clock."""

@@ -1,15 +1,22 @@
 """Many logical ranks as threads of one process, with exact and deterministic collectives. No launcher, no network.
 
-Invariant: one thread runs at a time. The baton changes hands only where a rank waits or polls in vain, and goes to the
-smallest (simulated time, rank, lane) that can go on, so two equal runs are bit-equal whatever the machine does. A
-simulated second passes with every poll in vain, so that who polls lets others run; nothing else takes time yet. A rank
-has two lanes: its own thread and its driver. torch's random state on the CPU is swapped with the baton: each rank draws
-as if it were alone.
+Invariant: one thread runs at a time. The baton changes hands only where a rank waits, polls in vain or lets time pass,
+and goes to the smallest (simulated time, rank, lane) that can go on, so two equal runs are bit-equal whatever the
+machine does. A rank has two lanes: its own thread and its driver. torch's random state on the CPU is swapped with the
+baton: each rank draws as if it were alone.
+
+Without `links` nothing takes time but polls in vain, so that who polls lets others run. With them a clock is simulated,
+and what is done happens in the order of its times (causality):
+    compute      takes what `spend` says; a driver's work begins when it was driven, at the earliest
+    a collective leaves when its last rank has joined and its ranks' links are free; it takes the bytes that a rank
+                 sends over the link's rate, and the latency. A link carries one thing after another
+    waiting      until what is waited for has arrived; a poll says no before that, and costs POLL_S
 
 It is strict where real ranks break only sometimes: a name launched again before its last use was seen to land, tensors
 that do not match, a tensor written to in flight, and ranks that all wait for each other are errors at once.
 
-For oracles at many ranks and for convergence experiments with many workers; step times come only from real ranks.
+For oracles at many ranks and for convergence experiments with many workers. Simulated times say how ranks of such
+speeds would wait for each other; what a step costs comes from real ranks alone.
 """
 
 from __future__ import annotations
@@ -18,34 +25,67 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hvdllm import device
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Asks, Flight
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 from hvdllm.world.virtual_mail import VirtualMail, spawn
 
+POLL_S = 1e-5  # simulated, of a poll in vain
+
+
+@dataclass(frozen=True)
+class Links:
+    """Of every rank, on a simulated clock: bytes a second each way, and seconds from leaving to arriving."""
+
+    bytes_per_s: float = math.inf
+    latency_s: float = 0.0
+
+
+def always() -> bool:
+    return True
+
+
+def at_once() -> float:
+    return 0.0
+
 
 # ------------------------------------------------------------------ the baton
 class Lane:
-    """A thread that takes part in passing the baton. ready: whether it can go on; waits: for what, in words."""
+    """A thread that takes part in passing the baton. ready: whether it can go on; at: from when on, once ready; waits:
+    for what, in words."""
 
-    def __init__(self, rank: int, number: int) -> None:
-        self.rank, self.number, self.time = rank, number, 0
+    def __init__(self, rank: int, number: int, time: float = 0.0) -> None:
+        self.rank, self.number, self.time = rank, number, time
         self.go = threading.Semaphore(0)
-        self.ready: Callable[[], bool] = lambda: True
+        self.ready: Callable[[], bool] = always
+        self.at: Callable[[], float] = at_once
         self.waits: Callable[[], str] = lambda: "its start"
 
-    def place(self) -> tuple[int, int, int]:
-        return self.time, self.rank, self.number
+    def due(self) -> float:
+        """When it goes on."""
+        return max(self.time, self.at()) if self.ready() else self.time
+
+    def place(self) -> tuple[float, int, int]:
+        return self.due(), self.rank, self.number
 
 
 class Hub:
-    """What the ranks of one process share. Only the holder of the baton touches it, but for `fail`."""
+    """What the ranks of one process share. Only the holder of the baton touches it, but for `fail`.
 
-    def __init__(self) -> None:
+    near: ranks of one logical host, whose talk takes no time; 1: each has a link of its own to all others.
+    """
+
+    def __init__(self, links: Links | None = None, near: int = 1) -> None:
+        self.links, self.near = links, near
+        self.tick = 1.0 if links is None else POLL_S
+        self.clock = 0.0  # when the holder got the baton
+        self.busy: dict[tuple[int, str], float] = {}  # (rank, up or down): until when
         self.lanes: list[Lane] = []
         self.holder: Lane | None = None
         self.open: dict[Any, Box] = {}  # collectives that some rank has not joined yet
@@ -54,19 +94,51 @@ class Hub:
         self.failure: BaseException | None = None
         self.over = threading.Event()  # no lane is left
 
-    def wait(self, ready: Callable[[], bool], waits: Callable[[], str]) -> None:
-        """Returns when `ready`; others run meanwhile. Raises PeerError once a rank has failed."""
-        if not ready():
-            self._yield(ready, waits)
+    # ------------------------------------------------------------------ time
+    def now(self) -> float:
+        """Seconds of the simulated clock, for the thread that asks; 0 where there is none."""
+        return self.holder.time if self.links is not None and self.holder is not None else 0.0
+
+    def spend(self, seconds: float) -> None:
+        """The holder computes for so long; who is behind goes on meanwhile."""
+        assert self.holder is not None
+        self.holder.time += seconds
+        self._yield(always, lambda: "nothing")
         self._check()
 
-    def poll(self, ready: Callable[[], bool]) -> bool:
-        """Whether `ready`; if not, others have had a chance to run."""
-        if not ready() and self.holder is not None:
-            self.holder.time += 1
-            self._yield(lambda: True, lambda: "nothing")
+    def carry(self, senders: Sequence[int], receivers: Sequence[int], sent: float) -> float:
+        """When `sent` bytes a link, which leave now, will have arrived: of a collective (senders are the receivers) or
+        a letter. Ranks of the whole. Books their links."""
+        if self.links is None:
+            return 0.0
+        if len({rank // self.near for rank in (*senders, *receivers)}) == 1:
+            return self.now()
+        ways = [*((rank, "up") for rank in senders), *((rank, "down") for rank in receivers)]
+        begin = max(self.now(), *(self.busy.get(way, 0.0) for way in ways))
+        end = begin + sent / self.links.bytes_per_s
+        self.busy.update(dict.fromkeys(ways, end))
+        return end + self.links.latency_s
+
+    # ------------------------------------------------------------------ passing the baton
+    def wait(self, ready: Callable[[], bool], waits: Callable[[], str], at: Callable[[], float] = at_once) -> None:
+        """Returns when `ready` and, from then on, the time is `at`; others run meanwhile. Raises PeerError once a rank
+        has failed."""
+        if not self._there(ready, at):
+            self._yield(ready, waits, at)
         self._check()
-        return ready()
+
+    def poll(self, ready: Callable[[], bool], at: Callable[[], float] = at_once) -> bool:
+        """Whether `ready` and the time is `at`; if not, others have had a chance to run."""
+        if not self._there(ready, at) and self.holder is not None:
+            self.holder.time += self.tick
+            self._yield(always, lambda: "nothing")
+        self._check()
+        return self._there(ready, at)
+
+    def tell_time(self) -> None:
+        """The calling thread reads the simulated clock, where there is one, as the time."""
+        if self.links is not None:
+            device.tell_time_by(self.now)
 
     def enter(self, lane: Lane) -> None:
         """A lane's first act: waits for the baton."""
@@ -79,6 +151,7 @@ class Hub:
         if self.lanes:
             self.pass_on()
         else:
+            self.holder = None
             self.over.set()
 
     def fail(self, error: BaseException) -> None:
@@ -92,16 +165,22 @@ class Hub:
             self.fail(RuntimeError(f"all ranks wait for each other: {'; '.join(map(_words, self.lanes))}"))
             able = self.lanes
         chosen = min(able, key=Lane.place)
+        if self.links is not None:
+            # What the holder has just made possible happens no earlier than that.
+            chosen.time = self.clock = max(self.clock, chosen.due())
         if self.holder is not None and self.holder.rank != chosen.rank:
             self.random[self.holder.rank] = torch.get_rng_state()
             torch.set_rng_state(self.random[chosen.rank])
         self.holder = chosen
         chosen.go.release()
 
-    def _yield(self, ready: Callable[[], bool], waits: Callable[[], str]) -> None:
+    def _there(self, ready: Callable[[], bool], at: Callable[[], float]) -> bool:
+        return ready() and (self.holder is None or at() <= self.holder.time)
+
+    def _yield(self, ready: Callable[[], bool], waits: Callable[[], str], at: Callable[[], float] = at_once) -> None:
         lane = self.holder
         assert lane is not None, "a virtual world is used by the threads of `run` only"
-        lane.ready, lane.waits = ready, waits
+        lane.ready, lane.waits, lane.at = ready, waits, at
         self.pass_on()
         lane.go.acquire()
 
@@ -116,10 +195,12 @@ def _words(lane: Lane) -> str:
 
 # ------------------------------------------------------------------ things travelling
 class Box:
-    """A collective. parts: what each rank sends, copied; result: of the sum, made once."""
+    """A collective. parts: what each rank sends, copied; result: of the sum, made once. sent: bytes, the most of any
+    rank; at: when it arrives, once all have joined."""
 
     def __init__(self, what: tuple[Any, ...], size: int) -> None:
         self.what, self.size = what, size
+        self.sent = self.at = 0.0
         self.parts: dict[int, torch.Tensor] = {}
         self.result: torch.Tensor | None = None
 
@@ -144,16 +225,19 @@ class VirtualFlight:
         self.value: Any = None
 
     def landed(self) -> bool:
-        self.seen = self.seen or self.hub.poll(self.box.full)
+        self.seen = self.seen or self.hub.poll(self.box.full, self._at)
         return self.seen
 
     def land(self) -> Any:
         if self.value is None:
-            self.hub.wait(self.box.full, self._waits)
+            self.hub.wait(self.box.full, self._waits, self._at)
             if not _same_bits(self.x, self.box.parts[self.rank]):
                 raise RuntimeError(f"rank {self.rank} wrote to the tensor of `{self.name}` while it was in flight")
             self.value, self.seen = self.finish(), True
         return self.value
+
+    def _at(self) -> float:
+        return self.box.at
 
     def _waits(self) -> str:
         missing = [str(rank) for rank in range(self.box.size) if rank not in self.box.parts]
@@ -167,10 +251,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Driven:
-    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks."""
+    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks. at: when
+    it was driven, then when it was done."""
 
     def __init__(self, hub: Hub, work: Callable[[], Any]) -> None:
-        self.hub, self.work = hub, work
+        self.hub, self.work, self.at = hub, work, hub.now()
         self.done = False
         self.value: Any = None
         self.error: Exception | None = None
@@ -180,13 +265,13 @@ class Driven:
             self.value = self.work()
         except Exception as error:
             self.error = error
-        self.done = True
+        self.done, self.at = True, self.hub.now()
 
     def landed(self) -> bool:
-        return self.hub.poll(lambda: self.done)
+        return self.hub.poll(lambda: self.done, lambda: self.at)
 
     def land(self) -> Any:
-        self.hub.wait(lambda: self.done, lambda: "driven work")
+        self.hub.wait(lambda: self.done, lambda: "driven work", lambda: self.at)
         if self.error is not None:
             raise self.error
         return self.value
@@ -209,7 +294,7 @@ class Driver:
         self.queue.append(flight)
         if not self.begun:
             self.begun = True
-            lane = Lane(self.rank, 1)
+            lane = Lane(self.rank, 1, self.hub.now())
             self.hub.lanes.append(lane)
             threading.Thread(target=self._run, args=(lane,), daemon=True, name=f"driver-{self.rank}").start()
         return flight
@@ -220,10 +305,11 @@ class Driver:
 
     def _run(self, lane: Lane) -> None:
         self.thread = threading.get_ident()
+        self.hub.tell_time()
         try:
             self.hub.enter(lane)
             while True:
-                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive")
+                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive", self._at)
                 if not self.queue:
                     break
                 self.queue.popleft().run()
@@ -231,6 +317,9 @@ class Driver:
             self.hub.fail(error)
         finally:
             self.hub.leave(lane)
+
+    def _at(self) -> float:
+        return self.queue[0].at if self.queue else 0.0
 
 
 # ------------------------------------------------------------------ the world
@@ -246,41 +335,48 @@ class VirtualWorld(Ranks):
         parent: VirtualWorld | None = None,
         driver: Driver | None = None,
         path: tuple[Any, ...] = (),
+        members: tuple[int, ...] = (),
     ) -> None:
         super().__init__(where, math.inf, parent, driver)
         self.hub, self.path = hub, path
+        self.members = members or tuple(range(self.size))  # by their ranks in the whole
         self._flights: dict[str, VirtualFlight] = {}
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
-        self.count(2 * (self.size - 1) / self.size * x.nbytes)
-        return self._post("sum", x, name, lambda box: x.copy_(box.total()))
+        sent = 2 * (self.size - 1) / self.size * x.nbytes
+        return self._post("sum", x, name, sent, lambda box: x.copy_(box.total()))
 
     def scatter(self, x: torch.Tensor, name: str) -> Flight:
-        self.count((self.size - 1) / self.size * x.nbytes)
-        return self._post("scatter", x, name, lambda box: self._own(x).copy_(self._own(box.total())))
+        sent = (self.size - 1) / self.size * x.nbytes
+        return self._post("scatter", x, name, sent, lambda box: self._own(x).copy_(self._own(box.total())))
 
     def gather(self, x: torch.Tensor, name: str) -> Flight:
-        self.count((self.size - 1) * x.nbytes)
-        return self._post("gather", x, name, lambda box: torch.cat(box.ordered()))
+        sent = (self.size - 1) * x.nbytes
+        return self._post("gather", x, name, sent, lambda box: torch.cat(box.ordered()))
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
-        self.count((self.size - 1) / self.size * x.nbytes)
-        return self._post("alltoall", x, name, lambda box: torch.cat([self._own(part) for part in box.ordered()]))
+        sent = (self.size - 1) / self.size * x.nbytes
+        return self._post("alltoall", x, name, sent, lambda box: torch.cat([self._own(part) for part in box.ordered()]))
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
-        self.count(broadcast_sends(self.rank, root, self.size) * x.nbytes)
-        return self._post("broadcast", x, name, lambda box: x.copy_(box.parts[root]), root)
+        sent = broadcast_sends(self.rank, root, self.size) * x.nbytes
+        return self._post("broadcast", x, name, sent, lambda box: x.copy_(box.parts[root]), root)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
         must_be_power_of_two(self.size)
-        self.count(2 * (self.size - 1) / self.size * x.nbytes)
-        return self._post("adasum", x, name, lambda box: x.copy_(adasum(box.ordered())))
+        sent = 2 * (self.size - 1) / self.size * x.nbytes
+        return self._post("adasum", x, name, sent, lambda box: x.copy_(adasum(box.ordered())))
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> VirtualWorld:
         mine = group_of(self.rank, groups, self.size)
         local = self._local(mine, name)
-        return VirtualWorld(self.hub, (mine.index(self.rank), len(mine), *local), self, path=(*self.path, name, mine))
+        where, members = (mine.index(self.rank), len(mine), *local), tuple(self.members[rank] for rank in mine)
+        return VirtualWorld(self.hub, where, self, path=(*self.path, name, mine), members=members)
+
+    def spend(self, seconds: float) -> None:
+        """This rank computes for so long, on the simulated clock."""
+        self.hub.spend(seconds)
 
     def mail(self) -> VirtualMail:
         return VirtualMail(self)
@@ -298,8 +394,9 @@ class VirtualWorld(Ranks):
         return x.chunk(self.size)[self.rank]
 
     def _post(
-        self, kind: str, x: torch.Tensor, name: str, finish: Callable[[Box], Any], root: int | None = None
+        self, kind: str, x: torch.Tensor, name: str, sent: float, finish: Callable[[Box], Any], root: int | None = None
     ) -> VirtualFlight:
+        self.count(sent)
         last = self._flights.get(name)
         if last is not None and not last.seen:
             raise RuntimeError(f"rank {self.rank} launches {kind} `{name}` before it has seen its last use land")
@@ -309,29 +406,39 @@ class VirtualWorld(Ranks):
         box = self.hub.open.setdefault((self.path, name), Box(what, self.size))
         if box.what != what:
             raise RuntimeError(f"`{name}` is {what} on rank {self.rank} and {box.what} on rank {min(box.parts)}")
-        box.parts[self.rank] = x.detach().clone()
+        box.parts[self.rank], box.sent = x.detach().clone(), max(box.sent, sent)
         if box.full():
             del self.hub.open[self.path, name]
+            box.at = self.hub.carry(self.members, self.members, box.sent)
         flight = VirtualFlight(self.hub, box, x, self.rank, name, lambda: finish(box))
         self._flights[name] = flight
         return flight
 
 
-def run(size: int, body: Callable[[VirtualWorld], Any], asks: Asks | None = None, hosts: int = 1) -> list[Any]:
+def run(
+    size: int,
+    body: Callable[[VirtualWorld], Any],
+    asks: Asks | None = None,
+    hosts: int = 1,
+    links: Links | None = None,
+) -> list[Any]:
     """What `body` returns on each of `size` logical ranks, in rank order.
 
-    asks: rank 0's, for signals. hosts: logical ones; ranks are numbered host by host, equally many on each.
+    asks: rank 0's, for signals. hosts: logical ones; ranks are numbered host by host, equally many on each; links join
+    them, or all ranks where there is one host. links: there is a simulated clock, which these threads tell time by.
     Raises the first failure of a rank, or what interrupts the calling thread; the ranks end at their next wait.
     """
     if size % hosts:
         raise UserError(f"{size} logical ranks are not dealt to {hosts} hosts: world.size must be a multiple")
-    hub, local = Hub(), size // hosts
+    local = size // hosts
+    hub = Hub(links, local if hosts > 1 else 1)
     worlds = [VirtualWorld(hub, (rank, size, rank % local, local), driver=Driver(hub, rank)) for rank in range(size)]
     if asks is not None:
         worlds[0].asks = asks
     results: list[Any] = [None] * size
 
     def live(world: VirtualWorld, lane: Lane) -> None:
+        hub.tell_time()
         try:
             hub.enter(lane)
             results[world.rank] = body(world)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hvdllm.bench import exchange, plot
-from hvdllm.bench.figures import FRAME, Figures, Raw, Repetition, figures, idle_rate, repetition
+from hvdllm.bench.figures import FRAME, Figures, Raw, Repetition, figures, idle_rate, rank_speeds, repetition
 from hvdllm.cli.bench import exchange_tables
 from hvdllm.errors import UserError
 
@@ -80,6 +80,19 @@ def test_medians_shares_and_rates() -> None:
     assert f.step_ms_of_repetitions == pytest.approx([550, 750]) and f.bound is None
 
 
+def test_what_is_kept_of_the_ranks_speeds() -> None:
+    """Two ranks alone, one of them four times slower; together they wait for it."""
+    alone = raw(steps=[0.5] * 5, runs=2, tokens=1000)
+    for mark in alone.marks[1]:
+        mark[0] = 100 + 4 * (mark[0] - 100)
+    speeds = rank_speeds([repetition(alone, 1, 9)] * 2)
+    assert speeds == pytest.approx([2000.0, 500.0])
+    f = figures([repetition(raw(steps=[2.0] * 5, tokens=2000), 1, 9)], speeds=speeds)
+    assert f.tokens_per_s == pytest.approx(1000) and f.kept == pytest.approx(0.4)
+    assert repetition(raw(steps=[0.5] * 5), 1, 9).rank_tokens_per_s == [], "of ranks that train together"
+    assert figures([repetition(raw(steps=[0.5] * 5), 1, 9)]).kept is None and rank_speeds([]) == []
+
+
 def test_nothing_travels_nothing_is_hidden() -> None:
     f = figures([repetition(raw(steps=[0.5] * 5, flight=0.0, blocked=0.0, sent=0.0), 1, 9)], batch_tokens=BATCH)
     assert f.hidden is None and f.communication_ms is None and f.wire_ratio is None
@@ -144,6 +157,18 @@ def test_the_tables() -> None:
     ]
     assert traffic[1:] == [("allreduce", "11.440", "11.451", "1.001", "402", "11.440")]
     assert learning[1:] == [("allreduce", "3.2199", "12", "4,864", "4,165")]
+
+
+def test_the_tables_of_slowed_ranks() -> None:
+    found = result() | {
+        "rank_tokens_per_s": {"compute alone": [2000.0, 2000.0], "compute alone, slowed": [2000.0, 500.0]}
+    }
+    found["cases"]["allreduce"]["figures"] |= {"tokens_per_s": 990.0, "kept": 0.396}
+    *_, alone, kept = exchange_tables(found)
+    assert alone[1:] == [
+        ("compute alone", "2,000", "2,000", "4,000"), ("compute alone, slowed", "2,000", "500", "2,500"),
+    ]  # fmt: skip
+    assert kept[1:] == [("what the slowest allows, in equal shares", "1,000", "40%"), ("allreduce", "990", "40%")]
 
 
 def test_a_busy_machine_is_said() -> None:

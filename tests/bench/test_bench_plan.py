@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from hvdllm.bench import exchange, lab
-from hvdllm.bench.exchange import ALONE, IDLE, Asked, Case
+from hvdllm.bench.exchange import ALONE, IDLE, SLOWED, Asked, Case
 from hvdllm.bench.lab import Lab
 from hvdllm.cli.bench import ask
-from hvdllm.config import compose
+from hvdllm.config import compose, pace
 from hvdllm.errors import UserError
 from hvdllm.world.detect import Place
 
@@ -56,7 +56,12 @@ def test_the_same_twice() -> None:
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("exchange=sharded", "use --exchanges"), ("log_every=5", "sets it itself"), ("budget_tokens=9", "use --steps")],
+    [
+        ("exchange=sharded", "use --exchanges"),
+        ("log_every=5", "sets it itself"),
+        ("budget_tokens=9", "use --steps"),
+        ("world.slow=1:4", "use --slow"),
+    ],
 )
 def test_settings_that_are_not_the_users(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
@@ -80,6 +85,26 @@ def test_every_case_has_the_same_tokens_and_alone_a_rank_its_share() -> None:
     timed = Case("t", "together", ("exchange=acco", "exchange.timed=true"))
     assert f"budget_tokens={704 * 8 * 3}" in exchange.words_of(timed, base, ASKED, 704, 32)
     assert {"batch_tokens=256", f"budget_tokens={256 * 8}"} <= set(alone)
+
+
+def test_slowed_ranks() -> None:
+    """All exchanges train with them, and alone each rank is measured as it is and as slow as it is asked to be."""
+    uneven = asked(exchanges=("local_sgd", "acco+exchange.timed=true"), slow="1:4,2:2")
+    alone, slowed, idle, local, timed = exchange.cases(uneven)
+    assert [alone.label, slowed.label, idle.label] == [ALONE, SLOWED, IDLE] and (alone.slowed, slowed.slowed) == (
+        False,
+        True,
+    )
+    assert "exchange.by_speed=true" in local.words
+    base = exchange.base_words(uneven, 3)
+    words = [exchange.words_of(case, base, uneven, 704, 32) for case in (alone, slowed, idle, local, timed)]
+    assert ["world.slow='1:4,2:2'" in each for each in words] == [False, False, False, True, True]
+    assert pace.slowed(compose.compose(words[3]).world.slow, 3) == {1: 4.0, 2: 2.0}
+    assert f"budget_tokens={704 * 8 * 16}" in words[3], "a commit is a round of 16 updates"
+    assert f"budget_tokens={704 * 8 * 6}" in words[4]
+    few = exchange.cases(asked(exchanges=("local_sgd+exchange.local_steps=4",), slow="1:4"))[-1]
+    assert f"budget_tokens={704 * 8 * 4}" in exchange.words_of(few, base, uneven, 704, 32)
+    assert not any("by_speed" in word for word in exchange.cases(asked(exchanges=("local_sgd",)))[-1].words)
 
 
 def test_refused_in_hvdllms_own_words() -> None:
@@ -140,6 +165,7 @@ def given(**more: Any) -> argparse.Namespace:
     words: dict[str, Any] = {
         "link": "200mbit", "ranks": 2, "hosts": None, "exchanges": "allreduce", "wires": "", "worlds": "",
         "settings": [], "steps": 5, "warmup": 2, "repetitions": 1, "limit": 60.0,
+        "slow": None,
     }  # fmt: skip
     return argparse.Namespace(**words | more)
 
@@ -154,6 +180,9 @@ def test_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert none.link is None and none.interface is None
     monkeypatch.setattr(lab, "missing", lambda: "network namespaces need root")
     assert ask(given()).link is None, "over the loopback instead"
+    assert "horovod" in ask(given(exchanges=None)).exchanges
+    uneven = ask(given(exchanges=None, slow="1:4"))
+    assert uneven.slow == "1:4" and {"allreduce", "acco+exchange.timed=true", "local_sgd"} <= set(uneven.exchanges)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +192,7 @@ def test_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"repetitions": 0}, "--repetitions 0"), ({"ranks": 2, "hosts": 3}, "no more than there are ranks"),
         ({"ranks": 9, "hosts": 9}, "give 2 to 8"), ({"ranks": 2, "hosts": 1}, "give 2 to 8"),
         ({"link": "quick"}, "give a rate"), ({"worlds": "virtual"}, "through horovod or torch"),
-        ({"exchanges": ","}, "name one"),
+        ({"exchanges": ","}, "name one"), ({"slow": "2:4"}, "no rank 2 among 2"), ({"slow": "4"}, "rank:factor"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked(more: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:

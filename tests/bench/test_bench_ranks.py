@@ -45,6 +45,19 @@ def test_over_the_loopback(tmp_path: Path) -> None:
     assert figures["threads"] == 1 and {"torch", "horovod"} <= figures["versions"].keys()
 
 
+def test_with_a_slow_rank(tmp_path: Path) -> None:
+    out, label = tmp_path / "figures.json", "local_sgd+exchange.local_steps=2"
+    flags = ["--link", "none", "--exchanges", label, "--steps", "3", "--repetitions", "1", "--slow", "1:4"]
+    done = launch([*HVDLLM, "bench", "exchange", *flags, "--json", str(out), *settings(tmp_path)])
+    assert "what the slowest allows" in done.out
+    figures = json.loads(out.read_text())
+    fast, slow = figures["rank_tokens_per_s"]["compute alone, slowed"]
+    assert slow < fast and len(figures["rank_tokens_per_s"]["compute alone"]) == 2
+    own = figures["cases"][label]["figures"]
+    assert own["kept"] == pytest.approx(own["tokens_per_s"] / (fast + slow))
+    assert "exchange.by_speed=true" in figures["cases"][label]["settings"]
+
+
 @pytest.mark.skipif(bool(lab.missing()), reason=str(lab.missing()))
 def test_between_two_hosts_and_a_run_that_stands_still(tmp_path: Path) -> None:
     """The counters of the interfaces agree with the count; a limit that nothing can meet ends in a sentence."""

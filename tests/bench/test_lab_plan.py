@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from hvdllm.bench import lab
+from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
 
 
 @pytest.mark.parametrize(("link", "bits"), [("200mbit", 2e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("512kbit", 512e3)])
 def test_rates(link: str, bits: float) -> None:
-    assert lab.bits_per_second(link) == bits
+    assert bits_per_second(link) == bits
 
 
 @pytest.mark.parametrize("link", ["fast", "200", "200mbps", "0mbit", "-1mbit", "1gbit; reboot", ""])
 def test_what_is_no_rate(link: str) -> None:
     with pytest.raises(UserError, match="give a rate such as 200mbit"):
-        lab.bits_per_second(link)
+        bits_per_second(link)
 
 
 def test_every_command_stays_inside_namespaces_of_this_prefix() -> None:

@@ -111,6 +111,20 @@ class Examples:
             yield batches(x, t, part)
 
 
+class Lanes:
+    """The same where no count closes a round: micro-batches of `most` examples. whole.lane: those taken."""
+
+    def __init__(self, whole: Examples) -> None:
+        self.whole = whole
+
+    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
+        while True:
+            at, self.whole.lane = self.whole.lane, self.whole.lane + 1
+            draw = torch.Generator().manual_seed(90_000 + 1000 * index + at)
+            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
+            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=at, index=index)
+
+
 def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return (model(x) - t).square().sum() / 2
 
@@ -149,9 +163,11 @@ def train(
     settle: bool = True,
     model: Callable[[], nn.Module] = net,
     cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
+    links: Any = None,
+    speeds: Callable[[int], float] = lambda rank: 1.0,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from."""
+    ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -164,9 +180,11 @@ def train(
         if states is not None:
             load(part, flat, states, world, model)
             stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
-        for batch in part.feed(stream):
+        for batch in part.feed(Lanes(stream) if getattr(exchange, "timed", False) else stream):
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
+                if links is not None:
+                    world.spend(batch.tokens / speeds(world.rank))
                 value = cost(net_, batch.inputs, batch.targets)
                 value.backward()
             commit = part.advance(batch, value.detach())
@@ -191,7 +209,7 @@ def train(
         out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
-    return virtual.run(size, body, hosts=hosts) if hosts > 1 else virtual.run(size, body)
+    return virtual.run(size, body, hosts=hosts, links=links)
 
 
 def freeze(state: State) -> State:

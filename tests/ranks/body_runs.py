@@ -32,8 +32,9 @@ def main() -> None:
         command.set_threads(config, here)
         if config.world.kind == "virtual":
             virtual.run(
-                config.world.size, lambda each, c=config, w=words: live(c, w, here, each), hosts=config.world.hosts
-            )
+                config.world.size, lambda each, c=config, w=words: live(c, w, here, each), hosts=config.world.hosts,
+                links=command.simulated_links(config),
+            )  # fmt: skip
             continue
         world = world or command.open_world(config, here)
         with meddle(here.rank, **spec.get("do", {})):

@@ -13,7 +13,11 @@ from report_kit import LOSSES, make, records, settings, write
 
 from hvdllm.errors import UserError
 from hvdllm.report import read as reading
+from hvdllm.report import table
+from hvdllm.report.compare import compare
+from hvdllm.report.figures import measure
 from hvdllm.report.read import Run, Skipped, find, gather, read
+from hvdllm.report.verdict import verdict
 
 
 def one(folder: Path) -> Run:
@@ -213,3 +217,56 @@ def test_text_is_one_line_that_can_be_printed(tmp_path: Path) -> None:
     run.settings = dict(reading._flat(config | {"batch_tokens": 10.0}))
     assert "\x1b" not in run.settings["precision"] and len(run.settings["precision"]) <= reading.MOST_TEXT
     assert run.settings["batch_tokens"] == "10" and reading.plain(1e-3) == reading.plain(0.001)
+
+
+# ------------------------------------------------------------------ uneven ranks
+def with_ranks(config: dict[str, Any], waited: list[Any], **more: Any) -> list[dict[str, Any]]:
+    """Commit records of two ranks, rank 1 four times slower."""
+    lines = records(config, **more)
+    commits = [line for line in lines if line["kind"] == "commit"]
+    for line, rank in zip(commits, waited, strict=True):
+        line |= {"compute_s_by_rank": [1.0, 4.0], "blocked_s_by_rank": [3.0, 0.0], "waited_for": rank}
+        line["micro_batches_by_rank"] = [8.0, 8.0]
+    return lines
+
+
+def test_who_was_waited_for(tmp_path: Path) -> None:
+    lines = with_ranks(settings(), [1, 1, None, 1])
+    lines.insert(-1, {"kind": "event", "what": "rank 1 delays the others", "tokens": 400, "straggler": 1})
+    lines.insert(-1, {"kind": "event", "what": "rank 1 no longer delays the others", "straggler": None})
+    run = read(write(tmp_path / "a", lines))
+    assert isinstance(run, Run) and run.stragglers == [1]
+    assert (run.sums.records, run.sums.waited_for) == (4, {1: 3})
+    assert (run.sums.compute_by_rank, run.sums.blocked_by_rank) == ([4.0, 16.0], [12.0, 0.0])
+    plain = read(write(tmp_path / "b", records(settings())))
+    assert isinstance(plain, Run) and not plain.stragglers and plain.sums.records == 0
+
+
+def test_a_table_of_uneven_ranks(tmp_path: Path) -> None:
+    lines = with_ranks(settings(), [1, 1, None, 1])
+    lines.insert(-1, {"kind": "event", "what": "rank 1 delays the others", "tokens": 400, "straggler": 1})
+    write(tmp_path / "a", lines)
+    write(tmp_path / "b", with_ranks(settings("acco"), [None] * 4))
+    write(tmp_path / "c", records(settings("sharded")))
+    odd = with_ranks(settings("delayed"), ["x", 7, -1, 1e30])
+    for line in odd:
+        if line["kind"] == "commit":
+            line["compute_s_by_rank"], line["blocked_s_by_rank"] = [1.0, "x", 3.0], {"a": 1}
+    write(tmp_path / "d", odd)
+    found = measure(compare(gather([str(tmp_path)])[0], [], [], False), [])
+    shown = table.uneven(found)
+    assert shown is not None
+    rows = {row[1]: row[2:] for row in shown.rows}
+    assert rows == {"a": ["1", "25%", "0.0%", "75.0%", "1: 3 of 4", "1"], "b": ["1", "25%", "0.0%", "75.0%", "-", "-"]}
+    assert "Uneven ranks" in table.markdown(found)
+
+
+def test_seconds_of_a_simulated_clock_count_and_are_called_so(tmp_path: Path) -> None:
+    for name, exchange in (("a", "allreduce"), ("b", "acco")):
+        config = settings(exchange, world__kind="virtual", world__tokens_per_s=100.0)
+        write(tmp_path / name, records(config, found={"clock": "simulated"}, step_s=1.0 if name == "a" else 0.5))
+    runs, _ = gather([str(tmp_path)])
+    assert all(run.simulated and not run.virtual for run in runs)
+    found = measure(compare(runs, [], [], False), [])
+    assert found.rank_by == "seconds" and found.lines[0].label == "acco"
+    assert "simulated clock" in verdict(found) and "simulated clock" in " ".join(table.method(found))

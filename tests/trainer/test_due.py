@@ -168,6 +168,8 @@ def test_a_record_is_complete_one_commit_later_and_weighted_by_tokens(tmp_path: 
     assert (second["hidden"], second["skew_s"], second["cpu_s_per_token"]) == (0.5, 4.0, 12.0 / 14)
     assert (second["updates"], second["tokens_per_update"]) == (2, 100.0)
     assert first["noise_scale"] == 16.0
+    assert (second["compute_s_by_rank"], second["blocked_s_by_rank"]) == ([2.0, 6.0], [0.0, 2.0])
+    assert (second["micro_batches_per_s_by_rank"], second["waited_for"]) == ([2.0, 1.0], None)
     assert it.due.recorded_loss == second["loss"] and it.due.last_loss == 16 / 8
 
 
@@ -181,6 +183,23 @@ def test_what_a_checkpoint_carries_makes_the_same_records(tmp_path: Path, rig: M
     again.due.finish(Settled(report(6)))
     assert begun.records("commit") + again.records("commit") == whole.records("commit")
     assert again.due.tokens_here == 200 and again.due.last_eval == begun.due.last_eval == Evaluation(2.0, 1.0, 5)
+
+
+def test_a_straggler_is_named_once_also_over_a_resume(tmp_path: Path, rig: MakeRig) -> None:
+    def slow(k: int) -> Report:
+        return Report(1.0, 1.0, 0.5, None, [1.0, 3.0], [2.0, 0.0], [2.0, 2.0], [1.0, 1.0], [1.0, 1.0])
+
+    it, again, other = (rig(tmp_path / name, log_every=100) for name in "abc")
+    for k in range(1, 9):
+        it.due.act(Commit(100 * k, k, 0.1, 0.0, slow(k) if k > 1 else None, Asks()))
+    (event,) = it.records("event")
+    assert event["straggler"] == 1 and event["tokens"] == 600 and event["what"].startswith("rank 1 delays the others")
+    assert it.said.count(event["what"]) == 1 and [r["waited_for"] for r in it.records("commit")] == [1] * 7
+    for one, ranks in ((again, 1), (other, 3)):
+        one.due.load({**it.due.state(), "ranks": ranks})
+        one.due.act(Commit(900, 9, 0.1, 0.0, slow(9), Asks()))
+    assert again.due.straggler.named == 1 and not again.records("event"), "it was said in the life before"
+    assert other.due.straggler.named is None, "of other ranks"
 
 
 class Differs(SingleWorld):
@@ -217,7 +236,7 @@ def test_steps_too_long_for_the_launcher_are_announced_once(
 # ------------------------------------------------------------------ the clock
 def test_the_clock_stops_in_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SimpleNamespace(value=0.0)
-    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    monkeypatch.setattr(clocks, "now", lambda: now.value)
     names: list[str] = []
 
     class Slow(SingleWorld):
