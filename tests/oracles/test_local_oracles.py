@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from rig import NOMINAL, Plain, loss, net, own_examples, train
+from rig import NOMINAL, Plain, loss, net, own_examples, put, train
+from rig import own_gradient as gradient
 from torch import nn
 
 from hvdllm.config.bounds import outer_rate_below
@@ -28,17 +29,6 @@ def rate(tokens: int) -> float:
     return 1.0 / (1 + tokens / 200)
 
 
-def gradient(x: torch.Tensor, group: int, step: int) -> tuple[torch.Tensor, int]:
-    """Sum of a group's local step at these weights, and its examples."""
-    model = net()
-    with torch.no_grad():
-        for p, piece in zip(model.parameters(), x.split([p.numel() for p in model.parameters()]), strict=True):
-            p.copy_(piece.view(p.shape))
-    inputs, targets = own_examples(group, step)
-    loss(model, inputs, targets).backward()
-    return torch.cat([p.grad.reshape(-1) for p in model.parameters()]), len(inputs)  # type: ignore[union-attr]
-
-
 class Replica(Plain):
     """A group on its own."""
 
@@ -53,11 +43,6 @@ class Replica(Plain):
         self.step(total, count)
         self.taken += 1
         return count
-
-    @torch.no_grad()
-    def put(self, x: torch.Tensor) -> None:
-        for p, piece in zip(self.parameters, x.split([p.numel() for p in self.parameters]), strict=True):
-            p.copy_(piece.view(p.shape))
 
 
 def by_hand(
@@ -87,7 +72,7 @@ def by_hand(
         assert len(set(bases)) == 1 or late
         base = bases[0]
         for replica in replicas:
-            replica.put(anchor)
+            put(replica.model, anchor)
         anchors.append(anchor)
         counts.append(tokens)
     return anchors, counts
