@@ -193,6 +193,10 @@ def check_federation(config: Config, place: Place) -> None:
             raise UserError(f"exchange.{key} is that of exchange.server=adam: leave it out, or give that server")
         if key != "tau" and getattr(exchange, key) >= 1:
             raise UserError(f"exchange.{key}={getattr(exchange, key)} must be smaller than 1")
+    if config.init_optimizer:
+        raise UserError(
+            "init_optimizer=true: each client of exchange=fedavg begins with a fresh optimizer, leave it out"
+        )
     if exchange.prox and exchange.host_memory:
         raise UserError("exchange.prox reads the anchor at every step: leave exchange.host_memory at false")
 

@@ -86,14 +86,14 @@ class FedAvg(LocalRounds):
         pulled: Any = Proximal(update, self.settings.prox)
         module = super().attach(model, flat, pulled if pulled.mu else update, wire, world)
         pulled.anchor = self.anchor
-        if self.settings.server == "adam":
-            self.outer["v"].fill_(self.settings.tau**2)
         self._clean = self.inner.wire.state()[0]
         return module
 
     def text(self, stream: Stream) -> Rounded:
         self._clients = stream.clients(self.settings.clients, self.settings.alpha)
         self._texts = self._clients.tokens
+        if self._round == 0 and self.settings.server == "adam":
+            self.outer["v"].fill_(self.settings.tau**2)
         self._draw(self._clients.sample(self._round, self.settings.sampled))
         self.replicas = len(self._drawn)
         return self._clients.walk(self._plan(), self.replicas, self.inside.rank, self.inside.size)

@@ -429,11 +429,14 @@ class LocalSteps:
         for name, vector in self.outer.items():
             vector.copy_(state.sharded[f"outer.{name}"])
         self.wire.load(shared["wire"], state.summed, state.tensors)
-        if len(mine) != self.world.size:
+        if len(mine) != self.world.size or not state.local:  # of another world size, or a trunk's
             if self.held is not None:
                 self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
             self.flat.x.copy_(self.anchor)
             self._base = self.tokens
+            moments = self.update.state()[1]
+            if all(name in state.sharded for name in moments):
+                self.update.load(shared, {n: torch.cat(self.inner.cut(state.sharded[n])) for n in moments})
             return
         own = mine[self.world.rank]
         self._base, self._open, self.lr = own["base"], own["open"], own["lr"]

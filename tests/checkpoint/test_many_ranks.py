@@ -92,7 +92,7 @@ def test_every_rank_writes_its_own_and_any_number_reads_all(n: int, tmp_path: Pa
     assert sorted([*named, "manifest.json"]) == files
     state = read.read_state(final)
     assert state["mine"] == [{"rank": rank, "clock": 10 * rank} for rank in range(n)] and state["horizon"] == 5
-    assert read.saved_ranks(state) == n and read.summed_kinds(final) == ["error"]
+    assert read.saved_ranks(state) == n and read.kinds_of(final, "summed") == ["error"]
     for m in (1, 2, 4):
 
         def body(world: Any) -> None:
@@ -124,6 +124,35 @@ def test_what_is_summed_keeps_its_sum(n: int, m: int, tmp_path: Path) -> None:
         for place in own.at.values():
             padding[place] = False
         assert not loaded["error"][padding].any(), "padding enters no checkpoint"
+
+    virtual.run(m, body)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 3), (3, 2), (2, 3)])
+def test_what_is_a_ranks_own_comes_back_to_it_alone(n: int, m: int, tmp_path: Path) -> None:
+    """At the same world size bit for bit, zeros where it wrote none; else nobody has any. Seen to catch: those of
+    another rank, the sum of all, none written."""
+
+    def write_own(world: Any) -> None:
+        own = flat(world.size)
+        whole = own.pieces(0, 1)
+        state = State({"step": 4}, whole if world.rank == 0 else [], {"model": filled(own, 1)}, {})
+        state.local["model"] = (whole, filled(own, 20 + world.rank))
+        if world.rank == n - 1:
+            state.local["made"] = (whole, filled(own, 30))
+        write.write(tmp_path, own, state, {}, world, 9)
+
+    virtual.run(n, write_own)
+    final = tmp_path / "checkpoints" / "4"
+    assert read.kinds_of(final, "local") == ["made", "model"] and read.kinds_of(final, "summed") == []
+
+    def body(world: Any) -> None:
+        own = flat(world.size, 1e9)
+        local = read.load_local(final, own, world, n)
+        assert sorted(local) == (["made", "model"] if n == m else [])
+        if n == m:
+            assert same(local["model"], filled(own, 20 + world.rank), own)
+            assert same(local["made"], filled(own, 30) if world.rank == n - 1 else torch.zeros_like(own.x), own)
 
     virtual.run(m, body)
 

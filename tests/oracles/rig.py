@@ -84,7 +84,7 @@ class Group:
     """The stream of a group, as one of its ranks has it."""
 
     def __init__(self, whole: Examples, index: int, rank: int, size: int) -> None:
-        self.whole, self.index, self.rank, self.size = whole, index, rank, size
+        self.whole, self.index, self.rank, self.size, self.data = whole, index, rank, size, whole.data
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         while True:
@@ -92,7 +92,7 @@ class Group:
             yield self.share(self.whole.lane - 1)
 
     def share(self, number: int, parts: int = 1) -> list[Any]:
-        x, t = own_examples(self.index, number)
+        x, t = self.data(self.index, number)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
         return batches(x[part], t[part], number)
 
@@ -161,6 +161,9 @@ class Rig:
     weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
     kept: list[torch.Tensor] = field(default_factory=list)  # within consensus, where there were acts
     commits: list[Any] = field(default_factory=list)
+    begun: Any = None  # weights before the first step
+    asked: int | None = None  # commits before it was
+    unheard: bool = False  # left with what no meta has taken along
     settled: Any = None
     final: Any = None
     state: Any = None  # (State, stream position) where asked for
@@ -189,9 +192,10 @@ def train(
     model: Callable[[], nn.Module] = net,
     cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
     data: Data = own_examples,
+    ask: tuple[int, int] | None = None,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from; data: of clients."""
+    ranks, to go on from; data: of groups and clients; ask: a rank, and the micro-batch at which it is asked to save."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -204,7 +208,10 @@ def train(
         if states is not None:
             load(part, flat, states, world, model)
             stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
-        for batch in part.feed(stream):
+        out.begun = flatten(flat)
+        for number, batch in enumerate(part.feed(stream)):
+            if ask == (world.rank, number):
+                world.asks.save, out.asked = True, len(out.commits)
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 value = cost(net_, batch.inputs, batch.targets)
@@ -220,7 +227,7 @@ def train(
                     world.sum(torch.ones(1), "act.x").land()
                     out.kept.append(flatten(flat))
             if commit.step == stop_at:
-                out.state = freeze(part.state()), (stream.next, stream.lane)
+                out.state, out.unheard = (freeze(part.state()), (stream.next, stream.lane)), world.asks.save
                 break
             if commit.step >= steps:
                 break
