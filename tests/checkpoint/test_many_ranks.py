@@ -415,7 +415,7 @@ def test_a_range_beyond_its_tensor_is_refused(start: str, tmp_path: Path) -> Non
     own = flat(1)
     save_file({f"summed.e/0.weight@{start}": torch.ones(11)}, tmp_path / "rank-00000.safetensors")
     with pytest.raises(UserError, match=rf"`summed\.e/0\.weight@{start}` has 11 elements"):
-        read.read_summed(tmp_path, "e", own, 0)
+        read.read_ranks(tmp_path, "summed.e", own, 0)
 
 
 def test_a_part_that_a_host_does_not_see_is_said_by_all(tmp_path: Path) -> None:
