@@ -8,11 +8,12 @@ import re
 
 from hvdllm.config import pace
 from hvdllm.config.bounds import outer_rate_below
-from hvdllm.config.composition import ranks, refusal, transport
+from hvdllm.config.composition import group_size, ranks, refusal, transport
 from hvdllm.config.schema import (
     Acco,
     Config,
     Cosine,
+    FedAvg,
     Files,
     LocalRounds,
     LocalSteps,
@@ -43,6 +44,7 @@ def check(config: Config, place: Place) -> None:
     check_servers(config, ranks(config, place), transport(config, place))
     check_batch(config, ranks(config, place) - getattr(config.exchange, "servers", 0))
     check_local(config)
+    check_federation(config, place)
     if isinstance(config.text, Files) and config.text.path is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
     for key in ("path", "validation"):
@@ -137,7 +139,7 @@ def check_local(config: Config) -> None:
     exchange = config.exchange
     if not isinstance(exchange, LocalSteps):
         return
-    if isinstance(exchange, LocalRounds) and (exchange.pulses or 1) > exchange.local_steps:
+    if isinstance(exchange, LocalRounds | FedAvg) and (exchange.pulses or 1) > exchange.local_steps:
         raise UserError(
             f"exchange.pulses={exchange.pulses} in {exchange.local_steps} local steps: at most one after each"
         )
@@ -153,6 +155,8 @@ def check_local(config: Config) -> None:
     if momentum >= 1:
         raise UserError(f"exchange.outer_momentum={momentum} must be smaller than 1")
     late, lr = getattr(exchange, "overlap", False), getattr(exchange, "outer_lr", 1.0)
+    if isinstance(exchange, FedAvg):
+        lr = exchange.rate if exchange.server == "sgd" else 0.0
     bound = outer_rate_below(momentum, late)
     if lr >= bound:
         why = "applied one round late (exchange.overlap) it is" if late else "it is"
@@ -180,6 +184,44 @@ def check_servers(config: Config, size: int, world: str) -> None:
             )
     if world == "horovod" and importlib.util.find_spec("mpi4py") is None:
         raise UserError("exchange=parameter_server needs mpi4py: run jobs/setup.sh, or pip install mpi4py")
+
+
+def check_federation(config: Config, place: Place) -> None:
+    """Raises UserError where clients cannot be drawn, dealt or served as asked."""
+    exchange = config.exchange
+    if not isinstance(exchange, FedAvg):
+        return
+    drawn, each = exchange.sampled or exchange.clients, group_size(config, place)
+    groups, context = ranks(config, place) // each, config.model.context
+    name = "clients" if exchange.sampled is None else "sampled"
+    if drawn > exchange.clients:
+        raise UserError(f"exchange.sampled={drawn} of exchange.clients={exchange.clients}: at most all of them")
+    if drawn < groups:
+        raise UserError(
+            f"exchange.{name}={drawn} clients a round for {groups} {'ranks' if each == 1 else 'groups of ranks'}: some "
+            f"would have nothing to do; at least {groups}, or start fewer ranks"
+        )
+    if config.batch_tokens // context < drawn * each:
+        raise UserError(
+            f"batch_tokens={config.batch_tokens} is {config.batch_tokens // context} sequences of {context} tokens, "
+            f"fewer than {drawn} clients take in a step{f' on {each} ranks each' * (each > 1)}: at least "
+            f"{drawn * each * context}, or a smaller exchange.{name}"
+        )
+    if exchange.server == "adam" and exchange.outer_momentum:
+        raise UserError(
+            "exchange.outer_momentum is that of exchange.server=sgd: leave it at 0, adam has exchange.beta1"
+        )
+    for key in ("beta1", "beta2", "tau"):
+        if exchange.server == "sgd" and getattr(exchange, key) != getattr(FedAvg, key):
+            raise UserError(f"exchange.{key} is that of exchange.server=adam: leave it out, or give that server")
+        if key != "tau" and getattr(exchange, key) >= 1:
+            raise UserError(f"exchange.{key}={getattr(exchange, key)} must be smaller than 1")
+    if config.init_optimizer:
+        raise UserError(
+            "init_optimizer=true: each client of exchange=fedavg begins with a fresh optimizer, leave it out"
+        )
+    if exchange.prox and exchange.host_memory:
+        raise UserError("exchange.prox reads the anchor at every step: leave exchange.host_memory at false")
 
 
 def check_world(config: Config, place: Place) -> None:

@@ -27,6 +27,7 @@ REFUSED: dict[type, dict[type, str]] = {
     schema.ParameterServer: dict.fromkeys(
         (schema.Fp16, schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), PUSHES
     ),
+    schema.FedAvg: {},
     schema.Ddp: dict.fromkeys((schema.Int8, schema.TopK, schema.Sign), TORCH_HOOKS),
     schema.Horovod: dict.fromkeys(
         (schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), HOROVOD_COMPRESSION
@@ -48,6 +49,15 @@ def transport(config: Config, place: Place) -> str:
 def ranks(config: Config, place: Place) -> int:
     """How many will train together."""
     return int(config.world.size if config.world.kind == "virtual" else place.size)
+
+
+def group_size(config: Config, place: Place) -> int:
+    """Ranks that are one replica, where the exchange has local steps."""
+    exchange, world = config.exchange, config.world
+    if exchange.inner == "none":
+        return 1
+    host = world.size // world.hosts if world.kind == "virtual" else place.local_size
+    return int(exchange.group or host)
 
 
 def refusal(config: Config, place: Place) -> str | None:
@@ -94,9 +104,7 @@ def _groups(config: Config, place: Place) -> str | None:
         if exchange.inner_wire != "fp32":
             return "exchange.inner_wire needs exchange.inner=allreduce or sharded: alone nothing travels"
         return None
-    world = config.world
-    host = world.size // world.hosts if world.kind == "virtual" else place.local_size
-    size, all_ = exchange.group or host, ranks(config, place)
+    size, all_ = group_size(config, place), ranks(config, place)
     if config.wire.hierarchical:
         return "wire.hierarchical=true with exchange.inner: groups are a hierarchy already, leave one of them out"
     if size < 2 or all_ % size or all_ == size:

@@ -262,6 +262,59 @@ class ParameterServer(Exchange):
 
 
 @dataclass
+class FedAvg(LocalSteps):
+    """Federated averaging (McMahan et al., 2017): clients with text of their own train from the shared weights, each
+    with a fresh optimizer; a server steps on the mean of what they have made, weighted by their text."""
+
+    local_steps: int = setting(
+        20, "updates of each client in a round (H), of batch_tokens / sampled each, in whole sequences", least=1
+    )  # fmt: skip
+    pulses: int | None = setting(
+        None,
+        "times a round that tokens, losses and asks of all ranks are told, the meeting included, at most one a local "
+        "step; they change no weight; null: one every 10 steps of a rank",
+        least=1,
+    )
+    clients: int = setting(
+        8,
+        "clients that the documents (files, lines of .jsonl) are dealt to, each wholly to one; those of a round are "
+        "dealt to the ranks, which train theirs one after the other: the same clients for any number of ranks",
+        least=1,
+    )
+    alpha: float | None = setting(
+        None, "how alike the clients' shares of the text are (Dirichlet's): 100 nearly equal, .1 a few have most; "
+        "null: equal", least=0.05,
+    )  # fmt: skip
+    sampled: int | None = setting(None, "clients that a round draws; null: all that have text", least=1)
+    prox: float = setting(
+        0.0,
+        "mu of FedProx (Li et al., 2018): mu (weights - anchor) is added to each mean gradient, before clipping; .001 "
+        "to 1 in the paper",
+        least=0,
+    )
+    server: str = setting(
+        "sgd", "what the server does with the mean delta: sgd (momentum as DiLoCo's) or adam (FedAdam)",
+        choices=("sgd", "adam"),
+    )  # fmt: skip
+    outer_lr: float | None = setting(
+        None, "rate of the server; null: 1 for sgd, which with outer_momentum=0 is the mean of the weights, and .01 "
+        "for adam, about what a weight moves in a round", least=0,
+    )  # fmt: skip
+    outer_momentum: float = setting(0.0, "momentum (Nesterov's) of server=sgd", least=0)
+    beta1: float = setting(0.9, "decay of the mean of deltas, a round, of server=adam", least=0)
+    beta2: float = setting(0.99, "decay of the mean of squared deltas, a round, of server=adam", least=0)
+    tau: float = setting(
+        1e-3, "of server=adam: added to the root of the second moment, which begins at its square; .001 in the paper",
+        least=1e-9,
+    )  # fmt: skip
+
+    @property
+    def rate(self) -> float:
+        """outer_lr, where it is left open too."""
+        return {"sgd": 1.0, "adam": 0.01}[self.server] if self.outer_lr is None else self.outer_lr
+
+
+@dataclass
 class Ddp(Exchange):
     """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
     It runs without Horovod (world=torch)."""
@@ -691,6 +744,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "local_sgd": LocalSGD,
         "diloco": DiLoCo,
         "streaming_diloco": StreamingDiLoCo,
+        "fedavg": FedAvg,
         "parameter_server": ParameterServer,
         "ddp": Ddp,
         "horovod": Horovod,

@@ -70,6 +70,22 @@ class Stream(Rounded, Protocol):
         """The stream of group `index` among `of`, which trains on its own: its lane, each round its share of a global
         batch, dealt to the group's ranks."""
 
+    def clients(self, count: int, alpha: float | None) -> Federation:
+        """The text dealt to so many clients, by whole documents; alpha: of Dirichlet's shares, None: equal ones."""
+
+
+class Federation(Protocol):
+    """Text of clients. tokens: of each client's; 0: it has none."""
+
+    tokens: list[int]
+
+    def sample(self, round: int, count: int | None) -> list[int]:
+        """The clients of a round, the same on every rank: `count` of those that have text (None: all), in order."""
+
+    def walk(self, plan: Iterator[tuple[int, int]], of: int, rank: int, size: int) -> Rounded:
+        """Rounds of clients, by client and number of its step as `plan` says, each step a share of one in `of` of a
+        global batch, dealt to the `size` ranks that train a client together."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -174,6 +190,8 @@ class Update(Protocol):
     def step(
         self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any, share: float = 1.0
     ) -> Any: ...
+
+    def fresh(self) -> None: ...
 
     def peek(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any: ...
 

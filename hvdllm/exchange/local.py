@@ -47,6 +47,7 @@ from hvdllm.exchange.base import (
     NotFinite,
     Nothing,
     Report,
+    Rounded,
     Settled,
     Spanned,
     State,
@@ -140,6 +141,7 @@ class LocalSteps:
         if self.settings.inner != "none":
             size = self.settings.group or world.local_size
         self.groups, self.group = world.size // size, world.rank // size
+        self.replicas = self.groups  # that train at the same time, as the rate counts them
         if size == 1:
             alone = SingleWorld()
             alone.asks = world.asks
@@ -153,9 +155,9 @@ class LocalSteps:
         self.flat, self.update, self.wire, self.world = flat, update, wire, world
         self.device = flat.x.device
         kind, settings = INNER[self.settings.inner]
-        share = max(1, self.nominal // self.groups)
+        share = max(1, self.nominal // self.replicas)
         self.inner = kind(settings, share)
-        self.inner.reckon = lambda more: self._base + self.groups * (self._open + more)
+        self.inner.reckon = lambda more: self._base + self.replicas * (self._open + more)
         self.inner.watch = self._note
         self.inner.told = lambda said, slot, norm: self._now.add(said, slot, norm)
         inner_wire = make_wire(INNER_WIRES[self.settings.inner_wire](), self.inside, flat, share)
@@ -190,12 +192,20 @@ class LocalSteps:
         anchor.sub_(delta)
 
     # ------------------------------------------------------------------ the loop
+    def text(self, stream: Stream) -> Rounded:
+        """What this group trains on."""
+        return stream.group(self.group, self.groups, self.inside.rank, self.inside.size)
+
+    def trains(self) -> bool:
+        """Is a step of this group more than a wait for the others?"""
+        return self._bad is None
+
     def feed(self, stream: Stream) -> Iterator[Batch]:
-        self._text = stream.group(self.group, self.groups, self.inside.rank, self.inside.size)
+        self._text = self.text(stream)
         inner = self.inner.feed(self._text)
         while True:
             try:
-                yield next(inner) if self._bad is None else Nothing()
+                yield next(inner) if self.trains() else Nothing()
             except NotFinite as error:  # only this group knows; the next pulse says it
                 self._bad = error
                 yield Nothing()
@@ -204,7 +214,7 @@ class LocalSteps:
         self.inner.disarm()
 
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
-        if self._bad is None:
+        if self.trains():
             commit = self.inner.advance(batch, loss)
             if commit is None:
                 return None
@@ -301,6 +311,10 @@ class LocalSteps:
         fragment.tokens = fragment.steps = 0
         return flights, weight, weight * steps
 
+    def scale(self, meta: MetaSum) -> float:
+        """Of what has arrived, to be the mean delta."""
+        return meta.steps / meta.weight**2 / float(self.settings.local_steps)
+
     def meet(self, fragment: Fragment, flights: list[Flight], meta: MetaSum, mixing: float = 0.0) -> None:
         """Lands what `launch` sent, steps the anchor, unless nobody has made a step; the weights become
         anchor + mixing (weights - anchor)."""
@@ -308,7 +322,7 @@ class LocalSteps:
             flight.land()
         if not meta.weight:
             return
-        scale = meta.steps / meta.weight**2 / self.settings.local_steps
+        scale = self.scale(meta)
         for bucket in fragment.buckets:
             span = slice(bucket.span.start, bucket.span.stop)
             anchor = self.anchor[span].to(self.device, non_blocking=True)
@@ -416,11 +430,14 @@ class LocalSteps:
         for name, vector in self.outer.items():
             vector.copy_(state.sharded[f"outer.{name}"])
         self.wire.load(shared["wire"], state.summed, state.tensors)
-        if len(mine) != self.world.size:
+        if len(mine) != self.world.size or not state.local:  # of another world size, or a trunk's
             if self.held is not None:
                 self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
             self.flat.x.copy_(self.anchor)
             self._base = self.tokens
+            moments = self.update.state()[1]
+            if all(name in state.sharded for name in moments):
+                self.update.load(shared, {n: torch.cat(self.inner.cut(state.sharded[n])) for n in moments})
             return
         own = mine[self.world.rank]
         self._base, self._open, self.lr = own["base"], own["open"], own["lr"]

@@ -139,7 +139,7 @@ class LocalRounds(LocalSteps):
 
     def _set_pace(self) -> None:
         """Steps of the next round, from what this one took; the same on every rank."""
-        if self.settings.by_speed and all(self._compute_s):
+        if getattr(self.settings, "by_speed", False) and all(self._compute_s):
             each = len(self._compute_s) // self.groups
             took = [max(self._compute_s[g * each : (g + 1) * each]) for g in range(self.groups)]
             speeds = [steps / seconds for steps, seconds in zip(self._steps_of, took, strict=True)]

@@ -95,7 +95,7 @@ class Rounds:
         self.watch: Callable[[int, str, Mark, Mark], None] | None = None  # (step, lane, begin, end): trace_steps
         # Tokens of all ranks once so many more are committed here; an outer exchange knows more than its inner one.
         self.reckon: Callable[[int], int] = lambda more: self.tokens + more
-        # What this rank has to say of a round, and the norm of its sum, as soon as they are read; for an outer exchange.
+        # Hears what this rank has to say of a round, and the norm of its sum, as soon as they are read.
         self.told: Callable[[dict[str, float], dict[str, float], float], None] | None = None
         self._mine: dict[str, float] = dict.fromkeys(("loss", "loss_tokens", "squares"), 0.0)
         self._slot: dict[str, float] = dict.fromkeys(SLOT, 0.0)

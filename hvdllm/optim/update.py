@@ -84,6 +84,12 @@ class Update:
         self.steps += 1
         return self.rate(meta.committed), norm
 
+    def fresh(self) -> None:
+        """The optimizer begins anew; the mask stays as it is."""
+        self.steps = 0
+        for state in (*self.vectors.values(), *self._own.steps):
+            state.zero_()
+
     def peek(
         self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total
     ) -> list[torch.Tensor]:

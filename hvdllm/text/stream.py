@@ -7,6 +7,7 @@ round     `batch` windows, position round x batch and on, dealt to the ranks as 
           each rank a consecutive share, the first `batch % size` ranks one window more
 lane      what one rank walks where rounds have no fixed size: lane i of n takes the windows at positions i, i + n, ...
 group     ranks that train on their own together: it walks a lane in rounds, its share of `batch`, dealt to its ranks
+client    owner of whole documents, trained on by whichever ranks it is dealt to (clients.py)
 batch     (a micro-batch) at most `micro_batch` sequences of a rank's share: one forward pass
 """
 
@@ -17,14 +18,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from hvdllm.errors import UserError
+from hvdllm.text.clients import Clients, frozen
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -46,13 +51,8 @@ def deal(count: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the windows in an epoch, int64 [windows].
-
-    By RandomState, whose stream NumPy has frozen (NEP 19): a run resumed under another NumPy reads on in the
-    same order, which Generator.permutation does not promise.
-    """
-    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
-    return np.random.RandomState(bits).permutation(windows)
+    """The order of the windows in an epoch, int64 [windows]."""
+    return frozen(np.random.SeedSequence([seed, epoch])).permutation(windows)
 
 
 class Stream:
@@ -74,9 +74,10 @@ class Stream:
         size: int,
         device: torch.device,
         ahead: int = 2,
+        end: int | None = None,
     ) -> None:
         """tokens: unsigned [n]; context: tokens a sequence has; batch: sequences a round has, over all ranks;
-        micro_batch: sequences at most in one Batch; ahead: rounds kept ready.
+        micro_batch: sequences at most in one Batch; ahead: rounds kept ready; end: the token between documents.
 
         Raises UserError where the text has fewer windows than one round takes.
         """
@@ -87,10 +88,11 @@ class Stream:
                 f"{batch} that one batch takes: give more text, or lower batch_tokens or model.context"
             )
         self.batch, self.micro_batch = batch, micro_batch
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.seed, self.end = rank, size, seed, end
         self.device, self.ahead = device, ahead
         self.position = 0  # windows handed out to all ranks
         self.waited_s = 0.0
+        self._tokens = tokens
         self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
         # A round touches at most two epochs, for windows >= batch; lanes may be a little apart.
         self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
@@ -148,6 +150,11 @@ class Stream:
         """The rounds of group `index` among `of`, as rank `rank` of the group's `size` has them."""
         return Group(self, index, of, rank, size)
 
+    def clients(self, count: int, alpha: float | None) -> Federation:
+        """The text dealt to so many clients; alpha: how unevenly, see Clients. Raises UserError where all of it falls
+        to one of several."""
+        return Federation(self, Clients(self._tokens, self._windows.shape[1] - 1, self.end, count, alpha, self.seed))
+
     def _walk(
         self, index: int, of: int, each: int, rows: Callable[[int, int, int], np.ndarray]
     ) -> Iterator[tuple[int, int, _Loaded]]:
@@ -160,25 +167,31 @@ class Stream:
         planned = {lane: self._lanes[lane] for lane in mine}
         self._walked = mine
 
-        def load() -> tuple[int, int, Future[_Loaded]]:
-            lane = min(mine, key=lambda lane: (planned[lane], lane))
-            at, planned[lane] = planned[lane], planned[lane] + each
-            return lane, at, pool.submit(self._rows, rows(lane, at, each))
+        def jobs() -> Iterator[tuple[tuple[int, int], Callable[[], _Loaded]]]:
+            while True:
+                lane = min(mine, key=lambda lane: (planned[lane], lane))
+                at, planned[lane] = planned[lane], planned[lane] + each
+                yield (lane, at), partial(self._rows, rows(lane, at, each))
 
+        for (lane, at), loaded in self._read_ahead(jobs()):
+            self._lanes[lane] = at + each
+            yield lane, at, loaded
+
+    def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], _Loaded]]]) -> Iterator[tuple[T, _Loaded]]:
+        """What each job loads, in order, beside what it is called; some are under way in the thread."""
         self.close()
         pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
-        ready = deque(load() for _ in range(max(1, 2 * self.ahead)))
+        ready = deque((called, pool.submit(job)) for called, job in islice(jobs, max(1, 2 * self.ahead)))
         first = True
         try:
-            while True:
-                lane, at, loading = ready.popleft()
+            while ready:
+                called, loading = ready.popleft()
                 since = time.perf_counter()
                 loaded = loading.result()
                 self.waited_s += 0.0 if first else time.perf_counter() - since
                 first = False
-                ready.append(load())
-                self._lanes[lane] = at + each
-                yield lane, at, loaded
+                ready.extend((called, pool.submit(job)) for called, job in islice(jobs, 1))
+                yield called, loaded
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -235,6 +248,12 @@ class Stream:
             return None
         epochs, places = np.divmod(positions, self.windows)
         rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        return self._copy(rows)
+
+    def _copy(self, rows: np.ndarray) -> _Loaded:
+        """These windows of the text, copied or on their way to the device. Runs in the thread."""
+        if not len(rows):
+            return None
         inputs, targets = _pair(self._windows, rows)
         if self._copies is None:
             return inputs, targets, None
@@ -283,6 +302,47 @@ class Group:
     def _own(self, lane: int, at: int, count: int) -> np.ndarray:
         first, own = deal(count, self.rank, self.size)
         return self.stream._places(lane, at + first, own)
+
+
+class Federation:
+    """The text dealt to clients; see Stream.clients."""
+
+    def __init__(self, stream: Stream, clients: Clients) -> None:
+        self.stream, self.clients, self.tokens = stream, clients, clients.tokens
+
+    def sample(self, round: int, count: int | None) -> list[int]:
+        return self.clients.sample(round, count)
+
+    def walk(self, plan: Iterator[tuple[int, int]], of: int, rank: int, size: int) -> Turns:
+        return Turns(self, plan, self.stream.batch // of, rank, size)
+
+
+class Turns:
+    """One rank's micro-batches where clients are trained one after the other, as rank `rank` of `size` that share
+    them. plan: client and number of its step, of each round; windows: of a client's step.
+
+    A round's number is that of the step, then the client's, so that share() is pure.
+    """
+
+    def __init__(self, federation: Federation, plan: Iterator[tuple[int, int]], windows: int, rank: int, size: int):
+        self.federation, self.plan, self.windows, self.rank, self.size = federation, plan, windows, rank, size
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
+        if parts != 1:
+            raise ValueError(f"a client's rounds are not cut into {parts} parts")
+        stream, of = self.federation.stream, len(self.federation.tokens)
+        numbers = (step * of + client for client, step in self.plan)
+        for number, loaded in stream._read_ahead((number, partial(self._load, number)) for number in numbers):
+            yield stream._arrive(loaded, number)
+
+    def share(self, number: int, parts: int = 1) -> list[Batch]:
+        return self.federation.stream._arrive(self._load(number), number)
+
+    def _load(self, number: int) -> _Loaded:
+        step, client = divmod(number, len(self.federation.tokens))
+        first, own = deal(self.windows, self.rank, self.size)
+        positions = step * self.windows + first + np.arange(own)
+        return self.federation.stream._copy(self.federation.clients.windows(client, positions))
 
 
 # inputs, targets and, on CUDA, the event after their copies; None: this rank has no share.

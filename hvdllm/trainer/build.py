@@ -23,6 +23,7 @@ from hvdllm.exchange.base import Milestones, NotFinite, State, Wire
 from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.diloco import DiLoCo
+from hvdllm.exchange.fedavg import FedAvg
 from hvdllm.exchange.horovod import Horovod
 from hvdllm.exchange.local_sgd import LocalSGD
 from hvdllm.exchange.parameter_server import ParameterServer
@@ -68,6 +69,7 @@ EXCHANGES: dict[type, Any] = {
     schema.DiLoCo: DiLoCo,
     schema.StreamingDiLoCo: StreamingDiLoCo,
     schema.ParameterServer: ParameterServer,
+    schema.FedAvg: FedAvg,
     schema.Ddp: Ddp,
     schema.Horovod: Horovod,
 }
@@ -121,7 +123,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     )  # fmt: skip
     hosts = account.hosts(device, world)
     module = paced(config, module, loss, hosts, device, world)
-    notes = list(corpus.notes)
+    notes = [*corpus.notes, *clients_without_text(config, stream)]
     if resumed is not None:
         assert checkpoint is not None
         notes += load(checkpoint, resumed, exchange, flat, stream, world)
@@ -256,12 +258,32 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
 
 def check_corpus(config: Config, corpus: Corpus) -> None:
     """What can only be known with the text at hand. Raises UserError."""
-    make_stream(config, corpus, torch.device("cpu"), SingleWorld())
+    clients_without_text(config, make_stream(config, corpus, torch.device("cpu"), SingleWorld()))
     if config.eval_every:
         validation(
             corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0,
             size=1, device=torch.device("cpu"),
         )  # fmt: skip
+
+
+def clients_without_text(config: Config, stream: Stream) -> list[str]:
+    """A sentence, where there are any. Raises UserError where a round would draw more clients than have text."""
+    asked = config.exchange
+    if not isinstance(asked, schema.FedAvg):
+        return []
+    tokens = stream.clients(asked.clients, asked.alpha).tokens
+    known = sum(count > 0 for count in tokens)
+    if known < (asked.sampled or 1):
+        raise UserError(
+            f"exchange.sampled={asked.sampled}: only {known} of the {asked.clients} clients have a window of text; "
+            f"give exchange.sampled={known}, fewer clients, or a larger exchange.alpha"
+        )
+    if known == len(tokens):
+        return []
+    return [
+        f"{len(tokens) - known} of {len(tokens)} clients have no window of text and are never drawn; the others have "
+        f"{min(count for count in tokens if count):,} to {max(tokens):,} tokens"
+    ]
 
 
 def agree_on_weights(flat: Flat, world: World) -> None:
@@ -315,6 +337,7 @@ def make_stream(config: Config, corpus: Corpus, device: torch.device, world: Wor
     return Stream(
         corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
         micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,
+        end=corpus.tokenizer.end,
     )  # fmt: skip
 
 

@@ -128,6 +128,35 @@ def test_what_is_summed_keeps_its_sum(n: int, m: int, tmp_path: Path) -> None:
     virtual.run(m, body)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 3), (3, 2), (2, 3)])
+def test_what_is_a_ranks_own_comes_back_to_it_alone(n: int, m: int, tmp_path: Path) -> None:
+    """At the same world size bit for bit, zeros where it wrote none; else nobody has any. Seen to catch: those of
+    another rank, the sum of all, none written."""
+
+    def write_own(world: Any) -> None:
+        own = flat(world.size)
+        whole = own.pieces(0, 1)
+        state = State({"step": 4}, whole if world.rank == 0 else [], {"model": filled(own, 1)}, {})
+        state.local["model"] = (whole, filled(own, 20 + world.rank))
+        if world.rank == n - 1:
+            state.local["made"] = (whole, filled(own, 30))
+        write.write(tmp_path, own, state, {}, world, 9)
+
+    virtual.run(n, write_own)
+    final = tmp_path / "checkpoints" / "4"
+    assert read.kinds_of(final, "local") == ["made", "model"] and read.kinds_of(final, "summed") == []
+
+    def body(world: Any) -> None:
+        own = flat(world.size, 1e9)
+        local = read.load_local(final, own, world, n)
+        assert sorted(local) == (["made", "model"] if n == m else [])
+        if n == m:
+            assert same(local["model"], filled(own, 20 + world.rank), own)
+            assert same(local["made"], filled(own, 30) if world.rank == n - 1 else torch.zeros_like(own.x), own)
+
+    virtual.run(m, body)
+
+
 def test_ranges_of_a_summed_kind(tmp_path: Path) -> None:
     """Each rank sums over spans of its own, here those of its neighbour; one rank has none."""
 

@@ -25,7 +25,11 @@ def test_every_option_composes_and_survives_its_yaml(group: str, option: str) ->
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["exchange=aco"], "no exchange=aco: choose one of acco, allreduce, ddp, delayed, diloco, horovod, "),
+        (
+            ["exchange=aco"],
+            "no exchange=aco: choose one of acco, allreduce, ddp, delayed, diloco, fedavg, horovod, local_sgd, "
+            "parameter_server, sharded, streaming_diloco",
+        ),
         (["exchange.bogus=1"], "`exchange.bogus`"),
         (["lr=3"], "did you mean optim.lr"),
         (["+x=1"], "`x`"),

@@ -23,6 +23,7 @@ from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import State
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.diloco import DiLoCo
+from hvdllm.exchange.fedavg import FedAvg
 from hvdllm.exchange.local_sgd import LocalSGD
 from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
@@ -33,10 +34,11 @@ from hvdllm.world import virtual
 
 EXCHANGES: dict[type, Any] = {
     schema.AllReduce: AllReduce, schema.Sharded: Sharded, schema.Delayed: Delayed, schema.Acco: Acco,
-    schema.LocalSGD: LocalSGD, schema.DiLoCo: DiLoCo, schema.StreamingDiLoCo: StreamingDiLoCo,
+    schema.LocalSGD: LocalSGD, schema.DiLoCo: DiLoCo, schema.StreamingDiLoCo: StreamingDiLoCo, schema.FedAvg: FedAvg,
 }  # fmt: skip
 NOMINAL = 24  # examples of a global batch
 MICRO = 2
+Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]  # of a client or group and its step
 
 
 def net() -> nn.Sequential:
@@ -82,7 +84,7 @@ class Group:
     """The stream of a group, as one of its ranks has it."""
 
     def __init__(self, whole: Examples, index: int, rank: int, size: int) -> None:
-        self.whole, self.index, self.rank, self.size = whole, index, rank, size
+        self.whole, self.index, self.rank, self.size, self.data = whole, index, rank, size, whole.data
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         while True:
@@ -90,7 +92,41 @@ class Group:
             yield self.share(self.whole.lane - 1)
 
     def share(self, number: int, parts: int = 1) -> list[Any]:
-        x, t = own_examples(self.index, number)
+        x, t = self.data(self.index, number)
+        part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
+        return batches(x[part], t[part], number)
+
+
+class Federation:
+    """Clients of very different size, one of them (2) without text, and not a client's steps of equal size either."""
+
+    def __init__(self, whole: Examples, count: int) -> None:
+        self.whole, self.data = whole, whole.data
+        self.tokens = [0 if client == 2 else 100 + 70 * (client * client % 5) for client in range(count)]
+
+    def sample(self, round: int, count: int | None) -> list[int]:
+        known = [client for client, tokens in enumerate(self.tokens) if tokens]
+        draw = torch.Generator().manual_seed(7000 + round)
+        return sorted(known[i] for i in torch.randperm(len(known), generator=draw).tolist()[:count])
+
+    def walk(self, plan: Iterator[tuple[int, int]], of: int, rank: int, size: int) -> Turns:
+        return Turns(self, plan, rank, size)
+
+
+class Turns:
+    """Clients one after the other, as one of the ranks that train them together has them."""
+
+    def __init__(self, federation: Federation, plan: Iterator[tuple[int, int]], rank: int, size: int) -> None:
+        self.federation, self.plan, self.rank, self.size = federation, plan, rank, size
+
+    def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
+        for client, step in self.plan:
+            self.federation.whole.lane += 1
+            yield self.share(step * len(self.federation.tokens) + client)
+
+    def share(self, number: int, parts: int = 1) -> list[Any]:
+        step, client = divmod(number, len(self.federation.tokens))
+        x, t = self.federation.data(client, step)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
         return batches(x[part], t[part], number)
 
@@ -98,11 +134,14 @@ class Group:
 class Examples:
     """The stream of one rank. lane: local steps that its group has taken."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.next, self.lane = rank, size, 0, 0
+    def __init__(self, rank: int, size: int, data: Data = own_examples) -> None:
+        self.rank, self.size, self.next, self.lane, self.data = rank, size, 0, 0, data
 
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
         return Group(self, index, rank, size)
+
+    def clients(self, count: int, alpha: float | None) -> Federation:
+        return Federation(self, count)
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         for part in itertools.count(self.next):
@@ -136,6 +175,9 @@ class Rig:
     weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
     kept: list[torch.Tensor] = field(default_factory=list)  # within consensus, where there were acts
     commits: list[Any] = field(default_factory=list)
+    begun: Any = None  # weights before the first step
+    asked: int | None = None  # commits before it was
+    unheard: bool = False  # left with what no meta has taken along
     settled: Any = None
     final: Any = None
     state: Any = None  # (State, stream position) where asked for
@@ -165,9 +207,12 @@ def train(
     cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
     links: Any = None,
     speeds: Callable[[int], float] = lambda rank: 1.0,
+    data: Data = own_examples,
+    ask: tuple[int, int] | None = None,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it."""
+    ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it. data:
+    of groups and clients; ask: a rank, and the micro-batch at which it is asked to save."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -176,11 +221,15 @@ def train(
         update = Update(optim, rate)
         over = make(wire or schema.Fp32(), part.between(world), flat, NOMINAL)
         part.attach(net_, flat, update, over, world)
-        stream = Examples(world.rank, world.size)
+        stream = Examples(world.rank, world.size, data)
         if states is not None:
             load(part, flat, states, world, model)
             stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
-        for batch in part.feed(Lanes(stream) if getattr(exchange, "timed", False) else stream):
+        out.begun = flatten(flat)
+        source = Lanes(stream) if getattr(exchange, "timed", False) else stream
+        for number, batch in enumerate(part.feed(source)):
+            if ask == (world.rank, number):
+                world.asks.save, out.asked = True, len(out.commits)
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 if links is not None:
@@ -198,7 +247,7 @@ def train(
                     world.sum(torch.ones(1), "act.x").land()
                     out.kept.append(flatten(flat))
             if commit.step == stop_at:
-                out.state = freeze(part.state()), (stream.next, stream.lane)
+                out.state, out.unheard = (freeze(part.state()), (stream.next, stream.lane)), world.asks.save
                 break
             if commit.step >= steps:
                 break
@@ -269,6 +318,22 @@ class ConstantNAdam:
                 p -= group["lr"] * (group["weight_decay"] * p + look / ((v / (1 - b2**t)) ** 0.5 + eps))
 
 
+def put(model: nn.Module, x: torch.Tensor) -> None:
+    """Weights by registration order."""
+    with torch.no_grad():
+        for p, piece in zip(model.parameters(), x.split([p.numel() for p in model.parameters()]), strict=True):
+            p.copy_(piece.view(p.shape))
+
+
+def own_gradient(x: torch.Tensor, group: int, step: int) -> tuple[torch.Tensor, int]:
+    """Sum of a group's local step at these weights, and its examples."""
+    model = net()
+    put(model, x)
+    inputs, targets = own_examples(group, step)
+    loss(model, inputs, targets).backward()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters()]), len(inputs)  # type: ignore[union-attr]
+
+
 class Plain:
     """The whole batch on one process with torch's optimizers. x: weights by registration order."""
 
@@ -293,9 +358,7 @@ class Plain:
     def gradient(self, at: torch.Tensor, part: int, parts: int = 1) -> torch.Tensor:
         """Sum over one part of a batch, at these weights."""
         model = net()
-        with torch.no_grad():
-            for p, piece in zip(model.parameters(), at.split([p.numel() for p in model.parameters()]), strict=True):
-                p.copy_(piece.view(p.shape))
+        put(model, at)
         loss(model, *examples(part, parts)).backward()
         return torch.cat([p.grad.reshape(-1) for p in model.parameters()])  # type: ignore[union-attr]
 
@@ -318,7 +381,5 @@ class Plain:
         after = self.step(total, tokens)
         self.torch.load_state_dict(state)
         self.tokens = before
-        with torch.no_grad():
-            for p, piece in zip(self.parameters, weights.split([p.numel() for p in self.parameters]), strict=True):
-                p.copy_(piece.view(p.shape))
+        put(self.model, weights)
         return after

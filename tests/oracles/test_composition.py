@@ -1,7 +1,7 @@
 """Every exchange with every wire and optimizer: it works, on ranks with different data, or is refused in a sentence.
 
-What works keeps its replicas bit-equal, goes on bit-equal from a checkpoint in mid-flight (at 2 and 3 ranks, several
-buckets), is not changed by acts, and stays near the exact sum.
+What works keeps its replicas bit-equal (the weights to keep, where ranks train on their own), goes on bit-equal from a
+checkpoint in mid-flight (at 2 and 3 ranks, several buckets), is not changed by acts, and stays near the exact sum.
 """
 
 from __future__ import annotations
@@ -73,11 +73,17 @@ PAIRS = list(itertools.product(schema.SCHEMAS["exchange"], schema.SCHEMAS["wire"
 
 WHY = {pair: refused(*pair) for pair in PAIRS}
 HERE = [pair for pair, why in WHY.items() if why is None and schema.SCHEMAS["exchange"][pair[0]] in EXCHANGES]
+LOCAL = {  # no optimizer sees what a wire brings, so one is enough
+    "local_sgd": schema.LocalSGD(local_steps=2, pulses=2, warmup_tokens=0),
+    "diloco": schema.DiLoCo(local_steps=2, pulses=2),
+    "streaming_diloco": schema.StreamingDiLoCo(local_steps=4, fragments=2, delay=1),
+    "fedavg": schema.FedAvg(clients=5, sampled=3, local_steps=2, pulses=2),
+}
 
 
 def test_most_pairs_work_and_the_others_say_why() -> None:
     said = {pair: text for pair, text in WHY.items() if text}
-    assert len(PAIRS) == 210 and len(said) == 52
+    assert len(PAIRS) == 231 and len(said) == 52
     for pair, text in said.items():
         assert "\n" not in text and len(text) < 260
         assert f"exchange={pair[0]} with wire={pair[1]}: " in text or (
@@ -85,7 +91,10 @@ def test_most_pairs_work_and_the_others_say_why() -> None:
         )
 
 
-@pytest.mark.parametrize(("exchange", "wire", "optim"), HERE, ids=["-".join(pair) for pair in HERE])
+IDENTICAL = [pair for pair in HERE if pair[0] not in LOCAL]
+
+
+@pytest.mark.parametrize(("exchange", "wire", "optim"), IDENTICAL, ids=["-".join(pair) for pair in IDENTICAL])
 def test_replicas_agree_and_a_run_goes_on_from_mid_flight(exchange: str, wire: str, optim: str) -> None:
     kind = schema.SCHEMAS["exchange"][exchange]
     settings = kind(warmup_tokens=NOMINAL) if exchange == "delayed" else kind()
@@ -103,6 +112,35 @@ def test_replicas_agree_and_a_run_goes_on_from_mid_flight(exchange: str, wire: s
     far = (whole[0].weights[-1] - exact.weights[-1]).norm() / (exact.weights[-1] - exact.weights[0]).norm()
     assert far < {"fp32": 1e-9, "fp16": 0.05, "bf16": 0.15, "int8": 0.3}.get(wire, 1.5)
     assert (far > 1e-9) == (wire != "fp32"), "the wire was at work"
+
+
+def test_local_steps_are_all_here() -> None:
+    assert set(LOCAL) == {
+        pair[0] for pair in HERE if issubclass(schema.SCHEMAS["exchange"][pair[0]], schema.LocalSteps)
+    }
+    assert {(pair[0], pair[1]) for pair in HERE if pair[0] in LOCAL} == set(
+        itertools.product(LOCAL, schema.SCHEMAS["wire"])
+    )
+
+
+@pytest.mark.parametrize("wire", schema.SCHEMAS["wire"])
+@pytest.mark.parametrize("exchange", LOCAL)
+def test_ranks_on_their_own_keep_the_same_and_go_on_from_mid_flight(exchange: str, wire: str) -> None:
+    how = {"optim": OPTIMS["adamw"], "model": wide}
+    for size in (2, 3):
+        exact = train(LOCAL[exchange], size, STEPS, **how)[0]
+        whole = train(LOCAL[exchange], size, STEPS, wire=wire_of(wire), **how)
+        begun = train(LOCAL[exchange], size, STEPS, wire=wire_of(wire), stop_at=STOP, acts=True, settle=False, **how)
+        states = [rig.state for rig in begun]
+        again = train(LOCAL[exchange], size, STEPS, wire=wire_of(wire), states=states, acts=True, **how)
+        for a, b, c in zip(whole, begun, again, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.weights, [*b.weights, *c.weights], strict=True))
+            assert torch.equal(a.final, c.final) and torch.equal(a.final, whole[0].final)
+            kept = zip([*b.kept, *c.kept], [*begun[0].kept, *again[0].kept], strict=True)
+            assert all(torch.equal(x, y) for x, y in kept), "the weights to keep differ"
+        far = (whole[0].final - exact.final).norm() / (exact.final - exact.weights[0]).norm()
+        assert far < {"fp32": 1e-9, "fp16": 0.05, "bf16": 0.15, "int8": 0.3}.get(wire, 1.5)
+        assert (far > 1e-9) == (wire != "fp32"), "the wire was at work"
 
 
 @pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "topk", "sign"])
@@ -208,6 +246,19 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
             ["exchange=parameter_server", "exchange.servers=1", "batch_tokens=256"], Place("mpirun", 0, 4, 0, 4),
             "fewer than the 3 ranks",
         ),
+        (["exchange=fedavg", "exchange.sampled=9"], Place(), "exchange.sampled=9 of exchange.clients=8: at most all"),
+        (["exchange=fedavg"], Place("horovodrun", 0, 9, 0, 9), "exchange.clients=8 clients a round for 9 ranks: some"),
+        (
+            ["exchange=fedavg", "exchange.inner=allreduce", "exchange.group=2", "exchange.sampled=1"],
+            Place("horovodrun", 0, 4, 0, 2), "exchange.sampled=1 clients a round for 2 groups of ranks",
+        ),
+        (["exchange=fedavg", "batch_tokens=512"], Place(), "4 sequences of 128 tokens, fewer than 8 clients take"),
+        (["exchange=fedavg", "exchange.pulses=21"], Place(), "exchange.pulses=21 in 20 local steps"),
+        (["exchange=fedavg", "exchange.server=adam", "exchange.outer_momentum=0.9"], Place(), "leave it at 0"),
+        (["exchange=fedavg", "exchange.tau=0.1"], Place(), "exchange.tau is that of exchange.server=adam"),
+        (["exchange=fedavg", "exchange.server=adam", "exchange.beta2=1"], Place(), "exchange.beta2=1.0 must be"),
+        (["exchange=fedavg", "exchange.outer_lr=1.4", "exchange.outer_momentum=0.9"], Place(), "stable below 1.36"),
+        (["exchange=fedavg", "exchange.prox=0.1", "exchange.host_memory=true"], Place(), "reads the anchor"),
         (["trace_steps=9"], Place(), "trace_steps=9 is no range of steps"),
         (["trace_steps='24:20'"], Place(), "trace_steps=24:20 is no range of steps"),
     ],

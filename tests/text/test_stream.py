@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -372,3 +373,73 @@ def test_walkers_of_any_number_go_on_with_the_lanes(size: int) -> None:
     assert len(again) == 4 * size and len(set(again)) == 4 * size
     if size <= 3:
         assert not set(again) & set(walked)
+
+
+# ------------------------------------------------------------------ groups
+def group(
+    index: int, of: int, count: int, rank: int = 0, size: int = 1, saved: list[Any] | None = None, batch: int = 7
+) -> tuple[list[list[int]], Any]:
+    """The windows of so many rounds of a group, as one of its ranks has them; and where its stream then stands."""
+    one = stream(60, batch=batch)
+    if saved is not None:
+        one.load(saved[0][0], [lanes for _, lanes in saved])
+    walked = []
+    part = one.group(index, of, rank, size)
+    for share in islice(part.rounds(), count):
+        assert rows(part.share(share[0].round)) == rows(share), "a replay is of the same windows"
+        assert [each.last for each in share] == [False] * (len(share) - 1) + [True]
+        walked.append(rows(share))
+    one.close()
+    return walked, (one.state(), one.lanes())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_group_deals_the_rounds_of_its_lane_to_its_ranks(size: int) -> None:
+    """Two groups take 4 and 3 of 7 windows a round. Seen to catch a rank that takes the whole, shares that overlap, and
+    a group that walks the order of another."""
+    order = [int(w) for epoch in (0, 1) for w in permutation(60, 1, epoch)]
+    for index, each in ((0, 4), (1, 3)):
+        ranks = [group(index, 2, 12, rank, size)[0] for rank in range(size)]
+        joined = [[window for rank in ranks for window in rank[t]] for t in range(12)]
+        assert [window for share in joined for window in share] == order[index::2][: 12 * each]
+        assert all(len(share) == each for share in joined)
+        assert max(len(rank[0]) for rank in ranks) - min(len(rank[0]) for rank in ranks) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_groups_go_on_where_their_lanes_stand(size: int) -> None:
+    """Each at a speed of its own. Seen to catch lanes that begin anew, what was read ahead counted as taken."""
+    saved, expected = [], []
+    for index, count in ((0, 3), (1, 1), (2, 4)):
+        for rank in range(size):
+            walked, place = group(index, 3, count + 3, rank, size)
+            expected.append(walked[count:])
+            saved.append(group(index, 3, count, rank, size)[1])
+            assert place[1]["of"] == 3 and list(place[1]["at"]) == [str(index)]
+    again = [group(index, 3, 3, rank, size, saved)[0] for index in range(3) for rank in range(size)]
+    assert again == expected
+
+
+@pytest.mark.parametrize("of", [1, 2, 4, 6])
+def test_another_number_of_groups_goes_on_with_the_lanes(of: int) -> None:
+    """Fewer take turns, the lane least far on first; more begin where all were on average. Nothing is read twice, and
+    where they are fewer nothing that was read before."""
+    taken, saved = [], []
+    for index, count in ((0, 3), (1, 1), (2, 2)):
+        walked, place = group(index, 3, count)
+        taken += [window for share in walked for window in share]
+        saved.append(place)
+    again = [group(index, of, 2, saved=saved)[0] for index in range(of)]
+    together = [window for walked in again for share in walked for window in share]
+    assert len(set(together)) == len(together) == 14
+    if of < 3:
+        assert not set(together) & set(taken)
+        order = permutation(60, 1, 0).tolist()
+        first = (
+            order[1::3] if of == 1 else order[0::3]
+        )  # of three lanes the second is least far on; of 0 and 2 the third
+        assert again[0][0] == (first[2:9] if of == 1 else order[2::3][4:8])
+    else:
+        begin = -(-(9 + 2 + 4) // of)  # windows of lanes of three, two and two a round
+        order = permutation(60, 1, 0).tolist()
+        assert [walked[0][0] for walked in again] == [order[index + of * begin] for index in range(of)]

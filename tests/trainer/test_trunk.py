@@ -116,3 +116,41 @@ def test_on_real_ranks(trunk: Path) -> None:
     runs([{"words": words}], 2, trunk)
     assert len(records(trunk / "runs" / "two", "commit")) == 2
     assert records(trunk / "runs" / "two", "run")[0]["world"] == 2
+
+
+LOCAL = ("local_sgd", "diloco", "streaming_diloco")
+
+
+@pytest.mark.parametrize("exchange", [*LOCAL, "fedavg"])
+def test_ranks_that_train_on_their_own_all_begin_with_the_trunk(exchange: str, trunk: Path) -> None:
+    """Seen to catch: a trunk that only the anchor, or nobody, began with."""
+    text = ["exchange.clients=1"] if exchange == "fedavg" else []
+    run = f"same-{exchange}"
+    words = [*of(trunk, run), f"init_from={trunk}/runs/trunk", f"exchange={exchange}", "optim.lr=0", *text]
+    ranks = [] if text else ["world=virtual", "world.size=2"]
+    assert main(["train", *words, *ranks, f"budget_tokens={2 * BATCH}", f"batch_tokens={BATCH}"]) == 0
+    a, b = weights(trunk / "runs" / run), weights(trunk / "runs" / "trunk")
+    assert all(a[name].equal(b[name]) for name in b)
+
+
+@pytest.mark.parametrize("exchange", LOCAL)
+def test_the_optimizer_comes_along_to_each_of_them(exchange: str, trunk: Path) -> None:
+    """Under beta1 = 1 (nearly) and rate 0 moments stay what they were."""
+    run = f"moments-{exchange}"
+    words = [
+        *of(trunk, run), f"init_from={trunk}/runs/trunk", "init_optimizer=true", f"exchange={exchange}", "optim.lr=0",
+        "world=virtual", "world.size=2", "optim.beta1=0.9999999", "budget_tokens=1", f"batch_tokens={BATCH}",
+        "exchange.local_steps=4", *(["exchange.fragments=1"] if exchange == "streaming_diloco" else []),
+    ]  # fmt: skip
+    assert main(["train", *words]) == 0
+    was = moments(trunk / "runs" / "trunk" / "checkpoints" / "6")
+    newest = max((trunk / "runs" / run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    files = sorted(newest.glob("*.safetensors"))
+    assert len(files) == 2
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if ".update.m/" in name]  # noqa: SIM118 - not a dict
+            own = {name.removeprefix("local.update."): file.get_tensor(name) for name in names}
+        assert own and any(values.any() for values in own.values())
+        for name, values in own.items():
+            torch.testing.assert_close(values, was[name], rtol=1e-3, atol=1e-5)
