@@ -430,7 +430,7 @@ class LocalSteps:
         for name, vector in self.outer.items():
             vector.copy_(state.sharded[f"outer.{name}"])
         self.wire.load(shared["wire"], state.summed, state.tensors)
-        if len(mine) != self.world.size or not state.local:  # of another world size, or a trunk's
+        if len(mine) != self.world.size:
             if self.held is not None:
                 self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
             self.flat.x.copy_(self.anchor)

@@ -89,7 +89,8 @@ class Hub:
         self.lanes: list[Lane] = []
         self.holder: Lane | None = None
         self.open: dict[Any, Box] = {}  # collectives that some rank has not joined yet
-        self.letters: dict[tuple[int, str], deque[Any]] = {}  # by rank and box; see virtual_mail.py
+        self.letters: dict[tuple[int, str], list[Any]] = {}  # by rank and box, as they arrive; see virtual_mail.py
+        self.posted = 0  # letters
         self.random: dict[int, torch.Tensor] = {}
         self.failure: BaseException | None = None
         self.over = threading.Event()  # no lane is left
@@ -190,7 +191,8 @@ class Hub:
 
 
 def _words(lane: Lane) -> str:
-    return f"rank {lane.rank}{' (a thread)' if lane.number else ''} waits for {lane.waits()}"
+    lanes = {0: "", 1: " (driver)"}
+    return f"rank {lane.rank}{lanes.get(lane.number, ' (a thread)')} waits for {lane.waits()}"
 
 
 # ------------------------------------------------------------------ things travelling

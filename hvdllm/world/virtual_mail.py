@@ -1,12 +1,13 @@
 """Letters between logical ranks, and threads beside a logical rank's loop: lanes of its own, deterministic.
 
-A letter is there at once; who takes it is one simulated second later than who wrote it.
+Without a clock a letter is there at once, and who takes it is one simulated second later than who wrote it. With one it
+takes its rank's link, as a collective does, and is taken when it has arrived.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,32 +26,42 @@ class VirtualMail:
 
     def __init__(self, world: VirtualWorld) -> None:
         self.world, self.hub = world, world.hub
+        self.links = world.hub.links
 
     def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
         letter = copied(self.world.rank, head, body)
         if to != self.world.rank and letter.body is not None:
             self.world.count(letter.body.nbytes)
         assert self.hub.holder is not None
-        self.hub.letters.setdefault((to, box), deque()).append((self.hub.holder.time + 1, letter))
+        at = self.hub.holder.time
+        if self.links is None:
+            at += 1
+        elif to != self.world.rank:
+            at = self.hub.carry([self.world.rank], [to], 0 if letter.body is None else letter.body.nbytes)
+        self.hub.posted += 1
+        insort(self.hub.letters.setdefault((to, box), []), (at, self.hub.posted, letter))
 
     def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
-        letters, asks = self.hub.letters.setdefault((self.world.rank, box), deque()), self.world.asks
+        letters, asks = self.hub.letters.setdefault((self.world.rank, box), []), self.world.asks
         listens = meanwhile is not None
 
         def asked() -> bool:
             return listens and (asks.stop or asks.save)
 
-        while not letters:
-            self.hub.wait(lambda: bool(letters) or asked() or over(self.hub), lambda: f"a letter in `{box}`")
+        def arrival() -> float:
+            return letters[0][0] if letters and self.links is not None else 0.0
+
+        assert self.hub.holder is not None
+        while not letters or arrival() > self.hub.holder.time:
+            self.hub.wait(lambda: bool(letters) or asked() or over(self.hub), lambda: f"a letter in `{box}`", arrival)
             if letters:
-                break
+                continue
             if asked() and meanwhile is not None:
                 meanwhile()
                 listens = not asked()  # it does not take what was asked along
             elif over(self.hub):
                 raise PeerError("all ranks have left")
-        at, letter = letters.popleft()
-        assert self.hub.holder is not None
+        at, _, letter = letters.pop(0)
         self.hub.holder.time = max(self.hub.holder.time, at)
         return letter
 
