@@ -250,11 +250,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 class Driven:
     """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks. at: when
-    it was driven, then when it was done."""
+    it was done."""
 
     def __init__(self, hub: Hub, work: Callable[[], Any]) -> None:
-        self.hub, self.work, self.at = hub, work, hub.now()
-        self.done = False
+        self.hub, self.work = hub, work
+        self.done, self.at = False, 0.0
         self.value: Any = None
         self.error: Exception | None = None
 
@@ -307,7 +307,7 @@ class Driver:
         try:
             self.hub.enter(lane)
             while True:
-                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive", self._at)
+                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive")
                 if not self.queue:
                     break
                 self.queue.popleft().run()
@@ -315,9 +315,6 @@ class Driver:
             self.hub.fail(error)
         finally:
             self.hub.leave(lane)
-
-    def _at(self) -> float:
-        return self.queue[0].at if self.queue else 0.0
 
 
 # ------------------------------------------------------------------ the world
