@@ -144,7 +144,7 @@ def test_what_happens_does_so_in_the_order_of_its_times() -> None:
 
 
 def test_a_wait_for_what_somebody_else_makes_ends_no_earlier_than_it_was_made() -> None:
-    """As letters and drivers wait: no arrival is given, so it is the moment itself. Caught: going on at its own time."""
+    """As letters and drivers wait: no arrival is given, so it is the moment itself. Caught: its own time."""
     made: list[float] = []
 
     def body(world: VirtualWorld) -> float:
