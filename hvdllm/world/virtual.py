@@ -7,7 +7,7 @@ baton: each rank draws as if it were alone.
 
 Without `links` nothing takes time but polls in vain, so that who polls lets others run. With them a clock is simulated,
 and what is done happens in the order of its times (causality):
-    compute      takes what `spend` says; a driver's work begins when it was driven, at the earliest
+    compute      takes what `spend` says
     a collective leaves when its last rank has joined and its ranks' links are free; it takes the bytes that a rank
                  sends over the link's rate, and the latency. A link carries one thing after another
     waiting      until what is waited for has arrived; a poll says no before that, and costs POLL_S
@@ -253,11 +253,10 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Driven:
-    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks. at: when
-    it was driven, then when it was done."""
+    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks."""
 
     def __init__(self, hub: Hub, work: Callable[[], Any]) -> None:
-        self.hub, self.work, self.at = hub, work, hub.now()
+        self.hub, self.work = hub, work
         self.done = False
         self.value: Any = None
         self.error: Exception | None = None
@@ -267,13 +266,13 @@ class Driven:
             self.value = self.work()
         except Exception as error:
             self.error = error
-        self.done, self.at = True, self.hub.now()
+        self.done = True
 
     def landed(self) -> bool:
-        return self.hub.poll(lambda: self.done, lambda: self.at)
+        return self.hub.poll(lambda: self.done)
 
     def land(self) -> Any:
-        self.hub.wait(lambda: self.done, lambda: "driven work", lambda: self.at)
+        self.hub.wait(lambda: self.done, lambda: "driven work")
         if self.error is not None:
             raise self.error
         return self.value
@@ -311,7 +310,7 @@ class Driver:
         try:
             self.hub.enter(lane)
             while True:
-                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive", self._at)
+                self.hub.wait(lambda: bool(self.queue) or self.closed, lambda: "work to drive")
                 if not self.queue:
                     break
                 self.queue.popleft().run()
@@ -319,9 +318,6 @@ class Driver:
             self.hub.fail(error)
         finally:
             self.hub.leave(lane)
-
-    def _at(self) -> float:
-        return self.queue[0].at if self.queue else 0.0
 
 
 # ------------------------------------------------------------------ the world

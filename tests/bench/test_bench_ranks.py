@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from launch import BATCH, HVDLLM, TINY, launch, write_text
+from launch import BATCH, HVDLLM, TINY, Job, launch, write_text
 
 from hvdllm.bench import lab
 
@@ -48,7 +48,9 @@ def test_over_the_loopback(tmp_path: Path) -> None:
 def test_with_a_slow_rank(tmp_path: Path) -> None:
     out, label = tmp_path / "figures.json", "local_sgd+exchange.local_steps=2"
     flags = ["--link", "none", "--exchanges", label, "--steps", "3", "--repetitions", "1", "--slow", "1:4"]
-    done = launch([*HVDLLM, "bench", "exchange", *flags, "--json", str(out), *settings(tmp_path)])
+    with Job([*HVDLLM, "bench", "exchange", *flags, "--json", str(out), *settings(tmp_path)]) as job:
+        done = job.wait(400)  # four starts of two ranks
+    assert done.code == 0, done.out
     assert "what the slowest allows" in done.out
     figures = json.loads(out.read_text())
     fast, slow = figures["rank_tokens_per_s"]["compute alone, slowed"]

@@ -97,8 +97,7 @@ EXCHANGES = {
 
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_many_ranks_repeat_bit_for_bit(name: str) -> None:
-    """Speeds all different, a slow link, an uneasy machine. Caught: `landed` that does not ask the clock; marks that
-    read the host's (by speed)."""
+    """Speeds all different, a slow link, an uneasy machine. Caught: marks that read the host's clock."""
     n = 16 if name == "timed" else 8
     draws = [0.5 + random.Random(rank).random() for rank in range(n)]
     links = Links(BYTES, 0.02)

@@ -113,8 +113,7 @@ def test_polling_without_end_lets_time_pass() -> None:
 
 
 def test_what_happens_does_so_in_the_order_of_its_times() -> None:
-    """Causality: notes are made by all ranks and drivers in one list. Caught: `spend` that does not pass the baton, a
-    driver that begins when it was made and not when it was driven, one that waits and goes on at its own time."""
+    """Causality: notes are made by all ranks and drivers in one list. Caught: `spend` that does not pass the baton."""
     notes: list[float] = []
 
     def body(world: VirtualWorld) -> None:
@@ -145,7 +144,7 @@ def test_what_happens_does_so_in_the_order_of_its_times() -> None:
 
 
 def test_a_wait_for_what_somebody_else_makes_ends_no_earlier_than_it_was_made() -> None:
-    """As letters wait: no arrival is given, so it is the moment itself."""
+    """As letters and drivers wait: no arrival is given, so it is the moment itself. Caught: its own time."""
     made: list[float] = []
 
     def body(world: VirtualWorld) -> float:
