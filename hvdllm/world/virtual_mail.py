@@ -81,6 +81,7 @@ def spawn(hub: Hub, lane: Any, work: Callable[[], None], name: str) -> None:
     hub.lanes.append(lane)
 
     def run() -> None:
+        hub.tell_time()
         try:
             hub.enter(lane)
             work()
