@@ -5,6 +5,10 @@
 #
 #   jobs/bench/no_hang.sh [RUNS [LIMIT [EXCHANGE[+SETTING=VALUE ...] ...]]]
 #
+# Not yet run fifty times. Three each, at a load of 12 on 2 cores, most of the time the start of the ranks:
+#
+#   parameter_server+exchange.staleness=2      3 runs, 3 to the budget, 0 stopped by an ask, 107 s
+#   parameter_server+exchange.servers=1        3 runs, 3 to the budget, 0 stopped by an ask, 116 s
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH

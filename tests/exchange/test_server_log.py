@@ -1,4 +1,6 @@
-"""The log's arithmetic alone, word by word."""
+"""The log's arithmetic alone, word by word. Seen to catch: a bound off by one to either side, a worker woken without a
+second look, marks told to some ranks only or behind the next grant, grants while a rank is in an act, asks lost, a need
+of no clock or of part of one, a mark in mid-clock, a lease that counts acts or waiting."""
 
 from __future__ import annotations
 
@@ -122,3 +124,9 @@ def test_the_lease_names_who_owes_a_word() -> None:
     for rank in (0, 1):
         say(here, rank, {"kind": "left"}, now=1000.0)
     assert here.silent(1004.0, 5.0) is None and here.silent(1005.1, 5.0) == 0
+    here = log(0)
+    here.silent(0.0, 5.0)
+    say(here, 0, PUSH, now=1.0)
+    say(here, 0, BEGIN, now=1.0)
+    say(here, 1, PUSH, now=50.0)
+    assert here.silent(54.0, 5.0) is None, "rank 0 waited until then"

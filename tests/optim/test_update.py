@@ -54,7 +54,7 @@ def ours(
 
 @pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[5]], ids=repr)
 def test_a_share_of_a_step_is_a_step_at_that_share_of_the_rate(settings: Adam | SGD) -> None:
-    """Decay and momentum included; the rate that is told is the whole one. Seen to catch: a share of the gradient."""
+    """Decay and momentum included; the rate that is told is the whole one."""
 
     def steps(lr: float, share: float) -> torch.Tensor:
         x = torch.linspace(-1, 1, N, dtype=torch.float64)

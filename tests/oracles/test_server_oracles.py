@@ -94,6 +94,9 @@ def test_staleness_0_is_one_process_with_the_whole_batch(optim: Any, size: int, 
         assert all(c.staleness == 0 for c in rig.commits)
         assert len(rig.settled.report.compute_s) == size and rig.settled.dropped == 0
     assert sum(rig.taken for rig in rigs[workers:]) == 0
+    # Without acts, which would wait for every push anyway.
+    bare = serve(settings, size, plain.tokens, optim=optim, rate=rate, log=0, pace=uneven, transit=far)
+    torch.testing.assert_close(bare[0].final, expected[-1], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("servers", [0, 1])
@@ -174,7 +177,7 @@ def delayed(a: float, d: int, steps: int, eta: Any = lambda late: 1.0) -> list[t
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_in_turn_are_delayed_descent_stable_on_one_side_of_its_bound(workers: int, trail: list[Any]) -> None:
-    """d = W - 1. Seen to catch: fresh reads, a full rate for every push, gradients that are ignored."""
+    """d = W - 1. Seen to catch: a full rate for every push."""
     settings = Settings(servers=1)
     ours = round_robin(0.2, workers, settings, 40, trail)
     for a, b in zip(ours, delayed(0.2, workers - 1, 40), strict=True):
@@ -227,7 +230,7 @@ def test_a_staleness_aware_rate_is_divided_by_the_staleness(trail: list[Any]) ->
 @pytest.mark.parametrize("act", [0, 60])
 def test_the_gap_reaches_the_bound_and_never_passes_it(staleness: int | None, servers: int, act: int) -> None:
     """Seen from outside, by the micro-batches begun, one a push; also right after acts. Seen to catch: a bound that is
-    ignored, always 0, off by one to either side, and a worker that is woken without a second look."""
+    ignored, always 0, or one too high."""
     workers, begun, worst = 3, [0, 0, 0], [0]
 
     def begins(rank: int, number: int) -> None:
@@ -235,7 +238,7 @@ def test_the_gap_reaches_the_bound_and_never_passes_it(staleness: int | None, se
         worst[0] = max(worst[0], max(begun) - min(begun))
 
     settings = Settings(staleness=staleness, servers=servers)
-    pace = lambda rank, number: 200 if rank == 2 else 20  # noqa: E731
+    pace = lambda rank, number: (20, 33, 200, 0)[rank]  # noqa: E731
     serve(settings, workers + servers, 420, optim=PLAIN, nominal=3, pace=pace, begins=begins, act=act)
     assert (worst[0] > 5) if staleness is None else (worst[0] == staleness + 1), worst
 
@@ -333,7 +336,7 @@ def test_an_ask_is_heard_by_all_at_the_second_mark_at_the_latest(staleness: Any,
 @pytest.mark.parametrize(("staleness", "servers"), KINDS)
 def test_heavy_tailed_delays_and_asks_at_any_moment(staleness: Any, servers: int) -> None:
     """No deadlock (virtual ranks that all wait for each other are an error), the same marks and acts on every rank,
-    each ask heard once. Seen to catch: marks told to some ranks only, grants while a rank is in an act."""
+    each ask heard once."""
     for seed in range(5):
         draw = random.Random(seed)
         times = {(rank, k): int(draw.paretovariate(0.8) * 5) for rank in range(4) for k in range(500)}
