@@ -418,15 +418,15 @@ def test_an_ask_of_one_rank_is_heard_once_by_all_at_the_second_mark_at_the_lates
     """Also where the run was left in between. Seen to catch: asks heard inside a group that no pulse passes on, or no
     checkpoint."""
     size, rank = (4, 3) if exchange.inner != "none" else (3, 1)
-    for at in range(1, 10):
-        rigs = train(exchange, size, 9, optim=OPTIMS[1], rate=rate, ask=(rank, at))
+    for at in (1, 2, 4, 7):
+        rigs = train(exchange, size, 7, optim=OPTIMS[1], rate=rate, ask=(rank, at))
         heard = [[c.step for c in rig.commits if c.asks.save] for rig in rigs]
         assert all(each == heard[0] for each in heard) and len(heard[0]) == 1
         asked = rigs[rank].asked
         assert asked is not None and heard[0][0] - 1 - asked <= 1
-        begun = train(exchange, size, 9, optim=OPTIMS[1], rate=rate, ask=(rank, at), stop_at=2, settle=False)
+        begun = train(exchange, size, 7, optim=OPTIMS[1], rate=rate, ask=(rank, at), stop_at=2, settle=False)
         if begun[rank].unheard:
             continue
-        again = train(exchange, size, 9, optim=OPTIMS[1], rate=rate, states=[rig.state for rig in begun])
+        again = train(exchange, size, 7, optim=OPTIMS[1], rate=rate, states=[rig.state for rig in begun])
         found = [c.step for c in [*begun[0].commits, *again[0].commits] if c.asks.save]
         assert found == heard[0] or begun[rank].asked is None
