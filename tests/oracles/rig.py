@@ -195,7 +195,8 @@ def train(
     ask: tuple[int, int] | None = None,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from; data: of groups and clients; ask: a rank, and the micro-batch at which it is asked to save."""
+    ranks, to go on from; data: of groups and clients; ask: a rank, and after which micro-batch it is asked
+    to save."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -210,13 +211,13 @@ def train(
             stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
         out.begun = flatten(flat)
         for number, batch in enumerate(part.feed(stream)):
-            if ask == (world.rank, number):
-                world.asks.save, out.asked = True, len(out.commits)
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 value = cost(net_, batch.inputs, batch.targets)
                 value.backward()
             commit = part.advance(batch, value.detach())
+            if ask == (world.rank, number):
+                world.asks.save, out.asked = True, len(out.commits) + (commit is not None)
             if commit is None:
                 continue
             out.commits.append(commit)
