@@ -160,6 +160,7 @@ class Rig:
 
     weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
     kept: list[torch.Tensor] = field(default_factory=list)  # within consensus, where there were acts
+    of: list[int | None] = field(default_factory=list)  # tokens that those are said to be of
     commits: list[Any] = field(default_factory=list)
     begun: Any = None  # weights before the first step
     asked: int | None = None  # commits before it was
@@ -224,7 +225,8 @@ def train(
             out.weights.append(flatten(flat))
             if acts:
                 part.state()
-                with part.consensus():
+                with part.consensus() as of:
+                    out.of.append(of)
                     world.sum(torch.ones(1), "act.x").land()
                     out.kept.append(flatten(flat))
             if commit.step == stop_at:
