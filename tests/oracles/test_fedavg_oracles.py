@@ -252,7 +252,8 @@ def test_tokens_are_exact_and_losses_add_up(settings: FedAvg) -> None:
 )  # fmt: skip
 def test_a_round_that_is_settled_early_counts_clients_by_what_they_have_made(size: int, taken: dict[int, int]) -> None:
     """Left at the first mark, the second pulse of three: on two ranks after 3 + 1 and 2 steps, on one after 3 + 3,
-    where client 3 has not begun. Seen to catch: deltas not normalised, one that is forgotten, the weight of who made none."""
+    where client 3 has not begun. Seen to catch: deltas not normalised, one that is forgotten, the weight of who made
+    none."""
     rigs = train(FedAvg(clients=4, local_steps=3, pulses=3), size, 1, optim=PLAIN)
     clients, start = Examples(0, 1).clients(4, None), Plain(PLAIN).x
     delta, weight, weighted = torch.zeros_like(start), 0, 0

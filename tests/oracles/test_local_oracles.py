@@ -98,7 +98,8 @@ def test_weights_to_keep_say_of_which_tokens_they_are() -> None:
     tokens = [0, *(c.tokens for c in rig.commits)]
     assert rig.of == [tokens[0], tokens[2], tokens[2], tokens[4], tokens[4], tokens[6]]
     for exchange in (
-        DiLoCo(local_steps=3, pulses=1, outer_lr=0.2, overlap=True), StreamingDiLoCo(local_steps=4, fragments=2, delay=1),
+        DiLoCo(local_steps=3, pulses=1, outer_lr=0.2, overlap=True),
+        StreamingDiLoCo(local_steps=4, fragments=2, delay=1),
     ):  # fmt: skip
         rig = train(exchange, 2, 4, optim=PLAIN, acts=True)[1]
         assert rig.of == [c.tokens for c in rig.commits]
@@ -158,7 +159,8 @@ def test_groups_are_replicas_of_several_ranks(inner: str) -> None:
 @pytest.mark.parametrize("pulses", [1, 3])
 def test_overlap_applies_deltas_one_round_late(pulses: int) -> None:
     """A rate counts what is known: the last meeting but one, then the group's own times the groups. Seen to catch:
-    deltas from the anchor as it is when they are applied, a rate without the round that travels, or that counts it twice."""
+    deltas from the anchor as it is when they are applied, a rate without the round that travels, or that counts it
+    twice."""
     anchors, tokens = by_hand(PLAIN, 3, [3] * 5, 0.2, 0.9, late=True)
     exchange = DiLoCo(local_steps=3, pulses=pulses, outer_lr=0.2, overlap=True)
     rigs = train(exchange, 3, 4 * pulses, optim=PLAIN, rate=rate)
