@@ -20,7 +20,7 @@ from torch import nn
 from hvdllm.config import schema
 from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
-from hvdllm.exchange.base import State
+from hvdllm.exchange.base import NotFinite, State
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.diloco import DiLoCo
 from hvdllm.exchange.fedavg import FedAvg
@@ -165,6 +165,7 @@ class Rig:
     begun: Any = None  # weights before the first step
     asked: int | None = None  # commits before it was
     unheard: bool = False  # left with what no meta has taken along
+    bad: NotFinite | None = None
     settled: Any = None
     final: Any = None
     state: Any = None  # (State, stream position) where asked for
@@ -194,10 +195,11 @@ def train(
     cost: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = loss,
     data: Data = own_examples,
     ask: tuple[int, int] | None = None,
+    catch: bool = False,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
     ranks, to go on from; data: of groups and clients; ask: a rank, and after which micro-batch it is asked
-    to save."""
+    to save; catch: a rank that a bad number ends leaves it in `bad`."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -241,7 +243,14 @@ def train(
         out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
-    return virtual.run(size, body, hosts=hosts) if hosts > 1 else virtual.run(size, body)
+    def caught(world: Any) -> Rig:
+        try:
+            return body(world)
+        except NotFinite as error:
+            return Rig(bad=error)
+
+    each = caught if catch else body
+    return virtual.run(size, each, hosts=hosts) if hosts > 1 else virtual.run(size, each)
 
 
 def freeze(state: State) -> State:

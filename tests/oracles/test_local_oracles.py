@@ -1,6 +1,10 @@
 """Local steps, their meetings and their outer optimizers against plain references, on virtual ranks.
 
 Every group has its own data, another number of examples in every step, several buckets.
+
+Seen to catch, a line broken at a time: weights of one, deltas that are not normalised by steps, an outer momentum that
+is not in the checkpoint, deltas from an anchor that has moved, rates and tokens of the anchor that lag, parts sent at
+each other's time, weights of their own at another world size, several ranks of a group that all speak.
 """
 
 from __future__ import annotations
@@ -353,6 +357,8 @@ def test_a_bad_number_in_one_group_ends_the_run_on_every_rank_alike(exchange: An
     with pytest.raises(NotFinite) as error:
         train(exchange, 2, 30, optim=OPTIMS[1], cost=cost)
     assert error.value.again and error.value.rounds in ([3], []) and not seen
+    for acts in (False, True):
+        assert all(rig.bad for rig in train(exchange, 2, 30, optim=OPTIMS[1], cost=cost, acts=acts, catch=True))
 
 
 # ------------------------------------------------------------------ uneven steps
