@@ -20,7 +20,7 @@ from torch import nn
 from hvdllm.config import schema
 from hvdllm.exchange.acco import Acco
 from hvdllm.exchange.allreduce import AllReduce
-from hvdllm.exchange.base import State
+from hvdllm.exchange.base import NotFinite, State
 from hvdllm.exchange.delayed import Delayed
 from hvdllm.exchange.diloco import DiLoCo
 from hvdllm.exchange.fedavg import FedAvg
@@ -174,10 +174,12 @@ class Rig:
 
     weights: list[torch.Tensor] = field(default_factory=list)  # after each commit, by registration order
     kept: list[torch.Tensor] = field(default_factory=list)  # within consensus, where there were acts
+    of: list[int | None] = field(default_factory=list)  # tokens that those are said to be of
     commits: list[Any] = field(default_factory=list)
     begun: Any = None  # weights before the first step
     asked: int | None = None  # commits before it was
     unheard: bool = False  # left with what no meta has taken along
+    bad: NotFinite | None = None
     settled: Any = None
     final: Any = None
     state: Any = None  # (State, stream position) where asked for
@@ -209,10 +211,12 @@ def train(
     speeds: Callable[[int], float] = lambda rank: 1.0,
     data: Data = own_examples,
     ask: tuple[int, int] | None = None,
+    catch: bool = False,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
     ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it. data:
-    of groups and clients; ask: a rank, and the micro-batch at which it is asked to save."""
+    of groups and clients; ask: a rank, and after which micro-batch it is asked to save; catch: a rank that a bad number
+    ends leaves it in `bad`."""
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
@@ -228,8 +232,6 @@ def train(
         out.begun = flatten(flat)
         source = Lanes(stream) if getattr(exchange, "timed", False) else stream
         for number, batch in enumerate(part.feed(source)):
-            if ask == (world.rank, number):
-                world.asks.save, out.asked = True, len(out.commits)
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 if links is not None:
@@ -237,13 +239,16 @@ def train(
                 value = cost(net_, batch.inputs, batch.targets)
                 value.backward()
             commit = part.advance(batch, value.detach())
+            if ask == (world.rank, number):
+                world.asks.save, out.asked = True, len(out.commits) + (commit is not None)
             if commit is None:
                 continue
             out.commits.append(commit)
             out.weights.append(flatten(flat))
             if acts:
                 part.state()
-                with part.consensus():
+                with part.consensus() as of:
+                    out.of.append(of)
                     world.sum(torch.ones(1), "act.x").land()
                     out.kept.append(flatten(flat))
             if commit.step == stop_at:
@@ -258,7 +263,13 @@ def train(
         out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
-    return virtual.run(size, body, hosts=hosts, links=links)
+    def caught(world: Any) -> Rig:
+        try:
+            return body(world)
+        except NotFinite as error:
+            return Rig(bad=error)
+
+    return virtual.run(size, caught if catch else body, hosts=hosts, links=links)
 
 
 def freeze(state: State) -> State:

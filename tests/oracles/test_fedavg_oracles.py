@@ -74,7 +74,9 @@ def by_hand(
     ids=["sgd", "adamw", "momentum", "fedadam", "prox", "one"],
 )
 def test_fedavg_equals_its_rounds_by_hand_on_any_number_of_ranks(optim: Any, settings: FedAvg) -> None:
-    """The last on ranks of which but one waits."""
+    """The last on ranks of which but one waits. Seen to catch: clients of equal weight, a client that begins where the
+    one before ended or with its moments, a rate that counts ranks or the client before, mu without the tokens, of the
+    wrong sign or of other elements, text read twice, the same draw in every round, a second moment that begins at 0."""
     anchors, tokens = by_hand(settings, 4, optim)
     for size in (1, 2, 3):
         rigs = train(settings, size, 4, optim=optim, rate=rate)
@@ -110,7 +112,7 @@ def test_a_client_is_trained_by_several_ranks(inner: str, prox: float) -> None:
 
 def test_nothing_of_a_client_is_left_for_the_next() -> None:
     """Lossy inside the group: what its wire keeps of one client's gradients must not reach another's, so it does not
-    matter who is trained after whom."""
+    matter who is trained after whom. Seen to catch a wire that keeps it."""
     settings = FedAvg(clients=5, local_steps=3, pulses=1, inner="allreduce", group=2, inner_wire="fp16")
     one, two = (train(settings, size, 3, optim=OPTIMS[1], rate=rate) for size in (2, 4))
     exact = by_hand(settings, 3, OPTIMS[1])[0][-1]
@@ -180,6 +182,7 @@ EVERY = [
 
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
 def test_acts_change_nothing_and_a_resumed_run_is_bit_equal(settings: FedAvg) -> None:
+    """Seen to catch: a round, the clients' places, or what clients of a round had made, not in the checkpoint."""
     for size in (1, 2, 3):
         whole = train(settings, size, 8, optim=OPTIMS[1], rate=rate)
         acting = train(settings, size, 8, optim=OPTIMS[1], rate=rate, acts=True)
@@ -244,23 +247,25 @@ def test_tokens_are_exact_and_losses_add_up(settings: FedAvg) -> None:
         assert all(torch.equal(rig.final, rigs[0].final) for rig in rigs)
 
 
-def test_a_round_that_is_settled_early_counts_clients_by_what_they_have_made() -> None:
-    """Clients 0 and 3 on one rank, 1 on the other. The first mark is their second pulse: of steps 3 and 1, and 2."""
-    settings = FedAvg(clients=4, local_steps=3, pulses=3)
-    rigs = train(settings, 2, 1, optim=PLAIN)
+@pytest.mark.parametrize(
+    ("size", "taken"), [(2, {0: 3, 3: 1, 1: 2}), (1, {0: 3, 1: 3})], ids=["begun", "not begun"]
+)  # fmt: skip
+def test_a_round_that_is_settled_early_counts_clients_by_what_they_have_made(size: int, taken: dict[int, int]) -> None:
+    """Left at the first mark, the second pulse of three: on two ranks after 3 + 1 and 2 steps, on one after 3 + 3,
+    where client 3 has not begun. Seen to catch: deltas not normalised, one that is forgotten, the weight of who made
+    none."""
+    rigs = train(FedAvg(clients=4, local_steps=3, pulses=3), size, 1, optim=PLAIN)
     clients, start = Examples(0, 1).clients(4, None), Plain(PLAIN).x
-    made: dict[int, tuple[int, torch.Tensor]] = {}
-    for client, steps in ((0, 3), (3, 1), (1, 2)):
+    delta, weight, weighted = torch.zeros_like(start), 0, 0
+    for client, steps in taken.items():
         x = start.clone()
         for step in range(steps):
             g, n = own_gradient(x, client, step)
             x = x - PLAIN.lr * g / n
-        made[client] = steps, start - x
-    weight = {client: clients.tokens[client] for client in made}
-    steps = sum(weight[c] * made[c][0] for c in made) / sum(weight.values())
-    delta = steps * sum(weight[c] * made[c][1] / made[c][0] for c in made) / sum(weight.values())
-    torch.testing.assert_close(rigs[1].final, start - delta, rtol=0, atol=1e-11)
-    total = sum(len(own_examples(c, t)[0]) for c in made for t in range(made[c][0]))
+        delta = delta + clients.tokens[client] * (start - x) / steps
+        weight, weighted = weight + clients.tokens[client], weighted + clients.tokens[client] * steps
+    torch.testing.assert_close(rigs[-1].final, start - weighted / weight * delta / weight, rtol=0, atol=1e-11)
+    total = sum(len(own_examples(c, t)[0]) for c, steps in taken.items() for t in range(steps))
     assert rigs[0].commits[-1].tokens + rigs[0].settled.tokens == total
 
 
