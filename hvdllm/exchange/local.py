@@ -435,9 +435,6 @@ class LocalSteps:
                 self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
             self.flat.x.copy_(self.anchor)
             self._base = self.tokens
-            moments = self.update.state()[1]
-            if all(name in state.sharded for name in moments):
-                self.update.load(shared, {n: torch.cat(self.inner.cut(state.sharded[n])) for n in moments})
             return
         own = mine[self.world.rank]
         self._base, self._open, self.lr = own["base"], own["open"], own["lr"]

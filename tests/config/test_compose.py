@@ -27,8 +27,8 @@ def test_every_option_composes_and_survives_its_yaml(group: str, option: str) ->
     [
         (
             ["exchange=aco"],
-            "no exchange=aco: choose one of acco, acco_timed, allreduce, ddp, delayed, diloco, fedavg, horovod, local_sgd, "
-            "local_sgd_by_speed, parameter_server, sharded, streaming_diloco",
+            "no exchange=aco: choose one of acco, acco_timed, allreduce, ddp, delayed, diloco, fedavg, horovod, "
+            "local_sgd, local_sgd_by_speed, parameter_server, sharded, streaming_diloco",
         ),
         (["exchange.bogus=1"], "`exchange.bogus`"),
         (["lr=3"], "did you mean optim.lr"),
