@@ -2,11 +2,16 @@
 # Sets everything up for development (jobs/setup.sh --dev), then lints, checks types and runs the tests; the first
 # that fails ends it. Arguments go to pytest:
 #
-#   jobs/test.sh [PYTEST ARGUMENT ...]
+#   jobs/test.sh [--all | PYTEST ARGUMENT ...]
 #
-# On two cores it takes about three minutes for the set-up, once, and about seven for the tests. It printed at its end:
+#   --all      also what is marked `thorough`: the same for more kinds, launchers or numbers of ranks
 #
-#   == pytest
+# Without arguments the tests that start real ranks run beside those that do not, since the former mostly wait. On two
+# cores it takes about three minutes for the set-up, once, and half an hour for the tests. It printed at its end:
+#
+#   == pytest -m ranks and not thorough
+#   ... passed
+#   == pytest -m not ranks and not thorough
 #   ... passed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,4 +26,16 @@ stage() {
 stage ruff check .
 stage ruff format --check .
 stage mypy
-stage pytest "$@"
+if [ "${1-}" = --all ]; then
+  stage pytest "${@:2}"
+elif [ $# -gt 0 ]; then
+  stage pytest "$@"
+else
+  said=$(mktemp)
+  trap 'kill "$alone" 2>/dev/null || true; rm -f "$said"' EXIT
+  stage pytest -m "not ranks and not thorough" >"$said" 2>&1 &
+  alone=$!
+  stage pytest -m "ranks and not thorough"
+  wait "$alone" || { cat "$said"; exit 1; }
+  cat "$said"
+fi

@@ -11,7 +11,7 @@ from no_hang import StoodStill, no_hang
 pytestmark = pytest.mark.ranks
 NAMES = [
     "acco+exchange.timed=true",
-    "diloco",
+    pytest.param("diloco", marks=pytest.mark.thorough),
     "streaming_diloco",
     "parameter_server+exchange.staleness=0",
     "parameter_server+exchange.staleness=2",

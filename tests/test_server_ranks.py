@@ -61,7 +61,7 @@ def test_every_kind_trains_and_staleness_0_is_its_virtual_twin(tmp_path: Path) -
             torch.testing.assert_close(value, weights(b)[key], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("how", ["mpi", "mpirun"])
+@pytest.mark.parametrize("how", ["mpi", pytest.param("mpirun", marks=pytest.mark.thorough)])
 def test_a_killed_worker_ends_the_job_and_the_run_goes_on(how: str, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 12, *SERVER, f"save_every={3 * BATCH}")
     done = launch(meddled(words, kill=[1, 8]), how, 3, code=None)
@@ -101,7 +101,14 @@ def test_a_bad_gradient_stops_all_ranks_before_it_counts(kind: str, tmp_path: Pa
     assert records(tmp_path / "runs" / "a", "end")[-1]["reason"] == "failed"
 
 
-@pytest.mark.parametrize(("how", "kind"), [("mpi", "async"), ("mpirun", "async-dedicated"), ("mpi", "sync")])
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        pytest.param("mpi", "async", marks=pytest.mark.thorough),
+        ("mpirun", "async-dedicated"),
+        pytest.param("mpi", "sync", marks=pytest.mark.thorough),
+    ],
+)
 def test_ctrl_c_saves_and_the_run_goes_on(how: str, kind: str, tmp_path: Path) -> None:
     """By the launcher's SIGTERM to every rank. The second life has fewer ranks."""
     run = tmp_path / "runs" / "a"

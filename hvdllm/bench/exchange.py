@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -152,7 +152,10 @@ def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, c
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
     slow = [f"world.slow='{asked.slow}'"] if case.slowed and case.kind == "together" else []
     own = compose.merged(base, [*case.words, *slow, f"batch_tokens={share}"])
-    more = batches_a_commit(compose.compose(own), case.slowed) if case.kind == "together" else 1
+    more = 1
+    if case.kind == "together":
+        with suppress(UserError):  # what cannot be is refused later, and the others run
+            more = batches_a_commit(compose.compose(own), case.slowed)
     return [*own, f"budget_tokens={asked.commits * share * more}"]
 
 

@@ -172,7 +172,7 @@ def test_bytes_are_those_of_the_formulas(tmp: Path) -> None:
         assert sent("allreduce-bf16", n) == pytest.approx(0.25 * size, rel=0.15)
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_resumed_in_mid_flight_it_is_bit_equal(n: int, tmp_path: Path) -> None:
     """By files, over real ranks, several buckets; stopped between two checkpoints' worth of rounds."""
     names = ["delayed", "acco", "acco-int8", "delayed-powersgd", "sharded-fp16", "allreduce-topk", "allreduce-sign"]

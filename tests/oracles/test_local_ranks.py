@@ -36,6 +36,7 @@ INNER = {
     "inner-allreduce": [*KINDS["diloco"], "exchange.inner=allreduce"],
     "inner-sharded": [*KINDS["diloco"], "exchange.inner=sharded", "exchange.inner_wire=bf16", "wire=fp16"],
 }
+QUIETER = ("local_sgd", "diloco", "streaming-int8")
 FP64 = ["precision=fp64", f"eval_every={3 * BATCH}", f"audit_every={6 * BATCH}", "trace_steps=2:3"]
 
 
@@ -95,7 +96,7 @@ def test_what_each_reports(tmp: Path) -> None:
     assert records(tmp / "local_sgd-3", "commit")[-1]["tokens"] == STEPS * BATCH
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_resumed_in_mid_round_it_is_bit_equal(n: int, tmp_path: Path) -> None:
     both = [
         spec
@@ -137,7 +138,7 @@ def test_another_world_size_is_said(tmp_path: Path) -> None:
     assert records(tmp_path / "runs" / "a", "end")[-1]["reason"] == "budget"
 
 
-@pytest.mark.parametrize("kind", ["diloco", "streaming"])
+@pytest.mark.parametrize("kind", [pytest.param("diloco", marks=pytest.mark.thorough), "streaming"])
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     more = [*KINDS[kind], f"save_every={3 * BATCH}"]
     runs([{"words": words_of(tmp_path, "a", STEPS, *more)}], 2, tmp_path)
@@ -147,7 +148,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Pat
     assert same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["late", "streaming", *(pytest.param(k, marks=pytest.mark.thorough) for k in QUIETER)])
 def test_a_bad_gradient_that_only_one_rank_sees_stops_all(kind: str, tmp_path: Path) -> None:
     """A lane's round is named by its first window: on rank 1 of 2 its windows are 1, 3, 5, ..., eleven a round."""
     words = words_of(tmp_path, "a", STEPS, *KINDS[kind], "save_every=1", "keep=99")
