@@ -16,10 +16,12 @@ KINDS = {
     "acco-torch": ["exchange=acco", "world=torch"],
     "ddp": ["exchange=ddp"],
 }
+SELDOM = ("sharded", "ddp", "acco-torch")  # much as those of others
+MOST = [pytest.param(kind, marks=pytest.mark.thorough) if kind in SELDOM else kind for kind in KINDS]
 LATE = ("delayed-int8", "acco", "acco-torch")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     more = [*KINDS[kind], f"save_every={3 * BATCH}"]
     runs([{"words": words_of(tmp_path, "a", STEPS, *more)}], 2, tmp_path)
@@ -30,7 +32,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Pat
     assert same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_a_rank_that_fails_shows_its_own_error_once(kind: str, tmp_path: Path) -> None:
     done = launch(meddled(words_of(tmp_path, "a", STEPS, *KINDS[kind]), fail=[1, 3]), "gloo", 2, code=None)
     assert "an apple fell on the fan" in done.out and "rank 1: this is a bug" in done.out
