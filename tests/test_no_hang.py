@@ -10,10 +10,10 @@ from no_hang import StoodStill, no_hang
 
 pytestmark = pytest.mark.ranks
 NAMES = [
-    "acco+exchange.timed=true",
+    pytest.param("acco+exchange.timed=true", marks=pytest.mark.thorough),
     pytest.param("diloco", marks=pytest.mark.thorough),
     "streaming_diloco",
-    "parameter_server+exchange.staleness=0",
+    pytest.param("parameter_server+exchange.staleness=0", marks=pytest.mark.thorough),
     "parameter_server+exchange.staleness=2",
     "parameter_server",
     "parameter_server+exchange.staleness=1+exchange.servers=1",

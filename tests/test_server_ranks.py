@@ -83,7 +83,7 @@ def test_a_worker_that_stands_still_ends_the_run_when_its_lease_is_over(tmp_path
         job.until_gone()
 
 
-@pytest.mark.parametrize("how", ["loop", "server"])
+@pytest.mark.parametrize("how", [pytest.param("loop", marks=pytest.mark.thorough), "server"])
 def test_a_rank_that_fails_shows_its_own_error(how: str, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 1000, *SERVER)
     do = {"fail": [1, 3]} if how == "loop" else {"serve_fail": [1, 7]}
@@ -92,7 +92,7 @@ def test_a_rank_that_fails_shows_its_own_error(how: str, tmp_path: Path) -> None
     assert "rank 1: this is a bug" in done.out and "rank 0: this is a bug" not in done.out
 
 
-@pytest.mark.parametrize("kind", ["sync", "async-dedicated"])
+@pytest.mark.parametrize("kind", [pytest.param("sync", marks=pytest.mark.thorough), "async-dedicated"])
 def test_a_bad_gradient_stops_all_ranks_before_it_counts(kind: str, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 1000, *SERVER, *KINDS[kind])
     done = launch(meddled(words, bad=[1, 21, "blocks.0.mlp.up.weight"]), "mpirun", 3, code=None)

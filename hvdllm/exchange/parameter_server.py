@@ -102,6 +102,7 @@ class ParameterServer:
         self._slot = dict.fromkeys(SLOT, 0.0)  # not yet said
         self._kept = Kept()
         self._serving = self._in_act = self._resumed = self._bad = False
+        self._said = time.monotonic()  # when the log last heard of this rank
 
     @property
     def tokens(self) -> int:
@@ -294,12 +295,13 @@ class ParameterServer:
         return answer
 
     def _post_log(self, kind: str, **said: Any) -> None:
-        asks = self.world.asks.take()
+        asks, self._said = self.world.asks.take(), time.monotonic()
         self.mail.post(self.log, "log", {"kind": kind, "stop": asks.stop, "save": asks.save, **said})
 
     def _pass_on_asks(self) -> None:
-        """A rank that waits can be signalled too, one that only serves above all."""
-        if self.world.asks.stop or self.world.asks.save:
+        """A rank that waits can be signalled too, one that only serves above all. And it lives: who waits for a server
+        that stands still is not the one that does."""
+        if self.world.asks.stop or self.world.asks.save or time.monotonic() - self._said > self.settings.lease_s / 4:
             self._post_log("ask")
 
     def _enter(self, mark: dict[str, Any]) -> Commit:

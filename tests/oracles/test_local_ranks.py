@@ -114,6 +114,7 @@ def test_resumed_in_mid_round_it_is_bit_equal(n: int, tmp_path: Path) -> None:
         assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
 
 
+@pytest.mark.thorough
 def test_groups_resumed_in_mid_round_and_at_another_size(tmp_path: Path) -> None:
     words = [*INNER["inner-sharded"], "exchange.pulses=4", "exchange.group=2"]
     runs(
@@ -130,6 +131,7 @@ def test_groups_resumed_in_mid_round_and_at_another_size(tmp_path: Path) -> None
     assert "at least two groups" in done.out and done.out.count("at least two groups") == 1
 
 
+@pytest.mark.thorough
 def test_another_world_size_is_said(tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", LONG, *KINDS["diloco"])
     runs([{"words": words, "do": {"stop": [0, 2]}}], 3, tmp_path)
@@ -138,7 +140,8 @@ def test_another_world_size_is_said(tmp_path: Path) -> None:
     assert records(tmp_path / "runs" / "a", "end")[-1]["reason"] == "budget"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("diloco", marks=pytest.mark.thorough), "streaming"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["diloco", "streaming"])
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     more = [*KINDS[kind], f"save_every={3 * BATCH}"]
     runs([{"words": words_of(tmp_path, "a", STEPS, *more)}], 2, tmp_path)
