@@ -18,19 +18,9 @@ on the host of a GPU), overlap two vectors more. Staleness: 0; overlap 1 round. 
 
 from __future__ import annotations
 
-import torch
-
-from hvdllm.exchange import outer
 from hvdllm.exchange.local_rounds import LocalRounds
+from hvdllm.exchange.outer import Momentum
 
 
-class DiLoCo(LocalRounds):
-    def outer_vectors(self) -> tuple[str, ...]:
-        return ("velocity",)
-
-    def outer_rate(self) -> float:
-        return float(self.settings.outer_lr)
-
-    def outer_step(self, anchor: torch.Tensor, delta: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        lr, momentum = self.settings.outer_lr, self.settings.outer_momentum
-        outer.nesterov(anchor, delta, state["velocity"], lr=lr, momentum=momentum)
+class DiLoCo(Momentum, LocalRounds):
+    """All of it stands in the two."""

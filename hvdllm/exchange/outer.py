@@ -7,6 +7,8 @@ Functions on slices, in place; their state is handed in. Source: EXCHANGES.md, s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -32,3 +34,19 @@ def adam(
     m.lerp_(delta, 1 - beta1)
     v.mul_(beta2).addcmul_(delta, delta, value=1 - beta2)
     anchor.addcdiv_(m, v.sqrt().add_(tau), value=-lr)
+
+
+class Momentum:
+    """The outer step of DiLoCo's kind, for exchange/local.py; settings: outer_lr, outer_momentum."""
+
+    settings: Any
+
+    def outer_vectors(self) -> tuple[str, ...]:
+        return ("velocity",)
+
+    def outer_rate(self) -> float:
+        return float(self.settings.outer_lr)
+
+    def outer_step(self, anchor: torch.Tensor, delta: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        lr, momentum = self.settings.outer_lr, self.settings.outer_momentum
+        nesterov(anchor, delta, state["velocity"], lr=lr, momentum=momentum)

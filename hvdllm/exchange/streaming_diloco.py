@@ -21,11 +21,11 @@ import torch
 
 from hvdllm.device import Mark
 from hvdllm.errors import UserError
-from hvdllm.exchange import outer
 from hvdllm.exchange.base import Commit, State
 from hvdllm.exchange.local import Fragment, LocalSteps, Pulse, landed
 from hvdllm.exchange.local_rounds import meta_of
 from hvdllm.exchange.meta import MetaSum
+from hvdllm.exchange.outer import Momentum
 from hvdllm.world.base import Flight
 
 
@@ -41,7 +41,7 @@ class Air:
     pulse: Pulse
 
 
-class StreamingDiLoCo(LocalSteps):
+class StreamingDiLoCo(Momentum, LocalSteps):
     copies = 2  # deltas travel while gradients are computed
 
     def __init__(self, settings: Any, nominal: int) -> None:
@@ -66,16 +66,6 @@ class StreamingDiLoCo(LocalSteps):
                 parts.append([])
             parts[-1].append(bucket)
         return [Fragment(each) for each in parts]
-
-    def outer_vectors(self) -> tuple[str, ...]:
-        return ("velocity",)
-
-    def outer_rate(self) -> float:
-        return float(self.settings.outer_lr)
-
-    def outer_step(self, anchor: torch.Tensor, delta: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        lr, momentum = self.settings.outer_lr, self.settings.outer_momentum
-        outer.nesterov(anchor, delta, state["velocity"], lr=lr, momentum=momentum)
 
     def synchronise(self) -> Commit | None:
         self._done += 1
