@@ -14,7 +14,7 @@ from hvdllm.bench import lab
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
 SWEEPS = {
-    "race": ["seed=0", "launch=horovodrun", "exchange=allreduce,diloco,fedavg"],
+    "race": ["seed=0", "launch=horovodrun", "exchange=allreduce,diloco,streaming_diloco"],
     "slow_link": ["seed=0", "exchange=allreduce", "wire=fp32,int8"],
     "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun", "exchange=delayed,allreduce"],
     "diloco_h": ["seed=0", "world.size=2", "exchange=diloco", "exchange.local_steps=2,4"],
