@@ -33,9 +33,12 @@ elif [ $# -gt 0 ]; then
 else
   said=$(mktemp)
   trap 'kill "$alone" 2>/dev/null || true; rm -f "$said"' EXIT
-  stage pytest -m "not ranks and not thorough" >"$said" 2>&1 &
+  pytest -m "not ranks and not thorough" >"$said" 2>&1 &
   alone=$!
   stage pytest -m "ranks and not thorough"
-  wait "$alone" || { cat "$said"; exit 1; }
+  code=0
+  wait "$alone" || code=$?
+  printf '\n== pytest -m not ranks and not thorough\n'
   cat "$said"
+  [ "$code" = 0 ] || { echo "jobs/test.sh: pytest failed." >&2; exit 1; }
 fi
