@@ -67,8 +67,12 @@ class LocalRounds(LocalSteps):
         wanted = self.settings.pulses or round(self.round_steps() / 10)
         return max(1, min(wanted, self.round_steps()))
 
+    def steps_of(self, group: int) -> int:
+        """Of a group in this round."""
+        return max(self.pulses(), min(self._steps_of[group], self.round_steps()))
+
     def own_steps(self) -> int:
-        return max(self.pulses(), min(self._steps_of[self.group], self.round_steps()))
+        return self.steps_of(self.group)
 
     def synchronise(self) -> Commit | None:
         done, steps, pulses = self.fragments[0].steps, self.own_steps(), self.pulses()
@@ -106,9 +110,9 @@ class LocalRounds(LocalSteps):
         metas = [self.heed(pulse) for pulse in (before, last) if pulse is not None]
         self.meet(fragment, flights, metas[-1])
         self.blocked(wait, wait)
+        self._set_pace()
         self._exact = self._base = self.anchor_tokens = self.tokens + sum(int(meta.tokens) for meta in metas)
         self._open = 0
-        self._set_pace()
         return metas
 
     def _late_meeting(self) -> Commit | None:
@@ -126,9 +130,9 @@ class LocalRounds(LocalSteps):
             self.blocked(wait, air.launched)
         else:
             self.flat.x.copy_(self.anchor)
+        self._set_pace()
         self._base = self._exact + self.groups * self._open
         self._open = 0
-        self._set_pace()
         return commit
 
     def _apply(self, air: Late) -> None:
@@ -138,11 +142,12 @@ class LocalRounds(LocalSteps):
         self._exact = self.anchor_tokens = air.tokens
 
     def _set_pace(self) -> None:
-        """Steps of the next round, from what this one took; the same on every rank."""
+        """Steps of the next round, from what those of this one took; the same on every rank. Before the next begins:
+        that a round is short (post-local warm-up) or a slow group has as many steps as pulses says nothing of speed."""
         if getattr(self.settings, "by_speed", False) and all(self._compute_s):
             each = len(self._compute_s) // self.groups
             took = [max(self._compute_s[g * each : (g + 1) * each]) for g in range(self.groups)]
-            speeds = [steps / seconds for steps, seconds in zip(self._steps_of, took, strict=True)]
+            speeds = [self.steps_of(group) / seconds for group, seconds in enumerate(took)]
             most = self.settings.local_steps
             self._steps_of = [max(1, int(most * speed / max(speeds) + 1e-9)) for speed in speeds]
         self._compute_s = [0.0] * len(self._compute_s)

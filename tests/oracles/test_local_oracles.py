@@ -22,6 +22,7 @@ from torch import nn
 from hvdllm.config.bounds import outer_rate_below
 from hvdllm.config.schema import SGD, AdamW, DiLoCo, LocalSGD, StreamingDiLoCo
 from hvdllm.exchange import diloco as exchanges
+from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
 
 OPTIMS = [
@@ -429,6 +430,22 @@ def test_the_next_round_is_as_long_as_the_last_one_was_fast() -> None:
     assert exchange._steps_of == [8, 4, 2] and exchange._compute_s == [0.0] * 6
     exchange._set_pace()
     assert exchange._steps_of == [8, 4, 2], "nothing is known of a round without compute"
+
+
+def test_the_pace_goes_by_the_steps_that_were_made() -> None:
+    """In the warm-up of one step a round, and where a slow group makes one a pulse. Seen to catch: by those planned."""
+    exchange = local_sgd.LocalSGD(LocalSGD(local_steps=16, pulses=4, by_speed=True, warmup_tokens=100), NOMINAL)
+    exchange.groups, exchange._steps_of = 2, [16, 16]
+    for _ in range(3):
+        exchange._compute_s = [1.0, 4.0]
+        exchange._set_pace()
+        assert exchange._steps_of == [16, 4]
+    exchange._base, exchange._compute_s = 100, [16.0, 4 * 16.0]
+    exchange._set_pace()
+    assert exchange._steps_of == [16, 1]
+    exchange._compute_s = [16.0, 16.0]
+    exchange._set_pace()
+    assert exchange._steps_of == [16, 4], "four steps were made, one a pulse"
 
 
 # ------------------------------------------------------------------ asks
