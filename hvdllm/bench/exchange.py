@@ -34,8 +34,9 @@ from hvdllm.bench import figures, group, lab
 from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose, pace
 from hvdllm.config.check import check
-from hvdllm.config.schema import Config, LocalRounds, StreamingDiLoCo
+from hvdllm.config.schema import Config, FedAvg, LocalRounds, StreamingDiLoCo
 from hvdllm.errors import UserError
+from hvdllm.launch.horovodrun import mpi
 from hvdllm.world.detect import Place
 
 MODEL = (
@@ -53,6 +54,7 @@ OF_EXCHANGE = {
     "delayed": ("exchange.warmup_tokens=0",),
     "local_sgd": ("exchange.warmup_tokens=0", "exchange.pulses=1"),
     "diloco": ("exchange.pulses=1",),
+    "fedavg": ("exchange.pulses=1",),
 }
 UNEVEN = {"local_sgd": ("exchange.by_speed=true",)}  # and what there is for uneven ranks
 RESERVED = {
@@ -162,7 +164,7 @@ def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, c
 def batches_a_commit(config: Config, slowed: bool) -> int:
     """Global batches from one commit to the next, at least."""
     exchange = config.exchange
-    if isinstance(exchange, LocalRounds):
+    if isinstance(exchange, LocalRounds | FedAvg):
         return -(-exchange.local_steps // max(1, (exchange.pulses or 1) - 1))
     if isinstance(exchange, StreamingDiLoCo):
         return -(-exchange.local_steps // exchange.fragments)
@@ -185,6 +187,18 @@ def spread(ranks: int, hosts: int) -> list[int]:
     return [ranks // hosts + (k < ranks % hosts) for k in range(hosts)]
 
 
+def by_mpi(case: Case) -> bool:
+    """Letters between ranks need MPI; all else is measured over Gloo, whose ranks wait without spinning."""
+    return "exchange=parameter_server" in case.words
+
+
+def place_of(case: Case, asked: Asked) -> Place:
+    """Where its first rank will find itself."""
+    return (
+        Place("mpirun" if by_mpi(case) else "horovodrun", 0, asked.ranks, 0, 1) if case.kind == "together" else Place()
+    )
+
+
 def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> list[list[str]]:
     """The processes to start: one launcher for ranks that know each other, one process a rank for those that do not."""
     rank = [sys.executable, "-m", "hvdllm", "bench", "rank", str(spec)]
@@ -193,20 +207,21 @@ def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> l
         homes = [k for k, count in enumerate(places) for _ in range(count)]
         own = [[*rank, str(index)] for index in range(asked.ranks)]
         return [network.inside(network.hosts[k], c) for k, c in zip(homes, own, strict=True)] if network else own
-    launcher = ["horovodrun", "--gloo", "-np", str(asked.ranks), "--disable-cache"]
+    launcher = ["horovodrun", "--mpi" if by_mpi(case) else "--gloo", "-np", str(asked.ranks), "--disable-cache"]
     if network is None:
         return [[*launcher, "-H", f"localhost:{asked.ranks}", *rank]]
     where = ",".join(f"{host.address}:{count}" for host, count in zip(network.hosts, places, strict=True))
     return [network.inside(network.hosts[0], [*launcher, "-H", where, "--network-interfaces", lab.INTERFACE, *rank])]
 
 
-def environment(network: lab.Lab | None) -> dict[str, str]:
+def environment(case: Case, network: lab.Lab | None) -> dict[str, str]:
     """Of all ranks: the stand-in for ssh first on PATH, and the interface for torch's Gloo, which asks no launcher."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    more = mpi(here=network is None) if by_mpi(case) else {}
     if network is None:
-        return group.environment(PATH=path, PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME="lo")
+        return group.environment(PATH=path, PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME="lo", **more)
     return group.environment(
-        PATH=f"{network.folder}{os.pathsep}{path}", PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME=lab.INTERFACE
+        PATH=f"{network.folder}{os.pathsep}{path}", PYTHONUNBUFFERED="1", GLOO_SOCKET_IFNAME=lab.INTERFACE, **more
     )
 
 
@@ -229,7 +244,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
     }
     for case in todo:
-        results[case.label]["refused"] = refusal(words[case.label], together if case.kind == "together" else Place())
+        results[case.label]["refused"] = refusal(words[case.label], place_of(case, asked))
     asked_for = [results[case.label]["refused"] for case in todo if case.kind == "together"]
     if all(asked_for):
         raise UserError(asked_for[0])
@@ -276,7 +291,9 @@ def run(
     spec = {"slow": slow, "kind": case.kind, "words": list(words), "interface": asked.interface, "folder": str(folder)}
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
-    ended = group.run(commands(case, path, asked, network), environment(network), folder / "log.txt", asked.limit_s)
+    ended = group.run(
+        commands(case, path, asked, network), environment(case, network), folder / "log.txt", asked.limit_s
+    )
     if ended.problem:
         for said in sorted(folder.glob("refused-*.txt")):
             return {"refused": said.read_text()}

@@ -22,12 +22,8 @@ about as long as its gradients at 200mbit. What a column means: hvdllm/bench/fig
 ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 
 
-def uneven() -> list[str]:
-    """What is measured with --slow: one that waits, and those that need not."""
-    from hvdllm.config.schema import SCHEMAS
-
-    ours = ("allreduce", "acco+exchange.timed=true", "local_sgd", "parameter_server+exchange.staleness=null")
-    return [text for text in ours if text.partition("+")[0] in SCHEMAS["exchange"]]
+# What is measured with --slow: one that waits, and those that need not.
+UNEVEN = "allreduce,acco+exchange.timed=true,local_sgd,parameter_server+exchange.staleness=null"
 
 
 def run(argv: list[str]) -> int:
@@ -52,7 +48,7 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--hosts", type=int, help="2 to 8 (as many as ranks, at most 8)")
     exchange.add_argument(
         "--exchanges",
-        help=f"with commas between; settings after a plus each ({ALL}; with --slow {', '.join(uneven())})",
+        help=f"with commas between; settings after a plus each ({ALL}; with --slow {UNEVEN})",
     )
     exchange.add_argument("--model", help="of conf/model, as model=NAME does (a small one of the bench's own)")
     exchange.add_argument("--wires", default="", help="with commas between (as configured)")
@@ -177,7 +173,7 @@ def ask(given: argparse.Namespace) -> Any:
             f"--hosts {hosts}: give 2 to {lab.MOST_HOSTS}, and no more than there are ranks ({given.ranks})"
         )
     if given.exchanges is None:
-        given.exchanges = ",".join(uneven()) if given.slow else ALL
+        given.exchanges = UNEVEN if given.slow else ALL
     exchanges, wires, worlds = (
         tuple(filter(None, text.split(","))) for text in (given.exchanges, given.wires, given.worlds)
     )

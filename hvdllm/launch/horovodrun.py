@@ -96,12 +96,17 @@ def environment(settings: Any, hosts: lab.Lab | None) -> dict[str, str]:
     if interface and "," not in interface:
         env["GLOO_SOCKET_IFNAME"] = interface  # torch's Gloo asks no launcher
     if settings.controller == "mpi":
-        mpi = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
-        mpi |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_odls_base_sigkill_timeout": "5"}
-        if settings.hosts is None and not shutil.which("ssh"):
-            mpi["OMPI_MCA_plm"] = "isolated"  # else mpirun looks for ssh even where it needs none
-        env |= {name: value for name, value in mpi.items() if name not in os.environ}
+        env |= mpi(here=settings.hosts is None)
     return {**os.environ, **env}
+
+
+def mpi(here: bool) -> dict[str, str]:
+    """What mpirun needs, but for what the user has set. here: all ranks are on this machine."""
+    env = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    env |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_odls_base_sigkill_timeout": "5"}
+    if here and not shutil.which("ssh"):
+        env["OMPI_MCA_plm"] = "isolated"  # else mpirun looks for ssh even where it needs none
+    return {name: value for name, value in env.items() if name not in os.environ}
 
 
 def ask_ranks(pid: int, mark: str) -> None:

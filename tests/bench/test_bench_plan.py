@@ -151,11 +151,33 @@ def test_commands_on_the_loopback() -> None:
     assert together[0][:2] == ["horovodrun", "--gloo"] and "localhost:3" in together[0]
 
 
+def test_letters_are_measured_over_mpi() -> None:
+    """Under Gloo a parameter server would be refused, whatever was asked."""
+    (*_, case) = exchange.cases(asked(exchanges=("parameter_server",)))
+    ((*command,),) = exchange.commands(case, SPEC, ASKED, None)
+    assert command[:2] == ["horovodrun", "--mpi"] and "OMPI_MCA_mpi_yield_when_idle" in exchange.environment(case, None)
+    assert exchange.refusal(["exchange=parameter_server"], exchange.place_of(case, ASKED)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [
+        ("allreduce", 1), ("acco+exchange.timed=true", 3), ("diloco+exchange.local_steps=7", 7), ("fedavg", 20),
+        ("streaming_diloco+exchange.local_steps=40", 10), ("aco", 1),
+    ],
+)  # fmt: skip
+def test_a_commit_has_as_many_batches_as_its_exchange_makes_of_it(name: str, batches: int) -> None:
+    ask = asked(exchanges=(name,))
+    (*_, case) = exchange.cases(ask)
+    words = exchange.words_of(case, [], ask, 704, 32)
+    assert words[-1] == f"budget_tokens={ask.commits * 704 * batches}"
+
+
 def test_the_stand_in_comes_first_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_RANK", "3")
     network = Lab(2, "200mbit")
     network.folder = tmp_path
-    env = exchange.environment(network)
+    env = exchange.environment(Case("x", "together"), network)
     assert env["PATH"].split(":")[0] == str(tmp_path) and env["GLOO_SOCKET_IFNAME"] == "eth0"
     assert "HOROVOD_RANK" not in env, "a rank would take itself for one of another job"
 
