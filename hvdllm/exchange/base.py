@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +106,11 @@ class Report:
     flight_s: list[float]
     cpu_s: list[float]
     micro_batches: list[float]
+
+    def elsewhere(self, size: int) -> Report:
+        """For a world of another size: what each rank said has no place in it."""
+        none = [0.0] * size
+        return replace(self, compute_s=none, blocked_s=none, flight_s=none, cpu_s=none, micro_batches=none)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ class LocalSteps:
         self.anchor_tokens = 0  # committed tokens that the anchor is of
         self._base = 0  # tokens of all groups at the last meeting, as the rate counts them
         self._open = 0  # of this group since
+        self._inner_tokens = 0  # that the inner exchange has committed
+        self.lr = 0.0  # of the last local step
         self._now = Window()
         self._intervals: list[tuple[str, Mark, Mark]] = []
         self._asks = Asks()  # heard inside the group, to be passed on
@@ -231,9 +233,6 @@ class LocalSteps:
         for fragment in self.fragments:
             fragment.tokens += tokens
         self._asks = Asks(self._asks.stop or commit.asks.stop, self._asks.save or commit.asks.save)
-
-    _inner_tokens = 0
-    lr = 0.0
 
     def synchronise(self) -> Commit | None:
         """A local step is over: pulses and meetings that are due. A Commit at a mark."""
@@ -432,7 +431,7 @@ class LocalSteps:
         self.wire.load(shared["wire"], state.summed, state.tensors)
         if len(mine) != self.world.size:
             if self.held is not None:
-                self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
+                self.held = self.held.elsewhere(self.world.size)
             self.flat.x.copy_(self.anchor)
             self._base = self.tokens
             return
@@ -449,7 +448,6 @@ class LocalSteps:
         self._inner_tokens = self.inner.tokens
 
 
-def landed(meta: MetaSum) -> Posted:
+def again(meta: MetaSum, meeting: bool) -> Pulse:
     """A pulse that has arrived, from a checkpoint."""
-    post: Posted = Landed(meta)
-    return post
+    return Pulse(Landed(meta), meeting)

@@ -23,9 +23,9 @@ from torch import nn
 
 from hvdllm.device import Mark
 from hvdllm.exchange.base import Commit, State, Update, Wire
-from hvdllm.exchange.local import LocalSteps, Pulse, landed
+from hvdllm.exchange.local import LocalSteps, Pulse, again
 from hvdllm.exchange.meta import MetaSum
-from hvdllm.world.base import Asks, Flight, World
+from hvdllm.world.base import Flight, World
 
 
 @dataclass
@@ -192,22 +192,17 @@ class LocalRounds(LocalSteps):
         if shared["late"] is not None:
             buffer, meta, tokens = shared["late"]
             self.flat.gradients[buffer].copy_(state.sharded["late"])
-            self._air = Late([], Mark(self.device), buffer, meta and meta_of(meta), tokens)
+            self._air = Late([], Mark(self.device), buffer, meta and MetaSum.of(meta), tokens)
         self._exact = shared["exact"]
         if len(mine) == self.world.size:
             self._steps_of, self._compute_s = shared["steps_of"], shared["compute_s"]
             if shared["pulse"] is not None:
                 meta, meeting = shared["pulse"]
-                self._pulse = Pulse(landed(meta_of(meta)), meeting)
+                self._pulse = again(MetaSum.of(meta), meeting)
             return
         # Another world size: the last pulse's tokens are lost with the local steps that they were computed in, a late
         # meeting's deltas are not.
         self._exact = self.tokens
         if self._air is not None:
             self._air.tokens = self.tokens
-            self._air.meta = self._air.meta or meta_of(shared["pulse"][0])
-
-
-def meta_of(values: dict[str, Any]) -> MetaSum:
-    """From a checkpoint."""
-    return MetaSum(**{**values, "asks": Asks(**values["asks"])})
+            self._air.meta = self._air.meta or MetaSum.of(shared["pulse"][0])

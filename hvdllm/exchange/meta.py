@@ -9,6 +9,7 @@ the sum is also a gather.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +32,11 @@ class MetaSum:
     bad: float = 0.0  # ranks that have masked a local step, which nobody else can see
     weight: float = 0.0  # of what travels with it, where sums are weighted by more than tokens
     steps: float = 0.0  # weight times local steps
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> MetaSum:
+        """From a checkpoint's plain values, those of asdict()."""
+        return MetaSum(**{**values, "asks": Asks(**values["asks"])})
 
 
 class MetaPost:

@@ -380,7 +380,7 @@ class ParameterServer:
             self.counts.clocks = [0] * self.workers
             self.counts.dropped += sum(each["n"] for each in mine)
             if self.held is not None:
-                self.held = Report(**{**asdict(self.held), **{name: [0.0] * self.world.size for name in SLOT}})
+                self.held = self.held.elsewhere(self.world.size)
             self._seen = [float(self.counts.pushes), self.counts.pushes]
             return
         own = mine[self.world.rank]

@@ -22,8 +22,7 @@ import torch
 from hvdllm.device import Mark
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Commit, State
-from hvdllm.exchange.local import Fragment, LocalSteps, Pulse, landed
-from hvdllm.exchange.local_rounds import meta_of
+from hvdllm.exchange.local import Fragment, LocalSteps, Pulse, again
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.outer import Momentum
 from hvdllm.world.base import Flight
@@ -137,8 +136,8 @@ class StreamingDiLoCo(Momentum, LocalSteps):
         number, step, meta = air
         same = len(mine) == self.world.size
         said = mine[self.world.rank]["said"] if same else 0
-        values = meta_of(meta)
+        values = MetaSum.of(meta)
         if not same:  # their deltas count, their tokens were lost with the local steps of the other parts
             values = replace(values, tokens=0.0, slots={name: [0.0] * self.world.size for name in values.slots})
         self.buffer.copy_(state.sharded["air"])
-        self._air = Air(number, step, said, [], Mark(self.device), Pulse(landed(values), True))
+        self._air = Air(number, step, said, [], Mark(self.device), again(values, True))

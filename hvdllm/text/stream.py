@@ -93,6 +93,7 @@ class Stream:
         self.position = 0  # windows handed out to all ranks
         self.waited_s = 0.0
         self._tokens = tokens
+        self._federation: tuple[tuple[int, float | None], Federation] | None = None
         self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
         # A round touches at most two epochs, for windows >= batch; lanes may be a little apart.
         self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
@@ -152,8 +153,11 @@ class Stream:
 
     def clients(self, count: int, alpha: float | None) -> Federation:
         """The text dealt to so many clients; alpha: how unevenly, see Clients. Raises UserError where all of it falls
-        to one of several."""
-        return Federation(self, Clients(self._tokens, self._windows.shape[1] - 1, self.end, count, alpha, self.seed))
+        to one of several. Dealt once: it reads the whole text."""
+        if self._federation is None or self._federation[0] != (count, alpha):
+            clients = Clients(self._tokens, self._windows.shape[1] - 1, self.end, count, alpha, self.seed)
+            self._federation = (count, alpha), Federation(self, clients)
+        return self._federation[1]
 
     def _walk(
         self, index: int, of: int, each: int, rows: Callable[[int, int, int], np.ndarray]

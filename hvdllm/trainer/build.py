@@ -328,8 +328,9 @@ def bucket_bytes(config: Config, model: torch.nn.Module) -> float:
     chosen = config.exchange.bucket_mb
     if chosen:
         return float(chosen * 2**20)
-    fragments = getattr(config.exchange, "fragments", 1)  # each of several buckets, so that they come out equal
-    return float(min(25 * 2**20, max(2**20 if fragments == 1 else 0, whole / (8 if fragments == 1 else 4 * fragments))))
+    if (fragments := getattr(config.exchange, "fragments", 1)) > 1:  # of several buckets each: they come out equal
+        return float(min(25 * 2**20, whole / (4 * fragments)))
+    return float(min(25 * 2**20, max(2**20, whole / 8)))
 
 
 def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:
