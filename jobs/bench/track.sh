@@ -1,48 +1,112 @@
 #!/usr/bin/env bash
-# What a tracker costs a step: the same run without one, with W&B offline, and with a W&B server that does not answer,
-# in turns, a record every step (the most there can be). Beside the median step: its share, and its range over turns.
+# What a tracker costs a step. In one run the tracker's processes are stopped and let go on in turns, in pairs of blocks,
+# either first by lot, and the blocks of a pair are compared: runs differ from each other by more than is looked for.
+# What was recorded while they were stopped is sent in the block in which they go on, with its own: what is shown is the
+# cost of twice the records. The processor time of the tracker's processes moves less and bounds it: where all cores
+# compute, what the tracker takes of one is what a step can get longer by.
 #
-#   jobs/bench/track.sh [TURNS [STEPS [SETTING=VALUE ...]]]
+#   jobs/bench/track.sh [PAIRS [SECONDS OF A BLOCK [SETTING=VALUE ...]]]
 #
-# Not yet measured on a quiet machine. What the tracker's processes need, measured apart (W&B offline, 4,000 records of
-# 21 numbers, at a load of 7 on 2 cores): 0.9 s of processor time to start and end, 0.3 ms a record, at low priority, in
-# a process of its own; at the default log_every a record comes every tenth step.
+# It printed with 13 pairs of 14 s (2 cores, both used by the run, nothing else running; the default log_every is a
+# record every tenth step):
+#
+#   W&B offline      257.24 ms a step without, -0.35 % with (95 %: -4.97 to +4.50; 13 pairs); 0.20 % of one core
+#   W&B, no server   248.79 ms a step without, +0.58 % with (95 %: -5.12 to +6.63; 13 pairs); 0.21 % of one core
+#
+# And before, with a record every step, 50 pairs of 5 s: 247.38 ms, +2.31 % (+0.61 to +4.05) for twice the records, so
+# 1.2 % for a record every step and a tenth of that by default; 0.77 % of one core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH WANDB_BASE_URL=http://127.0.0.1:9 WANDB_API_KEY=0000000000000000000000000000000000000000
-turns=${1:-5} steps=${2:-100}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-declare -A words=(
-  [none]='track=none' [offline]='track=wandb track.mode=offline' [unreachable]='track=wandb track.start_s=15'
-)
-for ((turn = 0; turn < turns; turn++)); do
-  for how in none offline unreachable; do
-    # shellcheck disable=SC2086 # one word a setting
-    hvdllm train runs_dir="$work" name="$how-$turn" ${words[$how]} budget_tokens=$((2048 * steps)) log_every=2048 eval_every=0 \
-      sample_every=0 save_every=0 audit_every=0 "${@:3}" >"$work/out" || { cat "$work/out"; exit 1; }
-  done
-done
-
-python - "$work" "$turns" <<'END'
-import json, sys
+exec 3<<'END'
+import json, math, os, random, signal, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
-work, turns = Path(sys.argv[1]), int(sys.argv[2])
-
-
-def step_ms(run: str) -> float:
-    lines = map(json.loads, (work / run / "metrics.jsonl").read_text().splitlines())
-    at = [line["seconds"] for line in lines if line["kind"] == "commit"]
-    return 1000 * median(b - a for a, b in zip(at[10:], at[11:]))
+WORK, PAIRS, BLOCK_S, MORE = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
+HOW = {
+    "W&B offline": ["track=wandb", "track.mode=offline"],
+    "W&B, no server": ["track=wandb", "track.start_s=15"],
+}
 
 
-base = [step_ms(f"none-{turn}") for turn in range(turns)]
-print(f"none         {median(base):7.2f} ms a step  ({min(base):.2f} to {max(base):.2f})")
-for how in ("offline", "unreachable"):
-    here = [step_ms(f"{how}-{turn}") for turn in range(turns)]
-    share = [100 * (a / b - 1) for a, b in zip(here, base)]
-    print(f"{how:12} {median(here):7.2f} ms a step  {median(share):+.2f} %  ({min(share):+.2f} to {max(share):+.2f})")
+def commits(run: Path) -> list[tuple[float, int]]:
+    """When each recorded step ended, in seconds, and its number."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(line["seconds"], line["step"]) for line in lines if line["kind"] == "commit"]
+
+
+def family(pid: int) -> list[int]:
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [pid, *(each for child in children for each in family(child))]
+
+
+def tracker(pid: int) -> list[int]:
+    (root,) = (each for each in family(pid) if b"hvdllm.track.process" in Path(f"/proc/{each}/cmdline").read_bytes())
+    return family(root)
+
+
+def send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def processor_s(pids: list[int]) -> float:
+    """Of these and of those of their children that ended."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:15] for pid in pids]
+    return sum(int(ticks) for each in fields for ticks in each) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name: str, words: list[str]) -> None:
+    run = WORK / "run"
+    settings = [f"runs_dir={WORK}", "name=run", "budget_tokens=1000000000"]
+    settings += [f"{kind}_every=0" for kind in ("eval", "sample", "save", "audit")]
+    with open(WORK / "out", "w") as out:
+        process = subprocess.Popen(["hvdllm", "train", *settings, *words, *MORE], stdout=out, stderr=out)
+    try:
+        while process.poll() is None and not ((run / "metrics.jsonl").exists() and len(commits(run)) > 2):
+            time.sleep(0.5)
+        if process.poll() is not None:
+            sys.exit((WORK / "out").read_text())
+        time.sleep(20)  # a tracker has found out by then whether there is a server
+        pids = tracker(process.pid)
+        before, (begun_s, _) = processor_s(pids), commits(run)[-1]
+        logs, ms = [], []
+        for _ in range(PAIRS):
+            pair = {}
+            for awake in random.sample((True, False), 2):
+                pids = tracker(process.pid)
+                send(pids, signal.SIGCONT if awake else signal.SIGSTOP)
+                begun = len(commits(run))
+                time.sleep(BLOCK_S)
+                (start_s, start), *_, (end_s, end) = commits(run)[begun:]
+                pair[awake] = 1000 * (end_s - start_s) / (end - start)
+            logs.append(math.log(pair[True] / pair[False]))
+            ms.append(pair[False])
+        send(pids, signal.SIGCONT)
+        time.sleep(1)
+        spent = (processor_s(tracker(process.pid)) - before) / (commits(run)[-1][0] - begun_s)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    half = 1.96 * stdev(logs) / math.sqrt(PAIRS)
+    low, here, high = (100 * math.expm1(x) for x in (mean(logs) - half, mean(logs), mean(logs) + half))
+    print(
+        f"{name:15} {median(ms):7.2f} ms a step without, {here:+.2f} % with (95 %: {low:+.2f} to {high:+.2f}; {PAIRS} pairs);"
+        f" {100 * spent:.2f} % of one core",
+        flush=True,
+    )
+    for file in sorted(run.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+    run.rmdir()
+
+
+for name, words in HOW.items():
+    measure(name, words)
 END
+python /dev/fd/3 "$work" "${1:-20}" "${2:-15}" "${@:3}"
