@@ -39,12 +39,13 @@ CURVE = ("step", "tokens", "loss", "lr", "grad_norm")
 
 
 def launcher(how: str, n: int) -> list[str]:
+    horovodrun = [sys.executable, str(RANKS / "horovodrun")]
     return {
         "alone": [],
-        "gloo": ["horovodrun", "--gloo", "-np", str(n)],
-        "two hosts": ["horovodrun", "--gloo", "-np", str(n), "-H", f"localhost:{n // 2},127.0.0.1:{n // 2}"],
+        "gloo": [*horovodrun, "--gloo", "-np", str(n)],
+        "two hosts": [*horovodrun, "--gloo", "-np", str(n), "-H", f"localhost:{n // 2},127.0.0.1:{n // 2}"],
         "torchrun": ["torchrun", f"--nproc-per-node={n}", "--no-python"],
-        "mpi": ["horovodrun", "--mpi", "-np", str(n)],
+        "mpi": [*horovodrun, "--mpi", "-np", str(n)],
         "mpirun": ["mpirun", "--oversubscribe", "-np", str(n)],
     }[how]
 

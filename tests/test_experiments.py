@@ -14,14 +14,13 @@ from hvdllm.bench import lab
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
 SWEEPS = {
-    "race": ["seed=0", "launch=horovodrun", "exchange=allreduce,diloco,streaming_diloco"],
+    "race": ["seed=0", "launch=horovodrun", "exchange=allreduce,streaming_diloco"],
     "slow_link": ["seed=0", "exchange=allreduce", "wire=fp32,int8"],
-    "acco_paper": ["seed=0", "optim.lr=1e-3", "launch=horovodrun", "exchange=delayed,allreduce"],
+    "acco_paper": ["seed=0", "optim.lr=1e-3", "world=virtual", "world.size=2", "exchange=delayed,allreduce"],
     "diloco_h": ["seed=0", "world.size=2", "exchange=diloco", "exchange.local_steps=2,4"],
-    "slow_rank": ["seed=0", "exchange=allreduce,acco_timed,local_sgd_by_speed", "launch=horovodrun"],
+    "slow_rank": ["seed=0", "exchange=acco_timed,local_sgd_by_speed", "launch=horovodrun"],
     "staleness": ["seed=0", "exchange.staleness=0,null", "world.size=2,4"],
 }
-POINTS = {"race": 3, "slow_link": 2, "acco_paper": 2, "diloco_h": 2, "slow_rank": 3, "staleness": 4}
 
 
 def tiny(tmp: Path, *more: str) -> list[str]:
@@ -56,13 +55,13 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
     words = tiny(tmp_path, f"experiment={name}", *SWEEPS[name], f"launch.sweep={name}")
     done = launch([*HVDLLM, "train", "-m", *words])
     points = [path for path in (tmp_path / "runs" / name).iterdir() if (path / "config.yaml").exists()]
-    assert len(points) == POINTS[name], done.out
+    assert len(points) == (4 if name == "staleness" else 2), done.out
     for point in points:
         assert records(point, "end")[-1]["reason"] == "budget"
     exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
     assert exchanges <= asked or name in ("slow_rank", "diloco_h")  # presets; a file without a sweep
     if name == "slow_rank":
-        assert exchanges == {"allreduce", "acco", "local_sgd"}
+        assert exchanges == {"acco", "local_sgd"}
         for point in points:
             last = records(point, "commit")[-1]
             speeds = last["micro_batches_per_s_by_rank"]

@@ -40,7 +40,7 @@ def test_alone_no_horovod_is_imported(tmp_path: Path) -> None:
     assert done.out.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("how", ["gloo", "mpi"])
+@pytest.mark.parametrize("how", ["gloo", pytest.param("mpi", marks=pytest.mark.thorough)])
 def test_a_wrong_setting_is_said_once(how: str, tmp_path: Path) -> None:
     done = launch([*HVDLLM, "train", "exchange=aco"], how, 2, code=None)
     assert done.out.count("there is no exchange=aco: choose one of acco, ") == 1
@@ -114,7 +114,7 @@ def check_sent(said: list[dict[str, Any]], n: int, torch_world: bool) -> None:
         })  # fmt: skip
 
 
-@pytest.mark.parametrize(("how", "n"), [("gloo", 2), ("gloo", 3), ("mpi", 2)])
+@pytest.mark.parametrize(("how", "n"), [pytest.param("gloo", 2, marks=pytest.mark.thorough), ("gloo", 3), ("mpi", 2)])
 def test_the_world_over_horovod(how: str, n: int, tmp_path: Path) -> None:
     said = world_body("body_world.py", "all", how, n, tmp_path)
     assert len(said) == n
@@ -125,7 +125,10 @@ def test_the_world_over_horovod(how: str, n: int, tmp_path: Path) -> None:
         assert one["stock"] == [[3.0 * sum(range(1, n + 1))] * 2]
 
 
-@pytest.mark.parametrize(("how", "n"), [("torchrun", 2), ("torchrun", 3), ("gloo", 2), ("mpirun", 2)])
+@pytest.mark.parametrize(
+    ("how", "n"),
+    [pytest.param("torchrun", 2, marks=pytest.mark.thorough), ("torchrun", 3), ("gloo", 2), pytest.param("mpirun", 2, marks=pytest.mark.thorough)],
+)
 def test_the_world_over_torch(how: str, n: int, tmp_path: Path) -> None:
     said = world_body("body_torch_world.py", "all", how, n, tmp_path)
     assert len(said) == n

@@ -149,16 +149,26 @@ def base_words(asked: Asked, cores: int) -> list[str]:
     return compose.merged([*model, threads], [*asked.settings, *QUIET])
 
 
-def words_of(case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int) -> list[str]:
-    """Settings of a case. Alone, a rank has the share of the rank with the most sequences."""
+def words_of(
+    case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int, least: int = 1
+) -> list[str]:
+    """Settings of a case. Alone, a rank has the share of the rank with the most sequences, and at least `least`
+    updates."""
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
     slow = [f"world.slow='{asked.slow}'"] if case.slowed and case.kind == "together" else []
     own = compose.merged(base, [*case.words, *slow, f"batch_tokens={share}"])
-    more = 1
-    if case.kind == "together":
-        with suppress(UserError):  # what cannot be is refused later, and the others run
-            more = batches_a_commit(compose.compose(own), case.slowed)
-    return [*own, f"budget_tokens={asked.commits * share * more}"]
+    batches = asked.commits * longest([own], case.slowed) if case.kind == "together" else max(asked.commits, least)
+    return [*own, f"budget_tokens={batches * share}"]
+
+
+def longest(runs_words: Sequence[Sequence[str]], slowed: bool) -> int:
+    """The most global batches that one of these has from a commit to the next; 1 for what cannot be, which is refused
+    later."""
+    most = 1
+    for words in runs_words:
+        with suppress(UserError):
+            most = max(most, batches_a_commit(compose.compose(words), slowed))
+    return most
 
 
 def batches_a_commit(config: Config, slowed: bool) -> int:
@@ -239,7 +249,11 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     config = compose.compose(base)
     check(config, together)
     todo = cases(asked)
-    words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context) for case in todo}
+    # What the others are held against is measured for as long as a commit of theirs takes, not for a few updates.
+    least = longest([compose.merged(base, case.words) for case in todo if case.kind == "together"], False)
+    words = {
+        case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo
+    }
     results: dict[str, dict[str, Any]] = {
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
     }

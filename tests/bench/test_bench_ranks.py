@@ -45,6 +45,7 @@ def test_over_the_loopback(tmp_path: Path) -> None:
     assert figures["threads"] == 1 and {"torch", "horovod"} <= figures["versions"].keys()
 
 
+@pytest.mark.thorough
 def test_with_a_slow_rank(tmp_path: Path) -> None:
     out, label = tmp_path / "figures.json", "local_sgd+exchange.local_steps=2"
     flags = ["--link", "none", "--exchanges", label, "--steps", "3", "--repetitions", "1", "--slow", "1:4"]

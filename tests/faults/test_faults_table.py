@@ -55,6 +55,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert "ended at once; the last checkpoint counts" in done.out and "Traceback" not in done.out
 
 
+@pytest.mark.thorough
 def test_mpirun_with_time_to_save_ends_saved(tmp_path: Path) -> None:
     """mpirun waits that long before its SIGTERM, and again before its SIGKILL."""
     run = tmp_path / "runs" / "a"
@@ -87,7 +88,7 @@ def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
         job.until_gone()
 
 
-@pytest.mark.parametrize("how", ["gloo", "mpi", "torchrun"])
+@pytest.mark.parametrize("how", ["gloo", "mpi", pytest.param("torchrun", marks=pytest.mark.thorough)])
 def test_ranks_end_saved_when_their_launcher_is_killed(how: str, tmp_path: Path) -> None:
     """horovodrun --mpi has become `sh -c mpirun` by then, and leaves mpirun behind."""
     run = tmp_path / "runs" / "a"

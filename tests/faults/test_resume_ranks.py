@@ -101,14 +101,14 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(tmp_path: Path) -> None:
     assert "goes on" in done.out and same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
 
 
-@pytest.mark.parametrize("how", ["gloo", "mpi"])
+@pytest.mark.parametrize("how", ["gloo", pytest.param("mpi", marks=pytest.mark.thorough)])
 def test_a_rank_that_fails_shows_its_own_error(how: str, tmp_path: Path) -> None:
     done = launch(meddled(words_of(tmp_path, "a", STEPS), fail=[1, 3]), how, 2, code=None)
     assert "an apple fell on the fan" in done.out and "rank 1: this is a bug" in done.out
     assert "a collective failed" not in done.out and "HorovodInternalError" not in done.out
 
 
-@pytest.mark.parametrize("tensor", ["blocks.0.mlp.up.weight", None])
+@pytest.mark.parametrize("tensor", ["blocks.0.mlp.up.weight", pytest.param(None, marks=pytest.mark.thorough)])
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(tensor: str | None, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", STEPS, "save_every=1", "keep=99")
     done = launch(meddled(words, bad=[1, 6, tensor]), "gloo", 3, code=None)

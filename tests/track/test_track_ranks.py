@@ -47,7 +47,7 @@ def test_two_ranks_have_one_tracker(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_rank_that_is_killed_takes_the_tracker_along(rank: int, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 400, *WORDS)
     with Job(meddled(words, kill=[rank, 8], slow_s=0.3), "gloo", 2, **env(tmp_path)) as job:
