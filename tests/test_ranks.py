@@ -127,7 +127,12 @@ def test_the_world_over_horovod(how: str, n: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "n"),
-    [pytest.param("torchrun", 2, marks=pytest.mark.thorough), ("torchrun", 3), ("gloo", 2), pytest.param("mpirun", 2, marks=pytest.mark.thorough)],
+    [
+        pytest.param("torchrun", 2, marks=pytest.mark.thorough),
+        ("torchrun", 3),
+        ("gloo", 2),
+        pytest.param("mpirun", 2, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_world_over_torch(how: str, n: int, tmp_path: Path) -> None:
     said = world_body("body_torch_world.py", "all", how, n, tmp_path)

@@ -127,7 +127,10 @@ def test_ctrl_c_saves_and_the_run_goes_on(how: str, kind: str, tmp_path: Path) -
     assert end["tokens_computed"] >= end["tokens"]
 
 
-@pytest.mark.parametrize(("how", "who"), [("gloo", "Gloo"), pytest.param("torchrun", "torch.distributed", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("how", "who"),
+    [("gloo", "Gloo"), pytest.param("torchrun", "torch.distributed", marks=pytest.mark.thorough)],
+)
 def test_ranks_without_mpi_are_told_before_the_start(how: str, who: str, tmp_path: Path) -> None:
     done = launch([*HVDLLM, "train", *words_of(tmp_path, "a", 3, *SERVER)], how, 2, code=None)
     assert done.out.count(f"over MPI, and ranks that {who} joins have none") == 1

@@ -251,9 +251,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     todo = cases(asked)
     # What the others are held against is measured for as long as a commit of theirs takes, not for a few updates.
     least = longest([compose.merged(base, case.words) for case in todo if case.kind == "together"], False)
-    words = {
-        case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo
-    }
+    words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo}
     results: dict[str, dict[str, Any]] = {
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
     }

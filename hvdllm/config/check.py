@@ -42,7 +42,7 @@ def check(config: Config, place: Place) -> None:
     if why := refusal(config, place):
         raise UserError(why)
     check_servers(config, ranks(config, place), transport(config, place))
-    check_batch(config, ranks(config, place) - getattr(config.exchange, "servers", 0))
+    check_batch(config, ranks(config, place) - getattr(config.exchange, "dedicated", 0))
     check_local(config)
     check_federation(config, place)
     if isinstance(config.text, Files) and config.text.path is None:
@@ -171,10 +171,15 @@ def check_servers(config: Config, size: int, world: str) -> None:
     exchange = config.exchange
     if not isinstance(exchange, ParameterServer):
         return
-    if exchange.servers >= size:
+    if not re.fullmatch(r"shared|[1-9]\d*", exchange.servers):
+        raise UserError(
+            f"exchange.servers={exchange.servers}: give shared, where every rank trains and serves its part, or how "
+            "many ranks serve and do not train"
+        )
+    if exchange.dedicated >= size:
         raise UserError(
             f"exchange.servers={exchange.servers} of {size} rank{'s' * (size > 1)}: none is left to train; start more, "
-            "or give exchange.servers=0, where every rank trains and serves its part"
+            "or give exchange.servers=shared, where every rank trains and serves its part"
         )
     for name in ("compensation", "staleness_aware"):
         if exchange.staleness == 0 and getattr(exchange, name):

@@ -240,8 +240,9 @@ class ParameterServer(Exchange):
         "one; 0: synchronous, one step with the sum of all ranks; null: asynchronous, nobody waits for anybody",
         least=0,
     )
-    servers: int = setting(
-        0, "ranks, the last ones, that serve and do not train; 0: every rank trains and serves its part", least=0
+    servers: str = setting(
+        "shared",
+        "shared: every rank trains and serves its part; K: so many ranks, the last ones, serve and do not train",
     )
     compensation: float = setting(
         0.0,
@@ -259,6 +260,11 @@ class ParameterServer(Exchange):
         "to compute",
         least=0.1,
     )
+
+    @property
+    def dedicated(self) -> int:
+        """Ranks that serve and do not train."""
+        return 0 if self.servers == "shared" else int(self.servers)
 
 
 @dataclass

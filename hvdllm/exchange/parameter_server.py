@@ -28,8 +28,8 @@ Marks: milestones and asks have token stamps in the log and come one at a time, 
 with a gradient that has no ticket walks the loop on empty batches meanwhile; so does a rank that only serves. At
 staleness 0 the weights and losses of a mark are the same bits in every run, acts or none.
 
-Where: servers=0, every rank trains and serves its part in a thread; servers=K, the last K ranks serve and do not train,
-rank for rank larger parts. The first server keeps the log. Servers serve from the first `feed`, never from `attach`: a
+Where: servers=shared, every rank trains and serves its part in a thread; servers=K, the last K ranks serve and do not
+train, rank for rank larger parts. The first server keeps the log. Servers serve from the first `feed`, never from `attach`: a
 faster rank must not reach one before it has loaded.
 
 Bytes a worker and push: P b there and P b back, nothing of it hidden. Memory: the pieces once more and the update's
@@ -119,8 +119,8 @@ class ParameterServer:
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         self.flat, self.update, self.world = flat, update, world
         self.device = flat.x.device
-        self.workers = world.size - self.settings.servers
-        self.servers = list(range(self.workers if self.settings.servers else 0, world.size))
+        self.workers = world.size - self.settings.dedicated
+        self.servers = list(range(self.workers if self.settings.dedicated else 0, world.size))
         self.parts = cut(flat, len(self.servers))  # of each server, one range of the map
         self.log = self.servers[0]
         self.counts.clocks = [0] * self.workers

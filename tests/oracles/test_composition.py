@@ -238,6 +238,8 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
         (["exchange=parameter_server", "wire.hierarchical=true"], Place(), "wire.hierarchical=true with exchange="),
         (["exchange=parameter_server", "exchange.bucket_mb=1"], Place(), "not by buckets, leave it at null"),
         (["exchange=parameter_server", "exchange.servers=1"], Place(), "exchange.servers=1 of 1 rank: none is left"),
+        (["exchange=parameter_server", "exchange.servers=0"], Place(), "exchange.servers=0: give shared, where every"),
+        (["exchange=parameter_server", "exchange.servers=all"], Place(), "exchange.servers=all: give shared, where"),
         (
             ["exchange=parameter_server", "exchange.staleness=0", "exchange.compensation=1"], Place(),
             "exchange.compensation with exchange.staleness=0: gradients are not late there",

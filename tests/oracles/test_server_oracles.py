@@ -157,7 +157,7 @@ def in_turn(workers: int) -> Any:
 def round_robin(a: float, workers: int, settings: Settings, steps: int, trail: list[Any]) -> list[torch.Tensor]:
     """theta after each push, where `a` is the rate of a push."""
     trail.clear()
-    size = workers + settings.servers
+    size = workers + settings.dedicated
     optim = SGD(lr=a * workers, momentum=0.0, clip=0.0, weight_decay=0.0)
     serve(
         settings, size, 2 * steps, optim=optim, nominal=2 * workers, pace=in_turn(workers), model=Point, cost=bowl,
