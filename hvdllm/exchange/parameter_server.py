@@ -29,8 +29,8 @@ with a gradient that has no ticket walks the loop on empty batches meanwhile; so
 staleness 0 the weights and losses of a mark are the same bits in every run, acts or none.
 
 Where: servers=shared, every rank trains and serves its part in a thread; servers=K, the last K ranks serve and do not
-train, rank for rank larger parts. The first server keeps the log. Servers serve from the first `feed`, never from `attach`: a
-faster rank must not reach one before it has loaded.
+train, rank for rank larger parts. The first server keeps the log. Servers serve from the first `feed`, never from
+`attach`: a faster rank must not reach one before it has loaded.
 
 Bytes a worker and push: P b there and P b back, nothing of it hidden. Memory: the pieces once more and the update's
 vectors / servers, a copy of each body that travels. A checkpoint has the pieces, and of each rank the gradient that had
