@@ -44,7 +44,7 @@ MODEL = (
     "batch_tokens=4096", "micro_batch=4",
 )  # fmt: skip
 # A record of every commit, and nothing that is not training.
-QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "log_every=1", "schedule=constant")
+QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "audit_every=0", "log_every=1", "schedule=constant")
 # A timed exchange commits what it computed while gradients travelled: it is given more tokens, to make enough commits.
 MORE_IF_TIMED = 3
 # The more so where others compute on while a slow rank comes to an end.
