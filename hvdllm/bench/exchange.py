@@ -60,7 +60,8 @@ UNEVEN = {"local_sgd": ("exchange.by_speed=true",)}  # and what there is for une
 RESERVED = {
     "exchange": "--exchanges", "wire": "--wires", "world": "--worlds", "budget_tokens": "--steps",
     "world.slow": "--slow",
-    **dict.fromkeys(("name", "runs_dir", "resume", "eval_every", "save_every", "sample_every", "log_every"), ""),
+    **dict.fromkeys(("name", "runs_dir", "resume"), ""),
+    **{word.partition("=")[0]: "" for word in QUIET if "_every" in word},
 }  # fmt: skip
 ALONE, SLOWED, IDLE = "compute alone", "compute alone, slowed", "Horovod idle"
 
