@@ -5,9 +5,9 @@
 
 so that there are max(1, J - 1) marks a round. With J pulses a round an ask is heard within 2 H / J steps.
 
-by_speed: groups take H_i = H v_i / max v steps a round, at least J, where v is the speed of the round before (steps
-over seconds of compute; DyLU, Liu et al., 2024, arXiv 2401.09135), so that all arrive together. Such a run cannot be
-repeated bit for bit, but with a simulated clock.
+by_speed: groups take about H_i = H v_i / max v steps a round, at least J, where v is the speed of the round before
+(steps over seconds of compute; DyLU, Liu et al., 2024, arXiv 2401.09135), so that all arrive together; which whole
+numbers, steps_by_speed says. Such a run cannot be repeated bit for bit, but with a simulated clock.
 
 late (overlap): the deltas of one round travel while the next is computed, and are applied after it. Each round then
 begins with an anchor that lacks the last one's progress, and the bounds on the outer rate fall (config/bounds.py).
@@ -38,6 +38,20 @@ class Late:
     buffer: int
     meta: MetaSum | None = None
     tokens: int = 0
+
+
+def steps_by_speed(speeds: list[float], most: int) -> list[int]:
+    """Steps of each group in a round where none makes more than `most` or less than 1, so that all together make the
+    most steps a second. Each makes what it can in the time of the round: that of the fastest's `most`, or a little more
+    where a slow one just gets another step done. speeds: steps a second."""
+    shortest = max(most / max(speeds), 1 / min(speeds))
+
+    def made(seconds: float) -> list[int]:
+        return [max(1, min(most, int(speed * seconds + 1e-9))) for speed in speeds]
+
+    behind = [(count + 1) / speed for count, speed in zip(made(shortest), speeds, strict=True) if count < most]
+    ends = [shortest, *behind]
+    return made(max(ends, key=lambda seconds: sum(made(seconds)) / seconds))
 
 
 class LocalRounds(LocalSteps):
@@ -148,8 +162,7 @@ class LocalRounds(LocalSteps):
             each = len(self._compute_s) // self.groups
             took = [max(self._compute_s[g * each : (g + 1) * each]) for g in range(self.groups)]
             speeds = [self.steps_of(group) / seconds for group, seconds in enumerate(took)]
-            most = self.settings.local_steps
-            self._steps_of = [max(1, int(most * speed / max(speeds) + 1e-9)) for speed in speeds]
+            self._steps_of = steps_by_speed(speeds, self.settings.local_steps)
         self._compute_s = [0.0] * len(self._compute_s)
 
     # ------------------------------------------------------------------ acts

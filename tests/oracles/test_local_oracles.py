@@ -24,6 +24,7 @@ from hvdllm.config.schema import SGD, AdamW, DiLoCo, LocalSGD, StreamingDiLoCo
 from hvdllm.exchange import diloco as exchanges
 from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
+from hvdllm.exchange.local_rounds import steps_by_speed
 
 OPTIMS = [
     SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),
@@ -430,6 +431,22 @@ def test_the_next_round_is_as_long_as_the_last_one_was_fast() -> None:
     assert exchange._steps_of == [8, 4, 2] and exchange._compute_s == [0.0] * 6
     exchange._set_pace()
     assert exchange._steps_of == [8, 4, 2], "nothing is known of a round without compute"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "steps"),
+    [
+        ([4.0, 1.0], [16, 4]),
+        ([4.03, 1.0], [16, 4]),  # 3.97 of its steps: the fast one waits for the rest of the fourth
+        ([5.3, 1.0], [16, 3]),  # 3.02
+        ([4.5, 1.0], [16, 3]),  # 3.56: waiting for a fourth would cost the fast one two steps
+        ([4.03, 1.0, 1.0, 1.0], [16, 4, 4, 4]),
+        ([100.0, 1.0], [16, 1]),
+        ([2.0, 2.0], [16, 16]),
+    ],
+)
+def test_rounds_by_speed_make_the_most_steps_a_second(speeds: list[float], steps: list[int]) -> None:
+    assert steps_by_speed(speeds, 16) == steps
 
 
 def test_the_pace_goes_by_the_steps_that_were_made() -> None:
