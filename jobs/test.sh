@@ -18,6 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 jobs/setup.sh --dev
 export PATH=$PWD/.venv/bin:$PATH
+unset PYTHONDONTWRITEBYTECODE # a thousand processes would compile hvdllm anew
 
 stage() {
   printf '\n== %s\n' "$*"
