@@ -105,7 +105,7 @@ def test_a_bad_gradient_stops_all_ranks_before_it_counts(kind: str, tmp_path: Pa
     ("how", "kind"),
     [
         pytest.param("mpi", "async", marks=pytest.mark.thorough),
-        ("mpirun", "async-dedicated"),
+        pytest.param("mpirun", "async-dedicated", marks=pytest.mark.thorough),
         pytest.param("mpi", "sync", marks=pytest.mark.thorough),
     ],
 )

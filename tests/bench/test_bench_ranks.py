@@ -61,6 +61,7 @@ def test_with_a_slow_rank(tmp_path: Path) -> None:
     assert "exchange.by_speed=true" in figures["cases"][label]["settings"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(bool(lab.missing()), reason=str(lab.missing()))
 def test_between_two_hosts_and_a_run_that_stands_still(tmp_path: Path) -> None:
     """The counters of the interfaces agree with the count; a limit that nothing can meet ends in a sentence."""

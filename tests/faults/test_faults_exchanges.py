@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import BATCH, HVDLLM, launch, meddled, records, runs, same_bits, words_of
@@ -16,12 +17,14 @@ KINDS = {
     "acco-torch": ["exchange=acco", "world=torch"],
     "ddp": ["exchange=ddp"],
 }
-SELDOM = ("sharded", "ddp", "acco-torch")  # much as those of others
-MOST = [pytest.param(kind, marks=pytest.mark.thorough) if kind in SELDOM else kind for kind in KINDS]
-LATE = ("delayed-int8", "acco", "acco-torch")
 
 
-@pytest.mark.parametrize("kind", MOST)
+def but(*often: str) -> list[Any]:
+    """All kinds, those that are not named as thorough."""
+    return [kind if kind in often else pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", but("acco"))
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     more = [*KINDS[kind], f"save_every={3 * BATCH}"]
     runs([{"words": words_of(tmp_path, "a", STEPS, *more)}], 2, tmp_path)
@@ -32,14 +35,14 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Pat
     assert same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", but("delayed-int8"))
 def test_a_rank_that_fails_shows_its_own_error_once(kind: str, tmp_path: Path) -> None:
     done = launch(meddled(words_of(tmp_path, "a", STEPS, *KINDS[kind]), fail=[1, 3]), "gloo", 2, code=None)
     assert "an apple fell on the fan" in done.out and "rank 1: this is a bug" in done.out
     assert "a collective failed" not in done.out and "HorovodInternalError" not in done.out
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", but("delayed-int8", "acco"))
 def test_a_bad_gradient_on_one_rank_stops_all_before_it_counts(kind: str, tmp_path: Path) -> None:
     """Round 5; where sums are late, or two a batch, it counts in another step. No step from there on was saved."""
     words = words_of(tmp_path, "a", STEPS, *KINDS[kind], "save_every=1", "keep=99")

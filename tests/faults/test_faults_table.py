@@ -79,6 +79,7 @@ def test_sigusr1_to_any_rank_saves_and_goes_on(tmp_path: Path) -> None:
     assert read.broken(next((run / "checkpoints").iterdir())) is None
 
 
+@pytest.mark.thorough
 def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), "mpirun", 3) as job:
@@ -88,7 +89,9 @@ def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
         job.until_gone()
 
 
-@pytest.mark.parametrize("how", ["gloo", "mpi", pytest.param("torchrun", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "how", ["gloo", *(pytest.param(how, marks=pytest.mark.thorough) for how in ("mpi", "torchrun"))]
+)
 def test_ranks_end_saved_when_their_launcher_is_killed(how: str, tmp_path: Path) -> None:
     """horovodrun --mpi has become `sh -c mpirun` by then, and leaves mpirun behind."""
     run = tmp_path / "runs" / "a"

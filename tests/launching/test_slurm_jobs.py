@@ -70,6 +70,7 @@ def test_two_nodes_train_without_pmix(cluster: slurmd.Cluster, tmp_path: Path) -
     assert len(curve(run)) == 3
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_ends_the_job_and_the_same_file_goes_on(cluster: slurmd.Cluster, tmp_path: Path) -> None:
     """On two nodes, by PMIx."""
     run = tmp_path / "runs" / "killed"
@@ -106,6 +107,7 @@ def test_before_its_limit_a_run_saves_and_is_queued_again(cluster: slurmd.Cluste
     assert records(run, "end")[-1]["reason"] == "stop"
 
 
+@pytest.mark.thorough
 def test_an_array_trains_a_point_a_job_and_only_what_is_missing(cluster: slurmd.Cluster, tmp_path: Path) -> None:
     options = ["--job-name=mine", f"--output={tmp_path}/%a.log", "jobs/slurm/sweep.sbatch"]
     settings = words(tmp_path, 3, "exchange.bucket_mb=null", f"runs_dir={tmp_path}/runs")
@@ -175,6 +177,7 @@ def test_a_sweep_is_a_job_a_point_and_is_reported(here: slurmd.Cluster, tmp_path
     assert "3 seeds" in (tmp_path / "report.md").read_text() or "| 3 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.thorough
 def test_a_point_that_fails_returns_its_code(here: slurmd.Cluster, tmp_path: Path) -> None:
     bad, said = point(tmp_path, "bad", 3, "micro_batch=0"), []
     assert slurm.launch(bad, Slurm(), threading.Event(), said.append) == 2

@@ -209,7 +209,9 @@ def test_ctrl_c_saves_what_runs_begins_no_more_and_the_same_command_goes_on(
         assert [records(run, "end")[-1]["tokens"] for run in (first, second)] == [steps * BATCH] * 2
 
 
-@pytest.mark.parametrize(("how", "more"), HOW)
+@pytest.mark.parametrize(
+    ("how", "more"), [HOW[0], pytest.param(*HOW[1].values, marks=(pytest.mark.ranks, pytest.mark.thorough))]
+)
 def test_nothing_outlives_a_sweep_that_is_killed_or_told_twice(how: str, more: list[str], tmp_path: Path) -> None:
     first = tmp_path / "runs" / "s" / "seed=0"
     with started(tmp_path, *more) as job:

@@ -208,6 +208,7 @@ def test_resumed_in_mid_flight_it_is_bit_equal(n: int, tmp_path: Path) -> None:
         assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
 
 
+@pytest.mark.thorough
 def test_residuals_at_another_world_size_are_said(tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", STEPS, "exchange=acco", "wire=int8")
     runs([{"words": words, "do": {"stop": [0, 3]}}], 3, tmp_path)
@@ -252,6 +253,7 @@ def test_a_slowed_rank_is_waited_for_and_changes_no_bit(tmp_path: Path) -> None:
         assert "rank 1 6 times, by " in said and ("sleeping" in said) == (n > usable_cores())
 
 
+@pytest.mark.thorough
 def test_dropout_and_references_are_slowed_without_a_trace(tmp_path: Path) -> None:
     """Random numbers are drawn anew for each micro-batch; libraries hang on the same parameters."""
     cases = {"dropout": ["model.dropout=0.2"], "horovod": ["exchange=horovod", "exchange.bucket_mb=null"]}

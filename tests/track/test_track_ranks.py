@@ -73,6 +73,7 @@ def test_ctrl_c_of_the_launcher_ends_all_and_the_run_goes_on_as_the_same(tmp_pat
     assert set(history(run)) == {r["tokens"] for r in records(run, "commit")}
 
 
+@pytest.mark.thorough
 @pytest.mark.ranks
 def test_online_is_refused_on_all_ranks(tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 6, "track=wandb", "track.mode=online")
