@@ -6,8 +6,8 @@
 #
 #   --all      also what is marked `thorough`: the same for more kinds, launchers or numbers of ranks
 #
-# Without arguments the tests that start real ranks run beside those that do not, since the former mostly wait. On two
-# cores it takes about three minutes for the set-up, once, and half an hour for the tests. It printed at its end:
+# Without arguments the tests that start real ranks run beside those that do not. On two cores it takes about three
+# minutes for the set-up, once, and half an hour for the tests. It printed at its end:
 #
 #   == pytest -m ranks and not thorough
 #   ... passed

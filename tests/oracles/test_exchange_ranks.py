@@ -175,7 +175,8 @@ def test_bytes_are_those_of_the_formulas(tmp: Path) -> None:
 @pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_resumed_in_mid_flight_it_is_bit_equal(n: int, tmp_path: Path) -> None:
     """By files, over real ranks, several buckets; stopped between two checkpoints' worth of rounds."""
-    names = ["delayed", "acco", "acco-int8", "delayed-powersgd", "sharded-fp16", "allreduce-topk", "allreduce-sign"]
+    names = ["acco-int8", "delayed-powersgd", "sharded-fp16", "allreduce-sign"]
+    names += ["delayed", "acco", "allreduce-topk"] if n == 2 else []  # which the others hold too
     here = {name: OTHERS[name] for name in names} | {"sharded": EXACT["sharded"], "horovod": EXACT["horovod"]}
     stop = {"stop": [n - 1, 3]}
     runs(
