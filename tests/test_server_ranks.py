@@ -101,14 +101,8 @@ def test_a_bad_gradient_stops_all_ranks_before_it_counts(kind: str, tmp_path: Pa
     assert records(tmp_path / "runs" / "a", "end")[-1]["reason"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("how", "kind"),
-    [
-        pytest.param("mpi", "async", marks=pytest.mark.thorough),
-        pytest.param("mpirun", "async-dedicated", marks=pytest.mark.thorough),
-        pytest.param("mpi", "sync", marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("how", "kind"), [("mpi", "async"), ("mpirun", "async-dedicated"), ("mpi", "sync")])
 def test_ctrl_c_saves_and_the_run_goes_on(how: str, kind: str, tmp_path: Path) -> None:
     """By the launcher's SIGTERM to every rank. The second life has fewer ranks."""
     run = tmp_path / "runs" / "a"

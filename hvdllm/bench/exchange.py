@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ from hvdllm.bench import figures, group, lab
 from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose, pace
 from hvdllm.config.check import check
-from hvdllm.config.schema import Config, FedAvg, LocalRounds, StreamingDiLoCo
+from hvdllm.config.schema import FedAvg, LocalRounds, StreamingDiLoCo
 from hvdllm.errors import UserError
 from hvdllm.launch.horovodrun import mpi
 from hvdllm.world.detect import Place
@@ -158,23 +158,17 @@ def words_of(
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
     slow = [f"world.slow='{asked.slow}'"] if case.slowed and case.kind == "together" else []
     own = compose.merged(base, [*case.words, *slow, f"batch_tokens={share}"])
-    batches = asked.commits * longest([own], case.slowed) if case.kind == "together" else max(asked.commits, least)
+    together = case.kind == "together"
+    batches = asked.commits * batches_a_commit(own, case.slowed) if together else max(asked.commits, least)
     return [*own, f"budget_tokens={batches * share}"]
 
 
-def longest(runs_words: Sequence[Sequence[str]], slowed: bool) -> int:
-    """The most global batches that one of these has from a commit to the next; 1 for what cannot be, which is refused
-    later."""
-    most = 1
-    for words in runs_words:
-        with suppress(UserError):
-            most = max(most, batches_a_commit(compose.compose(words), slowed))
-    return most
-
-
-def batches_a_commit(config: Config, slowed: bool) -> int:
-    """Global batches from one commit to the next, at least."""
-    exchange = config.exchange
+def batches_a_commit(words: Sequence[str], slowed: bool) -> int:
+    """Global batches from one commit to the next, at least; 1 for what cannot be, which is refused later."""
+    try:
+        exchange = compose.compose(words).exchange
+    except UserError:
+        return 1
     if isinstance(exchange, LocalRounds | FedAvg):
         return -(-exchange.local_steps // max(1, (exchange.pulses or 1) - 1))
     if isinstance(exchange, StreamingDiLoCo):
@@ -251,7 +245,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     check(config, together)
     todo = cases(asked)
     # What the others are held against is measured for as long as a commit of theirs takes, not for a few updates.
-    least = longest([compose.merged(base, case.words) for case in todo if case.kind == "together"], False)
+    least = max(batches_a_commit(compose.merged(base, case.words), False) for case in todo)
     words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo}
     results: dict[str, dict[str, Any]] = {
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo

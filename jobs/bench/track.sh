@@ -7,8 +7,8 @@
 #
 #   jobs/bench/track.sh [PAIRS [SECONDS OF A BLOCK [SETTING=VALUE ...]]]
 #
-# It printed with 13 pairs of 14 s (2 cores, both used by the run, nothing else running; the default log_every is a
-# record every tenth step):
+# At least six pairs. With 13 of 14 s (2 cores, both used by the run, nothing else running; the default log_every is a
+# record every tenth step) it gave, then as means with normal intervals, which for so few pairs are a tenth too narrow:
 #
 #   W&B offline      257.24 ms a step without, -0.35 % with (95 %: -4.97 to +4.50; 13 pairs); 0.20 % of one core
 #   W&B, no server   248.79 ms a step without, +0.58 % with (95 %: -5.12 to +6.63; 13 pairs); 0.21 % of one core
@@ -21,11 +21,13 @@ export PATH=$PWD/.venv/bin:$PATH WANDB_BASE_URL=http://127.0.0.1:9 WANDB_API_KEY
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-exec 3<<'END'
-import json, math, os, random, signal, subprocess, sys, time
+python - "$work" "${1:-20}" "${2:-15}" "${@:3}" <<'END'
+import json, os, random, shutil, signal, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
+
+from hvdllm.bench.paired import ratio
 
 WORK, PAIRS, BLOCK_S, MORE = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
 HOW = {
@@ -63,7 +65,7 @@ def processor_s(pids: list[int]) -> float:
 
 
 def measure(name: str, words: list[str]) -> None:
-    run = WORK / "run"
+    run, pids = WORK / "run", list[int]()
     settings = [f"runs_dir={WORK}", "name=run", "budget_tokens=1000000000"]
     settings += [f"{kind}_every=0" for kind in ("eval", "sample", "save", "audit")]
     with open(WORK / "out", "w") as out:
@@ -76,7 +78,7 @@ def measure(name: str, words: list[str]) -> None:
         time.sleep(20)  # a tracker has found out by then whether there is a server
         pids = tracker(process.pid)
         before, (begun_s, _) = processor_s(pids), commits(run)[-1]
-        logs, ms = [], []
+        ratios, ms = [], []
         for _ in range(PAIRS):
             pair = {}
             for awake in random.sample((True, False), 2):
@@ -86,27 +88,25 @@ def measure(name: str, words: list[str]) -> None:
                 time.sleep(BLOCK_S)
                 (start_s, start), *_, (end_s, end) = commits(run)[begun:]
                 pair[awake] = 1000 * (end_s - start_s) / (end - start)
-            logs.append(math.log(pair[True] / pair[False]))
+            ratios.append(pair[True] / pair[False])
             ms.append(pair[False])
         send(pids, signal.SIGCONT)
         time.sleep(1)
         spent = (processor_s(tracker(process.pid)) - before) / (commits(run)[-1][0] - begun_s)
     finally:
+        send(pids, signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         process.wait()
-    half = 1.96 * stdev(logs) / math.sqrt(PAIRS)
-    low, here, high = (100 * math.expm1(x) for x in (mean(logs) - half, mean(logs), mean(logs) + half))
+    found = ratio(ratios)
+    here, low, high = (100 * (each - 1) for each in (found.median, found.low, found.high))
     print(
         f"{name:15} {median(ms):7.2f} ms a step without, {here:+.2f} % with (95 %: {low:+.2f} to {high:+.2f}; {PAIRS} pairs);"
         f" {100 * spent:.2f} % of one core",
         flush=True,
     )
-    for file in sorted(run.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-    run.rmdir()
+    shutil.rmtree(run)
 
 
 for name, words in HOW.items():
     measure(name, words)
 END
-python /dev/fd/3 "$work" "${1:-20}" "${2:-15}" "${@:3}"
