@@ -1,5 +1,5 @@
 """Does an exchange ever hang? Runs on real ranks with heavy-tailed delays and asks at random moments, one after the
-other in one start; a run that writes nothing for longer than its limit fails with every rank's stack.
+other in one start (of each NAME); a run that writes nothing for longer than its limit fails with every rank's stack.
 
     python tests/no_hang.py RUNS LIMIT_S NAME ...
 
@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +43,35 @@ def launcher(name: str) -> str:
     return {"parameter_server": "mpi", "ddp": "torchrun"}.get(name.split("+")[0], "gloo")
 
 
-def no_hang(name: str, times: int, limit_s: float, tmp: Path, first: int = 0, **do: Any) -> tuple[int, int]:
-    """How many of the runs met their budget, and how many ended by a stop. first: seed of the first run. do: more that
-    ranks/meddle.py takes."""
+def no_hang(names: list[str], times: int, limit_s: float, tmp: Path, first: int = 0, **do: Any) -> dict[str, Counter]:
+    """How the runs of each name ended ("budget", "stop"); all in one start, so all with the same launcher. first: seed
+    of a name's first run. do: more that ranks/meddle.py takes. Raises StoodStill; AssertionError if a rank fails."""
     often = [f"save_every={5 * BATCH}", f"eval_every={4 * BATCH}", f"audit_every={6 * BATCH}", "eval_tokens=64"]
-    kind = name.replace("+", "-").replace("=", "-").replace(".", "-")
+    cases = [(name, seed) for name in names for seed in range(first, first + times)]
+    folders = [f"{name.translate(str.maketrans('+=.', '---'))}-{seed}" for name, seed in cases]
     specs = [
-        {"words": words_of(tmp, f"{kind}-{k}", STEPS, *often, *settings(name)), "do": {"chaos": first + k, **do}}
-        for k in range(times)
+        {"words": words_of(tmp, folder, STEPS, *often, *settings(name)), "do": {"chaos": seed, **do}}
+        for (name, seed), folder in zip(cases, folders, strict=True)
     ]
-    path = tmp / f"{kind}.json"
+    path = tmp / "specs.json"
     path.write_text(json.dumps(specs))
-    folders = [tmp / "runs" / f"{kind}-{k}" for k in range(times)]
-    with Job([sys.executable, str(RANKS / "body_runs.py"), str(path)], launcher(name), RANKS_N) as job:
-        seen, since = -1, time.monotonic()
+    runs = [tmp / "runs" / folder for folder in folders]
+    with Job([sys.executable, str(RANKS / "body_runs.py"), str(path)], launcher(names[0]), RANKS_N) as job:
+        written, since = -1, time.monotonic()
         while job.process.poll() is None:
-            size = sum(f.stat().st_size for folder in folders for f in folder.glob("metrics.jsonl"))
-            if size != seen:
-                seen, since = size, time.monotonic()
+            size = sum(file.stat().st_size for run in runs for file in run.glob("metrics.jsonl"))
+            if size != written:
+                written, since = size, time.monotonic()
             elif time.monotonic() - since > limit_s + (0.0 if size else START_S):
-                number = max((k for k, folder in enumerate(folders) if folder.exists()), default=0)
-                raise StoodStill(f"{name}, seed {first + number}: nothing for {limit_s:g} s\n{stacks(job)}")
+                name, seed = cases[max((k for k, run in enumerate(runs) if run.exists()), default=0)]
+                raise StoodStill(f"{name}, seed {seed}: nothing for {limit_s:g} s\n{stacks(job)}")
             time.sleep(0.1)
         done = job.wait()
-        assert done.code == 0, f"{name}: code {done.code}\n{done.out}"
-    ends = [records(folder, "end")[-1]["reason"] for folder in folders]
-    return ends.count("budget"), ends.count("stop")
+        assert done.code == 0, f"{', '.join(names)}: code {done.code}\n{done.out}"
+    ends: dict[str, Counter] = {name: Counter() for name in names}
+    for (name, _), run in zip(cases, runs, strict=True):
+        ends[name][records(run, "end")[-1]["reason"]] += 1
+    return ends
 
 
 def stacks(job: Job) -> str:
@@ -88,15 +92,14 @@ def main(argv: list[str]) -> int:
         for name in argv[2:]:
             begin = time.monotonic()
             try:
-                met, stopped = no_hang(name, times, limit_s, Path(tmp))
+                ends = no_hang([name], times, limit_s, Path(tmp))[name]
             except AssertionError as error:
-                print(f"{name:42} FAILED\n{error}", flush=True)
+                print(f"{name:56} FAILED\n{error}", flush=True)
                 failed = True
                 continue
             spent = time.monotonic() - begin
-            print(
-                f"{name:42} {times} runs, {met} to the budget, {stopped} stopped by an ask, {spent:.0f} s", flush=True
-            )
+            how = f"{ends['budget']} to the budget, {ends['stop']} stopped by an ask"
+            print(f"{name:56} {times} runs, {how}, {spent:.0f} s", flush=True)
     return int(failed)
 
 

@@ -21,6 +21,11 @@ SWEEPS = {
     "slow_rank": ["seed=0", "exchange=acco_timed,local_sgd_by_speed", "launch=horovodrun"],
     "staleness": ["seed=0", "exchange.staleness=0,null", "world.size=2"],
 }
+MARKS = {
+    "race": pytest.mark.ranks,
+    "slow_rank": pytest.mark.ranks,
+    "slow_link": [pytest.mark.ranks, pytest.mark.thorough],
+}
 
 
 def tiny(tmp: Path, *more: str) -> list[str]:
@@ -46,10 +51,7 @@ def test_one_run(name: str, tmp_path: Path) -> None:
     assert records(tmp_path / "runs" / "one", "end")[-1]["reason"] == "budget"
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.thorough) if n == "slow_link" else n for n in SWEEPS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SWEEPS])
 def test_a_sweep(name: str, tmp_path: Path) -> None:
     if name == "slow_link" and lab.missing():
         pytest.skip(str(lab.missing()))

@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # The whole set-up in a new environment is what test_wheel.py does; jobs/test.sh is what runs this test.
 ELSEWHERE = ("python3 -m venv", "jobs/test.sh", ". .venv/bin/activate")
+FEWER = {  # points of a sweep
+    "seed=0,1,2": "seed=0",
+    "exchange=allreduce,delayed,acco": "exchange=allreduce,acco",
+    "optim.lr=1e-3,2e-3": "optim.lr=1e-3",
+    "hydra.sweeper.n_trials=4": "hydra.sweeper.n_trials=2",
+}
 SMALL = ["model.layers=1", "model.width=32", "device.threads=1", "eval_tokens=2048", "sample_tokens=8"]
 
 
@@ -58,7 +64,7 @@ def test_command(line: str, desk: Path) -> None:
         train = True
     sweep = "-m" in words and "train" in words[:2]
     if sweep:
-        words = [word.replace("seed=0,1,2", "seed=0").replace("n_trials=4", "n_trials=2") for word in words]
+        words = [FEWER.get(word, word) for word in words]
     if train:  # a smaller budget, that of the resumed run above that of the run it goes on with
         going_on = any(word.startswith("resume=") for word in words)
         words = [word for word in words if not word.startswith("budget_tokens=")]

@@ -242,12 +242,14 @@ class Exchange(Protocol):
 
     copies: gradient vectors it needs of the map, 2 where one travels while the next is filled. identical: does it
     promise replicas that are bit-equal at every mark? anchored: are the weights to keep older than a mark, and of all
-    its tokens only once settled? Then the last evaluation comes after settling.
+    its tokens only once settled? Then the last evaluation comes after settling. resized: once loaded, what a person
+    should know if there were other ranks, as the end of a sentence; "": it goes on as if nothing had happened.
     """
 
     copies: int
     identical: bool
     anchored: bool
+    resized: str
 
     def between(self, world: World) -> World:
         """The ranks that its wire joins. Collective; called once, before `attach`."""

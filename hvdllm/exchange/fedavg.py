@@ -67,6 +67,7 @@ class Proximal:
 
 class FedAvg(LocalRounds):
     copies = 2  # what clients have made adds up in one gradient vector while the next is trained in the other
+    resized = "the round that they were in begins anew, with the same clients and the same text"
 
     def __init__(self, settings: Any, nominal: int) -> None:
         super().__init__(settings, nominal)

@@ -120,6 +120,10 @@ class LocalSteps:
     copies = 1
     identical = False
     anchored = True
+    resized = (
+        "what each rank had of its own (weights since they last met, moments) has no place, all begin with the shared "
+        "weights and with clocks at 0, so the curve is not that of an unchanged world"
+    )
 
     def __init__(self, settings: Any, nominal: int) -> None:
         self.settings, self.nominal = settings, nominal

@@ -88,6 +88,7 @@ class ParameterServer:
     copies = 1
     identical = False
     anchored = False
+    resized = ""
 
     def __init__(self, settings: Any, nominal: int) -> None:
         self.settings, self.nominal = settings, nominal
@@ -378,7 +379,9 @@ class ParameterServer:
         self.update.load({"steps": shared["steps"]}, {name: state.sharded[name][self._part] for name in names})
         if len(mine) != self.world.size:
             self.counts.clocks = [0] * self.workers
-            self.counts.dropped += sum(each["n"] for each in mine)
+            lost = sum(each["n"] for each in mine)
+            self.counts.dropped += lost
+            self.resized = f"gradients of {lost:,} tokens that no server had yet were dropped" if lost else ""
             if self.held is not None:
                 self.held = self.held.elsewhere(self.world.size)
             self._seen = [float(self.counts.pushes), self.counts.pushes]

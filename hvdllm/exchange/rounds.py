@@ -85,6 +85,7 @@ class Rounds:
     copies = 1
     identical = True
     anchored = False
+    resized = ""
     parts = 1  # rounds a global batch
     hooks = True  # does it launch buckets of the map itself?
     one_point = True  # are all gradients of a commit taken at the same weights? The noise scale needs it.

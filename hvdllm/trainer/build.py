@@ -183,15 +183,8 @@ def load(
             f"the wire's residuals of {ranks} ranks were added up on rank 0, the other ranks begin with none: "
             "nothing is lost, but the curve is not that of an unchanged world"
         )
-    if exchange.anchored and ranks != world.size:
-        notes.append(
-            f"what {ranks} ranks had of their own (weights since they last met, moments) has no place in {world.size}: "
-            "all begin with the shared weights and with clocks at 0, so the curve is not that of an unchanged world"
-        )
-    if dropped := getattr(getattr(exchange, "counts", None), "dropped", 0):
-        notes.append(
-            f"gradients of {dropped:,} tokens that no server had yet have no place in another world and were dropped"
-        )
+    if exchange.resized and ranks != world.size:
+        notes.append(f"{ranks} ranks saved it, {world.size} go on: {exchange.resized}")
     return notes
 
 

@@ -95,6 +95,7 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
     if differ:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(
-            f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name; "
-            "only the budget, cadences, keep, folders, world, device, launch and track may differ"
+            f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name "
+            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders, world, device, launch and track may "
+            "differ"
         )

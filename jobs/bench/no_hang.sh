@@ -17,7 +17,7 @@ exchanges=("${@:3}")
 if ((${#exchanges[@]} == 0)); then
   server=parameter_server
   exchanges=(
-    allreduce sharded delayed acco acco+exchange.timed=true local_sgd diloco streaming_diloco
+    allreduce sharded delayed acco acco+exchange.timed=true local_sgd diloco streaming_diloco fedavg
     $server+exchange.staleness=0 $server+exchange.staleness=2 $server
     $server+exchange.staleness=0+exchange.servers=1 $server+exchange.staleness=1+exchange.servers=1 $server+exchange.servers=1
   )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import BATCH, curve, losses, records, runs, same_bits, weights, words_of
+from launch import BATCH, losses, records, runs, same_bits, weights, words_of
 
 from hvdllm.device import usable_cores
 
@@ -266,33 +266,3 @@ def test_dropout_and_references_are_slowed_without_a_trace(tmp_path: Path) -> No
     runs(specs, 2, tmp_path)
     for name in cases:
         assert same_bits(*(tmp_path / "runs" / f"{name}-{slow}" for slow in ("none", "0:2.5"))), name
-
-
-def test_on_a_simulated_clock_a_whole_run_repeats_with_its_records(tmp_path: Path) -> None:
-    """All but what the host's clock says: CPU seconds. Stopped and resumed it goes on with the same clock."""
-    words = ["world=virtual", "world.size=5", "world.tokens_per_s=1000", "world.speed_spread=0.4", "world.jitter=0.2",
-             "world.bandwidth=1mbit", "world.latency_ms=3", "exchange=acco_timed", "micro_batch=1", "world.slow=2:8",
-             f"eval_every={4 * BATCH}", f"audit_every={4 * BATCH}", "trace_steps=2:4"]  # fmt: skip
-    specs = [{"words": words_of(tmp_path, name, 24, *words)} for name in "ab"]
-    runs([*specs, {"words": words_of(tmp_path, "c", 24, *words, "seed=1")}], 1, tmp_path)
-    a, b, c = (tmp_path / "runs" / name for name in "abc")
-    assert same_bits(a, b) and curve(a) != curve(c)
-    host = ("cpu_s_per_token",)
-    one, other = ([{k: v for k, v in r.items() if k not in host} for r in records(run, "commit")] for run in (a, b))
-    assert one == other and records(a, "eval") == records(b, "eval")
-    assert all(audit["replicas_agree"] for audit in records(a, "audit"))
-    assert records(a, "run")[0]["clock"] == "simulated" and "time      simulated: " in (a / "log.txt").read_text()
-    done, took = ([sum(r[key][k] for r in one) for k in range(5)] for key in (
-        "micro_batches_by_rank", "compute_s_by_rank",
-    ))  # fmt: skip
-    speeds = [count / seconds for count, seconds in zip(done, took, strict=True)]
-    assert speeds.index(min(speeds)) == 2 and not records(a, "event"), "nobody waits, so nobody is named"
-    seconds = records(a, "end")[-1]["seconds"]
-    assert seconds < 24 * BATCH / 1000, "simulated: five ranks of about 1,000 tokens/s"
-    assert (a / "trace.json").read_text() == (b / "trace.json").read_text()
-    runs([{"words": words_of(tmp_path, name, 30, *words)} for name in "ab"], 1, tmp_path)
-    assert same_bits(a, b) and records(a, "end")[-1]["seconds"] > seconds
-    lock = [*words, "exchange=allreduce"]
-    runs([{"words": words_of(tmp_path, "d", 24, *lock)}], 1, tmp_path)
-    (event,) = records(tmp_path / "runs" / "d", "event")
-    assert event["straggler"] == 2 and event["what"] in (tmp_path / "runs" / "d" / "log.txt").read_text()

@@ -29,6 +29,16 @@ KINDS = {
         "exchange.outer_lr=0.2",
         "exchange.overlap=true",
     ],
+    "fedavg": [
+        "exchange=fedavg",
+        "exchange.local_steps=4",
+        "exchange.pulses=2",
+        "exchange.clients=5",
+        "exchange.sampled=4",
+        "exchange.alpha=0.5",
+        "exchange.prox=0.1",
+        "exchange.server=adam",
+    ],
     "streaming": STREAM,
     "streaming-int8": [*STREAM, "wire=int8"],
 }

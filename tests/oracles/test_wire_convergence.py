@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from launch import BATCH, losses, runs, words_of
 
-pytestmark = pytest.mark.ranks
 STEPS = 60
 WARM = f"wire.warmup_tokens={10 * BATCH}"
 # name: (words, share of the exact run's fall in loss that may be missing)

@@ -53,6 +53,10 @@ def test_ranks_of_any_number_train_the_same_federation_and_take_over_from_each_o
         assert train(desk, name, first, f"budget_tokens={2 * ROUND}", *words) == 0
         assert train(desk, name, then, f"budget_tokens={4 * ROUND}", *words) == 0
         torch.testing.assert_close(weights(desk, name), weights(desk, "of1"), rtol=0, atol=1e-9)
+        log = (desk / "runs" / name / "log.txt").read_text()
+        assert (f"{first} ranks saved it, {then} go on: the round that they were in begins anew" in log) == (
+            first != then
+        )
 
 
 def test_clients_without_text_are_said(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
