@@ -306,11 +306,17 @@ def test_another_world_size_goes_on_from_the_anchor(exchange: Any, old: int, new
         assert all(torch.equal(rig.begun, begun[0].kept[-1]) for rig in rigs)
 
 
-def test_at_another_world_size_the_rate_goes_on_from_all_committed_tokens() -> None:
-    exchange = DiLoCo(local_steps=3, pulses=1)
-    begun = train(exchange, 3, 9, optim=PLAIN, rate=rate, stop_at=2, settle=False)
-    for commit in train(exchange, 1, 4, optim=PLAIN, rate=rate, states=[rig.state for rig in begun])[0].commits:
-        assert commit.lr == pytest.approx(PLAIN.lr * rate(commit.tokens), rel=1e-12)
+@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("late", [False, True])
+def test_at_another_world_size_the_rate_goes_on_from_all_committed_tokens(late: bool, stop: int) -> None:
+    """Late: a pulse is a commit a step after it was sent, so the last step was made at the tokens of the next commit.
+    Seen to catch: the tokens up to the last meeting, which is none in the first round."""
+    exchange = DiLoCo(local_steps=3, pulses=3, outer_lr=0.2, overlap=True) if late else DiLoCo(local_steps=3, pulses=1)
+    begun = train(exchange, 3, 9, optim=PLAIN, rate=rate, stop_at=stop, settle=False)
+    commits = train(exchange, 1, 9, optim=PLAIN, rate=rate, states=[rig.state for rig in begun])[0].commits
+    assert len(commits) >= 5 and commits[0].tokens > begun[0].commits[-1].tokens
+    for commit, known in zip(commits, commits[late:], strict=False):
+        assert commit.lr == pytest.approx(PLAIN.lr * rate(known.tokens), rel=1e-12)
 
 
 # ------------------------------------------------------------------ bounds and bad numbers
