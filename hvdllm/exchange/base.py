@@ -116,7 +116,8 @@ class Report:
 @dataclass(frozen=True)
 class Commit:
     """tokens, step: committed by all ranks, this one included. lr: of this step. staleness: of its gradients, in steps,
-    the mean of them; staleness_max: of the stalest, where they differ.
+    the mean of them; staleness_max: of the stalest, where they differ. updates: steps of the optimizer since the commit
+    before; of ranks that train on their own one a mark, whatever each has made.
 
     before: the report of the commit before this one (None for the first). asks: of any rank, the same on all.
     """
@@ -128,6 +129,7 @@ class Commit:
     before: Report | None
     asks: Asks
     staleness_max: float | None = None
+    updates: int = 1
 
 
 @dataclass(frozen=True)

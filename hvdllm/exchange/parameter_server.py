@@ -314,9 +314,10 @@ class ParameterServer:
                 self.mail.take("reached", self._pass_on_asks)
             self._in_act = True
         before, self.held = self.held, Report(**mark["report"])
+        updates = mark["steps"] - self.counts.steps
         self.counts = Counts(**{name: mark[name] for name in asdict(self.counts)})
         lr, (mean, most) = self.update.rate(self.tokens), mark["staleness"]
-        return Commit(self.tokens, self.step, lr, mean, before, Asks(mark["stop"], mark["save"]), most)
+        return Commit(self.tokens, self.step, lr, mean, before, Asks(mark["stop"], mark["save"]), most, updates)
 
     # ------------------------------------------------------------------ acts: all ranks stand in one frozen mark
     def _collect(self) -> None:

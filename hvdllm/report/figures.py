@@ -69,6 +69,7 @@ class Line:
     skew: float | None  # compute of the slowest rank less that of the fastest, over the mean compute
     by_rank: list[float] = field(default_factory=list)  # micro-batches, over the mean of the ranks
     ratio: Paired | None = None  # of the ranking quantity, reference / this
+    final_difference: Paired | None = None  # of the loss at equal tokens, this less reference
     wall_difference: Paired | None = None  # of the loss at equal wall-clock, this less reference
 
     @property
@@ -137,6 +138,7 @@ def measure(
         if line.all_reached and out.reference.all_reached:
             own, base = out.ranked(line).by_seed, out.ranked(out.reference).by_seed
             line.ratio = stats.paired(base, own, ratio=True)
+        line.final_difference = stats.paired(out.reference.final_by_seed, line.final_by_seed, ratio=False)
         line.wall_difference = stats.paired(out.reference.wall_by_seed, line.wall_by_seed, ratio=False)
     lines.sort(key=lambda line: _place(out, line))
     if any(line.bound for line in lines):

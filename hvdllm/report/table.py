@@ -113,7 +113,7 @@ def result(f: Figures) -> Table:
     if f.virtual:
         del head[2]
     at = NONE if f.equal_tokens is None else count(f.equal_tokens)
-    head.append(f"loss at {at} tokens")
+    head += [f"loss at {at} tokens", "less reference"]
     if f.equal_wall is not None:
         head.append(f"loss at {digits(f.equal_wall)} s wall-clock")
     rows = []
@@ -125,7 +125,7 @@ def result(f: Figures) -> Table:
         ]
         if f.virtual:
             del row[2]
-        row.append(loss(line.final))
+        row += [loss(line.final), "reference" if line is f.reference else difference(line.final_difference)]
         if f.equal_wall is not None:
             row.append(loss(line.wall))
         rows.append(row)

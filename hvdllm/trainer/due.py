@@ -59,8 +59,9 @@ class Window:
     micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
     compute_s_by_rank: list[float] = field(default_factory=list)
     blocked_s_by_rank: list[float] = field(default_factory=list)
-    staleness: list[float] = field(default_factory=list)  # one a commit
-    stalest: float = 0.0  # where a commit's gradients differ
+    updates: int = 0
+    stale: float = 0.0  # staleness, summed over updates
+    stalest: float = 0.0
 
     def add(self, report: Report) -> None:
         self.loss_sum += report.loss_sum
@@ -141,7 +142,8 @@ class Due:
         def due(every: int) -> bool:
             return not stop and (crossed(every) or (met and bool(every)))
 
-        self.window.staleness.append(commit.staleness)
+        self.window.updates += commit.updates
+        self.window.stale += commit.staleness * commit.updates
         self.window.stalest = max(self.window.stalest, commit.staleness_max or commit.staleness)
         if config.log_every and (met or stop or crossed(config.log_every)):
             self._open_record(commit, extra=not crossed(config.log_every))
@@ -268,7 +270,7 @@ class Due:
             "skew_s": window.skew_s,
             "cpu_s_per_token": window.cpu_s / max(window.loss_tokens, 1.0),
             "bytes_sent": head["bytes"] - last["bytes"],
-            "staleness_mean": fmean(window.staleness) if window.staleness else 0.0,
+            "staleness_mean": window.stale / max(window.updates, 1),
             "staleness_max": window.stalest,
             "micro_batches": sum(window.micro_batches),
             "micro_batches_by_rank": window.micro_batches,
@@ -279,8 +281,8 @@ class Due:
                 for count, seconds in zip(window.micro_batches, window.compute_s_by_rank, strict=True)
             ],
             "waited_for": waited_for(window.compute_s_by_rank, window.blocked_s_by_rank),
-            "updates": len(window.staleness),
-            "tokens_per_update": (head["tokens"] - last["tokens"]) / max(len(window.staleness), 1),
+            "updates": window.updates,
+            "tokens_per_update": (head["tokens"] - last["tokens"]) / max(window.updates, 1),
             "noise_scale": report.noise_scale,
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }

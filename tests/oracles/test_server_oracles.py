@@ -91,7 +91,7 @@ def test_staleness_0_is_one_process_with_the_whole_batch(optim: Any, size: int, 
         torch.testing.assert_close(rig.final, expected[-1], rtol=0, atol=1e-11)
         reports = [*(c.before for c in rig.commits[1:]), rig.settled.report]
         assert [r.loss_sum for r in reports] == pytest.approx(losses)
-        assert all(c.staleness == 0 for c in rig.commits)
+        assert all(c.staleness == 0 and c.updates == 1 for c in rig.commits)
         assert len(rig.settled.report.compute_s) == size and rig.settled.dropped == 0
     assert sum(rig.taken for rig in rigs[workers:]) == 0
     # Without acts, which would wait for every push anyway.
@@ -159,10 +159,11 @@ def round_robin(a: float, workers: int, settings: Settings, steps: int, trail: l
     trail.clear()
     size = workers + settings.dedicated
     optim = SGD(lr=a * workers, momentum=0.0, clip=0.0, weight_decay=0.0)
-    serve(
+    rigs = serve(
         settings, size, 2 * steps, optim=optim, nominal=2 * workers, pace=in_turn(workers), model=Point, cost=bowl,
         data=two, log=0,
     )  # fmt: skip
+    assert sum(commit.updates for commit in rigs[0].commits) == rigs[0].commits[-1].tokens / 2, "one a push"
     assert [worker for worker, _, _ in trail[:steps]] == [k % workers for k in range(steps)], "they take turns"
     return [theta[:3] for _, _, theta in trail[:steps]]
 

@@ -60,6 +60,23 @@ def test_a_race(tmp_path: Path) -> None:
     assert acco.skew == pytest.approx(1 / 6)
 
 
+def test_the_loss_at_equal_tokens_is_paired_by_seed(tmp_path: Path) -> None:
+    """Student's t of two degrees of freedom is 4.303 at 95 %."""
+    for seed, (a, b) in enumerate(((4.0, 4.1), (3.0, 3.2), (5.0, 5.3))):
+        make(tmp_path / f"a{seed}", "allreduce", seed, (8.0, 7.0, 6.0, a))
+        make(tmp_path / f"b{seed}", "acco", seed, (8.0, 7.0, 6.0, b))
+    f = figures(tmp_path)
+    assert f.lines[0].label == "allreduce" and f.lines[0].final_difference is None
+    found = f.lines[1].final_difference
+    assert found and found.value == pytest.approx(0.2) and not found.significant, "seeds differ by more"
+    assert found.high == pytest.approx(0.2 + 4.3027 * 0.1 / math.sqrt(3), abs=1e-4)
+    table = result(f)
+    assert [row[table.head.index("less reference")] for row in table.rows] == [
+        "reference",
+        "+0.2000 (-0.0484 to +0.4484), n.s.",
+    ]
+
+
 def test_loss_at_equal_wall_clock_counts_evaluations(tmp_path: Path) -> None:
     """Both train as fast; b's evaluations take 10 s more each: at 42 s of wall-clock it has come less far."""
     make(tmp_path / "a", "allreduce", act_s=0.5)
