@@ -10,7 +10,7 @@ The mark that meets the budget evaluates, samples and saves; a stop only saves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -330,7 +330,9 @@ class Due:
 
     def load(self, state: dict[str, Any]) -> None:
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
-        self.window, self.last_record = Window(**state["window"]), state["last_record"]
+        known = {each.name for each in fields(Window)}  # an older version's window had others
+        self.window = Window(**{name: value for name, value in state["window"].items() if name in known})
+        self.last_record = state["last_record"]
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         if state.get("ranks") == self.world.size:  # else they have other numbers now
             self.straggler = Straggler(**state["straggler"])
