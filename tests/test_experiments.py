@@ -22,7 +22,7 @@ SWEEPS = {
     "staleness": ["seed=0", "exchange.staleness=0,null", "world.size=2"],
 }
 MARKS = {
-    "race": pytest.mark.ranks,
+    "race": [pytest.mark.ranks, pytest.mark.thorough],
     "slow_rank": pytest.mark.ranks,
     "slow_link": [pytest.mark.ranks, pytest.mark.thorough],
 }
@@ -43,7 +43,8 @@ def test_the_files_are_these_and_say_how_they_are_started() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["laptop", pytest.param("shakespeare_char", marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # the quickstart is one of README's commands
+@pytest.mark.parametrize("name", ["laptop", "shakespeare_char"])
 def test_one_run(name: str, tmp_path: Path) -> None:
     words = [word for word in tiny(tmp_path, f"experiment={name}", "name=one") if not word.startswith("text=")]
     words += ["text=files"] if name == "laptop" else []

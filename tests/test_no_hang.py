@@ -11,7 +11,7 @@ from no_hang import StoodStill, no_hang
 pytestmark = pytest.mark.ranks
 SERVER = "parameter_server"
 NAMES = {
-    "gloo": ["allreduce", "acco+exchange.timed=true", "local_sgd", "diloco", "streaming_diloco", "fedavg"],
+    "gloo": ["acco+exchange.timed=true", "local_sgd", "diloco", "streaming_diloco", "fedavg"],
     "mpi": [
         *(f"{SERVER}+exchange.staleness={s}" for s in (0, 2)),
         SERVER,

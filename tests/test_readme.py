@@ -1,4 +1,5 @@
-"""Every command of the README but jobs/test.sh is run, with smaller budgets and this machine in place of the nodes."""
+"""Every command of the README but jobs/test.sh is run, with smaller budgets and this machine in place of the nodes;
+those much like another by jobs/test.sh --all alone."""
 
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,10 @@ FEWER = {  # points of a sweep
     "optim.lr=1e-3,2e-3": "optim.lr=1e-3",
     "hydra.sweeper.n_trials=4": "hydra.sweeper.n_trials=2",
 }
+ALIKE = (  # what other commands and tests start too
+    "bench exchange", "exchange=acco budget", "optim=nadam", "exchange=ddp", "local_steps=10 wire=bf16", "name=uneven",
+    "size=8 exchange=acco", "slow=[1:4,3:2]", "track=tensorboard",
+)  # fmt: skip
 SMALL = ["model.layers=1", "model.width=32", "device.threads=1", "eval_tokens=2048", "sample_tokens=8"]
 
 
@@ -53,8 +59,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def marked(line: str) -> Any:
+    return pytest.param(line, marks=pytest.mark.thorough) if any(words in line for words in ALIKE) else line
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [marked(line) for line in commands()])
 def test_command(line: str, desk: Path) -> None:
     words = shlex.split(line)
     train = "train" in words and "--help" not in words and "--cfg" not in words

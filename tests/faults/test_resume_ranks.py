@@ -124,7 +124,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(tensor: str | None,
 
 @pytest.mark.parametrize(
     ("how", "number"),
-    [("gloo", signal.SIGINT), ("mpi", signal.SIGINT), ("alone", signal.SIGINT), ("alone", signal.SIGTERM)],
+    [
+        ("gloo", signal.SIGINT),
+        ("mpi", signal.SIGINT),
+        ("alone", signal.SIGINT),
+        pytest.param("alone", signal.SIGTERM, marks=pytest.mark.thorough),
+    ],
 )
 def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> None:
     n, run = (1 if how == "alone" else 2), tmp_path / "runs" / "a"

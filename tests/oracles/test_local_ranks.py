@@ -108,19 +108,20 @@ def test_what_each_reports(tmp: Path) -> None:
 
 @pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_resumed_in_mid_round_it_is_bit_equal(n: int, tmp_path: Path) -> None:
+    kinds = {name: KINDS[name] for name in (KINDS if n == 2 else ("local_sgd", "late", "fedavg", "streaming-int8"))}
     both = [
         spec
-        for name, words in KINDS.items()
+        for name, words in kinds.items()
         for spec in (
             {"words": words_of(tmp_path, f"{name}-a", LONG, *words)},
             {"words": words_of(tmp_path, f"{name}-b", LONG, *words), "do": {"stop": [n - 1, 2]}},
         )
     ]
     runs(both, n, tmp_path)
-    for name in KINDS:
+    for name in kinds:
         assert records(tmp_path / "runs" / f"{name}-b", "end")[-1]["reason"] == "stop"
-    runs([{"words": words_of(tmp_path, f"{name}-b", LONG, *words)} for name, words in KINDS.items()], n, tmp_path)
-    for name in KINDS:
+    runs([{"words": words_of(tmp_path, f"{name}-b", LONG, *words)} for name, words in kinds.items()], n, tmp_path)
+    for name in kinds:
         assert same_bits(tmp_path / "runs" / f"{name}-a", tmp_path / "runs" / f"{name}-b"), name
 
 

@@ -157,7 +157,7 @@ def test_a_checkpoint_that_is_gone_costs_a_sentence(tmp_path: Path) -> None:
     [
         ({}, "it has no key"),
         (KEY, "http://127.0.0.1:9 gave no run within 1 s"),
-        ({"WANDB_MODE": "disabled"}, "WANDB_MODE=disabled"),
+        pytest.param({"WANDB_MODE": "disabled"}, "WANDB_MODE=disabled", marks=pytest.mark.thorough),
     ],
 )
 def test_without_a_server_it_stays_offline_and_says_why(more: dict[str, str], says: str, tmp_path: Path) -> None:
