@@ -64,7 +64,7 @@ def test_mpirun_with_time_to_save_ends_saved(tmp_path: Path) -> None:
         job.until(lambda: len(records(run, "commit")) > 2)
         job.signal(signal.SIGINT)
         done = job.wait()
-        assert not job.pids()
+        job.until_gone()
     assert records(run, "end")[-1]["reason"] == "stop" and len(records(run, "save")) == 1, done.out
 
 

@@ -141,7 +141,7 @@ def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> Non
         job.until(lambda: len(records(run, "commit")) > 3)
         job.signal(number)
         done = job.wait()
-        assert not job.pids()
+        job.until_gone()
     assert records(run, "end")[-1]["reason"] == "stop", done.out
     assert len(records(run, "save")) == 1
     launch([*HVDLLM, "train", *words], "gloo" if n > 1 else "alone", n)
