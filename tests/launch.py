@@ -181,15 +181,16 @@ def write_text(folder: Path, seed: int = 0, letters: int = 10_000) -> Path:
 
 
 def words_of(tmp: Path, name: str, steps: int, *more: str) -> list[str]:
-    """Settings of a tiny run in tmp/runs/<name>; words in `more` win. For fedavg the text is
-    twelve documents, since a client gets whole ones."""
+    """Settings of a tiny run in tmp/runs/<name>; words in `more` win. For fedavg the text is twelve documents,
+    since a client gets whole ones."""
     if not (tmp / "text").exists():
         write_text(tmp / "text")
-        words = (tmp / "text" / "train.txt").read_text().split()
-        (tmp / "documents").mkdir()
-        for k in range(12):
-            (tmp / "documents" / f"{k}.txt").write_text(" ".join(words[k::12]))
     text = "documents" if "exchange=fedavg" in more else "text/train.txt"
+    if not (tmp / text).exists():
+        words = (tmp / "text" / "train.txt").read_text().split()
+        (tmp / text).mkdir()
+        for k in range(12):
+            (tmp / text / f"{k}.txt").write_text(" ".join(words[k::12]))
     own = [
         f"text.path={tmp}/{text}", f"text.validation={tmp}/text/validation.txt", f"data_dir={tmp}/data",
         f"runs_dir={tmp}/runs", f"name={name}", f"budget_tokens={steps * BATCH}", f"save_every={10**9}",

@@ -49,8 +49,12 @@ OTHERS = {
 AT_TWO = {"compensated", "allreduce-topk", "allreduce-sign", "ddp-fp16", "ddp-bf16"}  # alone
 
 
+def at(n: int, names: Iterable[str]) -> list[str]:
+    return [name for name in names if n == 2 or name not in AT_TWO]
+
+
 def at_two_and_three(names: Iterable[str]) -> list[tuple[str, int]]:
-    return [(name, n) for name in names for n in (2, 3) if n == 2 or name not in AT_TWO]
+    return [(name, n) for n in (2, 3) for name in at(n, names)]
 
 
 def close(run: Path, other: Path, atol: float) -> None:
@@ -73,7 +77,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     virtual = [spec("alone", [])]
     for n in (2, 3):
         every = {**EXACT, **OTHERS, "horovod-fp16": CAST["horovod-fp16"]}
-        here = {name: words for name, words in every.items() if n == 2 or name not in AT_TWO}
+        here = {name: every[name] for name in at(n, every)}
         here |= {"adasum": ["exchange.reduction=adasum"]} if n == 2 else {}
         runs([spec(f"{name}-{n}", words) for name, words in here.items()], n, tmp)
         over_torch = {
@@ -82,8 +86,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "torch-sharded": EXACT["sharded"],
             "torch-acco-int8": OTHERS["acco-int8"],
         }
-        over_torch = {name: words for name, words in over_torch.items() if n == 2 or name not in AT_TWO}
-        specs = [spec(f"{name}-{n}", words, "world=torch") for name, words in over_torch.items()]
+        specs = [spec(f"{name}-{n}", over_torch[name], "world=torch") for name in at(n, over_torch)]
         runs(specs, n, tmp, "gloo" if n == 2 else "torchrun")
         size = ["world=virtual", f"world.size={n}"]
         twins = {name: words for name, words in here.items() if name not in {**EXACT, **CAST}}
