@@ -27,7 +27,10 @@ def run(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs or sweeps, or patterns")
-    parser.add_argument("--target-loss", type=float, help="validation loss to reach (the best that all runs reached)")
+    parser.add_argument(
+        "--target-loss", type=float,
+        help="validation loss to reach (the runs' target_loss, else the best that all reached behind their warm-up)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"),
         help="report.html (all in one file), report.md (tables), or .png, .svg (pictures: report-loss.png, ...)",
@@ -72,8 +75,10 @@ def check_out(out: Path) -> None:
     """Before anything is read. Raises UserError."""
     if out.suffix not in KINDS:
         raise UserError(f"--out {out}: a file that ends in {', '.join(KINDS)}")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder {out.parent} cannot be made ({error.strerror})") from None
 
 
 def check_packages() -> None:

@@ -23,7 +23,8 @@ AXES = ("exchange", "wire")  # compared where they differ and --by says nothing
 # Change neither the weights nor the speed between acts. `launch.` but for the network: who started the ranks.
 NO_MATTER = (
     "name", "runs_dir", "data_dir", "resume", "keep", "trace_steps", "eval_every", "save_every", "sample_every",
-    "audit_every", "log_every", "sample_prompt", "sample_tokens", "track", "launch", "hosts", "git.dirty",
+    "audit_every", "log_every", "sample_prompt", "sample_tokens", "target_loss", "track", "launch", "hosts",
+    "git.dirty",
 )  # fmt: skip
 NETWORK = ("launch.link", "launch.controller", "launch.interface", "launch.how")
 SAME_DATA = ("text.path", "text.column", "text.validation")  # no matter where the hash of the data is the same

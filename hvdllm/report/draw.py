@@ -219,7 +219,7 @@ def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: dic
             marker=marker,
             linewidths=0.8,
         )
-    if reach.spread is not None and line.all_reached:
+    if reach.spread is not None and line.measured:
         found = reach.spread
         half = None if found.half is None else found.half / scale
         axis.errorbar(
@@ -227,15 +227,16 @@ def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: dic
             markersize=7, capsize=4, linewidth=1.5,
         )  # fmt: skip
     else:
-        runs = len(line.group.runs)
-        text = (
-            "not recorded"
-            if line.all_reached
-            else f"reached by {line.reached} of {runs}"
-            if line.reached
-            else "not reached"
-        )
-        axis.text(0.02, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+        axis.text(0.02, row, unranked(line), transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+
+
+def unranked(line: Line) -> str:
+    """Why a group has no mean to draw."""
+    if not line.reached:
+        return "not reached"
+    if not line.all_reached:
+        return f"reached by {line.reached} of {len(line.group.runs)}"
+    return "at the first evaluation already" if line.bound else "inside a warm-up" if line.warming else "not recorded"
 
 
 # ------------------------------------------------------------------ where the time went

@@ -1,14 +1,16 @@
 """The numbers of a report. Seeds are replicates: each quantity is one number a seed (the mean over runs made with the
 same one), then mean and interval over seeds.
 
-A group of which a run never reached the target has no mean time to it: a mean of those that did would favour it.
+Only what was measured is ranked. A group of which a run never reached the target has no mean time to it: a mean of
+those that did would favour it. A run below the target at its first evaluation has an upper bound and no time. A run
+that reached it while its exchange or wire was still warming up has trained by another algorithm until there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from hvdllm.errors import UserError
@@ -51,6 +53,7 @@ class Line:
     group: Group
     reached: int  # runs that came to the target
     bound: bool  # a run was below the target at its first evaluation: what stands here is an upper bound
+    warming: bool  # a run reached the target before the warm-up of its exchange or wire was over
     tokens: Reach
     seconds: Reach
     bytes: Reach
@@ -80,22 +83,40 @@ class Line:
     def all_reached(self) -> bool:
         return bool(self.group.runs) and self.reached == len(self.group.runs)
 
+    @property
+    def measured(self) -> bool:
+        """May it be ranked by how it came to the target?"""
+        return self.all_reached and not self.bound and not self.warming
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What can be said of the group that is first in the mean. lead: over the next one; None: no seed in common.
+    significant: its difference from every other ranked group is, as one test of the report."""
+
+    first: Line
+    next: Line
+    lead: Paired | None
+    significant: bool
+
 
 @dataclass
 class Figures:
-    """lines: best first. rank_by: seconds or tokens."""
+    """lines: best first. rank_by: seconds or tokens. tests: how many paired tests share the report's 5 %."""
 
     comparison: Comparison
     lines: list[Line]
     reference: Line
     target: float | None
-    target_from: str  # the run whose best loss it is; empty: given
+    target_from: str  # where it comes from, in words
     rank_by: str
     equal_tokens: float | None
     equal_wall: float | None
     virtual: bool
     skipped: list[Skipped]
     notes: list[str]
+    winner: Winner | None = None  # None: fewer than two groups can be ranked
+    tests: int = 0
 
     @property
     def runs(self) -> list[Run]:
@@ -103,6 +124,9 @@ class Figures:
 
     def ranked(self, line: Line) -> Reach:
         return line.seconds if self.rank_by == "seconds" else line.tokens
+
+    def measured(self, line: Line) -> bool:
+        return line.measured and self.ranked(line).spread is not None
 
 
 def measure(
@@ -112,7 +136,7 @@ def measure(
     groups = comparison.groups
     runs = [run for group in groups for run in group.runs]
     notes = list(comparison.notes)
-    chosen, source = (target, "") if target is not None else _target(runs, notes)
+    chosen, source = _target(runs, target, notes)
     virtual = any(run.virtual for run in runs)
     timed = not virtual and any(p.seconds is not None for run in runs for p in run.evals)
     last = [run.evals[-1].tokens for run in runs if run.evals]
@@ -132,22 +156,69 @@ def measure(
         comparison, lines, lines[groups.index(first)], chosen, source, "seconds" if timed else "tokens", equal_tokens,
         equal_wall, virtual, skipped, notes,
     )  # fmt: skip
-    for line in lines:
-        if line is out.reference:
-            continue
-        if line.all_reached and out.reference.all_reached:
-            own, base = out.ranked(line).by_seed, out.ranked(out.reference).by_seed
-            line.ratio = stats.paired(base, own, ratio=True)
-        line.final_difference = stats.paired(out.reference.final_by_seed, line.final_by_seed, ratio=False)
-        line.wall_difference = stats.paired(out.reference.wall_by_seed, line.wall_by_seed, ratio=False)
     lines.sort(key=lambda line: _place(out, line))
+    _test(out)
     if any(line.bound for line in lines):
-        notes.append("marked ≤: below the target at the first evaluation already, so an upper bound")
+        notes.append(
+            "marked ≤: below the target at the first evaluation already, so an upper bound, which is not ranked; a "
+            "smaller eval_every or a lower --target-loss measures it"
+        )
+    if warming := [line.label for line in lines if line.warming and not line.bound]:
+        notes.append(
+            f"{', '.join(warming)} came to the target before the warm-up of exchange or wire was over, so by another "
+            "algorithm: not ranked; a lower --target-loss lies behind it"
+        )
     return out
 
 
-def _target(runs: list[Run], notes: list[str]) -> tuple[float | None, str]:
-    """The best loss that all runs reached, and the run that sets it. Runs without a finite evaluation set none."""
+def _test(f: Figures) -> None:
+    """All tests of the report, corrected together: each group against the reference, by how it came to the target and
+    by both losses, and the first in the mean against every other one."""
+    for line in f.lines:
+        if line is f.reference:
+            continue
+        if line.measured and f.reference.measured:
+            line.ratio = stats.paired(f.ranked(f.reference).by_seed, f.ranked(line).by_seed, ratio=True)
+        line.final_difference = stats.paired(f.reference.final_by_seed, line.final_by_seed, ratio=False)
+        line.wall_difference = stats.paired(f.reference.wall_by_seed, line.wall_by_seed, ratio=False)
+    names = ("ratio", "final_difference", "wall_difference")
+    known = [(line, name) for line in f.lines for name in names if getattr(line, name) is not None]
+    first, *others = [line for line in f.lines if f.measured(line)] or [f.reference]
+    leads = [stats.paired(f.ranked(other).by_seed, f.ranked(first).by_seed, ratio=True) for other in others]
+    # The first in the mean is the winner where it differs from all others. How it differs from those that are not the
+    # reference is one more test, whose p-value is the largest of theirs.
+    apart = [lead for other, lead in zip(others, leads, strict=True) if f.reference not in (first, other)]
+    testable = [lead for lead in apart if lead is not None and lead.testable]
+    weakest = [max(testable, key=lambda lead: lead.p)] if testable and len(testable) == len(apart) else []
+    corrected = stats.holm([*(getattr(line, name) for line, name in known), *weakest])
+    for (line, name), test in zip(known, corrected, strict=False):
+        setattr(line, name, test)
+    f.tests = sum(test.testable for test in corrected)
+    if not others:
+        return
+    against = others if first is f.reference else [first] if f.reference in others else []
+    needed = [line.ratio for line in against] + (corrected[len(known) :] or apart)
+    won = all(test is not None and test.significant for test in needed)
+    lead, last = leads[0], needed[-1] if f.reference not in (first, others[0]) else needed[0]
+    if lead is not None and last is not None:
+        lead = replace(lead, alpha=last.alpha, significant=won)
+    f.winner = Winner(first, others[0], lead, won)
+
+
+# ------------------------------------------------------------------ the target
+def _target(runs: list[Run], given: float | None, notes: list[str]) -> tuple[float | None, str]:
+    """The one given; else the one that all runs name (target_loss); else the best loss that all of them reached, or,
+    where that lies inside a warm-up or before a first evaluation, the next one that does not."""
+    if given is not None:
+        return given, "the target given"
+    named = {run.settings.get("target_loss", "null") for run in runs}
+    if len(named) == 1 and (text := named.pop()) != "null":
+        try:
+            return float(text), "the target that the runs name"
+        except ValueError:
+            notes.append(f"target_loss={text} is no loss")
+    elif len(named) > 1:
+        notes.append("the runs name different targets (target_loss), so none of them is taken")
     best = {id(run): min((p.loss for p in run.evals), default=math.inf) for run in runs}
     finite = [run for run in runs if math.isfinite(best[id(run)])]
     if not finite:
@@ -155,18 +226,41 @@ def _target(runs: list[Run], notes: list[str]) -> tuple[float | None, str]:
     if len(finite) < len(runs):
         out = ", ".join(run.name for run in runs if run not in finite)
         notes.append(f"never evaluated to a finite loss, so not reached: {out}")
-    worst = max(finite, key=lambda run: best[id(run)])
-    if worst.status != "finished":
-        notes.append(f"the target is set by {worst.name}, which is {worst.status}; --target-loss asks for another")
-    return best[id(worst)], worst.name
+    candidates = sorted(finite, key=lambda run: -best[id(run)])
+    worst = candidates[0]
+    chosen = next((run for run in candidates if not any(_early(one, best[id(run)]) for one in finite)), worst)
+    if chosen is not worst:
+        early = next(one for one in finite if _early(one, best[id(worst)]))
+        notes.append(
+            f"the best loss that all runs reached, {best[id(worst)]:.4f}, lies before the first evaluation of "
+            f"{early.name} or inside its warm-up, so a lower one is the target; a target_loss named before the runs "
+            "is better than either"
+        )
+    if chosen.status != "finished":
+        notes.append(f"the target is set by {chosen.name}, which is {chosen.status}; --target-loss asks for another")
+    which = "that every evaluated run reached" if chosen is worst else "that lies behind every warm-up"
+    return best[id(chosen)], f"the best loss {which}, set by {chosen.name}"
+
+
+def _early(run: Run, target: float) -> bool:
+    """Is the time to this target no measurement of the run's own algorithm?"""
+    where = stats.crossing([p.loss for p in run.evals], target)
+    return where is not None and (where.bound or _warming(run, where))
+
+
+def _warming(run: Run, where: stats.Crossing) -> bool:
+    tokens = stats.read_off([p.tokens for p in run.evals], where)
+    return tokens is not None and tokens <= run.warmup_tokens
 
 
 def _place(figures: Figures, line: Line) -> tuple[int, float, float]:
-    """All reached, by the mean; then by how many did; then by the loss at equal tokens."""
+    """Those that are ranked, by the mean; then by how many runs came to the target; then by the loss at equal
+    tokens."""
     found = figures.ranked(line)
     share = line.reached / max(1, len(line.group.runs))
     final = line.final.mean if line.final and not math.isnan(line.final.mean) else math.inf
-    if line.all_reached and found.spread:
+    if figures.measured(line):
+        assert found.spread is not None
         return 0, found.spread.mean, final
     return 1, -share, final
 
@@ -218,6 +312,7 @@ def _line(
         group,
         reached=reached,
         bound=any(crossing is not None and crossing.bound for crossing in where.values()),
+        warming=any((crossing := where[id(run)]) is not None and _warming(run, crossing) for run in runs),
         tokens=reach(lambda p: p.tokens),
         seconds=nothing if virtual else reach(lambda p: p.seconds),
         bytes=reach(lambda p: p.bytes),

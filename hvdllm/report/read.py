@@ -2,8 +2,9 @@
 skipped with a reason, in `Skipped` (a folder) or in a run's notes (a record).
 
 Folders come from clusters, crashes and strangers: a metrics.jsonl may be a pipe, end in the middle of a line, hold
-strings where numbers belong, or names that are markup. Hence: only plain files are opened, at most MOST_BYTES of them
-are read, numbers are finite and below LARGEST, and all text loses its control characters and what is too long.
+strings where numbers belong, or names that are markup. Hence: only plain files of sane size are opened; records are
+read one by one and folded into a bounded number of points, so that a long run fits into memory; numbers are finite and
+below LARGEST; and all text loses its control characters and what is too long.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import json
 import math
 import os
 import stat
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hvdllm.errors import UserError
 
-MOST_BYTES = 64 * 2**20  # read of a metrics.jsonl; 100,000 `commit` records
+MOST_BYTES = 4 * 2**30  # of a metrics.jsonl; six million `commit` records
+MOST_POINTS = 100_000  # of a curve over tokens; of a longer one every second point goes, as often as need be
+MOST_EVALS = 100_000
+MOST_LIVES = 1000
 MOST_LINE = 2**20  # bytes
 MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
 MOST_SETTINGS = 2000
@@ -66,6 +70,8 @@ class Sums:
     skew_s: float = 0.0
     cpu_s: float = 0.0
     updates: float = 0.0
+    bytes: float = 0.0  # sent by rank 0
+    loss: float | None = None  # of the last record: of training, nats a token
     stale: float = 0.0  # staleness, summed over updates
     stale_most: float = 0.0
     micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
@@ -108,11 +114,13 @@ class Run:
         return self.settings.get("world.clock") == "simulated"
 
     @property
+    def warmup_tokens(self) -> float:
+        """Tokens before which its exchange or its wire does something simpler."""
+        return max(_setting(self.settings.get(f"{part}.warmup_tokens")) or 0.0 for part in ("exchange", "wire"))
+
+    @property
     def budget(self) -> float | None:
-        try:
-            return number(float(self.settings.get("budget_tokens", "")))
-        except ValueError:
-            return None
+        return _setting(self.settings.get("budget_tokens"))
 
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MOST_NOTES:
@@ -205,20 +213,19 @@ def _reason(error: Exception) -> str:
 def read(folder: Path) -> Run | Skipped:
     run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
     digest = hashlib.sha256()
+    lives: list[dict[str, Any]] = []
     try:
-        records = list(_records(folder / "metrics.jsonl", run, digest))
+        begun = _fill(run, _records(folder / "metrics.jsonl", run, digest), lives)
     except (OSError, ValueError) as error:
         return Skipped(run.path, f"metrics.jsonl: {_reason(error)}")
     run.fingerprint = digest.hexdigest()
-    first = next((r for r in records if r.get("kind") == "run"), None)
     try:
-        run.settings = _settings(folder, records, run)
+        run.settings = _settings(folder, lives, run)
     except (OSError, ValueError, RecursionError) as error:
         return Skipped(run.path, f"no configuration: {_reason(error)}")
-    if not any(r.get("kind") in ("commit", "eval") for r in records):
-        begun = "it never got to its first record" if first else "metrics.jsonl has no record of a run"
-        return Skipped(run.path, begun + (f" ({run.notes[0]})" if run.notes else ""))
-    _fill(run, records)
+    if not begun:
+        never = "it never got to its first record" if lives else "metrics.jsonl has no record of a run"
+        return Skipped(run.path, never + (f" ({run.notes[0]})" if run.notes else ""))
     if not run.evals and not run.sums.tokens:
         return Skipped(run.path, f"no usable record ({'; '.join(run.notes[:3])})")
     if not run.evals:
@@ -232,14 +239,13 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
         raise ValueError("is not a plain file")
+    if path.stat().st_size > MOST_BYTES:  # a part of it would give wrong numbers
+        raise ValueError(f"is larger than {MOST_BYTES >> 20:,} MiB")
     taken, bad = 0, 0
     with open(path, "rb") as file:
         while line := file.readline(MOST_LINE):
             taken += len(line)
             digest.update(line)
-            if taken > MOST_BYTES:
-                run.note(f"metrics.jsonl is larger than {MOST_BYTES >> 20} MiB: the rest is left out")
-                break
             if not line.strip():
                 continue
             try:
@@ -257,10 +263,8 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         run.note(f"{bad} lines of metrics.jsonl are no records (a kill cuts the last one short)")
 
 
-def _settings(folder: Path, records: list[dict[str, Any]], run: Run) -> dict[str, str]:
+def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, str]:
     """Flat settings of the last life, and what was found where the run ran; what changed between lives says so."""
-    lives = [r for r in records if r.get("kind") == "run"]
-    run.lives = max(1, len(lives))
     values = next((r["config"] for r in reversed(lives) if isinstance(r.get("config"), dict)), None)
     if values is None:
         values = _yaml(folder / "config.yaml")
@@ -331,17 +335,41 @@ def _found(life: dict[str, Any]) -> dict[str, str]:
     return {key: plain(value) for key, value in out.items() if value is not None}
 
 
-def _fill(run: Run, records: list[dict[str, Any]]) -> None:
-    """Evaluations and sums. A record that goes back in tokens is left out, but for an evaluation made again."""
-    sums, odd = run.sums, 0
+class Curve:
+    """(tokens, a sum up to there), tokens ascending."""
+
+    def __init__(self) -> None:
+        self.points = [(0.0, 0.0)]
+        self._every, self._skipped = 1, 0
+
+    def add(self, tokens: float, value: float) -> None:
+        self._skipped += 1
+        if self._skipped < self._every:
+            return
+        self.points.append((tokens, value))
+        self._skipped = 0
+        if len(self.points) > MOST_POINTS:
+            del self.points[1:-1:2]
+            self._every *= 2
+
+
+def _fill(run: Run, records: Iterator[dict[str, Any]], lives: list[dict[str, Any]]) -> bool:
+    """Evaluations and sums; the `run` records go to `lives`. A record that goes back in tokens is left out, but for an
+    evaluation made again. False: there is no evaluation and no commit."""
+    sums, odd, begun = run.sums, 0, False
     evals: list[tuple[int, dict[str, Any], float, float]] = []  # life, record, tokens, loss
     begins: list[float] = []  # tokens at which each life begins
-    clock, sent, made = [(0.0, 0.0)], [(0.0, 0.0)], [(0.0, 0.0)]  # (tokens, sum up to there)
+    clock, sent, made = Curve(), Curve(), Curve()
     no_bytes = False
     for record in records:
         kind, tokens = record.get("kind"), number(record.get("tokens"))
+        begun = begun or kind in ("commit", "eval")
         if kind == "run":
             begins.append(0.0)
+            run.lives = len(begins)
+            if len(lives) == MOST_LIVES:  # the first and the latest ones
+                del lives[MOST_LIVES // 2]
+            lives.append(record)
             run.status, run.computed = "unfinished", None
         elif kind == "event" and begins and tokens is not None and str(record.get("what")).startswith("resumed"):
             begins[-1] = tokens
@@ -356,6 +384,9 @@ def _fill(run: Run, records: list[dict[str, Any]]) -> None:
             if tokens is None or loss is None or (evals and tokens < evals[-1][2]):
                 odd += 1
                 continue
+            if len(evals) == MOST_EVALS:
+                run.note(f"has more than {MOST_EVALS:,} evaluations: the rest is left out")
+                continue
             if evals and tokens == evals[-1][2]:
                 evals.pop()
             evals.append((len(begins), record, tokens, loss))
@@ -367,15 +398,16 @@ def _fill(run: Run, records: list[dict[str, Any]]) -> None:
             run.tokens = max(run.tokens, tokens)
             amount = number(record.get("bytes_sent"))
             no_bytes = no_bytes or amount is None or amount < 0
-            sent.append((tokens, sent[-1][1] + (amount or 0.0)))
-            made.append((tokens, sums.updates))
-            clock.append((tokens, sums.seconds))
+            sums.bytes += amount or 0.0
+            sent.add(tokens, sums.bytes)
+            made.add(tokens, sums.updates)
+            clock.add(tokens, sums.seconds)
     if odd:
         run.note(f"{odd} records left out: tokens, loss or seconds that are no numbers, or go back")
     if any(math.isinf(loss) for _, _, _, loss in evals):
         run.note("diverged: an evaluation's loss is not finite")
-    clock += [(t, s) for _, r, t, _ in evals if (s := number(r.get("seconds"))) is not None]
-    clock.sort()
+    seconds_at = [(t, s) for _, r, t, _ in evals if (s := number(r.get("seconds"))) is not None]
+    clock.points = sorted([*clock.points, *seconds_at])
     acts: dict[int, float] = {0: 0.0}  # of the lives so far
     wall = True
     for life, record, tokens, loss in evals:
@@ -384,12 +416,13 @@ def _fill(run: Run, records: list[dict[str, Any]]) -> None:
         total = None
         if wall and seconds is not None and here is not None:
             began = begins[life - 1] if life else 0.0
-            own = max(0.0, here - (seconds - (along(clock, began) or 0.0)))
+            own = max(0.0, here - (seconds - (along(clock.points, began) or 0.0)))
             earlier = [value for k, value in acts.items() if k < life]
             acts[life] = (earlier[-1] if earlier else 0.0) + own
             total = seconds + acts[life]
-        amount = None if no_bytes else along(sent, tokens)
-        run.evals.append(Point(tokens, loss, seconds, total, amount, along(made, tokens)))
+        amount = None if no_bytes else along(sent.points, tokens)
+        run.evals.append(Point(tokens, loss, seconds, total, amount, along(made.points, tokens)))
+    return begun
 
 
 def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
@@ -405,6 +438,7 @@ def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
     sums.flight_s, sums.skew_s = sums.flight_s + flight, sums.skew_s + (number(record.get("skew_s")) or 0.0)
     sums.cpu_s += (number(record.get("cpu_s_per_token")) or 0.0) * (tokens - sums.tokens)
     sums.updates += updates
+    sums.loss = _loss(record.get("loss"))
     sums.stale += (number(record.get("staleness_mean")) or 0.0) * updates
     sums.stale_most = max(sums.stale_most, number(record.get("staleness_max")) or 0.0)
     sums.micro_batches = _by_rank(sums.micro_batches, record.get("micro_batches_by_rank"))
@@ -429,14 +463,23 @@ def along(curve: list[tuple[float, float]], x: float) -> float | None:
     `commit` record of an evaluation comes a commit later), else None."""
     if len(curve) < 2:
         return None
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    k = max(1, bisect_left(curve, x, key=lambda point: point[0]))
+    if k < len(curve):
+        (x0, y0), (x1, y1) = curve[k - 1], curve[k]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
     (x0, y0), (x1, y1) = curve[-2:]
     return y1 + (y1 - y0) * (x - x1) / (x1 - x0) if x1 < x <= x1 + (x1 - x0) else None
 
 
 # ------------------------------------------------------------------ values
+def _setting(words: str | None) -> float | None:
+    """A number that stands in the settings as text."""
+    try:
+        return number(float(words or ""))
+    except ValueError:
+        return None
+
+
 def number(value: Any) -> float | None:
     """A finite number of a size that a run can have, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,26 +1,32 @@
-"""Interpolation and intervals. Seeds are the replicates; one number a seed enters everything here.
+"""Interpolation, intervals and tests. Seeds are the replicates; one number a seed enters everything here.
 
 Crossing: the first evaluation at or below the target, and the straight line from the one before it. Intervals are
-Student's t. Two ways of training are compared by the ratios of runs with the same seed: a t test on their logarithms,
-whose interval is exp(mean ± t s/√n).
+Student's t. Two ways of training are compared by the ratios of runs with the same seed: a paired t test on their
+logarithms, so what counts as noise is how the ratios differ between seeds, not how the seeds differ.
+
+A report makes many such tests. Holm's procedure (Scandinavian Journal of Statistics 6, 1979) holds the probability that
+any difference is claimed where there is none at 5 % over all of them together, whatever their dependence: the smallest
+of m p-values is compared with .05 / m, the next with .05 / (m - 1), and so on up to the first that is not below. Fewer
+than three common seeds are shown as points and test nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean, stdev
 
 from hvdllm.report.read import Point
 
 LEVEL = 0.95
+FEWEST = 3  # seeds: from here on there are intervals and tests
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over n seeds and its 95 % interval; one seed has none."""
+    """Mean over n seeds and its 95 % interval; fewer than three seeds have none."""
 
     mean: float
     low: float | None
@@ -36,52 +42,57 @@ class Spread:
 class Paired:
     """Ratio (reference / other, geometric mean) or difference (other less reference) over `pairs` common seeds.
 
-    noise: the larger of the two standard deviations between seeds, on the scale of the test (logarithms of a ratio).
+    centre, error: the mean and its standard error on the scale of the test (logarithms of a ratio). p: of the two-sided
+    paired t test. alpha: what Holm's procedure compared p with. significant: p and all smaller ones of the report were
+    below theirs. The interval has the level 1 - alpha, so it leaves out "no difference" exactly where p is below alpha.
     """
 
-    value: float
-    low: float | None
-    high: float | None
+    centre: float
+    error: float
     pairs: int
-    noise: float
     ratio: bool
-
-    @property
-    def none(self) -> float:
-        """The value that means no difference."""
-        return 1.0 if self.ratio else 0.0
-
-    @property
-    def margin(self) -> float:
-        """|value| on the scale of the test."""
-        return abs(math.log(self.value)) if self.ratio else abs(self.value)
+    p: float = 1.0
+    alpha: float = 1 - LEVEL
+    significant: bool = False
 
     @property
     def testable(self) -> bool:
-        return self.low is not None
+        return self.pairs >= FEWEST
 
     @property
-    def significant(self) -> bool:
-        """The interval leaves out "no difference", and the margin is wider than the noise between seeds: with two or
-        three seeds a few ratios may agree by chance."""
-        if self.low is None or self.high is None or self.low <= self.none <= self.high:
-            return False
-        return self.margin > self.noise
+    def value(self) -> float:
+        return self._back(self.centre)
+
+    @property
+    def half(self) -> float | None:
+        """Of the interval, on the scale of the test: no smaller difference would have been claimed."""
+        return t_factor(self.pairs, self.alpha) * self.error if self.testable else None
+
+    @property
+    def low(self) -> float | None:
+        return None if self.half is None else self._back(self.centre - self.half)
+
+    @property
+    def high(self) -> float | None:
+        return None if self.half is None else self._back(self.centre + self.half)
+
+    def _back(self, value: float) -> float:
+        return math.exp(max(-700.0, min(value, 700.0))) if self.ratio else value
 
 
 @lru_cache
-def t_factor(n: int) -> float:
-    """Of the two-sided 95 % interval of a mean of n."""
+def t_factor(n: int, alpha: float = 1 - LEVEL) -> float:
+    """Of the two-sided interval of a mean of n, of level 1 - alpha."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(n - 1, 0.5 + LEVEL / 2))
+    return float(stdtrit(n - 1, 1 - alpha / 2))
 
 
 def spread(values: Sequence[float]) -> Spread | None:
     if not values:
         return None
     mean = fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):
+    if len(values) < FEWEST or not math.isfinite(mean):
         return Spread(mean, None, None, len(values))
     half = t_factor(len(values)) * stdev(values) / math.sqrt(len(values))
     return Spread(mean, mean - half, mean + half, len(values))
@@ -96,16 +107,30 @@ def paired(reference: dict[str, float], other: dict[str, float], *, ratio: bool)
     if ratio:
         a, b = [math.log(v) for v in a], [math.log(v) for v in b]
     differences = [x - y if ratio else y - x for x, y in zip(a, b, strict=True)]
-    found = spread(differences)
-    assert found is not None
-    noise = max(stdev(a), stdev(b)) if len(common) > 1 else 0.0
+    centre, n = fmean(differences), len(differences)
+    error = stdev(differences) / math.sqrt(n) if n >= FEWEST else 0.0
+    return Paired(centre, error, n, ratio, _p(centre, error, n, max(map(abs, a + b))))
 
-    def back(value: float | None) -> float | None:
-        return value if value is None or not ratio else math.exp(min(value, 700.0))
 
-    value = back(found.mean)
-    assert value is not None
-    return Paired(value, back(found.low), back(found.high), len(common), noise, ratio)
+def _p(centre: float, error: float, n: int, largest: float) -> float:
+    from scipy.special import stdtr
+
+    if n < FEWEST or abs(centre) <= 1e-12 * max(largest, 1.0):  # the rounding of equal values is no difference
+        return 1.0
+    return 2 * float(stdtr(n - 1, -abs(centre) / error)) if error else 0.0
+
+
+def holm(tests: Sequence[Paired]) -> list[Paired]:
+    """The same tests in the same order, each with what Holm's procedure over all testable ones says of it. Those behind
+    the first that fails are shown at its level."""
+    order = sorted((k for k, test in enumerate(tests) if test.testable), key=lambda k: tests[k].p)
+    out, holds, alpha = list(tests), True, 1 - LEVEL
+    for place, k in enumerate(order):
+        if holds:
+            alpha = (1 - LEVEL) / (len(order) - place)
+            holds = tests[k].p < alpha
+        out[k] = replace(tests[k], alpha=alpha, significant=holds)
+    return out
 
 
 # ------------------------------------------------------------------ curves

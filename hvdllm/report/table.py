@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 
 from hvdllm.report.figures import Figures, Line, Reach
-from hvdllm.report.stats import Paired, Spread
-from hvdllm.report.verdict import count, verdict
+from hvdllm.report.stats import FEWEST, Paired, Spread
+from hvdllm.report.verdict import count, size, verdict
 
 NONE = "-"
 MOST_ROWS = 200  # of the tables that have a row for each run or difference
@@ -63,7 +63,8 @@ def to_target(line: Line, reach: Reach, scale: float = 1.0) -> str:
         return "not reached" if not line.reached else f"reached by {line.reached} of {runs}"
     if reach.spread is None:
         return "not recorded"
-    return ("≤ " if line.bound else "") + with_interval(reach.spread, scale)
+    early = "≤ " if line.bound else "in warm-up: " if line.warming else ""
+    return early + (digits(reach.spread.mean / scale) if early else with_interval(reach.spread, scale))
 
 
 def versus(line: Line, reference: Line) -> str:
@@ -74,7 +75,7 @@ def versus(line: Line, reference: Line) -> str:
     if ratio is None:
         return NONE
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}, one seed"
+        return f"{ratio.value:.2f}, {seeds(ratio.pairs)}"
     said = "" if ratio.significant else ", n.s."
     return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}){said}"
 
@@ -89,13 +90,19 @@ def loss(found: Spread | None) -> str:
 
 def difference(found: Paired | None) -> str:
     if found is None or found.low is None or found.high is None:
-        return NONE if found is None else f"{found.value:+.4f}, one seed"
+        return NONE if found is None else f"{found.value:+.4f}, {seeds(found.pairs)}"
     said = "" if found.significant else ", n.s."
     return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}){said}"
 
 
+def seeds(n: int) -> str:
+    return "one seed" if n == 1 else f"{n} seeds"
+
+
 def result(f: Figures) -> Table:
     """The final table, sorted by what is ranked."""
+    if not any(run.evals for run in f.runs):
+        return unevaluated(f)
     times = [s.spread.mean for s in (line.seconds for line in f.lines) if s.spread]
     sizes = [s.spread.mean for s in (line.bytes for line in f.lines) if s.spread]
     (hours, _), (sized, bytes_) = unit(times, SECONDS), unit(sizes, BYTES)
@@ -130,7 +137,11 @@ def result(f: Figures) -> Table:
             row.append(loss(line.wall))
         rows.append(row)
     target = NONE if f.target is None else f"{f.target:.4f}"
-    notes = ["± and brackets: 95 % intervals over seeds; n.s.: no significant difference from the reference"]
+    notes = [
+        "±: 95 % interval over seeds, of this group alone; brackets: the interval of the difference, at the level that "
+        "Holm's procedure gives it among all tests of the report; n.s.: no significant difference from the reference; "
+        f"fewer than {FEWEST} seeds: values alone"
+    ]
     return Table(f"To validation loss {target}, best first", head, rows, notes)
 
 
@@ -160,6 +171,22 @@ def work(f: Figures) -> Table:
     if f.virtual:
         notes.append("world=virtual: times, and what follows from them, are left out")
     return Table("What an update is and costs", head, rows, notes)
+
+
+def unevaluated(f: Figures) -> Table:
+    """Of runs that have no evaluation: what their records say all the same, run by run."""
+    rows = []
+    for line in f.lines:
+        for run in line.group.runs:
+            s = run.sums
+            speed = s.tokens / s.seconds if s.seconds and not run.virtual else None
+            rows.append([
+                line.label, run.name, count(s.tokens), NONE if s.loss is None else f"{s.loss:.4f}",
+                NONE if speed is None else count(speed), size(s.bytes), count(s.updates),
+            ])  # fmt: skip
+    head = ["", "run", "tokens", "training loss", "tokens/s", "sent by a rank", "updates"]
+    notes = ["training loss: of the last record, on text that differs from run to run; nothing can be ranked by it"]
+    return _cut(Table("No run has an evaluation", head, rows, notes, left=2))
 
 
 def uneven(f: Figures) -> Table | None:
@@ -263,18 +290,20 @@ def method(f: Figures) -> list[str]:
     """How the numbers were made, and what to know of them."""
     out = []
     if f.target is not None:
-        source = f"the best loss of {f.target_from}, which all evaluated runs reached" if f.target_from else "as given"
         out.append(
-            f"Target: validation loss {f.target:.4f} nats a token, {source}. Reached: the first evaluation at or below "
-            "it; tokens, seconds, bytes and updates there are interpolated linearly between that evaluation and the "
-            "one before, so they are no finer than the evaluations are dense."
+            f"Target: validation loss {f.target:.4f} nats a token, {f.target_from}. Reached: the first evaluation at "
+            "or below it; tokens, seconds, bytes and updates there are interpolated linearly between that "
+            "evaluation and the one before, so they are no finer than the evaluations are dense. Ranked are groups of "
+            "which every run reached it after its first evaluation and behind the warm-up of its exchange and wire."
         )
     out.append(
         "Seeds are the replicates: means and 95 % intervals (Student's t) over seeds. Ratios are paired by seed: "
-        "geometric mean, interval and two-sided paired t test on their logarithms; differences of losses likewise "
-        "without the logarithm. A difference is called significant where its interval leaves out no difference and it "
-        "is wider than the larger standard deviation between seeds of the two. The tests are not corrected for their "
-        "number."
+        "geometric mean and two-sided paired t test on their logarithms; differences of losses likewise without the "
+        f"logarithm. Fewer than {FEWEST} common seeds test nothing. All {f.tests} tests of this report (each group "
+        "against the reference by the way to the target, by the loss at equal tokens and at equal wall-clock, and "
+        "the first group against all others, as one) are corrected together by Holm's procedure: whatever is true, "
+        "the chance that any difference is claimed where there is none is at most 5 %. A bracket has the level at "
+        "which Holm's procedure tests its difference, so a claimed one leaves out no difference. Bytes are not tested."
     )
     if any(run.simulated for run in f.runs):
         out.append(

@@ -1,13 +1,13 @@
-"""One paragraph that a reader may quote. Every clause is computed; a difference is claimed only where the paired test
-finds one that is wider than the noise between seeds."""
+"""One paragraph that a reader may quote. Every clause is computed. A difference is claimed, and a winner named, only
+where the paired tests of the whole report, corrected together (report/stats.py), find one; else it says "no winner"."""
 
 from __future__ import annotations
 
 import math
+from statistics import median
 
-from hvdllm.report import stats
-from hvdllm.report.figures import Figures, Line
-from hvdllm.report.stats import Paired, Spread
+from hvdllm.report.figures import Figures, Line, Winner
+from hvdllm.report.stats import FEWEST, Paired, Spread
 
 
 def verdict(f: Figures) -> str:
@@ -17,52 +17,85 @@ def verdict(f: Figures) -> str:
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
         parts.append(f"Not a fair comparison: the runs also differ in {', '.join(keys[:6])}{more}.")
     if f.target is None:
-        return " ".join([*parts, "No run has an evaluation with a finite loss yet, so nothing can be ranked."])
-    parts.append(_head(f))
+        return " ".join(
+            [
+                *parts,
+                "No run has an evaluation with a finite loss yet, so nothing can be ranked: eval_every sets how often.",
+            ]
+        )
+    parts += [_clock(f), _head(f)]
     tests = [line for line in f.lines if line.ratio is not None]
     if len(f.lines) > 1:
-        parts += [_others(f, tests), _missed(f)]
-        parts += [_lead(f), _bytes(f), _wall(f)]
+        parts += [_others(f, tests), _missed(f), _bytes(f), _wall(f)]
     else:
         parts.append("There is one group only, so nothing to compare it with.")
-    parts += [_tuning(f), _method(f, tests)]
+    parts += [_tuning(f), _method(f)]
     return " ".join(part for part in parts if part)
 
 
-def _head(f: Figures) -> str:
-    origin = "the target given" if not f.target_from else "the best that every evaluated run reached"
-    where = f"validation loss {f.target:.4f} ({origin})"
-    virtual = (
-        "The runs are of world=virtual, logical ranks that take turns in one process: their times mean nothing, so "
-        "they are ranked by tokens. "
-        if f.virtual
-        else ""
-    )
+def _clock(f: Figures) -> str:
     if any(run.simulated for run in f.runs):
-        virtual = "Seconds are those of a simulated clock. "
-    best = f.lines[0]
-    if not best.all_reached or f.ranked(best).spread is None:
-        if any(line.reached for line in f.lines):
-            return f"{virtual}No group came to {where} with all of its runs."
-        return f"{virtual}No run came to {where}."
-    found = f.ranked(best).spread
-    assert found is not None
-    most = "at most " if best.bound else ""
+        return "Seconds are those of a simulated clock."
+    if f.virtual:
+        return (
+            "The runs are of world=virtual, logical ranks that take turns in one process: their times mean nothing, so "
+            "they are ranked by tokens."
+        )
+    return ""
+
+
+def _head(f: Figures) -> str:
+    """Who came to the target first, if that can be said."""
+    where = f"validation loss {f.target:.4f} ({f.target_from})"
+    ranked = [line for line in f.lines if f.measured(line)]
+    if not ranked:
+        if not any(line.reached for line in f.lines):
+            return f"No winner: no run came to {where}."
+        if any(line.bound or line.warming for line in f.lines):
+            return f"No winner: no group came to {where} with all of its runs at a time that was measured."
+        return f"No winner: no group came to {where} with all of its runs."
+    first = ranked[0]
+    took = _took(f, first)
     if len(f.lines) == 1:
-        return f"{virtual}{best.label} took {most}{amount(found, f.rank_by)} to {where}."
-    tied = [line for line in f.lines if line.all_reached and (s := f.ranked(line).spread) and s.mean == found.mean]
-    word = "first" if f.rank_by == "seconds" else "with the fewest tokens"
-    if len(tied) > 1:
-        word = "equally soon" if f.rank_by == "seconds" else "with equally many tokens"
-    who = " and ".join(line.label for line in tied)
-    return f"{virtual}{who} came to {where} {word}, in the mean after {most}{amount(found, f.rank_by)}."
+        return f"{first.label} took {took} to {where}."
+    won = f.winner
+    if won is None:
+        return f"No winner: to {where}, only {first.label} can be ranked ({took})."
+    if won.significant and won.lead is not None:
+        word = "first" if f.rank_by == "seconds" else "with the fewest tokens"
+        lead = f"{times(won.lead.value)} {_as_good(f)} the next, {won.next.label} ({between(won.lead)})"
+        return f"{first.label} came to {where} {word}, in the mean after {took}: {lead}."
+    return f"No winner: to {where}, {_undecided(f, won, took)}."
+
+
+def _undecided(f: Figures, won: Winner, took: str) -> str:
+    """Why the first in the mean is not called the winner."""
+    first, other = won.first, won.next
+    a, b = f.ranked(first).spread, f.ranked(other).spread
+    assert a is not None and b is not None
+    if a.mean == b.mean:
+        return f"{first.label} and {other.label} took equally much, {took} in the mean"
+    said = f"{first.label} took {took} in the mean, {other.label} {_took(f, other)}"
+    if won.lead is None or not won.lead.testable:
+        return f"{said}; with fewer than {FEWEST} common seeds nothing is claimed"
+    return f"{said}, which is no significant difference ({why_not(won.lead)})"
+
+
+def _took(f: Figures, line: Line) -> str:
+    found = f.ranked(line).spread
+    assert found is not None
+    return amount(found, f.rank_by)
+
+
+def _as_good(f: Figures) -> str:
+    return "as fast as" if f.rank_by == "seconds" else "as frugal with tokens as"
 
 
 def _others(f: Figures, tests: list[Line]) -> str:
     """Each group against the reference."""
     if not tests:
         return ""
-    name, verb = f.reference.label, "as fast as" if f.rank_by == "seconds" else "as frugal with tokens as"
+    name, verb = f.reference.label, _as_good(f)
     said = []
     for line in tests:
         ratio = line.ratio
@@ -73,11 +106,8 @@ def _others(f: Figures, tests: list[Line]) -> str:
             said.append(f"{line.label} {times(ratio.value)} {verb} {name} ({between(ratio)})")
         else:
             said.append(f"{line.label} no significant difference from {name} ({why_not(ratio)})")
-    end = (
-        ""
-        if any(line.ratio and line.ratio.testable for line in tests)
-        else "; one seed each, so nothing can be said of noise"
-    )
+    tested = any(line.ratio and line.ratio.testable for line in tests)
+    end = "" if tested else f"; fewer than {FEWEST} seeds each, so nothing can be said of noise"
     return f"Against {name}: {'; '.join(said)}{end}."
 
 
@@ -89,32 +119,20 @@ def _missed(f: Figures) -> str:
     return f"Not reached by all runs of {', '.join(said)}: no mean is taken of the others."
 
 
-def _lead(f: Figures) -> str:
-    """The first against the second, where neither is the reference: that comparison stands nowhere else."""
-    first, second = f.lines[0], f.lines[1]
-    if f.reference in (first, second) or not (first.all_reached and second.all_reached):
-        return ""
-    lead = stats.paired(f.ranked(second).by_seed, f.ranked(first).by_seed, ratio=True)
-    if lead is None or not lead.testable:
-        return ""
-    if lead.significant:
-        return f"Its lead over the next, {second.label}, is {times(lead.value)} ({between(lead)})."
-    return f"Its lead over the next, {second.label}, is no significant difference ({why_not(lead)})."
-
-
 def _bytes(f: Figures) -> str:
-    known = [(line, line.bytes.spread) for line in f.lines if line.all_reached and line.bytes.spread]
+    """A description, not a claim: no test stands behind it."""
+    known = [(line, line.bytes.spread) for line in f.lines if line.measured and line.bytes.spread]
     sent = [(line, spread.mean) for line, spread in known if spread is not None and spread.mean > 0]
     if len(sent) < 2:
         return ""
     least, most = min(sent, key=lambda pair: pair[1]), max(sent, key=lambda pair: pair[1])
     if least[1] >= 0.995 * most[1]:
         return "All sent as many bytes to get there."
-    base = next((value for line, value in sent if line is f.reference), None)
-    if base is not None and least[1] >= 0.995 * base:  # a tie is the reference's
-        return f"Fewest bytes to get there: {f.reference.label}, {size(base)} a rank."
-    against = f", {f.reference.label} {size(base)}" if base is not None and least[0] is not f.reference else ""
-    return f"Fewest bytes to get there: {least[0].label}, {size(least[1])} a rank{against}."
+    said = [f"{least[0].label} {size(least[1])}"]
+    said += [f"{line.label} {size(value)}" for line, value in sent if line is f.reference and line is not least[0]]
+    if most[0] not in (least[0], f.reference):
+        said.append(f"{most[0].label} {size(most[1])}")
+    return f"Bytes a rank sent to get there, in the mean and not tested: {', '.join(said)}."
 
 
 def _wall(f: Figures) -> str:
@@ -123,14 +141,14 @@ def _wall(f: Figures) -> str:
         return ""
     line, spread = min(known, key=lambda pair: pair[1].mean if pair[1] else math.inf)
     assert spread is not None
-    text = f"After equal wall-clock, evaluation included ({seconds(f.equal_wall)}), the lowest loss is that of "
+    text = f"After equal wall-clock, evaluation included ({seconds(f.equal_wall)}), the lowest mean loss is that of "
     text += f"{line.label}, {spread.mean:.4f}"
     test = line.wall_difference
     if test is None:
         return text + "."
     apart = f"{abs(test.value):.4f} below {f.reference.label}"
     if not test.testable:
-        return f"{text}, {apart}."
+        return f"{text}, {apart}, with too few seeds for a test."
     if test.significant:
         assert test.low is not None and test.high is not None
         return f"{text}, {apart} ({-test.high:.4f} to {-test.low:.4f})."
@@ -150,14 +168,22 @@ def _tuning(f: Figures) -> str:
     return f"Tuned by {', '.join(f.comparison.tuned_by)}, {tries}: {'; '.join(won)}."
 
 
-def _method(f: Figures, tests: list[Line]) -> str:
-    ratios = [line.ratio for line in tests if line.ratio is not None and line.ratio.testable]
-    if not ratios:
+def _method(f: Figures) -> str:
+    """How the tests were made, and how small a difference they could have seen."""
+    if not f.tests:
         return ""
+    ratios = [line.ratio for line in f.lines if line.ratio is not None and line.ratio.testable]
     pairs = sorted({ratio.pairs for ratio in ratios})
-    many = f"; {len(ratios)} comparisons, not corrected for their number" if len(ratios) > 1 else ""
-    seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
-    return f"(95 % intervals; paired t test on the logarithms of ratios, {seeds} seeds{many}.)"
+    seeds = f", {pairs[0]}{f' to {pairs[-1]}' if len(pairs) > 1 else ''} seeds" if pairs else ""
+    many = f"{f.tests} tests" if f.tests > 1 else "one test"
+    halves = [ratio.half for ratio in ratios if not ratio.significant and ratio.half]
+    seen = (
+        f"; a difference below {times(math.exp(min(700.0, median(halves))))} could not have been seen" if halves else ""
+    )
+    return (
+        f"(Paired t tests{seeds}; {many} in this report, corrected by Holm's procedure, so that a claim of any "
+        f"difference where there is none has a chance of 5 %{seen}.)"
+    )
 
 
 # ------------------------------------------------------------------ words
@@ -171,13 +197,8 @@ def between(found: Paired) -> str:
 
 
 def why_not(found: Paired) -> str:
-    """The reason that a difference is not claimed. Of a ratio."""
-    if found.low is None or found.high is None:
-        return "one seed"
-    value = f"{times(found.value)}, {between(found)}"
-    if found.low <= found.none <= found.high:
-        return value
-    return f"{value}, but the noise between seeds is {math.expm1(found.noise):.1%}"
+    """The ratio that is not claimed, and its interval."""
+    return f"{times(found.value)}, {between(found)}"
 
 
 def amount(spread: Spread, what: str) -> str:
@@ -186,7 +207,7 @@ def amount(spread: Spread, what: str) -> str:
     unit = "" if what == "seconds" else " tokens"
     if spread.low is None or spread.high is None:
         return f"{show(spread.mean)}{unit} ({spread.n} seed{'s' * (spread.n > 1)})"
-    low = max(0.0, spread.low)  # with two seeds the interval may reach below nothing
+    low = max(0.0, spread.low)  # with few seeds the interval may reach below nothing
     return f"{show(spread.mean)}{unit} ({show(low)} to {show(spread.high)}, {spread.n} seeds)"
 
 

@@ -162,13 +162,21 @@ def test_hostile_folders_are_skipped_with_a_reason(tmp_path: Path) -> None:
     assert "plain file" in reasons["folder"] and "plain file" in reasons["pipe"] and "nothing" in reasons["dangling"]
 
 
-def test_a_huge_file_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_beyond_any_run_is_skipped_not_read_in_part(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     with open(folder / "metrics.jsonl", "ab") as file:
         file.truncate(2**40)  # holes: nothing on the disk
-    monkeypatch.setattr(reading, "MOST_BYTES", 3 * 2**20)
-    run = one(folder)
-    assert len(run.evals) == 4 and any("larger than 3 MiB" in note for note in run.notes)
+    found = read(folder)
+    assert isinstance(found, Skipped) and "metrics.jsonl: is larger than 4,096 MiB" in found.why
+
+
+def test_a_long_run_is_read_to_its_end_in_few_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_POINTS", 64)
+    lines = records(settings(), tuple(8 - k / 1000 for k in range(1, 3001)))
+    run = one(write(tmp_path / "a", lines))
+    assert run.status == "finished" and len(run.evals) == 3000 and run.evals[-1].loss == 5.0
+    assert run.sums.updates == 30_000 and run.evals[-1].bytes == 3_000_000
+    assert [p.bytes for p in run.evals] == pytest.approx([1000.0 * k for k in range(1, 3001)]), "evenly spaced"
 
 
 def test_sweeps_patterns_files_and_links(tmp_path: Path) -> None:
