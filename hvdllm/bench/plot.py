@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm.errors import UserError
+from hvdllm.report.draw import check_file
 
 KINDS = (".png", ".svg", ".pdf")
-COMPUTE, HIDDEN, BLOCKED, INK = "#4c78a8", "#9ecae9", "#e45756", "#333333"
+COMPUTE, HIDDEN, BLOCKED, REST, INK = "#4c78a8", "#9ecae9", "#e45756", "#bab0ac", "#333333"
 
 
 def check(path: Path) -> None:
@@ -18,16 +19,15 @@ def check(path: Path) -> None:
         import matplotlib  # noqa: F401 - imported only when a picture is asked for
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from None
-    if path.suffix not in KINDS:
-        raise UserError(f"--plot {path}: a file that ends in {', '.join(KINDS)}")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--plot {path}: there is no folder {path.parent}")
+    check_file("--plot", path, KINDS)
 
 
-def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float]]:
-    """(label, compute with nothing travelling, compute while gradients travel, blocked), each in ms.
+def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]]:
+    """(label, compute with nothing travelling, compute while gradients travel, blocked, the rest of the step), in ms:
+    together the step, whose number stands behind the bar.
 
-    Cases without an exchange have one bar, the step.
+    Each figure is a median of its own; where compute and blocked come to more than the step, both are scaled to it.
+    Cases without an exchange have one part, the step.
     """
     out = []
     for label, case in figures["cases"].items():
@@ -35,10 +35,13 @@ def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float]]:
             continue
         f = case["figures"]
         if case["kind"] != "together":
-            out.append((label, f["step_ms"], 0.0, 0.0))
+            out.append((label, f["step_ms"], 0.0, 0.0, 0.0))
             continue
         hidden = min(f["compute_ms"], max(0.0, f["flight_ms"] - f["blocked_ms"]))
-        out.append((label, f["compute_ms"] - hidden, hidden, f["blocked_ms"]))
+        parts = (f["compute_ms"] - hidden, hidden, f["blocked_ms"])
+        scale = min(1.0, f["step_ms"] / sum(parts)) if sum(parts) else 1.0
+        alone, hidden, blocked = (scale * part for part in parts)
+        out.append((label, alone, hidden, blocked, f["step_ms"] - scale * sum(parts)))
     return out
 
 
@@ -53,8 +56,8 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     labels, parts = [row[0] for row in rows], list(zip(*(row[1:] for row in rows), strict=True))
     figure, axes = pyplot.subplots(figsize=(8.6, 1.7 + 0.46 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
-    names = ("compute", "compute while gradients travel", "blocked: waits for gradients")
-    for name, colour, values in zip(names, (COMPUTE, HIDDEN, BLOCKED), parts or [()] * 3, strict=True):
+    names = ("compute", "compute while gradients travel", "blocked: waits for gradients", "rest: launching, updating")
+    for name, colour, values in zip(names, (COMPUTE, HIDDEN, BLOCKED, REST), parts or [()] * 4, strict=True):
         axes.barh(labels, values, left=left, height=0.62, color=colour, label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     widest = max(left, default=1.0)

@@ -56,7 +56,7 @@ class Screen:
         self._task: Any = None
         self._log: Path | None = None
         self._shown = 0.0
-        self._smooth = {"loss": math.nan, "blocked": math.nan}  # single steps are too noisy to read
+        self._blocked = math.nan  # smoothed: a single step is too noisy to read
         self._rate: tuple[float, float] | None = None  # seconds and tokens when this process began
 
     def __enter__(self) -> Screen:
@@ -79,10 +79,9 @@ class Screen:
 
     def progress(self, values: dict[str, Any]) -> None:
         now = time.monotonic()
-        for name in self._smooth:
-            if not math.isnan(values[name]):
-                old = self._smooth[name]
-                self._smooth[name] = values[name] if math.isnan(old) else old + 0.05 * (values[name] - old)
+        if math.isnan(self._blocked):
+            self._blocked = values["blocked"]
+        self._blocked += 0.05 * (values["blocked"] - self._blocked)
         if self._rate is None:
             self._rate = values["seconds"], values["tokens"]
         if now - self._shown < (0.1 if self.live else PLAIN_EVERY_S):
@@ -93,9 +92,9 @@ class Screen:
         rate = (tokens - self._rate[1]) / passed if passed > 0 else math.nan
         left = max(0, budget - tokens) / rate if rate else math.nan
         parts = [
-            f"loss {self._smooth['loss']:.3f}",
+            f"loss {values['loss']:.3f}",
             f"{rate:,.0f} tokens/s",
-            f"{100 * self._smooth['blocked']:.0f}% blocked",
+            f"{100 * self._blocked:.0f}% blocked",
             f"{_duration(left)} left",
         ]
         line = " · ".join(part for part in parts if "nan" not in part)

@@ -40,13 +40,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--reference", help="what speed-ups are measured against (allreduce, else the first)")
     parser.add_argument("--anyway", action="store_true", help="rank runs that differ in more than what is compared")
     given = parser.parse_args(argv)
-    check_out(given.out)
 
     from hvdllm.report import draw
     from hvdllm.report.compare import compare
     from hvdllm.report.figures import check_target, measure
     from hvdllm.report.read import gather
 
+    draw.check_file("--out", given.out, KINDS)
     check_target(given.target_loss)
     check_packages()
     if given.out.suffix != ".md":
@@ -69,16 +69,6 @@ def run(argv: list[str]) -> int:
     tell_skipped(skipped)
     print(f"written to {', '.join(map(str, written))}")
     return 0
-
-
-def check_out(out: Path) -> None:
-    """Before anything is read. Raises UserError."""
-    if out.suffix not in KINDS:
-        raise UserError(f"--out {out}: a file that ends in {', '.join(KINDS)}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: the folder {out.parent} cannot be made ({error.strerror})") from None
 
 
 def check_packages() -> None:

@@ -716,6 +716,12 @@ class Config:
     log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
     keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1)
     eval_tokens: int = setting(65_536, "tokens of an evaluation, always the same first ones; 0: all", least=0)
+    target_loss: float | None = setting(
+        None,
+        "validation loss, in nats a token, to which `hvdllm report` measures the way; named before the runs, so that "
+        "no result chooses it; null: the best that all runs reached",
+        least=1e-3,
+    )
     trace_steps: str | None = setting(
         None, "steps first:last of which trace.json shows compute, flight and blocked time of every rank; null: none"
     )

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 from hvdllm.errors import UserError
@@ -45,6 +46,17 @@ def check() -> None:
         raise UserError(
             "pictures need matplotlib: pip install 'hvdllm[report]', or write a table with --out report.md"
         ) from None
+
+
+def check_file(flag: str, path: Path, kinds: tuple[str, ...]) -> None:
+    """Makes the folder that `flag` names a file in. Raises UserError where it cannot, or where the file has none of
+    these endings."""
+    if path.suffix not in kinds:
+        raise UserError(f"{flag} {path}: a file that ends in {', '.join(kinds)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: the folder {path.parent} cannot be made ({error.strerror})") from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from hvdllm.config.schema import Config, TensorBoard, Wandb
@@ -47,12 +48,14 @@ class Refused(Exception):
 
 
 def named(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`train/loss`, `train/micro_batches_by_rank/0`, `eval/loss`, ... with their values, no `kind`, no `tokens`."""
+    """`train/loss`, `eval/loss`, ... with their values, no `kind`, no `tokens`; of what is a number a rank, however
+    many ranks there are, `train/micro_batches_by_rank/min`, `/mean` and `/max`."""
     prefix = PREFIXES.get(record["kind"], record["kind"])
     for key, value in record.items():
         if key in ("kind", "tokens") or value is None:
             continue
-        if isinstance(value, list):
-            yield from ((f"{prefix}/{key}/{i}", each) for i, each in enumerate(value))
-        else:
+        if isinstance(value, list) and value and all(isinstance(each, (int, float)) for each in value):
+            of = {"min": min(value), "mean": fmean(value), "max": max(value)}
+            yield from ((f"{prefix}/{key}/{name}", each) for name, each in of.items())
+        elif not isinstance(value, list):
             yield f"{prefix}/{key}", value

@@ -1,6 +1,9 @@
 """Weights & Biases. Metrics stand over `tokens`; W&B's own step is the number of the record, which grows over all lives
 of a run, so that nothing is dropped where a resumed run repeats tokens. Its files stay in the run's folder.
 
+The system's statistics are those of rank 0's process and of its host; what the host and its user are called is not
+sent.
+
 Offline runs know no resume: each life is a folder of its own with the same id, and `wandb sync` joins them by time.
 """
 
@@ -73,9 +76,13 @@ class Tracker:
                 self.run.log_artifact(artifact)
 
     def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        sends = f"`hvdllm track sync {self.folder}` sends it to the server"
+        try:
+            self.run.finish(exit_code=int(failed))
+        except TimeoutError:
+            self.say(f"W&B's server did not take all of this run within {UPLOAD_S:.0f} s: {sends}")
         if self.run.offline:
-            self.say(f"W&B has an offline run: `hvdllm track sync {self.folder}` sends it to the server")
+            self.say(f"W&B has an offline run: {sends}")
 
     def _start(self, config: Config) -> Any:
         """Online or, where that is allowed, offline with a sentence. Raises Refused."""
@@ -118,7 +125,8 @@ class Tracker:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
                 silent=True, quiet=True, console="off", disable_git=True, disable_code=True, save_code=False,
-                init_timeout=self.settings.start_s, finish_timeout=UPLOAD_S, root_dir=str(self.folder),
-                x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
+                init_timeout=self.settings.start_s, finish_timeout=UPLOAD_S,
+                finish_timeout_raises=True, root_dir=str(self.folder),
+                x_disable_meta=True, x_save_requirements=False, x_stats_pid=os.getppid(),
             ),
         )  # fmt: skip

@@ -130,6 +130,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         due.load(resumed["due"])
     if folder is not None:
         open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
+        if start.again:
+            what = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
+            due.record("event", due.tokens, clock.earlier, {"what": what})
     show.header(header(config, corpus, hosts, world, start, resumed, trunk))
     for note in notes:
         show.say(note)
@@ -430,9 +433,6 @@ def open_folder(
         },
         sync=True,
     )
-    if start.again:
-        what = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
-        folder.record("event", {"what": what, "tokens": resumed["shared"]["tokens"] if resumed else 0})
 
 
 def header(
@@ -518,7 +518,7 @@ def end_record(
     return {
         "reason": reason,
         "tokens": due.tokens,
-        "seconds": seconds,
+        **due.totals(seconds),
         "loss": due.recorded_loss if due.recorded_loss is not None or math.isnan(due.last_loss) else due.last_loss,
         "eval_loss": due.last_eval.loss if due.last_eval else None,
         "bits_per_byte": due.last_eval.bits_per_byte if due.last_eval else None,

@@ -32,7 +32,8 @@ class Show(Protocol):
     """What a person sees (cli/display.py); silent on all ranks but 0."""
 
     def progress(self, values: dict[str, Any]) -> None:
-        """Called at every commit: tokens, budget, seconds; loss and blocked (a share) of the commit before."""
+        """Called at every commit: tokens, budget, seconds; loss of the newest `commit` record (before there is one, of
+        what it will hold); blocked (a share) of the commit before."""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -62,6 +63,11 @@ class Window:
     updates: int = 0
     stale: float = 0.0  # staleness, summed over updates
     stalest: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Nats a token; not a number where nothing is booked yet."""
+        return self.loss_sum / self.loss_tokens if self.loss_tokens else float("nan")
 
     def add(self, report: Report) -> None:
         self.loss_sum += report.loss_sum
@@ -114,6 +120,7 @@ class Due:
         self.pending: dict[str, Any] | None = None  # a `commit` record that waits for its loss
         self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
         self.bytes_before = 0.0  # sent in earlier lives of this run
+        self.blocked_s = 0.0  # of all commits that are booked, mean over ranks; earlier lives included
         self.last_loss, self.last_blocked, self.last_sample = float("nan"), 0.0, ""
         self.recorded_loss: float | None = None  # of the last `commit` record
         self.last_eval: Evaluation | None = None
@@ -155,11 +162,11 @@ class Due:
             seconds = self.clock.seconds()
             with self.clock.act():
                 if audit:  # first: nothing is said or kept of replicas that have come apart
-                    self.audit()
+                    self.audit(seconds)
                 if evaluate:
                     self.evaluate(seconds)
                 if sample:
-                    self.sample()
+                    self.sample(seconds)
                 if save:
                     self.save(seconds)
         self.finished = met
@@ -174,7 +181,7 @@ class Due:
                 if self.config.eval_every:
                     self.evaluate(seconds)
                 if self.config.sample_every:
-                    self.sample()
+                    self.sample(seconds)
         if self.finished and self.config.save_every:
             with self.exchange.consensus(), self.update.weights():
                 if self.folder is not None:
@@ -187,28 +194,24 @@ class Due:
         self.last_eval = result
         tokens = self.tokens + self.settled_tokens
         older = of is not None and of != tokens
-        if self.folder is not None:
-            values = {"tokens": tokens, "seconds": seconds, "loss": result.loss}
-            values |= {"bits_per_byte": result.bits_per_byte, "wall_s": self.clock.wall_s()}
-            self.folder.record("eval", {**values, "weights_tokens": of} if older else values)
+        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "wall_s": self.clock.wall_s()}
+        self.record("eval", tokens, seconds, {**values, "weights_tokens": of} if older else values)
         self.show.say(
             f"{tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
             + (f" (weights of {of:,} tokens)" if older else "")
         )
 
-    def audit(self) -> None:
+    def audit(self, seconds: float) -> None:
         """Where the exchange promises identical replicas a difference is an error; else it is logged how far they are
         apart. Of the replicas as they are: within consensus() they would be the same by construction."""
         if self.world.size == 1:
             return
         if not self.exchange.identical:
             apart = spread(self.flat, self.world)
-            if self.folder is not None:
-                self.folder.record("audit", {"tokens": self.tokens, "spread": apart})
+            self.record("audit", self.tokens, seconds, {"spread": apart})
             return
         found = audit(self.flat, self.world)
-        if self.folder is not None:
-            self.folder.record("audit", {"tokens": self.tokens, "replicas_agree": found is None})
+        self.record("audit", self.tokens, seconds, {"replicas_agree": found is None})
         if found is not None:
             raise RunError(
                 f"step {self.step}: the replicas differ in {found}, although this exchange keeps replicas "
@@ -216,13 +219,13 @@ class Due:
                 everywhere=True,
             )
 
-    def sample(self) -> None:
+    def sample(self, seconds: float) -> None:
         with self.exchange.consensus(), self.update.weights():
             text = self._sample(self.tokens)
         self.last_sample = text
         if self.folder is not None:
             self.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
-            self.folder.record("sample", {"tokens": self.tokens, "text": text})
+        self.record("sample", self.tokens, seconds, {"text": text})
 
     def save(self, seconds: float) -> None:
         begin, state = self.clock.wall_s(), self.exchange.state()
@@ -233,21 +236,33 @@ class Due:
             self.world, self.config.keep, mine={"lanes": self.stream.lanes()},
         )  # fmt: skip
         self._save_s = self.clock.wall_s() - begin
-        if self.folder is not None and path is not None:
-            self.folder.record("save", {"tokens": self.tokens, "step": self.step, "path": str(path)}, sync=True)
+        if path is not None:
+            self.record("save", self.tokens, seconds, {"step": self.step, "path": str(path)}, sync=True)
 
     # ------------------------------------------------------------------ records
+    def record(self, kind: str, tokens: int, seconds: float, values: dict[str, Any], sync: bool = False) -> None:
+        """With what every record has: how far the run is, in any unit that a curve may be drawn over."""
+        if self.folder is not None:
+            self.folder.record(kind, {"tokens": tokens, **self.totals(seconds), **values}, sync=sync)
+
+    def totals(self, seconds: float) -> dict[str, float]:
+        """Sums over all lives of the run: seconds of the training clock; bytes that rank 0 sent; seconds that ranks
+        stood still for the exchange, of the commits that are booked, mean over ranks."""
+        sent = self.bytes_before + self.world.bytes_sent
+        return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
+
     def _open_record(self, commit: Commit, extra: bool) -> None:
         """extra: off the cadence, because the run ends here; a run that goes on takes it back."""
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
-        self.pending |= {"bytes": self.bytes_before + self.world.bytes_sent, "extra": extra}
+        self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra}
 
     def _close_record(self, report: Report | None) -> None:
         """Books what is now known of the commit before, and writes its record if it has one."""
         if report is None:
             return
         self.window.add(report)
+        self.blocked_s += fmean(report.blocked_s)
         self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
         blocked = sum(report.blocked_s)
         self.last_blocked = blocked / max(blocked + sum(report.compute_s), 1e-9)
@@ -257,9 +272,8 @@ class Due:
         passed = head["seconds"] - last["seconds"]
         values = {
             "step": head["step"],
-            "tokens": head["tokens"],
-            "seconds": head["seconds"],
-            "loss": window.loss_sum / max(window.loss_tokens, 1.0),
+            "bytes_total": head["bytes"],
+            "loss": window.loss,
             "lr": head["lr"],
             "grad_norm": report.grad_norm,
             "compute_s": window.compute_s,
@@ -287,23 +301,19 @@ class Due:
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }
         self.recorded_loss = values["loss"]
-        if self.folder is not None:
-            self.folder.record("commit", values)
+        self.record("commit", head["tokens"], head["seconds"], values)
         if said := self.straggler.note(window.compute_s_by_rank, window.blocked_s_by_rank):
             self.show.say(said)
-            if self.folder is not None:
-                self.folder.record("event", {"what": said, "tokens": head["tokens"], "straggler": self.straggler.named})
+            self.record("event", head["tokens"], head["seconds"], {"what": said, "straggler": self.straggler.named})
         self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
         self.window, self.pending = Window(), None
 
     def _progress(self) -> None:
         seconds = self.clock.seconds()
-        values = {
-            "tokens": self.tokens,
-            "budget": self.config.budget_tokens,
-            "seconds": seconds,
-            "loss": self.last_loss,
-        }
+        loss = self.last_loss
+        if self.config.log_every:
+            loss = self.window.loss if self.recorded_loss is None else self.recorded_loss
+        values = {"tokens": self.tokens, "budget": self.config.budget_tokens, "seconds": seconds, "loss": loss}
         self.show.progress({**values, "blocked": self.last_blocked})
         if self.grace_s is not None and len(self._first_steps) < 4:
             self._first_steps.append(seconds)
@@ -325,7 +335,7 @@ class Due:
             "tokens": self.tokens, "step": self.step, "window": asdict(self.window), "pending": self.pending,
             "last_record": self.last_record, "last_loss": self.last_loss, "last_eval": last_eval,
             "bytes": self.bytes_before + self.world.bytes_sent, "straggler": asdict(self.straggler),
-            "ranks": self.world.size,
+            "ranks": self.world.size, "blocked_s": self.blocked_s, "recorded_loss": self.recorded_loss,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -336,6 +346,8 @@ class Due:
         self.last_loss, self.bytes_before = state["last_loss"], state["bytes"] - self.world.bytes_sent
         if state.get("ranks") == self.world.size:  # else they have other numbers now
             self.straggler = Straggler(**state["straggler"])
+        # An older version's state has neither.
+        self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.config.budget_tokens
         if self.pending and self.pending["extra"] and not self.finished:

@@ -17,7 +17,7 @@ from hvdllm.errors import UserError
 # What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
-    "log_every", "audit_every", "trace_steps", "keep", "world", "device", "launch", "track",
+    "log_every", "audit_every", "target_loss", "trace_steps", "keep", "world", "device", "launch", "track",
 )  # fmt: skip
 
 

@@ -179,8 +179,14 @@ def test_a_busy_machine_is_said() -> None:
     assert exchange.busy({"cases": {}, "threads": None}) is None
 
 
-def test_the_bars_add_up_to_compute_and_blocked() -> None:
-    assert plot.bars(result()) == [("compute alone", 485.0, 0.0, 0.0), ("allreduce", 488.0, 2.0, 478.0)]
+def test_a_bar_ends_at_the_number_behind_it() -> None:
+    found = result()
+    assert plot.bars(found) == [
+        ("compute alone", 485.0, 0.0, 0.0, 0.0),
+        ("allreduce", 488.0, 2.0, 478.0, pytest.approx(15.4)),
+    ]
+    found["cases"]["allreduce"]["figures"]["step_ms"] = 484.0  # medians of parts need not add up to that of the whole
+    assert plot.bars(found)[1][1:] == pytest.approx((244.0, 1.0, 239.0, 0.0))
     assert plot.note(result(), "allreduce") == "983 ms, 0% hidden, 4,864 tokens"
     assert plot.title(result()) == "One step of 4,096 tokens: 2 ranks, 1 thread each, 2 hosts joined at 200 Mbit/s"
 
@@ -193,8 +199,10 @@ def test_the_picture(tmp_path: Path) -> None:
     plot.draw({**result(), "cases": {}}, tmp_path / "nothing.png")
     with pytest.raises(UserError, match="a file that ends in"):
         plot.check(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="there is no folder"):
-        plot.check(tmp_path / "b" / "a.png")
+    plot.check(tmp_path / "b" / "a.png")
+    assert (tmp_path / "b").is_dir()
+    with pytest.raises(UserError, match="cannot be made"):
+        plot.check(tmp_path / "a.png" / "b.png")
 
 
 def test_without_matplotlib_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

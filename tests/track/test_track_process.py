@@ -105,8 +105,15 @@ def test_following_a_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names() -> None:
-    record = {"kind": "commit", "tokens": 4, "loss": 1.5, "hidden": None, "micro_batches_by_rank": [2, 3]}
-    by_rank = {"train/micro_batches_by_rank/0": 2, "train/micro_batches_by_rank/1": 3}
+    record = {
+        "kind": "commit",
+        "tokens": 4,
+        "loss": 1.5,
+        "hidden": None,
+        "micro_batches_by_rank": [2, 3, 7],
+        "none": [],
+    }
+    by_rank = {f"train/micro_batches_by_rank/{what}": value for what, value in (("min", 2), ("mean", 4), ("max", 7))}
     assert dict(base.named(record)) == {"train/loss": 1.5, **by_rank}
     assert dict(base.named({"kind": "eval", "loss": 2.0})) == {"eval/loss": 2.0}
 

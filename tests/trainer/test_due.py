@@ -126,6 +126,40 @@ def test_milestones_and_the_mark_that_meets_the_budget(tmp_path: Path, rig: Make
     assert (tmp_path / "samples.txt").read_text().count("---") == 4
 
 
+def test_every_record_has_the_sums_over_all_lives(tmp_path: Path, rig: MakeRig) -> None:
+    """A rank and commit sends 1,000 bytes and stands still for half a second, the mean of 0 and 1."""
+    it = rig(tmp_path, grace_s=None, audit_every=100)
+    for k in range(1, 5):
+        it.due.world.bytes_sent = 1000.0 * k
+        it.commits(k, k)
+    again = rig(tmp_path / "again")
+    again.due.load(it.due.state())
+    again.due.bytes_before = 4000.0
+    again.due.world.bytes_sent = 1000.0
+    again.commits(5, 5)
+    records = [r for one in (it, again) for r in runs.records(one.folder.path)]
+    assert {r["kind"] for r in records} == {"commit", "eval", "sample", "save"}
+    for r in records:
+        k = r["tokens"] // 100
+        booked = k if r["kind"] == "commit" else k - 1  # a commit is booked when the next one is made
+        assert (r["seconds"], r["bytes_total"], r["blocked_s_total"]) == (2.0 * k, 1000.0 * k, 0.5 * booked), r
+
+
+def test_the_screen_shows_the_loss_of_the_newest_record(tmp_path: Path, rig: MakeRig) -> None:
+    shown: list[dict[str, Any]] = []
+    it = rig(tmp_path)
+    it.due.show.progress = lambda values: shown.append({**values, "records": it.records("commit")})
+    it.commits(1, 7)
+    assert np.isnan(shown[0]["loss"]) and shown[1]["loss"] == 0.5, "before there is one, of what it will hold"
+    for values in shown[2:]:
+        assert values["loss"] == values["records"][-1]["loss"]
+    again = rig(tmp_path / "again")
+    again.due.load(it.due.state())
+    again.due.show.progress = shown.append
+    again.commits(8, 8)
+    assert shown[-1]["loss"] == it.records("commit")[-1]["loss"]
+
+
 def test_a_stop_only_saves(tmp_path: Path, rig: MakeRig) -> None:
     it = rig(tmp_path)
     it.commits(1, 5, stop=True, save=True)  # 500 would evaluate
@@ -215,7 +249,8 @@ def test_replicas_that_differ_end_the_run_before_anything_is_kept(tmp_path: Path
     it = rig(tmp_path, Differs(), audit_every=400)
     with pytest.raises(RunError, match="step 4: the replicas differ in `weight` and 1 more"):
         it.commits(1, 4)
-    assert it.records("audit") == [{"kind": "audit", "tokens": 400, "replicas_agree": False}]
+    (said,) = it.records("audit")
+    assert said["tokens"] == 400 and said["replicas_agree"] is False
     assert (400, "save") not in it.did
 
 
