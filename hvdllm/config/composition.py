@@ -146,6 +146,11 @@ def _adasum(config: Config, size: int) -> str | None:
 
 def _wire_and_optimizer(config: Config) -> str | None:
     wire, optim = config.wire, config.optim
+    if isinstance(config.exchange, schema.FedAvg) and getattr(optim, "freeze_tokens", None) is not None:
+        return (
+            "optim.freeze_tokens with exchange=fedavg: each client begins with a fresh optimizer, whose second moments "
+            "have learnt nothing that could be kept; leave it at null"
+        )
     local = isinstance(config.exchange, schema.LocalSteps)
     if local and isinstance(wire, schema.TopK) and wire.momentum:
         return "wire.momentum is that of gradients; this exchange sends what local steps have made: leave it at 0"

@@ -407,7 +407,10 @@ class TopK(Coded):
 
 @dataclass
 class Sign(Coded):
-    """One bit an element and a scale of 4 bytes for each 1024 (1-bit SGD, Seide et al., 2014). Vectors travel whole."""
+    """One bit an element and a scale of 4 bytes for each 1024, of the gradients' sum (1-bit SGD, Seide et al., 2014).
+    Vectors travel whole. With AdamW second moments are frozen as in 1-bit Adam (Tang et al., 2021); but that one sends
+    signs of the momentum, which is smoother, where this wire sends those of the gradients and each rank's momentum
+    averages them."""
 
     warmup_tokens: int = setting(
         200_000,
@@ -554,7 +557,7 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Half a cosine from the peak to the floor at the horizon."""
 
-    floor: float = setting(0.1, "share of the peak rate left at the horizon", least=0)
+    floor: float = setting(0.1, "share of the peak rate left at the horizon; 0: left one update behind it", least=0)
 
 
 @dataclass
@@ -562,7 +565,7 @@ class WarmupStableDecay(Schedule):
     """The peak rate, then a linear fall over the last part of the horizon: a run can be extended before it."""
 
     decay: float = setting(0.2, "share of the horizon over which the rate falls", least=0)
-    floor: float = setting(0.0, "share of the peak rate left at the horizon", least=0)
+    floor: float = setting(0.0, "share of the peak rate left at the horizon; 0: left one update behind it", least=0)
 
 
 # ------------------------------------------------------------------ device

@@ -134,7 +134,6 @@ class LocalSteps:
         self._base = 0  # tokens of all groups at the last meeting, as the rate counts them
         self._open = 0  # of this group since
         self._inner_tokens = 0  # that the inner exchange has committed
-        self.lr = 0.0  # of the last local step
         self._now = Window()
         self._intervals: list[tuple[str, Mark, Mark]] = []
         self._asks = Asks()  # heard inside the group, to be passed on
@@ -231,7 +230,7 @@ class LocalSteps:
 
     def _book(self, commit: Commit) -> None:
         tokens = commit.tokens - self._inner_tokens
-        self._inner_tokens, self.lr = commit.tokens, commit.lr
+        self._inner_tokens = commit.tokens
         self._open += tokens
         self._now.tokens += tokens
         for fragment in self.fragments:
@@ -272,7 +271,8 @@ class LocalSteps:
         before, self.held = self.held, self._report(metas)
         self.tokens, self.step = self.tokens + sum(int(meta.tokens) for meta in metas), self.step + 1
         asks = Asks(any(meta.asks.stop for meta in metas), any(meta.asks.save for meta in metas))
-        return Commit(self.tokens, self.step, self.lr, staleness, before, asks)
+        # Not that of the last local step, which may be far beyond the pulse whose tokens these are.
+        return Commit(self.tokens, self.step, self.update.rate(self.tokens), staleness, before, asks)
 
     def _report(self, metas: tuple[MetaSum, ...]) -> Report:
         slots = {name: [sum(each) for each in zip(*(m.slots[name] for m in metas), strict=True)] for name in SLOT}
@@ -403,7 +403,7 @@ class LocalSteps:
             "held": asdict(self.held) if self.held is not None else None, **self.values(),
         }  # fmt: skip
         mine = {
-            "base": self._base, "open": self._open, "now": asdict(self._now), "lr": self.lr,
+            "base": self._base, "open": self._open, "now": asdict(self._now),
             "fragments": [[fragment.tokens, fragment.steps] for fragment in self.fragments],
             "asks": [self._asks.stop, self._asks.save], "inner": [inner.shared, inner.mine],
         }  # fmt: skip
@@ -440,7 +440,7 @@ class LocalSteps:
             self._base = self.tokens
             return
         own = mine[self.world.rank]
-        self._base, self._open, self.lr = own["base"], own["open"], own["lr"]
+        self._base, self._open = own["base"], own["open"]
         self._now, self._asks = Window(**own["now"]), Asks(*own["asks"])
         for fragment, (tokens, steps) in zip(self.fragments, own["fragments"], strict=True):
             fragment.tokens, fragment.steps = tokens, steps

@@ -49,10 +49,11 @@ def step(
     )
 
 
-def frozen(settings: AdamW, *rest: Any) -> None:
-    """The same with v left as it is: the second stage of 1-bit Adam (Tang et al., 2021, arXiv 2102.02888)."""
+def frozen(seen: int, settings: AdamW, *rest: Any) -> None:
+    """The same with v left as it is: the second stage of 1-bit Adam (Tang et al., 2021, arXiv 2102.02888). Its bias
+    correction stays too, that of the `seen` steps that v has had."""
 
     def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return v, m / (1 - settings.beta1**t)
 
-    by_hand.step(rule, settings, *rest)
+    by_hand.step(rule, settings, *rest, seen=seen)

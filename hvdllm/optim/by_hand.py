@@ -23,10 +23,13 @@ def step(
     steps: list[torch.Tensor],
     scale: torch.Tensor | None,
     found_inf: torch.Tensor,
+    *,
+    seen: int | None = None,
 ) -> None:
-    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included.
+    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included. seen: steps
+    that v has had, where these are not all.
 
-    m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^t)) + eps))
+    m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^seen)) + eps))
     """
     keep = found_inf.bool()
     for x, g, m, v, t in zip(params, grads, vectors["m"], vectors["v"], steps, strict=True):
@@ -36,7 +39,7 @@ def step(
         count = t.to(x.dtype)
         new_m = torch.lerp(m, g, 1 - settings.beta1)
         new_v, ahead = rule(g, v, new_m, count)
-        ahead /= (new_v / (1 - settings.beta2**count)).sqrt_().add_(settings.eps)
+        ahead /= (new_v / (1 - settings.beta2 ** (count if seen is None else seen))).sqrt_().add_(settings.eps)
         if decayed:
             ahead.add_(x, alpha=settings.weight_decay)
         for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):

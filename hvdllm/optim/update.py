@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,7 @@ class Update:
         self.settings, self.factor = settings, factor
         self.optimizer = OPTIMIZERS[type(settings)]
         self.steps = 0
+        self.frozen_at: int | None = None  # steps that v has seen, once it stays as it is
 
     def attach(self, flat: Any, pieces: list[Any]) -> None:
         """pieces: spans of the map that this rank owns. State vectors hold their elements one after the other."""
@@ -80,13 +82,15 @@ class Update:
         Returns the rate (that of meta.committed, this round included) and the norm of the mean gradient before
         clipping, to be read later.
         """
+        if self._freezes(meta) and self.frozen_at is None:
+            self.frozen_at = self.steps
         norm = self._apply(pieces, grad, meta, total, self._own, share)
         self.steps += 1
         return self.rate(meta.committed), norm
 
     def fresh(self) -> None:
         """The optimizer begins anew; the mask stays as it is."""
-        self.steps = 0
+        self.steps, self.frozen_at = 0, None
         for state in (*self.vectors.values(), *self._own.steps):
             state.zero_()
 
@@ -121,13 +125,9 @@ class Update:
         if norm.dtype == torch.float64:  # the fused kernels take a float32 scale only
             scale = None
             torch._foreach_div_(grad, divisor)
-        step, settings = self.optimizer.step, self.settings
-        if (
-            isinstance(settings, AdamW)
-            and settings.freeze_tokens is not None
-            and meta.committed > settings.freeze_tokens
-        ):
-            step = adamw.frozen
+        step = self.optimizer.step
+        if self._freezes(meta):
+            step = partial(adamw.frozen, self.steps if self.frozen_at is None else self.frozen_at)
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:
@@ -144,16 +144,22 @@ class Update:
                 )
         return read_later
 
+    def _freezes(self, meta: Meta) -> bool:
+        """Does this step leave v as it is? Only where v has seen a step at all."""
+        after = getattr(self.settings, "freeze_tokens", None)
+        return after is not None and meta.committed > after and self.steps > 0
+
     def weights(self) -> AbstractContextManager[None]:
         """The weights to evaluate with: for these optimizers the weights themselves."""
         return nullcontext()
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Shared values, and the vectors over this rank's pieces."""
-        return {"steps": self.steps}, self.vectors
+        return {"steps": self.steps, "frozen_at": self.frozen_at}, self.vectors
 
     def load(self, shared: dict[str, Any], vectors: dict[str, torch.Tensor]) -> None:
-        self.steps = shared["steps"]
+        # An older version corrected a frozen v as if it had gone on learning: from here on it does not.
+        self.steps, self.frozen_at = shared["steps"], shared.get("frozen_at")
         for name, vector in self.vectors.items():
             vector.copy_(vectors[name])
         for step in self._own.steps:

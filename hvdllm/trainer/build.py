@@ -96,7 +96,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         raise UserError(
             f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
         )
-    update = Update(config.optim, factor(config.schedule, horizon))
+    update = Update(config.optim, factor(config.schedule, horizon, config.batch_tokens))
     loss = Loss(
         model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
         dropout=config.model.dropout > 0,

@@ -79,11 +79,11 @@ def oracle(settings: Adam | SGD, grads: list[np.ndarray]) -> np.ndarray:
             b1, b2 = settings.beta1, settings.beta2
             m = b1 * m + (1 - b1) * g
             if t <= (getattr(settings, "freeze_tokens", None) or np.inf):  # a step commits one token here
-                v = b2 * v + (1 - b2) * g * g
+                v, seen = b2 * v + (1 - b2) * g * g, t
             ahead = m / (1 - b1**t)
             if isinstance(settings, NAdam):
                 ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-            x = x - lr * wd * x - lr * ahead / (np.sqrt(v / (1 - b2**t)) + settings.eps)
+            x = x - lr * wd * x - lr * ahead / (np.sqrt(v / (1 - b2**seen)) + settings.eps)
         else:
             g = g + wd * x
             m = settings.momentum * m + g
@@ -96,6 +96,34 @@ def test_equals_numpy(settings: Adam | SGD) -> None:
     grads = gradients()
     np.testing.assert_allclose(ours(settings, [], torch.float64, grads)[0].numpy(), oracle(settings, grads), atol=1e-12)
     np.testing.assert_allclose(ours(settings, [], torch.float32, grads)[0].numpy(), oracle(settings, grads), atol=1e-5)
+
+
+def test_a_frozen_second_moment_keeps_its_bias_correction() -> None:
+    """Gradients of equal size: every step stays one rate long, however long v has been frozen and whatever beta2 is.
+    With a correction that went on the steps after 3 of 500 would be 12 times as long."""
+    settings = AdamW(lr=0.01, beta2=0.999, clip=0.0, weight_decay=0.0, freeze_tokens=3)
+    x = torch.zeros(N, dtype=torch.float64)
+    update = Update(settings, lambda tokens: 1.0)
+    update.attach(SimpleNamespace(x=x), [Span(0, N, False)])
+    for k in range(1, 501):
+        before = x.clone()
+        meta = SimpleNamespace(tokens=1.0, committed=k)
+        update.step([x], [torch.ones(N, dtype=torch.float64)], meta, lambda v: v)
+        torch.testing.assert_close(before - x, torch.full_like(x, 0.01), rtol=1e-5, atol=0)
+    assert update.frozen_at == 3 and update.state()[0]["frozen_at"] == 3
+
+
+def test_a_frozen_second_moment_goes_on_frozen_after_a_resume() -> None:
+    settings, grads = AdamW(lr=0.01, clip=1.0, freeze_tokens=3), gradients()
+    x, update = ours(settings, [], torch.float64, grads[:5])
+    whole, _ = ours(settings, [], torch.float64, grads[:6])
+    again = Update(settings, lambda tokens: 1 / tokens)
+    spans = [Span(0, DECAYED, True), Span(DECAYED, N, False)]
+    again.attach(SimpleNamespace(x=x), spans)
+    again.load(*update.state())
+    pieces = [torch.tensor(grads[5])[a:b].contiguous() for a, b, _ in spans]
+    again.step([x[a:b] for a, b, _ in spans], pieces, SimpleNamespace(tokens=TOKENS, committed=6), lambda v: v)
+    assert torch.equal(x, whole)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -157,4 +185,10 @@ def test_schedules() -> None:
     assert [cosine(t) for t in (1, 100, 550, 1000, 2000)] == pytest.approx([0.01, 1.0, 0.6, 0.2, 0.2])
     stable = factor(WarmupStableDecay(warmup=0.1, decay=0.2, floor=0.1), 1000)
     assert [stable(t) for t in (100, 800, 900, 1000, 3000)] == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+    for settings in (WarmupStableDecay(warmup=0.0, decay=0.2, floor=0.0), Cosine(warmup=0.0, floor=0.0)):
+        rates = [factor(settings, 1000, 50)(t) for t in range(50, 1001, 50)]
+        assert all(rate > 0 for rate in rates) and rates[-1] < 0.25, "no update is given away"
+        assert factor(settings, 1000, 50)(1050) == pytest.approx(0)
+    falls = [factor(WarmupStableDecay(warmup=0.0, decay=0.2, floor=0.0), 1000, 50)(t) for t in (800, 850, 900, 1000)]
+    assert falls == pytest.approx([1.0, 0.8, 0.6, 0.2]), "five equal steps for four updates"
     assert factor(Cosine(warmup=0.0), 1000)(1) == pytest.approx(1.0, abs=1e-4)

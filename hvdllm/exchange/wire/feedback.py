@@ -3,7 +3,12 @@
 Invariant, whatever the code: sum of all that was decoded + sum over ranks of what they keep = sum of all that came in,
 each weighed by `weight` of its round (rate / nominal tokens). So x_0 - sum of weight * G over the rounds is x_T - the
 last weight * all residuals, exactly for plain descent; for Adam up to its own normalisation. (Error feedback: 1-bit
-SGD, Seide et al., 2014; Karimireddy et al., 2019, arXiv 1901.09847; weighing: EXCHANGES.md, section 7.)
+SGD, Seide et al., 2014; Karimireddy et al., 2019, arXiv 1901.09847.)
+
+Bound: a weight counts for at least a tenth of the largest one so far. A schedule that falls to nothing would otherwise
+multiply what is kept by old over new rate without end, and the decoded sum, which clipping and `grad_norm` see, would
+consist of old residuals. Below that tenth a residual counts as it is, so that the invariant holds for plain descent at
+the bounded weight.
 
 State, in the gradients' dtype: residual, what this rank left out of a bucket; owner, what the owner of a piece left out
 of its sum (coded wires only). A residual that is not finite stays so, but so is the sum that it was left from: the run
@@ -24,6 +29,8 @@ import torch
 from hvdllm.exchange.base import Spanned
 from hvdllm.exchange.wire.plain import Spans, Staged, Work
 from hvdllm.world.base import World
+
+LEAST = 0.1  # of the largest weight so far: none counts for less
 
 Kept = dict[int, torch.Tensor]  # by bucket
 
@@ -46,13 +53,14 @@ class Feedback(Staged, ABC):
         super().__init__(world)
         self.settings, self.flat, self.nominal = settings, flat, nominal
         self.spans: Spans = spans or (lambda bucket: [bucket.span])
-        self.committed, self.weight = 0, 1.0
+        self.committed, self.weight, self.largest = 0, 1.0, 0.0
         self.residual: Kept = {}
         self.owner: Kept = {}
         self.worth: dict[int, float] = {}  # the weight at which a bucket's residuals count as they are
 
     def begin(self, committed: int, weight: float) -> None:
-        self.committed, self.weight = committed, weight
+        self.committed, self.largest = committed, max(self.largest, weight)
+        self.weight = max(weight, LEAST * self.largest) if weight > 0 else weight
 
     # ------------------------------------------------------------------ flights
     @abstractmethod
@@ -103,12 +111,14 @@ class Feedback(Staged, ABC):
         summed = {name: self._spanned(kept, self.spans) for name, kept in self.kept().items() if kept}
         if self.owner:
             summed["owner"] = self._spanned(self.owner, self.own)
-        return {"worth": {str(index): worth for index, worth in self.worth.items()}}, summed, {}
+        worth = {str(index): worth for index, worth in self.worth.items()}
+        return {"worth": worth, "largest": self.largest}, summed, {}
 
     def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
         """What the owner's vector holds outside the pieces that this rank owns now (nothing, at the same world size)
         joins its residual."""
         self.worth = {int(index): worth for index, worth in shared["worth"].items()}
+        self.largest = shared.get("largest", max(self.worth.values(), default=0.0))  # an older version had no bound
         for kept in (*self.kept().values(), self.owner):
             kept.clear()
         for bucket in self.flat.buckets:

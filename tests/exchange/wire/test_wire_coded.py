@@ -85,6 +85,23 @@ def test_at_weight_zero_residuals_stay_what_they_were_worth() -> None:
     assert run(1, Int8(), body)[0] == [0.0, 1.0, 0.0, 0.5]
 
 
+@pytest.mark.parametrize("settings", [TopK(warmup_tokens=0), Sign(warmup_tokens=0)], ids=["topk", "sign"])
+def test_a_rate_that_falls_to_nothing_leaves_the_decoded_sum_bounded(settings: Any) -> None:
+    """schedule=wsd with its floor of 0. Weighed by old over new rate alone, the last sums are made of old residuals: 15
+    and 4 times as long as those before the fall."""
+
+    def body(rig: Rig) -> list[float]:
+        norms = []
+        for t, weight in enumerate([*[1.0] * 30, *np.linspace(1, 1 / 41, 41)]):
+            rig.wire.begin(t * NOMINAL, float(weight))
+            rig.fill(t)
+            norms.append(rig.sum().norm().item())
+        return norms
+
+    norms = run(2, settings, body)[0]
+    assert max(norms[30:]) < 4 * max(norms[:30])
+
+
 @each_wire
 def test_padding_stays_empty(settings: Any) -> None:
     def body(rig: Rig) -> torch.Tensor:
