@@ -145,6 +145,16 @@ def test_every_record_has_the_sums_over_all_lives(tmp_path: Path, rig: MakeRig) 
         assert (r["seconds"], r["bytes_total"], r["blocked_s_total"]) == (2.0 * k, 1000.0 * k, 0.5 * booked), r
 
 
+def test_staleness_is_the_mean_over_updates(tmp_path: Path, rig: MakeRig) -> None:
+    """One mark of 9 updates that were 1 late, one of a single update that was 11 late."""
+    it = rig(tmp_path)
+    it.due.act(Commit(100, 1, 0.1, 1.0, None, Asks(), updates=9))
+    it.due.act(Commit(200, 2, 0.1, 11.0, report(1), Asks(), updates=1, staleness_max=20.0))
+    it.due.act(Commit(300, 3, 0.1, 0.0, report(2), Asks()))
+    (said,) = it.records("commit")
+    assert (said["staleness_mean"], said["staleness_max"], said["updates"]) == (2.0, 20.0, 10)
+
+
 def test_the_screen_shows_the_loss_of_the_newest_record(tmp_path: Path, rig: MakeRig) -> None:
     shown: list[dict[str, Any]] = []
     it = rig(tmp_path)
