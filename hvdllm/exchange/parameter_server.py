@@ -354,7 +354,7 @@ class ParameterServer:
         }  # fmt: skip
         mine = {
             "phase": self.phase, "n": self._n, "loss": self._sum, "squares": self._squares, "norm": self._norm,
-            "seen": self._seen, "slot": self._slot,
+            "seen": self._seen, "slot": self._slot, "frozen_at": self.update.state()[0].get("frozen_at"),
         }  # fmt: skip
         whole = self.flat.pieces(0, 1)
         local = {"model": (whole, self.flat.x), "gradient": (whole, self.flat.g)} if self.phase == "push" else {}
@@ -377,7 +377,10 @@ class ParameterServer:
         self.flat.x.copy_(state.sharded["model"])
         self.theta.copy_(self.flat.x[self._part])
         names = self.update.state()[1]
-        self.update.load({"steps": shared["steps"]}, {name: state.sharded[name][self._part] for name in names})
+        frozen = next((each["frozen_at"] for each in mine if each.get("frozen_at") is not None), None)  # of a server
+        self.update.load(
+            {"steps": shared["steps"], "frozen_at": frozen}, {name: state.sharded[name][self._part] for name in names}
+        )
         if len(mine) != self.world.size:
             self.counts.clocks = [0] * self.workers
             lost = sum(each["n"] for each in mine)

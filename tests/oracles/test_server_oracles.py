@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+import server_rig
 import torch
 from rig import Plain, loss, net, own_examples
 from server_rig import NOMINAL, asks_heard, pushes, serve
@@ -16,6 +17,7 @@ from hvdllm.config.schema import SGD, AdamW
 from hvdllm.config.schema import ParameterServer as Settings
 from hvdllm.exchange.base import Milestones, NotFinite
 from hvdllm.exchange.server_shard import Shard
+from hvdllm.optim.update import Update
 from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 
@@ -371,6 +373,37 @@ def test_it_goes_on_from_a_checkpoint_also_at_another_size(staleness: Any, serve
     assert all(torch.equal(rig.final, rigs[0].final) for rig in rigs)
     assert last.dropped >= left if old != new else last.dropped >= 0
     assert all(rig.settled == last for rig in rigs)
+
+
+def test_a_resumed_gradient_is_as_stale_as_the_weights_it_was_taken_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow worker is asked to save while it computes, so that its gradient has no ticket yet; the others have pushed
+    meanwhile. Its push, the first after the resume, is shortened by all of them."""
+    settings = Settings(staleness=None, servers=1, staleness_aware=True)
+    how: dict[str, Any] = {"optim": PLAIN, "pace": lambda rank, number: 45 if rank == 0 else 10, "log": 0, "act": 1000}
+    begun = serve(settings, 4, 300, **how, asks={(0, 2): "save"}, stop_at=1)
+    mine = [rig.state[0].mine for rig in begun]
+    late = begun[0].state[0].shared["counts"]["pushes"] - mine[0]["seen"][1]
+    assert mine[0]["phase"] == "push" and late > 3
+    shares: list[float] = []
+
+    class Noted(Update):
+        def step(self, pieces: Any, grad: Any, meta: Any, total: Any, share: float = 1.0) -> Any:
+            shares.append(share)
+            return super().step(pieces, grad, meta, total, share)
+
+    monkeypatch.setattr(server_rig, "Update", Noted)
+    serve(settings, 4, 300, **how, states=[rig.state for rig in begun])
+    assert shares[0] == pytest.approx(mine[0]["n"] / NOMINAL / late)
+
+
+@pytest.mark.parametrize("servers", [0, 1])
+def test_second_moments_that_servers_have_frozen_stay_frozen_after_a_resume(servers: int) -> None:
+    settings = Settings(staleness=0, servers=servers)
+    how: dict[str, Any] = {"optim": AdamW(lr=0.01, beta2=0.999, freeze_tokens=45), "pace": uneven, "act": 30}
+    whole = serve(settings, 3, 240, **how)
+    begun = serve(settings, 3, 240, **how, stop_at=4)
+    again = serve(settings, 3, 240, **how, states=[rig.state for rig in begun])
+    assert all(torch.equal(a.final, b.final) for a, b in zip(whole, again, strict=True))
 
 
 @pytest.mark.parametrize(("staleness", "servers"), KINDS)
