@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from hvdllm import untrusted
+
 PLAIN_EVERY_S = 5.0
 
 
@@ -74,7 +76,7 @@ class Screen:
         self.console.print(escape(text))
         if self._log is not None:
             # A disk that is full ends the run where a record or checkpoint does not fit, with a sentence.
-            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self._log) as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def progress(self, values: dict[str, Any]) -> None:

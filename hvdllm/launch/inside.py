@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from hvdllm.config.schema import INTERFACES
 from hvdllm.errors import UserError
 from hvdllm.launch import horovodrun, local, network
 from hvdllm.world.detect import tasks_per_node
@@ -245,6 +247,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--interface", help="network interfaces of the nodes: eth0 or eth0,eth1 (default: any)")
     parser.add_argument("command", nargs="+", help="what each rank runs, behind --")
     given = parser.parse_args(argv)
+    if given.interface and not re.fullmatch(INTERFACES[0], given.interface):
+        raise UserError(f"--interface {given.interface}: give {INTERFACES[1]}")
     if not shutil.which(given.command[0]):
         raise UserError(f"{given.command[0]} is not on PATH here: activate its environment in the batch script")
     return start(given.how, given.interface, given.command)

@@ -2,24 +2,23 @@
 skipped with a reason, in `Skipped` (a folder) or in a run's notes (a record).
 
 Folders come from clusters, crashes and strangers: a metrics.jsonl may be a pipe, end in the middle of a line, hold
-strings where numbers belong, or names that are markup. Hence: only plain files are opened, at most MOST_BYTES of them
-are read, numbers are finite and below LARGEST, and all text loses its control characters and what is too long.
+strings where numbers belong, or names that are markup. Hence: files are opened by untrusted.py, at most MOST_BYTES of
+them are read, numbers are finite and below LARGEST, and all text loses its control characters and what is too long.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import math
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # read of a metrics.jsonl; 100,000 `commit` records
@@ -230,10 +229,8 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
     """JSON objects of a plain file. Raises OSError or ValueError where there is none to read."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-        raise ValueError("is not a plain file")
-    taken, bad = 0, 0
-    with open(path, "rb") as file:
+    taken, bad, log = 0, 0, sums.Log()
+    with untrusted.opened(path, path.parent) as file:
         while line := file.readline(MOST_LINE):
             taken += len(line)
             digest.update(line)
@@ -242,12 +239,7 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
                 break
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                bad += 1
-                continue
-            if isinstance(record, dict):
+            if (record := log.record(line)) is not None:
                 yield record
             else:
                 bad += 1
@@ -255,6 +247,8 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         raise ValueError("is empty")
     if bad:
         run.note(f"{bad} lines of metrics.jsonl are no records (a kill cuts the last one short)")
+    if problem := log.problem():
+        run.note(f"metrics.jsonl {problem}")
 
 
 def _settings(folder: Path, records: list[dict[str, Any]], run: Run) -> dict[str, str]:
@@ -276,16 +270,12 @@ def _settings(folder: Path, records: list[dict[str, Any]], run: Run) -> dict[str
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+    if not path.exists():
         raise ValueError("neither a `run` record nor a config.yaml")
-    if path.stat().st_size > MOST_CONFIG:
-        raise ValueError(f"config.yaml is larger than {MOST_CONFIG >> 10} KiB")
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError:
-        raise ValueError("config.yaml is not YAML") from None
+        values = untrusted.read_yaml(path, MOST_CONFIG, path.parent)
+    except untrusted.Unfit as error:
+        raise ValueError(f"config.yaml {error}") from None
     if not isinstance(values, dict):
         raise ValueError("config.yaml holds no settings")
     return values

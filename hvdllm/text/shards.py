@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from hvdllm import untrusted
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 from hvdllm.text.corpus import Document, documents, sources, unreadable
@@ -83,6 +84,11 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus
     (the next call starts afresh and removes what was left). `say` gets a sentence where it takes time.
     Raises UserError: text or tokenizer that cannot be read, a folder that cannot be written, a damaged shard.
     """
+    if text.prepared is not None:
+        found = find(data_dir, text.prepared)
+        if found is None:
+            raise UserError(f"text.prepared={text.prepared}: no text in {data_dir} has this data hash; give data_dir=")
+        return _open(found, text)
     recipe = _recipe(text)
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     folder = data_dir / key
@@ -110,11 +116,34 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus
     return _open(folder, text)
 
 
+def find(data_dir: Path, data_hash: str) -> Path | None:
+    """The folder of the prepared text that has this data hash, by the headers of its shards alone."""
+    for folder in sorted(data_dir.glob("*/train.bin")) if data_dir.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            heads = [_head(folder.with_name(f"{side}.bin")) for side in ("train", "validation")]
+            if _data_hash(heads[0].tokenizer, heads) == data_hash:
+                return folder.parent
+    return None
+
+
+def _head(path: Path) -> Shard:
+    """Raises OSError, ValueError or TypeError."""
+    with untrusted.opened(path) as file:
+        data = file.read(HEADER)
+    if data[: len(MAGIC)] != MAGIC:
+        raise ValueError("it does not begin like a token file of this version")
+    return Shard(**untrusted.parsed(data[len(MAGIC) :]))
+
+
+def _data_hash(tokenizer: str, heads: list[Shard]) -> str:
+    return hashlib.sha256(" ".join([tokenizer, *(head.content for head in heads)]).encode()).hexdigest()
+
+
 def _recipe(text: Text) -> dict[str, Any]:
     """Everything that shapes the tokens, as JSON."""
     training, validation = sources(text)
     settings = dataclasses.asdict(text)
-    del settings["validation"], settings["tokenizer"], settings["vocab"]
+    del settings["validation"], settings["tokenizer"], settings["vocab"], settings["prepared"]
     settings.pop("path", None)
     recipe = {
         "format": FORMAT,
@@ -274,7 +303,6 @@ def _open(folder: Path, text: Text) -> Corpus:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     train, train_shard = open_shard(folder / "train.bin", tokenizer)
     validation, validation_shard = open_shard(folder / "validation.bin", tokenizer)
-    hashes = [tokenizer.hash, train_shard.content, validation_shard.content]
     notes = []
     if text.tokenizer == "bpe" and tokenizer.vocab < text.vocab:
         notes.append(f"the text yields {tokenizer.vocab:,} tokens, fewer than the {text.vocab:,} of text.vocab")
@@ -285,7 +313,7 @@ def _open(folder: Path, text: Text) -> Corpus:
         train,
         validation,
         tokenizer,
-        hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
+        _data_hash(tokenizer.hash, [train_shard, validation_shard]),
         train_shard,
         validation_shard,
         notes,
@@ -299,6 +327,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, Shard]:
     the header does not go with the tokenizer.
     """
     try:
+        untrusted.opened(path).close()  # a regular file
         data = np.asarray(np.memmap(path, np.uint8, "r"))  # np.memmap is slow to slice; its map lives on in .base
         if data[: len(MAGIC)].tobytes() != MAGIC:
             raise ValueError("it does not begin like a token file of this version")

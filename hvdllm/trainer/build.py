@@ -90,9 +90,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         exchange.milestones = milestones(config)
     flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
     checkpoint = Path(start.checkpoint) if start.checkpoint else None
-    resumed = from_first(world, lambda: read.read_state(checkpoint), "load.state") if checkpoint else None
+    resumed = from_first(world, lambda: read.read_run(checkpoint), "load.state") if checkpoint else None
     horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
-    if resumed and resumed["data_hash"] != corpus.data_hash:
+    if corpus.data_hash != (resumed["data_hash"] if resumed else start.data_hash or corpus.data_hash):
         raise UserError(
             f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
         )
@@ -126,8 +126,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     notes = [*corpus.notes, *clients_without_text(config, stream)]
     if resumed is not None:
         assert checkpoint is not None
-        notes += load(checkpoint, resumed, exchange, flat, stream, world)
-        due.load(resumed["due"])
+        with read.fitting(checkpoint):
+            notes += load(checkpoint, resumed, exchange, flat, stream, world)
+            due.load(resumed["due"])
     if folder is not None:
         open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
     show.header(header(config, corpus, hosts, world, start, resumed, trunk))
@@ -403,9 +404,8 @@ def open_folder(
     hosts: list[dict[str, Any]],
     world: World,
 ) -> None:
-    folder.create(config)
-    if start.again:
-        folder.cut(resumed["shared"]["tokens"] if resumed else None)
+    folder.create(config, {"tokenizer.json": corpus.tokenizer.hash})
+    lost = folder.cut(resumed["shared"]["tokens"] if resumed else None) if start.again else []
     corpus.tokenizer.save(folder.path / "tokenizer.json")
     vocab = size.pad_vocab(corpus.tokenizer.vocab)
     folder.record(
@@ -430,6 +430,8 @@ def open_folder(
         },
         sync=True,
     )
+    for what in lost:  # said when the run was taken up; the lines have new sums now
+        folder.record("event", {"what": what, "tokens": resumed["shared"]["tokens"] if resumed else 0})
     if start.again:
         what = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
         folder.record("event", {"what": what, "tokens": resumed["shared"]["tokens"] if resumed else 0})
