@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hvdllm import sums, untrusted
+from hvdllm import screen, sums, untrusted
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
@@ -156,7 +156,7 @@ class Folder:
     def append(self, name: str, text: str) -> None:
         """Adds text to samples.txt or log.txt."""
         with self._guard(), untrusted.appended(self.path / name) as file:
-            file.write(text)
+            file.write(screen.clean(text))
 
     def close(self) -> None:
         if self._metrics is not None:

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -50,7 +51,8 @@ def appended(path: Path) -> TextIO:
 def within(path: Path, folder: Path) -> Path:
     """The path with its links followed. Raises Unfit where it lies outside the folder, OSError where it leads
     nowhere."""
-    real, root = os.path.realpath(path, strict=True), os.path.realpath(folder)
+    with _names():
+        real, root = os.path.realpath(path, strict=True), os.path.realpath(folder)
     if os.path.commonpath([real, root]) != root:
         raise Unfit("leads out of its folder by a link")
     return Path(real)
@@ -119,15 +121,27 @@ def read_yaml(path: Path, most: int, inside: Path | None = None) -> Any:
 # ------------------------------------------------------------------ inside
 def _regular(path: Path, flags: int) -> int:
     """Looked at before it is opened, for some devices act when they are opened, and after, for it may have changed."""
-    if (flags & os.O_CREAT) == 0 or path.exists():
-        _check(path.stat().st_mode)
-    handle = os.open(path, flags, 0o666)
+    with _names():
+        if (flags & os.O_CREAT) == 0 or path.exists():
+            _check(path.stat().st_mode)
+        handle = os.open(path, flags, 0o666)
     try:
         _check(os.fstat(handle).st_mode)
     except Unfit:
         os.close(handle)
         raise
     return handle
+
+
+@contextmanager
+def _names() -> Iterator[None]:
+    """Python has a ValueError for a path with a zero byte or half a surrogate pair, where the system has none."""
+    try:
+        yield
+    except Unfit:
+        raise
+    except ValueError:
+        raise Unfit("has a name that no file can have") from None
 
 
 def _check(mode: int) -> None:

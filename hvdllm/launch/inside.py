@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from hvdllm import screen
 from hvdllm.config.schema import INTERFACES
 from hvdllm.errors import UserError
 from hvdllm.launch import horovodrun, local, network
@@ -255,8 +256,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"hvdllm: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    with screen.guarded():
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except UserError as error:
+            print(f"hvdllm: {screen.one_line(str(error))}", file=sys.stderr, flush=True)
+            sys.exit(2)

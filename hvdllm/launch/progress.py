@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvdllm import untrusted
+from hvdllm import screen, untrusted
 
 if TYPE_CHECKING:
     from hvdllm.launch.sweep import Sweep, Task
@@ -57,7 +57,7 @@ class Display:
         if sys.stdout.isatty() and self.todo:
             from rich.live import Live
 
-            self.live = Live(refresh_per_second=4, transient=True)
+            self.live = Live(console=screen.console(), refresh_per_second=4, transient=True)
             self.live.start()
         return self
 
