@@ -45,8 +45,8 @@ def test_direction(name: str) -> None:
     room = name.split(".")[1] if "." in name else ""
     for module in imports(FILES[name]):
         if module.split(".")[0] == "horovod":
-            # launch/inside.py runs the server by which ranks meet; that initialises nothing.
-            meets = name == "hvdllm.launch.inside" and module.startswith("horovod.runner.")
+            # These run the server by which ranks meet; that initialises nothing.
+            meets = name in ("hvdllm.launch.inside", "hvdllm.launch.meeting") and module.startswith("horovod.runner.")
             assert name == "hvdllm.world.hvd" or meets, f"{name} imports {module}"
         if not module.startswith("hvdllm.") or room not in MAY or name in MAKE_OBJECTS:
             continue
