@@ -236,7 +236,7 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
             try:
-                corpus = shards.prepare(config.text, where, say=show.say)
+                corpus = shards.prepare(config.text, where, say=show.say, whole=turn)
                 check_corpus(config, corpus)
             except UserError as error:
                 problem = str(error)
