@@ -55,7 +55,7 @@ from hvdllm.trainer.resume import Start, decide
 from hvdllm.trainer.slow import Simulated, Slow
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
-from hvdllm.world.base import World, from_first
+from hvdllm.world.base import World, from_first, peers
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
 from hvdllm.world.virtual import VirtualWorld
@@ -102,7 +102,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         dropout=config.model.dropout > 0,
     )  # fmt: skip
     wire = build_wire(config, exchange.between(world), flat)
-    module = exchange.attach(loss, flat, update, wire, world)
+    with peers(world):
+        module = exchange.attach(loss, flat, update, wire, world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
     exchange.watch = trace.note if config.trace_steps else None
     trunk = None
@@ -139,7 +140,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     reason = "failed"
     clock.start()
     try:
-        with closing(stream):
+        with closing(stream), peers(world):
             if due.finished:  # before this life of the run, which was killed behind its last checkpoint
                 due.finish(exchange.settle())
             else:
