@@ -1,10 +1,11 @@
 """A run's folder: where it is, what stands in it, and how it is written so that a kill at any moment leaves it whole.
 
 runs/<name>/
-  config.yaml         the resolved configuration
-  metrics.jsonl       one JSON object a line, `kind` first: run, commit, eval, audit, sample, save, event, end
+  config.yaml         the resolved configuration, its sum and that of tokenizer.json in its last lines
+  metrics.jsonl       one JSON object a line, `kind` first: run, commit, eval, audit, sample, save, event, end; last
+                      its `sum`, by which a changed or lost line shows (sums.py)
   checkpoints/<step>/ to go on from (checkpoint/write.py)
-  final/              the weights to keep, once the budget is met
+  final/              the weights to keep, once the budget is met, and their sum
   tokenizer.json      so that a copied run can be sampled
   samples.txt, log.txt
 """
@@ -20,10 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hvdllm import screen, sums, untrusted
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 
+MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
 Say = Callable[[str], None]  # takes one sentence for a person
 
 
@@ -42,9 +45,10 @@ def sync_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """The file has either its old content or the new one, whatever happens."""
+    """The file has either its old content or the new one, whatever happens. A link is replaced, not written through."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
+    beside.unlink(missing_ok=True)
+    with open(beside, "xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
@@ -52,34 +56,53 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def records(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
+def records(folder: Path, say: Say | None = None) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that a kill cut short is left out. say: hears, at its end, of lines
+    that were changed or lost."""
+    log = sums.Log()
     try:
-        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
+        with untrusted.opened(folder / "metrics.jsonl", folder) as file:
+            for line in untrusted.lines(file):
+                if (record := log.record(line)) is not None:
+                    yield record
+        problem = log.problem()
+    except FileNotFoundError:
         return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
+    except (OSError, untrusted.Unfit) as error:
+        problem = str(error)
+    if problem and say is not None:
+        say(f"{folder}/metrics.jsonl {problem}")
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration of an existing run. Raises UserError where there is none, or one of another version."""
-    import yaml
+def read_config(folder: Path, say: Say | None = None) -> Config:
+    """The configuration of an existing run, its types, choices and bounds checked as those of the command line. Raises
+    UserError where there is none, where it was changed, or is one of another version. say: hears that it has no sum."""
+    return compose.from_dict(_config_text(folder, say)[0], f"{folder}/config.yaml")
 
+
+def tokenizer_sum(folder: Path) -> str | None:
+    """The sha256 that the tokenizer.json of a run has; None: it was written before there were sums."""
+    return _config_text(folder, None)[1].get("tokenizer.json")
+
+
+def _config_text(folder: Path, say: Say | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of config.yaml, unchecked, and the sums that it has of other files."""
+    path = folder / "config.yaml"
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError:
+        text = untrusted.read(path, MOST_CONFIG, folder)
+        found = sums.verified(text)
+        values = untrusted.parsed_yaml(text)
+    except FileNotFoundError:
         raise UserError(f"{folder} is not the folder of a run: it has no config.yaml") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{folder}/config.yaml is not YAML ({' '.join(str(error).split())[:120]})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): make it readable") from None
+    except untrusted.Unfit as error:
+        raise UserError(f"{path} {error}: copy the run's folder again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{folder}/config.yaml holds no settings: it was cut short or is another program's")
-    return compose.from_dict(values)
+        raise UserError(f"{path} holds no settings: it was cut short or is another program's")
+    if found is None and say is not None:
+        say(f"{path} has no sum, it is of an older version: damage to it or to tokenizer.json would go unseen")
+    return values, found or {}
 
 
 class Folder:
@@ -88,20 +111,22 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metrics: Any = None
+        self._sum = ""  # of the last line
 
-    def create(self, config: Config) -> None:
-        """Makes the folder and its config.yaml."""
+    def create(self, config: Config, others: dict[str, str] | None = None) -> None:
+        """Makes the folder and its config.yaml. others: sums of other files that it keeps, by their names."""
         with self._guard():
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "config.yaml", compose.to_yaml(config))
+            write_whole(self.path / "config.yaml", sums.signed(compose.to_yaml(config), others or {}))
 
-    def cut(self, tokens: int | None) -> None:
-        """Takes back what was recorded after a checkpoint at `tokens`; None: all but runs and events.
+    def cut(self, tokens: int | None) -> list[str]:
+        """Takes back what was recorded after a checkpoint at `tokens`; None: all but runs and events. Returns what was
+        wrong with the lines, which nobody will see in the new ones.
 
         The commit record at the checkpoint itself goes too: it was pending there and is written again.
         """
-        kept = []
-        for record in records(self.path):
+        kept, problems, last = [], list[str](), ""
+        for record in records(self.path, problems.append):
             at = record.get("tokens", 0)
             if record.get("kind") in ("run", "event"):
                 keep = True
@@ -110,24 +135,28 @@ class Folder:
             else:
                 keep = at <= tokens
             if keep:
-                kept.append(json.dumps(record))
+                line, last = sums.sealed(json.dumps(record), last)
+                kept.append(line)
         with self._guard():
             write_whole(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+        return problems
 
     def record(self, kind: str, values: dict[str, Any], *, sync: bool = False) -> None:
         """Appends a record. sync: it must survive a power cut."""
         with self._guard():
             if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
-            self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
+                self._sum = sums.last(self.path / "metrics.jsonl")
+                self._metrics = untrusted.appended(self.path / "metrics.jsonl")
+            line, self._sum = sums.sealed(json.dumps({"kind": kind, **values}), self._sum)
+            self._metrics.write(line + "\n")
             self._metrics.flush()
             if sync:
                 os.fsync(self._metrics.fileno())
 
     def append(self, name: str, text: str) -> None:
         """Adds text to samples.txt or log.txt."""
-        with self._guard(), open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        with self._guard(), untrusted.appended(self.path / name) as file:
+            file.write(screen.clean(text))
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -140,6 +169,8 @@ class Folder:
         """An OSError inside becomes the one sentence that a user needs."""
         try:
             yield
+        except untrusted.Unfit as error:
+            raise RunError(f"cannot write to {self.path}: one of its files {error}; choose another name") from None
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.path} ({error.strerror or error}): free some space or choose another runs_dir, "

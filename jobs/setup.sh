@@ -251,6 +251,21 @@ install_packages() {
     -o DPkg::Lock::Timeout=120 "${packages[@]}"
 }
 
+# What lies in the cache is installed, so it must be ours alone, and what we built.
+own_wheels() { # makes the folder, for its owner alone; fails where it is somebody else's
+  (umask 077 && mkdir -p "$wheels") 2>/dev/null || return 0 # build_horovod says that nothing can be written there
+  [ -O "$wheels" ] || fail "$wheels belongs to another user, whose wheels are not installed:" \
+    "HVDLLM_CACHE may name a folder of your own."
+  chmod 700 "$wheels"
+}
+sound_wheel() { # its file, if it is ours and has the sum that was written when it was built
+  local folder=$wheels/$key file
+  [ -O "$folder" ] && [ ! -L "$folder" ] && [ -O "$folder/SHA256SUMS" ] || return 1
+  file=$(sed -nE 's/^[0-9a-f]{64}  (horovod-[A-Za-z0-9_.+-]+\.whl)$/\1/p;2q' "$folder/SHA256SUMS")
+  [ -n "$file" ] && [ -O "$folder/$file" ] && [ ! -L "$folder/$file" ] &&
+    (cd "$folder" && sha256sum --status --strict --check SHA256SUMS 2>/dev/null) && say "$folder/$file"
+}
+
 build_horovod() {
   local cores memory
   mkdir -p "$wheels" && [ -w "$wheels" ] || { say "error: no file can be written in $wheels"; return 1; }
@@ -277,7 +292,9 @@ build_horovod() {
     "$py" -m pip wheel --no-deps --no-build-isolation --no-cache-dir --no-input -w "$tmp/wheel" .
   mkdir "$wheels/.$key.$$"
   cp "$tmp"/wheel/*.whl "$wheels/.$key.$$"
+  (cd "$wheels/.$key.$$" && sha256sum horovod-*.whl >SHA256SUMS)
   horovod_recipe >"$wheels/.$key.$$/recipe.txt"
+  sound_wheel >/dev/null || rm -rf "${wheels:?}/${key:?}" # of an older set-up without a sum, or damaged
   mv -T "$wheels/.$key.$$" "$wheels/$key" || rm -r "$wheels/.$key.$$" # another clone was first
 }
 
@@ -328,13 +345,14 @@ step "NumPy and build tools" "look whether pip reaches its index." \
   pip_install numpy setuptools wheel cloudpickle psutil packaging pyyaml cffi
 
 key=$(horovod_key)
-if ! compgen -G "$wheels/$key/*.whl" >/dev/null; then
+own_wheels
+if ! sound_wheel >/dev/null; then
   step "Horovod $horovod: build for torch $torch" \
     "a compiler killed for memory needs more of it; HVDLLM_CACHE may name another folder for the wheel." build_horovod
 fi
 if [ "$(remembered horovod)" != "$key" ] || ! "$py" -c 'import horovod.torch' 2>/dev/null; then
   step "Horovod $horovod: installation" "remove $wheels/$key and run this again." \
-    pip install --no-deps --force-reinstall "$wheels/$key"/*.whl
+    pip install --no-deps --force-reinstall "$(sound_wheel)"
 fi
 if [ "$mpi" != none ]; then step "mpi4py" "look whether mpicc compiles a program, or say --no-mpi." install_mpi4py; fi
 step "hvdllm and what it requires" "look whether pip reaches its index." pip_install --no-build-isolation -e ".[$extras]"

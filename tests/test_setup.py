@@ -1,5 +1,6 @@
 """jobs/setup.sh: what it refuses, what it says when a step fails, and that a second run needs no network."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -193,6 +194,38 @@ def test_the_mend_fails_where_there_is_nothing_to_mend(tmp_path: Path) -> None:
     again = run()
     assert again.returncode == 1
     assert "error: CMakeLists.txt" in again.stdout
+
+
+def test_only_a_wheel_of_ours_with_its_sum_is_installed(tmp_path: Path) -> None:
+    text = (ROOT / "jobs" / "setup.sh").read_text()
+    found = [re.search(rf"^{name}\(\).*?^}}", text, re.M | re.S) for name in ("own_wheels", "sound_wheel")]
+    functions = "\n".join(one[0] for one in found if one)
+    folder = tmp_path / "cache" / "wheels" / "k"
+    wheel = folder / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+
+    def run(call: str) -> subprocess.CompletedProcess[str]:
+        head = f'say() {{ echo "$*"; }}; fail() {{ say "$*" >&2; exit 1; }}; wheels={folder.parent} key=k'
+        return subprocess.run(["bash", "-euc", f"{head}\n{functions}\n{call}"], capture_output=True, text=True)
+
+    assert run("own_wheels").returncode == 0 and folder.parent.stat().st_mode & 0o777 == 0o700
+    folder.parent.chmod(0o777)
+    assert run("own_wheels").returncode == 0 and folder.parent.stat().st_mode & 0o777 == 0o700
+    folder.mkdir()
+    wheel.write_bytes(b"built here")
+    assert run("sound_wheel").returncode  # as an older set-up left it, or anybody: no sum
+    (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(b'built here').hexdigest()}  {wheel.name}\n")
+    assert run("sound_wheel").stdout.strip() == str(wheel)
+    wheel.write_bytes(b"built there")
+    assert run("sound_wheel").returncode
+    wheel.write_bytes(b"built here")
+    (tmp_path / "elsewhere.whl").write_bytes(b"built here")
+    wheel.unlink()
+    wheel.symlink_to(tmp_path / "elsewhere.whl")
+    assert run("sound_wheel").returncode
+    if os.geteuid() == 0:
+        os.chown(folder.parent, 65534, 65534)
+        done = run("own_wheels")
+        assert done.returncode == 1 and "belongs to another user" in done.stderr
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="this environment was not made by jobs/setup.sh")

@@ -36,7 +36,7 @@ from hvdllm.config import compose, pace
 from hvdllm.config.check import check
 from hvdllm.config.schema import FedAvg, LocalRounds, StreamingDiLoCo
 from hvdllm.errors import UserError
-from hvdllm.launch.horovodrun import mpi
+from hvdllm.launch.horovodrun import mpi, starter
 from hvdllm.world.detect import Place
 
 MODEL = (
@@ -212,7 +212,8 @@ def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> l
         homes = [k for k, count in enumerate(places) for _ in range(count)]
         own = [[*rank, str(index)] for index in range(asked.ranks)]
         return [network.inside(network.hosts[k], c) for k, c in zip(homes, own, strict=True)] if network else own
-    launcher = ["horovodrun", "--mpi" if by_mpi(case) else "--gloo", "-np", str(asked.ranks), "--disable-cache"]
+    how = "mpi" if by_mpi(case) else "gloo"
+    launcher = [*starter(how), f"--{how}", "-np", str(asked.ranks), "--disable-cache"]
     if network is None:
         return [[*launcher, "-H", f"localhost:{asked.ranks}", *rank]]
     where = ",".join(f"{host.address}:{count}" for host, count in zip(network.hosts, places, strict=True))

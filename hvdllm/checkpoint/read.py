@@ -5,8 +5,8 @@ The functions named load_ and share_ are collective: where a rank cannot read, e
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,43 +15,61 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hvdllm.checkpoint.write import not_shared, steps
+from hvdllm import untrusted
+from hvdllm.checkpoint.whole import broken, newest, steps
+from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
 from hvdllm.trainer.flat import Flat, Part
 from hvdllm.world.base import World, from_first
 
+__all__ = ["broken", "newest", "steps"]  # and what stands below
+
+WEIGHTS = ("model", "")  # kinds
+FLOATS = {"F32", "F64"}  # of the vectors over the map
+OF_A_RUN = {"horizon": int, "data_hash": str, "seconds": float | int, "kinds": list, "stream": dict, "due": dict}
+MOST_STATE = 2**28  # bytes of a state.json: some hundred a rank, and some a lane
 T = TypeVar("T")
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run whose files are what its manifest says; others are named and passed over."""
-    for path in reversed(steps(folder)):
-        problem = broken(path)
-        if problem is None:
-            return path
-        say(f"checkpoint {path} is passed over: {problem}")
-    return None
-
-
-def broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())["sha256"]
-        for name, expected in manifest.items():
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})"
-    return None
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a whole checkpoint."""
-    values: dict[str, Any] = json.loads((path / "state.json").read_text())
+    """state.json of a whole checkpoint. Raises UserError."""
+    try:
+        values = untrusted.read_json(path / "state.json", MOST_STATE, path)
+    except (OSError, untrusted.Unfit) as error:
+        raise UserError(f"checkpoint {path} cannot be read: state.json {error}") from None
+    shared = values.get("shared") if isinstance(values, dict) else None
+    if not isinstance(shared, dict) or not isinstance(values.get("mine"), list):
+        raise UserError(f"checkpoint {path} cannot be read: state.json holds no state of a run")
+    return dict(values)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """state.json of a whole checkpoint, with all that a run needs to go on. Raises UserError."""
+    values = read_state(path)
+    tokens_of(values, path)
+    for key, kind in OF_A_RUN.items():
+        if not isinstance(values.get(key), kind):
+            raise UserError(f"checkpoint {path} cannot be gone on from: its state has no `{key}`")
     return values
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Around what takes plain values from a checkpoint: one that is missing or of another type becomes a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(
+            f"checkpoint {path} does not fit this version of hvdllm, or was changed ({type(error).__name__}: {error})"
+        ) from None
+
+
+def tokens_of(state: dict[str, Any], path: Path) -> int:
+    """Committed at the checkpoint of this state. Raises UserError where it does not say."""
+    tokens = state["shared"].get("tokens")
+    if not isinstance(tokens, int):
+        raise UserError(f"checkpoint {path} cannot be gone on from: its state has no `tokens`")
+    return tokens
 
 
 def saved_ranks(state: dict[str, Any]) -> int:
@@ -63,12 +81,16 @@ def saved_ranks(state: dict[str, Any]) -> int:
 def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None:
     """Fills a vector over the map with `kind`: model, m, v; "" in final/. The ranges of all ranks are put together.
 
-    Raises UserError where a tensor misfits: another model, a range that is missing or there twice.
+    Raises UserError where a tensor misfits: another model, a range that is missing or there twice, tensors of no
+    parameter, numbers of another kind, weights that are not finite.
     """
+    _refuse_others(path, flat)
     parts = sorted(_parts(path, "*", kind, flat), key=lambda part: part.start)
     covered = dict.fromkeys(flat.at, 0)
     overlap = None
     for name, start, values in parts:
+        if kind in WEIGHTS and not bool(values.isfinite().all()):
+            raise UserError(f"checkpoint {path} cannot be used: `{name}` has numbers that are not finite")
         overlap = overlap or (name if start < covered[name] else None)
         covered[name] += values.numel()
     for name, count in covered.items():
@@ -82,10 +104,8 @@ def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None
 def kinds_of(path: Path, group: str) -> list[str]:
     """The kinds of `summed` or `local` vectors that any rank wrote."""
     kinds: set[str] = set()
-    with _readable(path):
-        for file in path.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                kinds |= {key.rpartition("/")[0] for key in tensors.keys() if key.startswith(f"{group}.")}  # noqa: SIM118
+    for _, key, _ in _heads(path, "*"):
+        kinds |= {key.rpartition("/")[0]} if key.startswith(f"{group}.") else set()
     return sorted(kind.removeprefix(f"{group}.") for kind in kinds)
 
 
@@ -180,26 +200,63 @@ def _together(read: Callable[[], T], world: World) -> T:
 
 
 # ------------------------------------------------------------------ files
+def count_weights(path: Path) -> int:
+    """How many numbers the weights of a checkpoint, or of a final/, are, by the files' heads alone."""
+    heads = ((key, math.prod(head.get_shape())) for _, key, head in _heads(path, "*"))
+    return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS)
+
+
 def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
     """What the files hold of this model's tensors under `kind`."""
-    for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind):
+    for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind, FLOATS):
         name, _, start = key.rpartition("/")[2].partition("@")
-        if name not in flat.at:
-            continue
-        if not (start or "0").isdecimal() or int(start or 0) + values.numel() > flat.parameters[name].numel():
+        whole = flat.parameters[name]
+        if not (start or "0").isdecimal() or int(start or 0) + values.numel() > whole.numel():
             raise UserError(
                 f"checkpoint {path} does not fit this model: `{key}` has {values.numel()} elements there, beyond the "
                 "tensor's end"
             )
+        if not start and values.numel() == whole.numel() and values.shape != whole.shape:
+            raise UserError(f"checkpoint {path} does not fit this model: `{key}` has another shape there")
         yield Part(name, int(start or 0), values)
 
 
-def _entries(path: Path, files: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+def _refuse_others(path: Path, flat: Flat) -> None:
+    """Raises UserError where the files have tensors of no parameter, or of a kind that the state does not name."""
+    known: Any = read_state(path).get("kinds") if (path / "state.json").exists() else None
+    known = [] if (path / "model.safetensors").exists() else known
+    for _, key, _ in _heads(path, "*"):
+        kind, _, name = key.rpartition("/")
+        if kind.startswith("tensor"):
+            continue
+        named = (
+            kind in WEIGHTS or kind.startswith(("summed.", "local.")) or not isinstance(known, list) or kind in known
+        )
+        if not named or name.partition("@")[0] not in flat.at:
+            raise UserError(f"checkpoint {path} does not fit this model: `{key}` is a tensor that it has not")
+
+
+def _entries(
+    path: Path, files: str, wanted: Callable[[str], bool], types: set[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for tensors, key, head in _heads(path, files):
+        if wanted(key):
+            if types is not None and head.get_dtype() not in types:
+                raise UserError(
+                    f"checkpoint {path} cannot be used: `{key}` holds {head.get_dtype()}, which is none of "
+                    f"{', '.join(sorted(types))}"
+                )
+            yield key, tensors.get_tensor(key)
+
+
+def _heads(path: Path, files: str) -> Iterator[tuple[Any, str, Any]]:
+    """Of each tensor of the files: its open file, its name, and its head, which has its type and shape."""
     with _readable(path):
         for file in sorted(path.glob(f"{files}.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for key in filter(wanted, tensors.keys()):
-                    yield key, tensors.get_tensor(key)
+            untrusted.opened(file, path).close()  # a regular one
+            with safe_open(untrusted.within(file, path), framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    yield tensors, key, tensors.get_slice(key)
 
 
 @contextmanager
@@ -207,5 +264,5 @@ def _readable(path: Path) -> Iterator[None]:
     """A file that cannot be read becomes one sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, untrusted.Unfit) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from None

@@ -29,6 +29,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from hvdllm import sums
+from hvdllm.checkpoint.whole import MANIFEST, broken, steps
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
 from hvdllm.runs import sync_folder, write_whole
@@ -37,6 +39,8 @@ from hvdllm.world.base import World, first_problem
 
 # safetensors reports a full disk in an error class of its own.
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
+# Checkpoints that this process has written, summed as they were: no second look.
+_WHOLE: set[Path] = set()
 # A network file system may show another host's new folder late.
 SEEN_WITHIN_S = 5.0
 
@@ -50,7 +54,7 @@ def write(
     keep: int,
     mine: dict[str, Any] | None = None,
 ) -> Path | None:
-    """Writes folder/checkpoints/<step> and deletes all but the newest `keep`. Collective.
+    """Writes folder/checkpoints/<step> and deletes all but the newest `keep` whole ones. Collective.
 
     folder, extra (plain values of the run): rank 0's count. mine: plain values of this rank, beside state.mine.
     Returns the path on rank 0. Raises RunError on all ranks where any rank's disk is full or refuses, or does not
@@ -91,13 +95,14 @@ def write(
 
 
 def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
-    """final/model.safetensors: the weights to keep, by parameter name; never resumed from."""
+    """final/model.safetensors: the weights to keep, by parameter name, and their sum; never resumed from."""
     beside, final = folder / ".final", folder / "final"
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         save_file({name: flat.view(name, vector).cpu().contiguous() for name in flat.at}, beside / "model.safetensors")
-        _sha256_synced(beside / "model.safetensors")
+        _sha256_synced(model := beside / "model.safetensors")
+        write_whole(sums.beside(model), sums.line_for(model))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
         sync_folder(folder)
@@ -109,22 +114,26 @@ def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
     return final
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, the manifest first: what is half deleted is not whole.
+def prune(folder: Path, keep: int, written: Path) -> None:
+    """Deletes all but the newest `keep` whole checkpoints, the manifest first: what is half deleted is not whole.
 
-    Hidden folders go too: where nothing is being written, they are of lives that were killed while they wrote.
+    written: the newest, whole because it has just been written. Older ones count only where they are whole; those
+    that are not stay until there are enough behind them. What has a higher number is damaged or not ours (else the run
+    would have gone on from it): it neither counts nor goes. Hidden folders go: where nothing is being written, they are
+    of lives that were killed while they wrote.
     """
-    for old in steps(folder)[:-keep]:
-        (old / "manifest.json").unlink(missing_ok=True)
+    _WHOLE.add(written.absolute())
+    older = [path for path in steps(folder) if int(path.name) < int(written.name)]
+    kept = 1
+    while older and kept < keep:
+        path = older.pop()
+        kept += path.absolute() in _WHOLE or broken(path) is None
+    for old in older:
+        _WHOLE.discard(old.absolute())
+        (old / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     for left in (folder / "checkpoints").glob(".[0-9]*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints' folders, oldest first."""
-    found = (folder / "checkpoints").glob("[0-9]*") if (folder / "checkpoints").is_dir() else ()
-    return sorted((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 def not_shared(path: Path) -> str:
@@ -185,13 +194,13 @@ def _finish(folder: Path, step: int, values: dict[str, Any], hashes: dict[str, s
     try:
         write_whole(beside / "state.json", json.dumps(values))
         manifest = {**hashes, "state.json": _sha256_synced(beside / "state.json")}
-        write_whole(beside / "manifest.json", json.dumps({"sha256": manifest}, indent=1))
+        write_whole(beside / MANIFEST, json.dumps({"sha256": manifest}, indent=1))
         shutil.rmtree(aside, ignore_errors=True)  # of a life that was killed between the renames
         if final.exists():  # broken, or of a life before this one: the new one takes its place by two renames
             os.replace(final, aside)
         os.replace(beside, final)
         sync_folder(final.parent)
-        prune(folder, keep)
+        prune(folder, keep, final)
     except DISK_ERRORS as error:
         return _refused(folder, step, error)
     return None

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hvdllm import screen
 from hvdllm.errors import RunError, UserError
 
 LAB = """examples:
@@ -274,7 +275,6 @@ def bench_rank(argv: list[str]) -> int:
 
 
 def table(*rows: tuple[str, ...]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     grid = Table(box=None, padding=(0, 3, 0, 0))
@@ -283,4 +283,4 @@ def table(*rows: tuple[str, ...]) -> None:
     for row in rows[1:]:
         grid.add_row(*row)
     # A file takes lines as long as they are; without a terminal rich would fold them at 80.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(grid)
+    screen.console(highlight=False, width=None if sys.stdout.isatty() else 120).print(grid)

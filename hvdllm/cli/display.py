@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+
+from hvdllm import screen, untrusted
 
 PLAIN_EVERY_S = 5.0
 
@@ -47,7 +48,7 @@ class Screen:
 
     def __init__(self, alone: bool) -> None:
         # mpirun gives its ranks a terminal of their own, but puts a prefix before every line of theirs.
-        self.console = Console(highlight=False, soft_wrap=True, force_terminal=None if alone else False)
+        self.console = screen.console(highlight=False, soft_wrap=True, force_terminal=None if alone else False)
         self.live = self.console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
@@ -71,11 +72,11 @@ class Screen:
             self.say(f"{name:9} {text}")
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(screen.one_line(text)))
         if self._log is not None:
             # A disk that is full ends the run where a record or checkpoint does not fit, with a sentence.
-            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self._log) as file:
+                file.write(f"{time.strftime('%H:%M:%S')} {screen.one_line(text)}\n")
 
     def progress(self, values: dict[str, Any]) -> None:
         now = time.monotonic()

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdllm import screen
 from hvdllm.launch import network
 
 SECONDS = 60
@@ -132,7 +133,6 @@ def examine() -> list[Row]:
 
 
 def show(rows: list[Row], able: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -142,7 +142,7 @@ def show(rows: list[Row], able: bool) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(Text(row.name, style[row.mark]), Text(row.found), Text(row.mend))
-    console = Console()
+    console = screen.console()
     console.print(table)
     verdict = "The main job can run" if able else "The main job cannot run"
     console.print(f"{verdict}: horovodrun --gloo -np 2 hvdllm train", style="green" if able else "red", highlight=False)

@@ -11,23 +11,30 @@ from pathlib import Path
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
     parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument(
+        "words", nargs="*", metavar="text.path=…", help="where its files of text are, if they are not prepared here"
+    )
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
     parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
     given = parser.parse_args(argv)
 
     from hvdllm import runs
+    from hvdllm.config.compose import quoted
     from hvdllm.errors import UserError
     from hvdllm.text import shards
     from hvdllm.trainer.build import evaluate_run
     from hvdllm.trainer.restore import restore
+    from hvdllm.trainer.resume import asked
     from hvdllm.world.single import SingleWorld
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
     found = restore(given.run, given.step, say)
-    corpus = shards.prepare(found.config.text, shards.data_folder(given.data_dir or found.config.data_dir), say=say)
+    words = [f"resume={given.run}", *given.words]
+    config, _ = asked(words if given.data_dir is None else [*words, f"data_dir={quoted(given.data_dir)}"])
+    corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, corpus.data_hash):
         raise UserError(

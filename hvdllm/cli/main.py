@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-from hvdllm import __version__
+from hvdllm import __version__, screen
 from hvdllm.errors import PeerError, RunError, UserError
 
 COMMANDS = {
@@ -30,6 +30,11 @@ WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0'
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. argv: without the program's name."""
+    with screen.guarded():
+        return run(argv)
+
+
+def run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -87,7 +92,7 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
             os._exit(code)
         time.sleep(WAIT_S)
     if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end nobody: rank 0 has spoken
-        print(f"{who}{sentence}", file=sys.stderr, flush=True)
+        print(f"{who}{screen.one_line(sentence)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:
         os._exit(code)

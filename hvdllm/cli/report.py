@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hvdllm import screen
 from hvdllm.errors import UserError
 
 EXAMPLES = """examples:
@@ -104,14 +105,13 @@ def write(figures: Any, out: Path, command: str) -> list[Path]:
 
 def show(figures: Any) -> None:
     """The verdict and the final table. What came from folders is printed as it is: no markup."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from hvdllm.report.table import equal_line, result
     from hvdllm.report.verdict import verdict
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = screen.console(highlight=False, width=None if sys.stdout.isatty() else 180)
     found = result(figures)
     grid = Table(box=None, padding=(0, 2, 0, 0), title=Text(found.title), title_justify="left", title_style="bold")
     for k, title in enumerate(found.head):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from hvdllm.config import compose
@@ -41,7 +42,7 @@ launch/site.yaml is launch=site:
 
 def run(argv: list[str]) -> int:
     from hvdllm.cli.flags import settings_only
-    from hvdllm.trainer.resume import with_run
+    from hvdllm.trainer.resume import asked
 
     here = place()
     sweep = any(flag in argv for flag in SWEEP)
@@ -52,8 +53,7 @@ def run(argv: list[str]) -> int:
         if here.launcher != "none":
             raise UserError(f"train -m under {here.launcher}: it starts ranks itself, see launch= in --help")
         return sweeps.run(words)
-    words = with_run(words)
-    config = compose.compose(words)
+    config, words = asked(words, say_first if here.rank == 0 else lambda text: None)
     if sweeps.LAUNCHED in os.environ:
         config = sweeps.obeyed(config)
     if not isinstance(config.launch, Local):
@@ -65,6 +65,11 @@ def run(argv: list[str]) -> int:
     set_threads(config, here)
     train(config, words, here)
     return 0
+
+
+def say_first(text: str) -> None:
+    """Before there is a screen: of a run's folder."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def set_threads(config: Config, here: Place) -> None:

@@ -28,6 +28,13 @@ from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
 
+A_NAME = "the name of a folder: no slashes, no control characters, no dot or hyphen at its beginning"
+
+
+def is_name(text: str) -> bool:
+    """Of a folder, that no command takes for a flag or for another folder."""
+    return text.isprintable() and "/" not in text and not text.startswith((".", "-")) and text != ""
+
 
 def check(config: Config, place: Place) -> None:
     """Raises UserError for the first combination that cannot work."""
@@ -45,7 +52,7 @@ def check(config: Config, place: Place) -> None:
     check_batch(config, ranks(config, place) - getattr(config.exchange, "dedicated", 0))
     check_local(config)
     check_federation(config, place)
-    if isinstance(config.text, Files) and config.text.path is None:
+    if isinstance(config.text, Files) and config.text.path is None and config.text.prepared is None:
         raise UserError("text=files needs text.path: a file, a folder, a glob or a list of them")
     for key in ("path", "validation"):
         value = getattr(config.text, key, None)
@@ -67,12 +74,9 @@ def check(config: Config, place: Place) -> None:
         raise UserError("the shares of the schedule (warmup, decay) add up to more than its horizon: lower one of them")
     if isinstance(schedule, (Cosine, WarmupStableDecay)) and schedule.floor > 1:
         raise UserError(f"schedule.floor={schedule.floor} is above the peak: give a share between 0 and 1")
-    if config.name is not None and (
-        config.name in ("", ".", "..") or "/" in config.name or config.name.startswith(".")
-    ):
-        raise UserError(
-            f"name={config.name!r} is not the name of a folder: no slashes and no leading dot; see runs_dir"
-        )
+    for key, called in (("name", config.name), ("launch.sweep", config.launch.sweep)):
+        if called is not None and not is_name(called):
+            raise UserError(f"{key}={called!r} is not {A_NAME}; see runs_dir")
     if not 0 < getattr(config.wire, "density", 1) <= 1:
         raise UserError(f"wire.density={config.wire.density} must lie between 0 and 1")
     if getattr(config.wire, "momentum", 0) >= 1:

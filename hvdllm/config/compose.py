@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
 
 
-def compose(words: Sequence[str]) -> Config:
+def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
     """The configuration of the defaults and these overrides. Raises UserError with one sentence.
 
-    A word `--config-dir=DIR` adds a folder of the user's own, whose launch/site.yaml is `launch=site`.
+    A word `--config-dir=DIR` adds a folder of the user's own, whose launch/site.yaml is `launch=site`. beneath: that of
+    a run's folder, which takes the defaults' place in what a folder may say (schema.setting) and no word does.
     """
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
@@ -58,10 +60,13 @@ def compose(words: Sequence[str]) -> Config:
             f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
             "`hvdllm train -m`"
         )
+    given = {key_of(word): word.partition("=")[2] for word in words}
+    chosen = [] if beneath is None else _groups(beneath, given)
     try:
-        with hydra_over(words) as overrides:
+        with hydra_over([*chosen, *words]) as overrides:
             node = hydra_compose("train", overrides=overrides)
-        return _typed(node)
+        config = _typed(node)
+        return config if beneath is None else _over(beneath, config, given)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=null
         raise UserError(sentence(error, words)) from None
 
@@ -100,37 +105,60 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of to_dict, for a run folder's config.yaml. Raises UserError where it does not fit this version."""
-    config = Config()
-    for f in dataclasses.fields(Config):
-        if f.name not in values:
-            raise UserError(
-                f"the configuration of this run has no `{f.name}`: it was written by another version of hvdllm"
-            )
-        value = values[f.name]
-        if f.name in schema.SCHEMAS:
-            known = schema.SCHEMAS[f.name].get(str((value or {}).get("name")))
-            if known is None:
-                raise UserError(f"the configuration of this run names an unknown {f.name}: {value!r}")
-            try:
-                value = known(**{k: v for k, v in value.items() if k != "name"})
-            except TypeError as error:
-                raise UserError(f"the configuration of this run does not fit this version of hvdllm: {error}") from None
-        setattr(config, f.name, value)
-    return config
+def from_dict(values: dict[str, Any], where: str = "the configuration of this run") -> Config:
+    """The inverse of to_dict, for a run folder's config.yaml: types, choices and bounds are those of the command line.
+    Text stays as it is, nothing in it is looked up. Raises UserError where it does not fit this version."""
+    try:
+        # A later version's settings are at their defaults in an earlier one's file; a group none lacks.
+        plain = dataclasses.asdict(Config()) | values
+        for group, kinds in schema.SCHEMAS.items():
+            inner = values.get(group)
+            kind = kinds.get(str(inner.get("name"))) if isinstance(inner, dict) else None
+            if not isinstance(inner, dict) or kind is None:
+                raise UserError(f"it names an unknown {group}: {str(inner)[:80]!r}")
+            whole = dataclasses.asdict(kind()) | {key: value for key, value in inner.items() if key != "name"}
+            plain[group] = kind(**{f.name: value for f, value in _fields(kind, whole, f"{group}.")})
+        return Config(**{f.name: value for f, value in _fields(Config, plain, "")})
+    except UserError as error:
+        raise UserError(f"{where} does not fit this version of hvdllm, or was changed: {error}") from None
 
 
 def to_yaml(config: Config) -> str:
     """What --cfg job prints and what a run folder's config.yaml holds."""
     import yaml
 
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:  # which nobody reads who reads what may be a stranger's
+            return True
+
+    return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def key_of(word: str) -> str:
+    """optim.lr of `+optim.lr=1`."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def quoted(text: str) -> str:
+    """As the value of a word that Hydra reads as this text, whatever it holds: quotes, commas, `${...}`."""
+    # OmegaConf undoes one backslash in two before `${`, Hydra before a quote, the last one included.
+    text = re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
+    text = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + (found[2] and f"\\{found[2]}"), text)
+    return f'"{text}"'
+
+
+def unquoted(value: str) -> str:
+    """What quoted() was given; another value as Hydra reads it: in quotes, or with backslashes before what it would
+    take for syntax."""
+    if len(value) < 2 or value[0] not in "\"'" or value[-1] != value[0]:
+        return re.sub(r"\\(.)", r"\1", value)
+    inner = re.sub(rf"(\\+)({value[0]}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
+    return re.sub(r"(\\+)\$\{", lambda found: "\\" * (len(found[1]) // 2) + "${", inner)
 
 
 def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
     """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once)."""
-    last = {word.lstrip("+~").split("=", 1)[0]: word for word in (*old, *new)}
+    last = {key_of(word): word for word in (*old, *new)}
     return list(last.values())
 
 
@@ -173,6 +201,43 @@ def _typed(node: Any) -> Config:
     return config
 
 
+def _groups(beneath: Config, given: dict[str, str]) -> list[str]:
+    """The words that choose its options, of the groups that no word chooses."""
+    names = {
+        group: schema.name_of(group, getattr(beneath, group)) for group in schema.SCHEMAS if _theirs(beneath, group)
+    }
+    return [f"{group}={name}" for group, name in names.items() if group not in given and name in options(group)]
+
+
+def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
+    """The composed configuration, in place, with what the folder's has where no word said anything."""
+    for f in dataclasses.fields(Config):
+        if not _theirs(beneath, f.name):
+            continue
+        theirs = getattr(beneath, f.name)
+        if f.name not in schema.SCHEMAS:
+            if f.name not in given:
+                setattr(config, f.name, theirs)
+            continue
+        name = schema.name_of(f.name, theirs)
+        if (
+            type(theirs) is type(getattr(config, f.name)) and given.get(f.name, name) == name
+        ):  # else a preset was asked for
+            for inner in dataclasses.fields(theirs):
+                if _theirs(theirs, inner.name) and f"{f.name}.{inner.name}" not in given:
+                    setattr(getattr(config, f.name), inner.name, getattr(theirs, inner.name))
+    return config
+
+
+def _theirs(settings: Any, name: str) -> bool:
+    """May a folder say this setting of a configuration, or of one of its groups?"""
+    if name == "world":  # logical ranks are no processes: how many there are shapes numbers
+        return bool(settings.world.kind == "virtual")
+    if name == "tokenizer":  # two that are no file
+        return settings.tokenizer in ("bytes", "bpe")
+    return not next(f for f in dataclasses.fields(settings) if f.name == name).metadata["ours"]
+
+
 def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Each field with its plain value. Raises UserError for extras, gaps, and values that alone are wrong."""
     from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -181,20 +246,55 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
     for key in node:
         if key not in known:
             raise UserError(_unknown(f"{where}{key}"))
+    hints = typing.get_type_hints(kind)
     for name, f in known.items():
         if name not in node:
             raise UserError(f"{where}{name} was taken away: every setting has a value, leave it at its default")
         value = node[name]
-        if isinstance(value, (DictConfig, ListConfig)) and name not in schema.SCHEMAS:
+        if where == "" and name in schema.SCHEMAS:
+            yield f, value
+            continue
+        if isinstance(value, (DictConfig, ListConfig)):
             value = OmegaConf.to_container(value, resolve=True)
-        choices, least = f.metadata.get("choices"), f.metadata.get("least")
+        value = _of_type(value, hints[name], f"{where}{name}")
+        choices, least, form = (f.metadata.get(key) for key in ("choices", "least", "form"))
         if choices and value not in choices:
             raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}")
         if least is not None and value is not None and not value >= least:
             raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}{name}={value} is not a finite number: give it one")
+        if form is not None and value is not None:
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, str) or not re.fullmatch(form[0], one):
+                    raise UserError(f"{where}{name}={one}: give {form[1]}")
         yield f, value
+
+
+def _of_type(value: Any, hint: Any, where: str) -> Any:
+    """The value, a whole number as a float where that is asked for. Raises UserError where it is of another type."""
+    kinds = typing.get_args(hint) or (hint,)
+    if hint is Any:
+        _plain(value, where)
+        return value
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is too large a number") from None
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UserError(f"{where}={str(value)[:80]}: not a value of type {names}")
+    return value
+
+
+def _plain(value: Any, where: str) -> None:
+    """Raises UserError for what no setting is: a date, bytes."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _plain(one, where)
+    elif value is not None and not isinstance(value, str | int | float | bool):
+        raise UserError(f"{where}={str(value)[:80]}: not a plain value")
 
 
 def _unknown(key: str) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from hvdllm import screen
 from hvdllm.config import compose, schema
 
 
 def print_help(usage: str, config: Any) -> None:
     """usage: what stands on top. config: the composed one, whose values are shown as they are now."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = screen.console(highlight=False)
     console.print(escape(usage), soft_wrap=True)
 
     def table(title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:

@@ -6,6 +6,10 @@ prints what stands here. What involves two settings, or the machine, is checked 
 
 Types are what OmegaConf 2.3 can hold: it knows no Literal and no Union, so a choice is a string with
 `choices` beside it (checked by compose.py), and a path that may be one or several is Any.
+
+What a run's folder may decide is said here too. `resume=FOLDER`, `hvdllm sample` and the others read a folder that may
+be a stranger's, so a setting with `ours=True` is never taken from one: what is started, where, by whom, from and to
+which files, with which tracker. What is left shapes numbers alone.
 """
 
 from __future__ import annotations
@@ -14,9 +18,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def setting(default: Any, doc: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
-    """A field with what --help says of it, and what alone can be checked of it: its choices, its least value."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "least": least})
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    form: tuple[str, str] | None = None,
+    ours: bool = False,
+) -> Any:
+    """A field with what --help says of it, and what alone can be checked of it: its choices, its least value, its form
+    (a regular expression, and what to give, in words), of each part where it is a list. ours: not a folder's to say."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "form": form, "ours": ours})
+
+
+# What goes into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
+WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+HOSTS = rf"{WORD}:[0-9]+(,{WORD}:[0-9]+)*", "host:slots, several with commas between, in quotes"
+INTERFACE = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,14}"
+INTERFACES = rf"{INTERFACE}(,{INTERFACE})*", "names of network interfaces, such as eth0 or ib0,ib1"
+NAME = WORD, "a name of letters, digits and _ . + -"
+NAMES = rf"{WORD}(,{WORD})*", "names of letters, digits and _ . + -, several with commas between"
+MODULE = rf"{WORD}([/:@]{WORD})*", "environment modules such as openmpi/4.1"
+TIME = r"[0-9]+([:-][0-9]+)*|INFINITE|UNLIMITED", "a time as sbatch takes it, such as 2:00:00"
+DIGEST = r"[0-9a-f]{64}", "the data hash that `hvdllm prepare` prints"
 
 
 # ------------------------------------------------------------------ text
@@ -28,10 +53,17 @@ class Text:
         "bpe",
         "bytes (257 tokens), bpe (byte-level, trained on this corpus) or the path of a tokenizer.json; "
         "bpe, because a small model gets further on 3 bytes a token than on one",
+        ours=True,
     )
     vocab: int = setting(2048, "tokens; asked of tokenizer=bpe, the corpus may yield fewer", least=258)
     validation: Any = setting(
-        None, "path, list or glob of the validation text; null: documents chosen by a hash of their content"
+        None, "path, list or glob of the validation text; null: documents chosen by a hash of their content", ours=True
+    )
+    prepared: str | None = setting(
+        None,
+        "data hash of a text that was prepared before (`hvdllm prepare` prints it): the one in data_dir is taken as it "
+        "is, and no file of text is read; null: what the other settings name",
+        form=DIGEST,
     )
     validation_share: float = setting(
         0.05,
@@ -50,7 +82,7 @@ class Stdlib(Text):
 class Files(Text):
     """The user's own files: .txt .md .py, .jsonl with a text column, each also as .gz."""
 
-    path: Any = setting(None, "file, folder or glob, or a list of them; folders are walked in sorted order")
+    path: Any = setting(None, "file, folder or glob, or a list of them; folders are walked in sorted order", ours=True)
     column: str = setting("text", "name of the field that holds the text of a .jsonl line")
 
 
@@ -614,8 +646,12 @@ class Horovodrun(Launch):
     controller: str = setting(
         "gloo", "gloo, or mpi (Open MPI waits by spinning: for more cores than ranks)", choices=("gloo", "mpi")
     )
-    hosts: str | None = setting(None, "host:slots,host:slots as -H of horovodrun takes them; null: this machine")
-    interface: str | None = setting(None, "network interfaces by which the hosts reach each other; null: any")
+    hosts: str | None = setting(
+        None, "host:slots,host:slots as -H of horovodrun takes them; null: this machine", form=HOSTS
+    )
+    interface: str | None = setting(
+        None, "network interfaces by which the hosts reach each other; null: any", form=INTERFACES
+    )
     link: str | None = setting(
         None,
         "rate such as 200mbit or 1gbit: ranks run on hosts of their own in the network lab, joined by links of that "
@@ -637,11 +673,11 @@ class Slurm(Launch):
     ranks_per_node: int = setting(1, "ranks on each node, one a GPU", least=1)
     gpus_per_node: int | None = setting(None, "GPUs asked for on each node; null: none is asked for", least=1)
     cpus_per_rank: int | None = setting(None, "cores asked for a rank; null: Slurm's default", least=1)
-    time: str | None = setting(None, "limit of a job as sbatch takes it (2:00:00); null: the partition's")
-    partition: str | None = setting(None, "partition; null: the cluster's default")
-    account: str | None = setting(None, "account that pays; null: the user's default")
-    interface: str | None = setting(None, "network interfaces of the nodes; null: any")
-    modules: Any = setting(None, "environment modules that a job loads, a name or a list; null: none")
+    time: str | None = setting(None, "limit of a job as sbatch takes it (2:00:00); null: the partition's", form=TIME)
+    partition: str | None = setting(None, "partition; null: the cluster's default", form=NAMES)
+    account: str | None = setting(None, "account that pays; null: the user's default", form=NAME)
+    interface: str | None = setting(None, "network interfaces of the nodes; null: any", form=INTERFACES)
+    modules: Any = setting(None, "environment modules that a job loads, a name or a list; null: none", form=MODULE)
     options: Any = setting(None, "further options of sbatch, one or a list (--constraint=a100); null: none")
 
 
@@ -678,18 +714,22 @@ class TensorBoard:
 class Config:
     """A run. `*_tokens` and `*_every` are counted in tokens committed by all ranks together."""
 
-    name: str | None = setting(None, "folder of the run under runs_dir; null: date-time and four hex digits")
-    runs_dir: str = setting("runs", "folder that holds the runs; shared by all hosts")
-    data_dir: str | None = setting(None, "folder of prepared token shards; null: hvdllm's folder in the user's cache")
+    name: str | None = setting(None, "folder of the run under runs_dir; null: date-time and four hex digits", ours=True)
+    runs_dir: str = setting("runs", "folder that holds the runs; shared by all hosts", ours=True)
+    data_dir: str | None = setting(
+        None, "folder of prepared token shards; null: hvdllm's folder in the user's cache", ours=True
+    )
     seed: int = setting(0, "of weights, order of data, dropout and samples", least=0)
     resume: str = setting(
         "auto",
         "auto (go on if the run's folder has a checkpoint), never, must, or the path of a run to go on with",
+        ours=True,
     )
     init_from: str | None = setting(
         None,
         "run folder, or one of its checkpoints, whose weights this run begins with instead of drawing them: a shared "
         "trunk makes comparisons sharper; null: draw them",
+        ours=True,
     )
     init_optimizer: bool = setting(
         False, "also the optimizer's state of init_from, of the same optimizer; the schedule begins anew all the same"
@@ -739,12 +779,12 @@ class Config:
     model: Any = setting(None, "the transformer")
     exchange: Any = setting(None, "how the gradients of the ranks meet")
     wire: Any = setting(None, "how a sum travels")
-    world: Any = setting(None, "which processes train together")
+    world: Any = setting(None, "which processes train together", ours=True)
     optim: Any = setting(None, "what a summed gradient does to the weights")
     schedule: Any = setting(None, "the learning rate as a function of tokens")
-    device: Any = setting(None, "where the model computes")
-    launch: Any = setting(None, "what starts the ranks")
-    track: Any = setting(None, "who else gets the records")
+    device: Any = setting(None, "where the model computes", ours=True)
+    launch: Any = setting(None, "what starts the ranks", ours=True)
+    track: Any = setting(None, "who else gets the records", ours=True)
 
 
 # The options of each group, by the name that `group=name` takes where the name chooses the settings' class.

@@ -20,7 +20,7 @@ from typing import Any
 from hvdllm.bench import lab
 from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
-from hvdllm.launch import local
+from hvdllm.launch import local, meeting
 from hvdllm.launch.base import Point, command
 from hvdllm.world.detect import LINK
 
@@ -76,9 +76,14 @@ def program() -> str:
     return found
 
 
+def starter(controller: str) -> list[str]:
+    """horovodrun; over Gloo with a meeting point that is not open to everybody (launch/meeting.py)."""
+    return [sys.executable, "-P", meeting.__file__] if controller == "gloo" else [program()]
+
+
 def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
     """The words before those of a rank."""
-    words = [program(), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
+    words = [*starter(settings.controller), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
     if hosts is not None:
         where = ",".join(f"{host.address}:1" for host in hosts.hosts)
         return hosts.inside(hosts.hosts[0], [*words, "-H", where, "--network-interfaces", lab.INTERFACE])

@@ -13,8 +13,9 @@ without an end: `scancel --signal=USR1 JOB`, which reaches the ranks and not thi
 
 how: srun starts the ranks itself and introduces them by PMIx. gloo is for clusters without a PMIx that fits Open MPI
 and without ssh: srun starts the ranks and here runs the key-value server by which horovodrun lets them meet
-(launch/task.py tells them where). It has no password and listens as long as the ranks live, on all interfaces where
-none is named. horovodrun needs ssh between the nodes, none in a job of one.
+(launch/meeting.py; launch/task.py tells them where). It takes what comes with its secret, as long as the ranks live, on
+the interface that is named, else on that towards the other nodes where it is known. horovodrun needs ssh between the
+nodes, none in a job of one.
 
 srun kills its ranks at a SIGTERM, and horovodrun does 5 s later: so the ranks are told, by scancel or on this node
 (one is enough: the next meta tells all), and what started them ends when they have.
@@ -29,8 +30,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,8 +43,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from hvdllm import screen
+from hvdllm.config.schema import INTERFACES
 from hvdllm.errors import UserError
-from hvdllm.launch import horovodrun, local, network
+from hvdllm.launch import horovodrun, local, meeting, network
+from hvdllm.launch.task import MEETING
 from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
@@ -113,35 +119,44 @@ def by_horovodrun(here: Allocation, hosts: list[str], interface: str | None, com
     names = hosts if here.nodes > 1 else ["localhost"]
     slots = ",".join(f"{host}:{here.each}" for host in names)
     nics = ["--network-interfaces", interface] if interface else []
-    return [horovodrun.program(), "--gloo", "-np", str(here.ranks), "-H", slots, *nics, *command]
+    return [*horovodrun.starter("gloo"), "--gloo", "-np", str(here.ranks), "-H", slots, *nics, *command]
 
 
 @contextlib.contextmanager
-def meeting_point(here: Allocation, interface: str | None) -> Iterator[tuple[str, str]]:
-    """Horovod's key-value server, as port and address for launch/task.py; it ends with the context."""
+def meeting_point(here: Allocation, interface: str | None) -> Iterator[str]:
+    """Horovod's key-value server, as launch/task.py is told of it: address, port, secret. It ends with the context."""
     try:
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
     except ImportError as error:
         raise UserError(f"Horovod cannot be imported ({error}): run jobs/setup.sh from a clone of hvdllm") from None
-    address = ""
+    address = address_of(here, interface)
+    places = ",".join(f"node{node}:{here.each}" for node in range(here.nodes))
+    point = meeting.MeetingPoint(address, get_host_assignments(parse_hosts(places), here.ranks))
+    try:
+        yield f"{address or '-'} {point.port} {point.secret}"
+    finally:
+        point.close()
+
+
+def address_of(here: Allocation, interface: str | None) -> str:
+    """Of this host, for the ranks: on the interface named; of a job on one node the loopback; else on the interface
+    towards another node. "" where no name of a node has an address here: then on all interfaces."""
     if interface:
         first = interface.split(",")[0]
-        address = network.addresses().get(first, "")
-        if not address:
+        if not (address := network.addresses().get(first, "")):
             raise UserError(
                 f"interface {first} is not up with an IPv4 address here: `hvdllm doctor` lists those that are"
             )
-    server = RendezvousHTTPServer((address, 0), RendezvousHandler, False)
-    try:
-        server.daemon_threads = True
-        places = ",".join(f"node{node}:{here.each}" for node in range(here.nodes))
-        server.init(get_host_assignments(parse_hosts(places), here.ranks))
-        threading.Thread(target=server.serve_forever, name="hvdllm-meeting-point", daemon=True).start()
-        yield str(server.server_address[1]), address or "-"
-        server.shutdown()
-    finally:
-        server.server_close()
+        return address
+    if here.nodes == 1:
+        return "127.0.0.1"
+    with contextlib.suppress(OSError, UserError):
+        for host in hosts_of(here):
+            with contextlib.suppress(OSError):
+                towards = network.towards(socket.gethostbyname(host))
+                if towards not in (None, "lo"):
+                    return network.addresses()[str(towards)]
+    return ""
 
 
 class Ranks:
@@ -203,9 +218,9 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
         if how == "srun":
             words = by_srun(here, "pmix", command)
         elif how == "gloo":
-            port, address = stack.enter_context(meeting_point(here, interface))
-            task = [sys.executable, "-m", "hvdllm.launch.task", port, address, "--"]
-            words = by_srun(here, "none", [*task, *command])
+            # By the environment, for other users of a node can read a command line.
+            env[MEETING] = stack.enter_context(meeting_point(here, interface))
+            words = by_srun(here, "none", ["--export=ALL", sys.executable, "-m", "hvdllm.launch.task", "--", *command])
         else:
             words = by_horovodrun(here, hosts_of(here), interface, command)
         code = ranks.run(words, env)
@@ -245,14 +260,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--interface", help="network interfaces of the nodes: eth0 or eth0,eth1 (default: any)")
     parser.add_argument("command", nargs="+", help="what each rank runs, behind --")
     given = parser.parse_args(argv)
+    if given.interface and not re.fullmatch(INTERFACES[0], given.interface):
+        raise UserError(f"--interface {given.interface}: give {INTERFACES[1]}")
     if not shutil.which(given.command[0]):
         raise UserError(f"{given.command[0]} is not on PATH here: activate its environment in the batch script")
     return start(given.how, given.interface, given.command)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"hvdllm: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    with screen.guarded():
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except UserError as error:
+            print(f"hvdllm: {screen.one_line(str(error))}", file=sys.stderr, flush=True)
+            sys.exit(2)

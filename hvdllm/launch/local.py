@@ -18,7 +18,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from hvdllm import untrusted
+from hvdllm.errors import UserError
 
 MARK = "HVDLLM_FAMILY"
 POLL_S = 0.1
@@ -52,7 +55,7 @@ def run(
     tied = [sys.executable, "-m", "hvdllm.launch.local", str(os.getpid()), *words]
     _marks.add(mark)
     try:
-        with open(log, "ab") as file:
+        with appended_to(log) as file:
             process = subprocess.Popen(
                 tied, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**env, MARK: mark},
                 start_new_session=True,
@@ -71,6 +74,14 @@ def run(
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
     finally:
         _marks.discard(mark)
+
+
+def appended_to(log: Path) -> TextIO:
+    """Raises UserError where the log is a link, which a folder of somebody else's may have laid anywhere."""
+    try:
+        return untrusted.appended(log)
+    except untrusted.Unfit as error:
+        raise UserError(f"{log} {error}: delete it, or choose another name") from None
 
 
 def ask(pids: Sequence[int]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hvdllm import screen, untrusted
 
 if TYPE_CHECKING:
     from hvdllm.launch.sweep import Sweep, Task
@@ -27,18 +28,18 @@ class Watched:
 
     def look(self) -> None:
         try:
-            with open(self.path, "rb") as file:
+            with untrusted.opened(self.path, self.path.parent) as file:
                 if os.fstat(file.fileno()).st_size < self.at:  # cut, by a run that goes on
                     self.at = 0
                 file.seek(self.at)
-                new = file.read()
-        except OSError:
+                new = file.read(untrusted.MOST_LINE)  # the rest at the next look
+        except (OSError, untrusted.Unfit):
             new = b""
         whole = new[: new.rfind(b"\n") + 1]
         self.at += len(whole)
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                record = json.loads(line)
+                record = untrusted.parsed(line)
                 if record.get("kind") == "commit":
                     self.tokens, self.loss = int(record["tokens"]), float(record["loss"])
 
@@ -56,7 +57,7 @@ class Display:
         if sys.stdout.isatty() and self.todo:
             from rich.live import Live
 
-            self.live = Live(refresh_per_second=4, transient=True)
+            self.live = Live(console=screen.console(), refresh_per_second=4, transient=True)
             self.live.start()
         return self
 
@@ -128,7 +129,7 @@ class Display:
 
 def pass_on(log: Path, at: int) -> int:
     """Prints what the log has from `at` on; returns how far it came."""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
+    with contextlib.suppress(OSError, untrusted.Unfit), untrusted.opened(log) as file:
         file.seek(at)
         if new := file.read():
             sys.stdout.write(new.decode(errors="replace"))

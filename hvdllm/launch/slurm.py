@@ -129,7 +129,8 @@ def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
     """The batch script. It ends as launch/inside.py, which hears of the time limit and starts the ranks."""
     inside = [sys.executable, "-m", "hvdllm.launch.inside", "--how", settings.how]
     inside += ["--interface", settings.interface] if settings.interface else []
-    lines = ["#!/bin/bash", f"# Submitted by: {shlex.join(submitted)}"]
+    # In one line, for the next would be a command.
+    lines = ["#!/bin/bash", f"# Submitted by: {' '.join(shlex.join(submitted).split())}"]
     if modules := several(settings.modules):
         lines += ["type module >/dev/null 2>&1 || . /etc/profile", f"module load {shlex.join(modules)} || exit 1"]
     lines.append(f"exec {shlex.join([*inside, '--', *command(point)])}")

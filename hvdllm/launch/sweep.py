@@ -30,9 +30,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hvdllm import runs
+from hvdllm import runs, untrusted
 from hvdllm.config import compose, schema
-from hvdllm.config.check import check
+from hvdllm.config.check import A_NAME, check, is_name
+from hvdllm.config.compose import key_of
 from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
 from hvdllm.errors import RunError, UserError
 from hvdllm.launch import local
@@ -41,6 +42,7 @@ from hvdllm.launch.progress import Display, Watched, duration, pass_on
 from hvdllm.world.detect import Place
 
 LAUNCHED = "HVDLLM_LAUNCHED"  # in the environment of what is started here: its group launch has been obeyed
+MOST_SWEEP = 64 * 2**20  # bytes of a sweep.json
 LONGEST = 200  # characters of a folder's name; most file systems take 255 bytes
 # What changes where and how a run is started and followed, or how many points there are, but not what is compared.
 NOT_OF_THE_SWEEP = re.compile(
@@ -207,8 +209,8 @@ class Sweep:
             if self.trials is not None and not config.eval_every:
                 raise UserError("an optimizer goes by the final validation loss: give eval_every above 0")
             sweep = config.launch.sweep or self.name(differs)
-            if sweep in ("", ".", "..") or "/" in sweep or sweep.startswith("."):
-                raise UserError(f"launch.sweep={sweep!r} is not the name of a folder: no slashes and no leading dot")
+            if not is_name(sweep):
+                raise UserError(f"launch.sweep={sweep!r} is not {A_NAME}")
             config.name, config.launch.sweep = safe(",".join(differs)), sweep
             config.runs_dir = str(Path(config.runs_dir) / sweep)
             self.folder = Path(config.runs_dir)
@@ -298,8 +300,9 @@ class Sweep:
         assert self.folder is not None
         path = self.folder / "sweep.json"
         points: dict[str, list[str]] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            points = {point["name"]: point["words"] for point in json.loads(path.read_text())["points"]}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # words are kept, and nothing obeys them
+            about = untrusted.read_json(path, MOST_SWEEP, self.folder)
+            points = {str(point["name"]): list(map(str, point["words"])) for point in about["points"]}
         points |= {name: list(task.differs) for name, task in self.tasks.items()}
         about = {
             "command": shlex.join(["hvdllm", "train", "-m", *self.words]), "words": self.words,
@@ -340,11 +343,6 @@ class Sweep:
 
 
 # ------------------------------------------------------------------ a point
-def key_of(word: str) -> str:
-    """optim.lr of `+optim.lr=1`."""
-    return word.lstrip("+~").partition("=")[0]
-
-
 def is_sweep(word: str) -> bool:
     """Several values: a list with commas, choice(), range(), interval(), glob()."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -370,7 +368,7 @@ def point_of(config: Config, words: Sequence[str]) -> Point:
     if config.launch.sweep:
         own["launch.sweep"] = config.launch.sweep
     rest = [word for word in words if key_of(word) not in own and not re.match(r"[+~]*launch(\.|=|$)", word)]
-    quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
+    quoted = [f"{key}={compose.quoted(str(value))}" for key, value in own.items()]
     return Point(str(config.name), config.runs_dir, (*rest, *quoted))
 
 
@@ -436,12 +434,13 @@ def judge(task: Task, code: int, stopped: bool, said: str) -> None:
 def read_end(task: Task) -> None:
     """Tokens, seconds and loss from the run's records."""
     for record in runs.records(task.point.folder):
-        if record.get("kind") in ("commit", "end", "eval"):
-            task.tokens = int(record.get("tokens") or 0)
-            task.seconds = float(record.get("seconds") or 0.0)
-        loss = {"eval": "loss", "end": "eval_loss"}.get(str(record.get("kind")))
-        if loss and record.get(loss) is not None:
-            task.loss = float(record[loss])
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # of a record that was changed
+            if record.get("kind") in ("commit", "end", "eval"):
+                task.tokens = int(record.get("tokens") or 0)
+                task.seconds = float(record.get("seconds") or 0.0)
+            loss = {"eval": "loss", "end": "eval_loss"}.get(str(record.get("kind")))
+            if loss and record.get(loss) is not None:
+                task.loss = float(record[loss])
 
 
 def last_sentence(log: Path, at: int) -> str:
@@ -449,10 +448,10 @@ def last_sentence(log: Path, at: int) -> str:
     from hvdllm.bench.group import last_lines
 
     try:
-        with open(log, "rb") as file:
+        with untrusted.opened(log) as file:
             file.seek(at)
             text = file.read().decode(errors="replace")
-    except OSError:
+    except (OSError, untrusted.Unfit):
         return ""
     sentences = [found[1] for line in text.splitlines() if (found := SAID.match(line))]
     return sentences[-1] if sentences else "".join(last_lines(text, 1))

@@ -1,6 +1,6 @@
 """One task of srun as a rank of Horovod over Gloo: gives it the environment that horovodrun would, then becomes it.
 
-    srun … python -m hvdllm.launch.task PORT ADDRESS -- hvdllm train …
+    HVDLLM_MEETING="ADDRESS PORT SECRET" srun … python -m hvdllm.launch.task -- hvdllm train …
 
 launch/inside.py starts it, where the key-value server of PORT runs. ADDRESS: of that server's host, or - for the host
 where srun was called, as Slurm knows it. It keeps its process: a signal to the task is a signal to the rank.
@@ -12,17 +12,18 @@ import os
 import sys
 from collections.abc import Mapping
 
-from hvdllm.launch import network
+from hvdllm.launch import meeting, network
+
+MEETING = "HVDLLM_MEETING"
 
 
-def rank(env: Mapping[str, str], address: str, port: str) -> dict[str, str]:
+def rank(env: Mapping[str, str], address: str, port: int, secret: str) -> dict[str, str]:
     """Horovod's variables from Slurm's. As many tasks on each node, numbered node by node."""
     size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
+        **meeting.variables(address, port, secret),
         "HOROVOD_HOSTNAME": f"node{env['SLURM_NODEID']}",
         "HOROVOD_RANK": env["SLURM_PROCID"],
         "HOROVOD_SIZE": str(size),
@@ -34,10 +35,11 @@ def rank(env: Mapping[str, str], address: str, port: str) -> dict[str, str]:
 
 
 def main(words: list[str]) -> None:
-    port, address, _, *command = words
+    _, *command = words
     env = dict(os.environ)
+    address, port, secret = env.pop(MEETING).split()
     address = env["SLURM_LAUNCH_NODE_IPADDR"] if address == "-" else address
-    env |= rank(env, address, port)
+    env |= rank(env, address, int(port), secret)
     # Left alone Gloo binds to what the host's name resolves to, often 127.0.0.1, where nobody else reaches it.
     if "HOROVOD_GLOO_IFACE" not in env and (interface := network.towards(address)):
         env["HOROVOD_GLOO_IFACE"] = interface

@@ -2,25 +2,24 @@
 skipped with a reason, in `Skipped` (a folder) or in a run's notes (a record).
 
 Folders come from clusters, crashes and strangers: a metrics.jsonl may be a pipe, end in the middle of a line, hold
-strings where numbers belong, or names that are markup. Hence: only plain files of sane size are opened; records are
-read one by one and folded into a bounded number of points, so that a long run fits into memory; numbers are finite and
-below LARGEST; and all text loses its control characters and what is too long.
+strings where numbers belong, or names that are markup. Hence: files are opened by untrusted.py; records are read one
+by one and folded into a bounded number of points, so that a long run fits into memory; numbers are finite and below
+LARGEST; and all text loses its control characters and what is too long.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import math
 import os
-import stat
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl; six million `commit` records
@@ -237,23 +236,16 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
     """JSON objects of a plain file. Raises OSError or ValueError where there is none to read."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-        raise ValueError("is not a plain file")
-    if path.stat().st_size > MOST_BYTES:  # a part of it would give wrong numbers
-        raise ValueError(f"is larger than {MOST_BYTES >> 20:,} MiB")
-    taken, bad = 0, 0
-    with open(path, "rb") as file:
+    taken, bad, log = 0, 0, sums.Log()
+    with untrusted.opened(path, path.parent) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:  # a part of it would give wrong numbers
+            raise ValueError(f"is larger than {MOST_BYTES >> 20:,} MiB")
         while line := file.readline(MOST_LINE):
             taken += len(line)
             digest.update(line)
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                bad += 1
-                continue
-            if isinstance(record, dict):
+            if (record := log.record(line)) is not None:
                 yield record
             else:
                 bad += 1
@@ -261,6 +253,8 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         raise ValueError("is empty")
     if bad:
         run.note(f"{bad} lines of metrics.jsonl are no records (a kill cuts the last one short)")
+    if problem := log.problem():
+        run.note(f"metrics.jsonl {problem}")
 
 
 def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, str]:
@@ -280,16 +274,12 @@ def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, 
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+    if not path.exists():
         raise ValueError("neither a `run` record nor a config.yaml")
-    if path.stat().st_size > MOST_CONFIG:
-        raise ValueError(f"config.yaml is larger than {MOST_CONFIG >> 10} KiB")
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError:
-        raise ValueError("config.yaml is not YAML") from None
+        values = untrusted.read_yaml(path, MOST_CONFIG, path.parent)
+    except untrusted.Unfit as error:
+        raise ValueError(f"config.yaml {error}") from None
     if not isinstance(values, dict):
         raise ValueError("config.yaml holds no settings")
     return values

@@ -13,7 +13,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import os
 import sysconfig
 import zlib
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from hvdllm import untrusted
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 
@@ -157,10 +157,13 @@ def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]
     """(name of the document, number of the piece in it, piece) of every file; what fails in reading names it."""
     for path in files:
         try:
-            with cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            with untrusted.opened(path) as file:
+                stream = cast(BinaryIO, gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file)
                 for name, document in _documents(path, stream, text):
                     for number, piece in enumerate(_cut(document)):
                         yield name, number, piece
+        except untrusted.Unfit as error:
+            raise UserError(f"{path} {error}: correct it, or take it out") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is a damaged .gz file ({error}): make it again, or take it out") from None
         except OSError as error:
@@ -173,7 +176,7 @@ def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, 
         yield str(path), stream
         return
     column = text.column if isinstance(text, Files) else Files.column
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(untrusted.lines(stream), start=1):
         if line.strip():
             name = f"{path}:{number}"
             yield name, io.BytesIO(_field(name, line, column))
@@ -182,9 +185,9 @@ def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, 
 def _field(name: str, line: bytes, column: str) -> bytes:
     """The text of one line of a .jsonl file, as UTF-8."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{name} is no line of JSON ({error}): correct the line, or take it out") from None
+        row = untrusted.parsed(line)
+    except untrusted.Unfit as error:
+        raise UserError(f"{name} {error}: correct the line, or take it out") from None
     if not isinstance(row, dict) or column not in row:
         known = f"it has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
         raise UserError(f"{name} has no field {column!r} ({known}): name the one that holds the text in text.column")

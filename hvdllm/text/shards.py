@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from hvdllm import untrusted
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 from hvdllm.text.corpus import Document, documents, sources, unreadable
@@ -33,7 +34,9 @@ from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 FORMAT = 1
 MAGIC = b"hvdllm\x00\x01"
 HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
-VERIFY = 256 * 2**20  # bytes; a shard up to this size is hashed at every open (0.1 s at most), size and header always
+VERIFY = (
+    256 * 2**20
+)  # bytes; a shard up to this size is hashed by every rank (0.1 s at most), a larger by one of a host
 ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
 
 
@@ -76,13 +79,19 @@ def data_folder(data_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdllm"
 
 
-def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus:
-    """Opens the prepared text, after preparing it where it is missing.
+def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bool = True) -> Corpus:
+    """Opens the prepared text, after preparing it where it is missing. whole: large shards are hashed too, which takes
+    a second for each GB or two; of the ranks of a host one does it.
 
     Safe to call in several processes at the same time (one prepares, the others wait) and to kill at any moment
     (the next call starts afresh and removes what was left). `say` gets a sentence where it takes time.
     Raises UserError: text or tokenizer that cannot be read, a folder that cannot be written, a damaged shard.
     """
+    if text.prepared is not None:
+        found = find(data_dir, text.prepared)
+        if found is None:
+            raise UserError(f"text.prepared={text.prepared}: no text in {data_dir} has this data hash; give data_dir=")
+        return _open(found, text, say, whole)
     recipe = _recipe(text)
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     folder = data_dir / key
@@ -95,7 +104,8 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus
                     say(f"preparing the text, once, into {folder}")
                     part = data_dir / f"{key}.part"
                     try:
-                        _build(text, part)
+                        mode = _mode(text)
+                        _build(text, part, mode)
                         if _recipe(text) != recipe:
                             raise UserError("the text changed while it was read: start again when it is complete")
                         part.rename(folder)
@@ -107,14 +117,37 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus
                 f"prepared text cannot be written to {data_dir} ({error.strerror or error}): "
                 "make room there, or choose another folder with data_dir=…"
             ) from None
-    return _open(folder, text)
+    return _open(folder, text, say, whole)
+
+
+def find(data_dir: Path, data_hash: str) -> Path | None:
+    """The folder of the prepared text that has this data hash, by the headers of its shards alone."""
+    for folder in sorted(data_dir.glob("*/train.bin")) if data_dir.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            heads = [_head(folder.with_name(f"{side}.bin")) for side in ("train", "validation")]
+            if _data_hash(heads[0].tokenizer, heads) == data_hash:
+                return folder.parent
+    return None
+
+
+def _head(path: Path) -> Shard:
+    """Raises OSError, ValueError or TypeError."""
+    with untrusted.opened(path) as file:
+        data = file.read(HEADER)
+    if data[: len(MAGIC)] != MAGIC:
+        raise ValueError("it does not begin like a token file of this version")
+    return Shard(**untrusted.parsed(data[len(MAGIC) :]))
+
+
+def _data_hash(tokenizer: str, heads: list[Shard]) -> str:
+    return hashlib.sha256(" ".join([tokenizer, *(head.content for head in heads)]).encode()).hexdigest()
 
 
 def _recipe(text: Text) -> dict[str, Any]:
     """Everything that shapes the tokens, as JSON."""
     training, validation = sources(text)
     settings = dataclasses.asdict(text)
-    del settings["validation"], settings["tokenizer"], settings["vocab"]
+    del settings["validation"], settings["tokenizer"], settings["vocab"], settings["prepared"]
     settings.pop("path", None)
     recipe = {
         "format": FORMAT,
@@ -176,11 +209,24 @@ def _sweep(data_dir: Path) -> None:
             shutil.rmtree(part)
 
 
-def _build(text: Text, part: Path) -> None:
-    """Makes the three files in the folder `part`. Reads the text twice where a BPE is trained, and never holds
-    more of it than a few MB."""
+def _mode(text: Text) -> int:
+    """Who may read all files of the text may read what is made of it: 0600 where one of them is 0600."""
+    training, validation = sources(text)
+    tokenizer = [] if text.tokenizer in ("bytes", "bpe") else [_users(text)]
+    mode = 0o666
+    for path in (*training, *validation, *tokenizer):
+        try:
+            mode &= path.stat().st_mode | 0o600
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return mode
+
+
+def _build(text: Text, part: Path, mode: int) -> None:
+    """Makes the three files in the folder `part`, which those may read that `mode` says. Reads the text twice where a
+    BPE is trained, and never holds more of it than a few MB."""
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    part.mkdir(0o700)
     if text.tokenizer == "bytes":
         tokenizer = Tokenizer(BYTES)
     elif text.tokenizer == "bpe":
@@ -199,7 +245,10 @@ def _build(text: Text, part: Path) -> None:
                 else "the text is empty: text.path names files without a character"
             )
     for file in part.iterdir():
+        mode &= file.stat().st_mode  # as the user's umask made it
+        file.chmod(mode)
         _sync(file)
+    part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read may enter
     _sync(part)
 
 
@@ -269,12 +318,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _open(folder: Path, text: Text) -> Corpus:
+def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> Corpus:
     """The prepared text in `folder`, checked."""
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    train, train_shard = open_shard(folder / "train.bin", tokenizer)
-    validation, validation_shard = open_shard(folder / "validation.bin", tokenizer)
-    hashes = [tokenizer.hash, train_shard.content, validation_shard.content]
+    size = sum(file.stat().st_size for file in folder.glob("*.bin"))
+    if whole and size > 8 * VERIFY:
+        say(f"comparing the prepared text with its sums, {size / 1e9:.1f} GB")
+    train, train_shard = open_shard(folder / "train.bin", tokenizer, whole)
+    validation, validation_shard = open_shard(folder / "validation.bin", tokenizer, whole)
     notes = []
     if text.tokenizer == "bpe" and tokenizer.vocab < text.vocab:
         notes.append(f"the text yields {tokenizer.vocab:,} tokens, fewer than the {text.vocab:,} of text.vocab")
@@ -285,20 +336,21 @@ def _open(folder: Path, text: Text) -> Corpus:
         train,
         validation,
         tokenizer,
-        hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
+        _data_hash(tokenizer.hash, [train_shard, validation_shard]),
         train_shard,
         validation_shard,
         notes,
     )
 
 
-def open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, Shard]:
+def open_shard(path: Path, tokenizer: Tokenizer, whole: bool = True) -> tuple[np.ndarray, Shard]:
     """(tokens [n] as a memory map, header) of a token file made with `tokenizer`.
 
-    Raises UserError where the file is not what its header says (size always, content up to VERIFY bytes), or
+    Raises UserError where the file is not what its header says (size always; content where `whole`, or small), or
     the header does not go with the tokenizer.
     """
     try:
+        untrusted.opened(path).close()  # a regular file
         data = np.asarray(np.memmap(path, np.uint8, "r"))  # np.memmap is slow to slice; its map lives on in .base
         if data[: len(MAGIC)].tobytes() != MAGIC:
             raise ValueError("it does not begin like a token file of this version")
@@ -311,7 +363,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, Shard]:
             raise ValueError("it was made with another tokenizer than the one beside it")
         if tokenizer.vocab > np.iinfo(dtype).max + 1:
             raise ValueError(f"the vocabulary of {tokenizer.vocab:,} tokens is larger than its {dtype} can hold")
-        if data.nbytes <= VERIFY:
+        if whole or data.nbytes <= VERIFY:
             if hashlib.sha256(tokens.data).hexdigest() != shard.content:
                 raise ValueError("its tokens are not those that were written")
             if tokens.max(initial=0) >= tokenizer.vocab:

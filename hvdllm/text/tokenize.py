@@ -17,11 +17,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hvdllm import untrusted
 from hvdllm.errors import UserError
 
 END = "<|end|>"
 # What the end of a document is called in the tokenizer.json of others, looked for in this order.
 ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+MOST = 2**28  # bytes of a tokenizer.json; those of large models have 10 to 35 MB
 BYTES = json.dumps({"hvdllm": "bytes"}) + "\n"  # the tokenizer.json of tokenizer=bytes: 256 values, then the end
 
 
@@ -102,21 +104,32 @@ class Tokenizer:
         return sizes
 
     def save(self, path: Path) -> None:
-        """Writes tokenizer.json, which load() reads."""
+        """Writes tokenizer.json, which load() reads; a link that stands there is replaced, not written through."""
+        if path.is_symlink():
+            path.unlink()
         path.write_text(self.json, encoding="utf-8", newline="")
 
     @staticmethod
-    def load(path: Path) -> Tokenizer:
-        """Reads what save() wrote, or a tokenizer.json of the library `tokenizers`. Raises UserError."""
+    def load(path: Path, inside: Path | None = None, sha256: str | None = None) -> Tokenizer:
+        """Reads what save() wrote, or a tokenizer.json of the library `tokenizers`. inside: the folder that it must lie
+        in; sha256: what was written. Raises UserError."""
         try:
-            text = path.read_bytes().decode()
-            return Tokenizer(text)
+            text = untrusted.read(path, MOST, inside).decode()
+            untrusted.parsed(text)
+            tokenizer = Tokenizer(text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except OSError as error:
             raise UserError(f"the tokenizer {path} cannot be read ({error.strerror}): correct the path") from None
-        except Exception as error:  # tokenizers raises nothing more special
+        except (
+            BaseException
+        ) as error:  # tokenizers raises nothing more special, and where it is damaged a panic of Rust
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{path} describes no tokenizer ({error}): give a tokenizer.json, bytes or bpe") from None
+        if sha256 not in (None, tokenizer.hash):
+            raise UserError(f"{path} is not what was written: copy the run's folder again")
+        return tokenizer
 
 
 def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:

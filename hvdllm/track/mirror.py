@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from hvdllm import untrusted
 from hvdllm.config.schema import Config, NoTracker
 from hvdllm.track.base import END_S, Say
 
@@ -37,14 +38,14 @@ class Mirror:
         self._say, self._folder, self._closed = say, folder, False
         self._started: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         try:
-            with open(folder / "track.log", "ab") as log:
+            with untrusted.appended(folder / "track.log") as log:
                 # A session of its own: Ctrl-C in a terminal and what a launcher sends to its group are for the run.
                 self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True, env=env
                 )
-        except OSError as error:
+        except (OSError, untrusted.Unfit) as error:
             self._process = None
-            self._lost(error.strerror or str(error))
+            self._lost(str(error))
             return
         self._thread = threading.Thread(target=self._listen, name="tracker", daemon=True)
         self._thread.start()

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -20,11 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from hvdllm import runs
+from hvdllm import runs, untrusted
 from hvdllm.config.schema import name_of
 from hvdllm.track.base import END_S, MODULES, Make, Refused
 
 EVERY_S = 0.5
+MOST_STATE = 2**20  # bytes of a track.json
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a run at its tracker's
 
 
 def main(folder: Path) -> int:
@@ -42,7 +46,7 @@ def main(folder: Path) -> int:
 
     config = runs.read_config(folder)
     make: Make = importlib.import_module(MODULES[type(config.track)]).make
-    with open(folder / "metrics.jsonl", encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(untrusted.opened(folder / "metrics.jsonl", folder), "utf-8", "replace") as file:
         try:
             failed = serve(folder, name_of("track", config.track), config, make, follow(file, run), tell)
         except Refused as refused:
@@ -111,18 +115,27 @@ def follow(file: TextIO, run: int) -> Iterator[list[dict[str, Any]]]:
 
 def parsed(line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = untrusted.parsed(line)
     except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    record.pop("sum", None)  # of the file's lines, no number of the run's
+    return record
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """What track.json has of a form that this version writes; a stranger's folder may say anything."""
     try:
-        state = json.loads((folder / "track.json").read_text())
+        state = untrusted.read_json(folder / "track.json", MOST_STATE, folder)
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return {name: kept for name, kept in state.items() if _fits(kept)} if isinstance(state, dict) else {}
+
+
+def _fits(kept: Any) -> bool:
+    numbers = [kept.get(key, 0) for key in ("records", "tokens")] if isinstance(kept, dict) else [None]
+    return all(isinstance(each, int) for each in numbers) and bool(ID.fullmatch(str(kept.get("id", "none"))))
 
 
 def brief(error: BaseException) -> str:

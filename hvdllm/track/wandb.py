@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hvdllm import untrusted
 from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
 from hvdllm.track.base import UPLOAD_S, Refused, Say, named
@@ -66,12 +67,13 @@ class Tracker:
         self.run.log({"tokens": record.get("tokens", 0), **values}, step=number)
         if record["kind"] == "save" and self.settings.checkpoints:
             artifact = wandb.Artifact(f"checkpoint-{self.id}", "model", metadata={"tokens": record["tokens"]})
+            path = self.folder / "checkpoints" / str(int(record["step"]))  # never a path that a record names
             try:
-                artifact.add_dir(record["path"])
+                artifact.add_dir(str(untrusted.within(path, self.folder)))
             except (OSError, ValueError):
-                if Path(record["path"]).is_dir():
+                if path.is_dir():
                     raise
-                self.say(f"{record['path']} was deleted before W&B had it: a larger keep gives it time")
+                self.say(f"{path} was deleted before W&B had it: a larger keep gives it time")
             else:
                 self.run.log_artifact(artifact)
 

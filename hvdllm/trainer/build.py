@@ -55,7 +55,7 @@ from hvdllm.trainer.resume import Start, decide
 from hvdllm.trainer.slow import Simulated, Slow
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
-from hvdllm.world.base import World, from_first
+from hvdllm.world.base import World, from_first, peers
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
 from hvdllm.world.virtual import VirtualWorld
@@ -90,9 +90,9 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         exchange.milestones = milestones(config)
     flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
     checkpoint = Path(start.checkpoint) if start.checkpoint else None
-    resumed = from_first(world, lambda: read.read_state(checkpoint), "load.state") if checkpoint else None
+    resumed = from_first(world, lambda: read.read_run(checkpoint), "load.state") if checkpoint else None
     horizon = resumed["horizon"] if resumed else config.schedule.horizon or config.budget_tokens
-    if resumed and resumed["data_hash"] != corpus.data_hash:
+    if corpus.data_hash != (resumed["data_hash"] if resumed else start.data_hash or corpus.data_hash):
         raise UserError(
             f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
         )
@@ -102,7 +102,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         dropout=config.model.dropout > 0,
     )  # fmt: skip
     wire = build_wire(config, exchange.between(world), flat)
-    module = exchange.attach(loss, flat, update, wire, world)
+    with peers(world):
+        module = exchange.attach(loss, flat, update, wire, world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
     exchange.watch = trace.note if config.trace_steps else None
     trunk = None
@@ -126,12 +127,15 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     notes = [*corpus.notes, *clients_without_text(config, stream)]
     if resumed is not None:
         assert checkpoint is not None
-        notes += load(checkpoint, resumed, exchange, flat, stream, world)
-        due.load(resumed["due"])
+        with read.fitting(checkpoint):
+            notes += load(checkpoint, resumed, exchange, flat, stream, world)
+            due.load(resumed["due"])
     if folder is not None:
-        open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
+        events = open_folder(folder, config, overrides, start, resumed, trunk, corpus, hosts, world)
         if start.again:
-            what = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
+            how = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
+            events.append(how)
+        for what in events:
             due.record("event", due.tokens, clock.earlier, {"what": what})
     show.header(header(config, corpus, hosts, world, start, resumed, trunk))
     for note in notes:
@@ -141,7 +145,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     reason = "failed"
     clock.start()
     try:
-        with closing(stream):
+        with closing(stream), peers(world):
             if due.finished:  # before this life of the run, which was killed behind its last checkpoint
                 due.finish(exchange.settle())
             else:
@@ -238,7 +242,7 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
             try:
-                corpus = shards.prepare(config.text, where, say=show.say)
+                corpus = shards.prepare(config.text, where, say=show.say, whole=turn)
                 check_corpus(config, corpus)
             except UserError as error:
                 problem = str(error)
@@ -405,10 +409,10 @@ def open_folder(
     corpus: Corpus,
     hosts: list[dict[str, Any]],
     world: World,
-) -> None:
-    folder.create(config)
-    if start.again:
-        folder.cut(resumed["shared"]["tokens"] if resumed else None)
+) -> list[str]:
+    """Returns what was found lost or changed of the records of earlier lives, whose lines have new sums now."""
+    folder.create(config, {"tokenizer.json": corpus.tokenizer.hash})
+    lost = folder.cut(resumed["shared"]["tokens"] if resumed else None) if start.again else []
     corpus.tokenizer.save(folder.path / "tokenizer.json")
     vocab = size.pad_vocab(corpus.tokenizer.vocab)
     folder.record(
@@ -433,6 +437,7 @@ def open_folder(
         },
         sync=True,
     )
+    return lost
 
 
 def header(

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from hvdllm import device as devices
-from hvdllm import runs
+from hvdllm import runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
+from hvdllm.models import size
 from hvdllm.models.gpt import GPT
+from hvdllm.models.size import check_model
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer.build import DTYPES, build_model
 from hvdllm.trainer.flat import Flat
@@ -33,10 +35,11 @@ class Restored:
 def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     """The newest whole checkpoint's weights (that of `step` where given); final/ where a copy has no checkpoints.
 
-    Raises UserError where there is nothing to read.
+    Raises UserError where there is nothing to read, or not what was written.
     """
-    config = runs.read_config(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    config = runs.read_config(folder, say)
+    check_model(config.model)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.tokenizer_sum(folder))
     if step is None:
         source = read.newest(folder, say)
     else:
@@ -47,10 +50,32 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     final = folder / "final"
     if source is None and not (final / "model.safetensors").exists():
         raise UserError(f"{folder} has no whole checkpoint and no final/: train it for longer, or copy it again")
+    if source is None:
+        check_final(final, say)
+    vocab = size.pad_vocab(tokenizer.vocab)
+    # Before a model is made, which would be as large as the settings say.
+    if (there := read.count_weights(source or final)) != (asked := size.count_parameters(config.model, vocab)):
+        raise UserError(
+            f"{source or final} has {there:,} weights and {folder}/config.yaml describes a model of {asked:,}: one of "
+            "them was changed, copy the folder again"
+        )
     device = devices.choose("auto" if config.precision != "fp64" else "cpu", 0)
-    torch.set_num_threads(config.device.threads or devices.usable_cores())
+    torch.set_num_threads(devices.usable_cores())
     config.model.compile = False
     model = build_model(config, tokenizer.vocab, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
     return Restored(config, tokenizer, model.to(device, DTYPES[config.precision]), device, source or final)
+
+
+def check_final(final: Path, say: runs.Say) -> None:
+    """Raises UserError where final/ is not what was written; says so where nobody can know."""
+    model = final / "model.safetensors"
+    try:
+        problem = sums.changed(model, final)
+    except (OSError, untrusted.Unfit) as error:
+        problem = f"one of its files {error}"
+    if problem:
+        raise UserError(f"{final} cannot be read: {problem}; copy it again")
+    if not sums.beside(model).exists():
+        say(f"{model} has no sum, it is of an older version: damage to it would go unseen")

@@ -1,18 +1,24 @@
-"""Does this run begin, go on, or is it done? Decided by rank 0 from the run's folder, before anything is built."""
+"""Does this run begin, go on, or is it done? Decided by rank 0 from the run's folder, before anything is built.
+
+The folder may be a stranger's. `resume=RUN` takes from its config.yaml what shapes numbers (schema.setting says what
+that is) and nothing of what its records say of words, programs or hosts. Files of text are not taken either: where the
+same text has been prepared on this machine, it is found by its data hash; else the user names the files again.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdllm import runs
+from hvdllm import runs, untrusted
 from hvdllm.checkpoint import read
-from hvdllm.config import compose
+from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
+from hvdllm.text import shards
 
 # What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
 MAY_DIFFER = (
@@ -29,30 +35,90 @@ class Start:
     checkpoint: str | None = None
     finished: str | None = None
     again: bool = False  # the folder was there already
+    data_hash: str | None = None  # of the text that it was trained on
 
 
-def with_run(words: list[str]) -> list[str]:
-    """The overrides to compose: those of `resume=RUN`'s run first, then those given now.
+def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) -> tuple[Config, list[str]]:
+    """The configuration that these words come to, with `resume=RUN` over what RUN's folder may say; and the words,
+    which come to it again in another process. say: hears of what the folder says and may not.
 
-    Raises UserError where RUN is no folder of a run.
+    Raises UserError where RUN is no folder of a run, or read files that have to be named again.
     """
     given = next((word.partition("=")[2] for word in reversed(words) if word.startswith("resume=")), "auto")
     if given in ("auto", "never", "must"):
-        return words
-    folder = Path(given).expanduser()
-    first = next((r for r in runs.records(folder) if r.get("kind") == "run"), None)
-    if first is None:
+        return compose.compose(words), list(words)
+    folder = _path(given)
+    if not (folder / "config.yaml").exists():
         raise UserError(
-            f"resume={given}: that is not the folder of a run (it needs a metrics.jsonl that says how the run was "
-            "started); give auto, never, must or the path of a run"
+            f"resume={given}: that is not the folder of a run (it needs a config.yaml); give auto, never, must or the "
+            "path of a run"
         )
-    where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
-    return compose.merged(first.get("overrides", []), [*words, *where])
+    theirs = runs.read_config(folder, say)
+    own = {"resume": str(folder), "name": folder.name, "runs_dir": str(folder.parent)}
+    rest = [word for word in words if compose.key_of(word) not in own]
+    words = [*rest, *(f"{key}={compose.quoted(value)}" for key, value in own.items())]
+    config, named = compose.compose(words, theirs), set(map(compose.key_of, words))
+    _find_text(config, theirs, folder, named)
+    if theirs.init_from is not None and "init_from" not in named:
+        if not read.steps(folder):
+            raise UserError(
+                f"{folder} began with weights from elsewhere and has no checkpoint: give init_from={theirs.init_from} "
+                "again, files are not taken from a run's folder"
+            )
+        config.init_from = theirs.init_from  # for the record: it goes on from its checkpoint
+    if left := _left_behind(theirs, named):
+        say(
+            f"{folder}: {', '.join(left)} of this run are not taken from its folder, which may be anybody's: give them "
+            "again to have them"
+        )
+    return config, words
+
+
+def _path(given: str) -> Path:
+    """The folder that a word names, as it stands or as Hydra would read it: in quotes, or with backslashes."""
+    path = Path(given if os.path.exists(os.path.expanduser(given)) else compose.unquoted(given)).expanduser()
+    return path if path.name and path.name != ".." else Path(os.path.abspath(path))
+
+
+def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) -> None:
+    """The text of the run, prepared on this machine, where the words name none. Raises UserError where it is of files
+    and not here."""
+    wants = {f"text.{key}": value for key, value in compose.to_dict(theirs)["text"].items() if _is_file(key, value)}
+    if named & {"text.path", "text.validation", "text.tokenizer", "text.prepared"}:
+        missing = [key for key in wants if key not in named and config.text.prepared is None]
+    else:
+        data_hash = next((r.get("data_hash") for r in runs.records(folder) if r.get("kind") == "run"), None)
+        found = shards.find(shards.data_folder(config.data_dir), str(data_hash))
+        config.text.prepared, missing = (str(data_hash), []) if found else (None, list(wants))
+    if missing:
+        again = ", ".join(f"{key}={wants[key]}" for key in missing)
+        raise UserError(
+            f"the text of {folder} is not prepared in {shards.data_folder(config.data_dir)}, and files are not taken "
+            f"from a run's folder, which may be anybody's: give {again} again, or data_dir= where it is prepared"
+        )
+
+
+def _is_file(key: str, value: Any) -> bool:
+    if key == "tokenizer":
+        return value not in ("bytes", "bpe")
+    return key in ("path", "validation") and value is not None
+
+
+def _left_behind(theirs: Config, named: set[str]) -> list[str]:
+    """What a folder says and may not, as words: of that which a person would miss."""
+    words = [] if theirs.data_dir is None else [f"data_dir={theirs.data_dir}"]
+    usual = {"launch": schema.Local, "track": schema.NoTracker}
+    groups = [
+        (group, getattr(theirs, group)) for group, kind in usual.items() if not isinstance(getattr(theirs, group), kind)
+    ]
+    words += [f"{group}={schema.name_of(group, settings)}" for group, settings in groups]
+    return [word for word in words if compose.key_of(word) not in named]
 
 
 def decide(config: Config, say: Callable[[str], None]) -> Start:
     """Reads the folder; makes none. Raises UserError where the settings do not allow to go on."""
     folder = Path(config.runs_dir).expanduser() / (config.name or runs.new_name())
+    _refuse_links(folder)
     if not (folder / "config.yaml").exists():
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no run in {folder} to go on with")
@@ -61,12 +127,16 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
         return Start(str(folder))
     if config.resume == "never":
         raise UserError(f"resume=never, but {folder} holds a run: choose another name, or delete it")
-    refuse_differences(runs.read_config(folder), config, folder)
+    refuse_differences(runs.read_config(folder, say), config, folder)
     checkpoint = read.newest(folder, say)
     if checkpoint is None and read.steps(folder):
         raise UserError(f"{folder} has checkpoints but none is whole: delete the folder to start anew under this name")
-    end = next((r for r in reversed(list(runs.records(folder))) if r.get("kind") == "end"), None)
-    tokens = read.read_state(checkpoint)["shared"]["tokens"] if checkpoint else 0
+    end, data_hash = None, None
+    for record in runs.records(folder, say):
+        end = record if record.get("kind") == "end" else end
+        if record.get("kind") == "run" and isinstance(record.get("data_hash"), str):
+            data_hash = record["data_hash"]
+    tokens = read.tokens_of(read.read_state(checkpoint), checkpoint) if checkpoint else 0
     if end is not None and end.get("reason") == "budget":
         tokens = max(tokens, int(end.get("tokens", 0)))
     # Killed, or failed, behind its last checkpoint it has no end or a failed one: its last record and final/ may be
@@ -75,7 +145,20 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
         return Start(str(folder), finished=f"{folder} has finished: {tokens:,} tokens of {config.budget_tokens:,}")
     if checkpoint is None and config.resume != "auto":
         raise UserError(f"resume={config.resume}: {folder} has no checkpoint; resume=auto starts it from the beginning")
-    return Start(str(folder), str(checkpoint) if checkpoint else None, again=True)
+    return Start(str(folder), str(checkpoint) if checkpoint else None, again=True, data_hash=data_hash)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raises UserError where the folders in which checkpoints are written, and deleted, lie elsewhere."""
+    for name in ("checkpoints", "final", "tensorboard", "wandb"):
+        try:
+            if (folder / name).is_symlink():
+                untrusted.within(folder / name, folder)
+        except (OSError, untrusted.Unfit) as error:
+            raise UserError(
+                f"{folder / name} {error if isinstance(error, untrusted.Unfit) else 'is a link to nothing'}: a run "
+                "writes and deletes there, so put the folder itself there, or make runs_dir the link"
+            ) from None
 
 
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:
@@ -85,13 +168,18 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         out: dict[str, Any] = {}
         for key, value in values.items():
             if key not in MAY_DIFFER:
-                inner = value if isinstance(value, dict) else {"": value}
+                inner = dict(value) if isinstance(value, dict) else {"": value}
+                if key == "text":  # by content, as the data hash has it, not by where it lies
+                    inner = {k: v for k, v in inner.items() if k != "prepared" and not _is_file(k, v)}
                 out |= {f"{key}.{k}".rstrip("."): v for k, v in inner.items()}
         return out
 
     # The horizon is stored with the run: where it was left to the budget, the first budget counts for ever.
     was, now = flat(compose.to_dict(old)), flat(compose.to_dict(new))
-    differ = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    by_content = ("text.path", "text.validation", "text.tokenizer")
+    differ = [
+        k for k in {**was, **now} if was.get(k) != now.get(k) and not (k in by_content and not (k in was and k in now))
+    ]
     if differ:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(

@@ -8,11 +8,10 @@ steepest part of training is the same in all of them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from hvdllm import runs
+from hvdllm import runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.config import schema
 from hvdllm.config.schema import Config
@@ -65,9 +64,11 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
     if not whole and not (source / "model.safetensors").exists():
         raise UserError("that run has no whole checkpoint and no final/: train it for longer")
     try:
-        tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"its tokenizer.json cannot be read ({error.strerror}): copy the whole folder") from None
+        if not whole and (problem := sums.changed(source / "model.safetensors", source)):
+            raise UserError(f"its final/ cannot be read ({problem}): copy it again")
+        tokenizer = sums.of_file(folder / "tokenizer.json", folder)
+    except (OSError, untrusted.Unfit) as error:
+        raise UserError(f"its tokenizer.json cannot be read ({error}): copy the whole folder") from None
     if tokenizer != tokenizer_hash:
         raise UserError(
             "its tokenizer is not that of this text, so its tokens mean other things: give "
@@ -80,9 +81,10 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
         theirs, ours = (schema.name_of("optim", c.optim) for c in (runs.read_config(folder), config))
         if theirs != ours:
             raise UserError(f"its optimizer is {theirs}, not {ours}: give optim={theirs}, or init_optimizer=false")
-        if state["shared"].get("steps") is None:
+        if not isinstance(state["shared"].get("steps"), int):
             raise UserError(
                 "its ranks have an optimizer each (local steps), there is none for all: init_optimizer=false"
             )
     shared = state.get("shared", {})
-    return Trunk(str(source), shared.get("tokens") if whole else None, shared.get("steps", 0))
+    tokens, steps = read.tokens_of(state, source) if whole else None, shared.get("steps")
+    return Trunk(str(source), tokens, steps if isinstance(steps, int) else 0)

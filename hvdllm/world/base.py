@@ -10,13 +10,14 @@ channel   the first word of a name (`grad` of `grad.3.0`): its collectives are c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from hvdllm.errors import UserError
+from hvdllm.errors import PeerError, UserError
 
 
 class Flight(Protocol):
@@ -125,6 +126,10 @@ class World(Protocol):
     def agree(self, problem: str | None, name: str) -> None:
         """Where any rank has a problem, every rank raises UserError with the first one's words. Blocks."""
 
+    def lost(self, error: Exception) -> PeerError | None:
+        """What to raise instead, where this is how the library underneath says that another rank is gone: flights see
+        to it themselves, but a reference exchange's library raises wherever it waits."""
+
     def close(self) -> None:
         """Leaves in good order, when every rank does."""
 
@@ -142,6 +147,17 @@ def from_first(world: World, decide: Callable[[], Any], name: str) -> Any:
     if problem is not None:
         raise UserError(problem)
     return value
+
+
+@contextmanager
+def peers(world: World) -> Iterator[None]:
+    """Within, a peer that is gone is a PeerError, whichever library notices."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (gone := world.lost(error)) is not None:
+            raise gone from None
+        raise
 
 
 def first_problem(problems: list[str]) -> str | None:

@@ -75,7 +75,11 @@ def _peer_errors(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except HorovodInternalError as error:
-        raise PeerError(f"a collective failed, most likely because another rank is gone ({error})") from None
+        raise _gone(error) from None
+
+
+def _gone(error: Exception) -> PeerError:
+    return PeerError(f"a collective failed, most likely because another rank is gone ({error})")
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -146,6 +150,9 @@ class HorovodRanks(Ranks):
             return x.copy_(adasum(out.view(x.dtype).chunk(self.size)).view_as(x))
 
         return HorovodFlight(handle, name, self, join)
+
+    def lost(self, error: Exception) -> PeerError | None:
+        return _gone(error) if isinstance(error, HorovodInternalError) else None
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> HorovodRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, Horovod knows no parts of parts")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hvdllm.errors import UserError
+from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Asks, Flight, Mail, first_problem
 from hvdllm.world.driver import Driver
 from hvdllm.world.mail import Threads
@@ -120,6 +120,9 @@ class Ranks(ABC):
 
     def mail(self) -> Mail:
         raise UserError("these ranks know no letters, only collectives: start them with horovodrun --mpi or mpirun")
+
+    def lost(self, error: Exception) -> PeerError | None:
+        return None
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
         self.threads.spawn(work, name)

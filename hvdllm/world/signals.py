@@ -17,6 +17,7 @@ from hvdllm.world.base import Asks
 
 LAUNCHERS = {
     "horovodrun",
+    "meeting.py",  # of launch/: the same with a meeting point of ours
     "torchrun",
     "torch.distributed.run",
     "mpirun",

@@ -74,5 +74,8 @@ class SingleWorld:
         if problem:
             raise UserError(problem)
 
+    def lost(self, error: Exception) -> None:
+        return None
+
     def close(self) -> None:
         pass

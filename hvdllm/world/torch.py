@@ -162,6 +162,11 @@ class TorchRanks(Ranks):
             lambda: x.copy_(adasum(out.chunk(self.size)).view_as(x)),
         )
 
+    def lost(self, error: Exception) -> PeerError | None:
+        """Gloo's errors have no class of their own, but the name of its source, NCCL's have one."""
+        theirs = isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
+        return _gone(error) if isinstance(error, RuntimeError) and theirs else None
+
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 

@@ -94,10 +94,10 @@ def test_killed_while_deleting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         kill_at(1, patch, shutil, "rmtree")
         with pytest.raises(Killed):
-            write.prune(tmp_path, 1)
+            write.prune(tmp_path, 1, tmp_path / "checkpoints" / "3")
     assert read.broken(tmp_path / "checkpoints" / "1") == "manifest.json is missing"
     assert newest_value(tmp_path) == ("3", 3.0)
-    write.prune(tmp_path, 1)
+    write.prune(tmp_path, 1, tmp_path / "checkpoints" / "3")
     assert [path.name for path in write.steps(tmp_path)] == ["3"]
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from launch import environment
 
 from hvdllm.errors import UserError
-from hvdllm.launch import inside, network, task
+from hvdllm.launch import horovodrun, inside, meeting, network, task
 from hvdllm.launch.inside import Allocation
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -58,11 +59,12 @@ def test_what_starts_the_ranks() -> None:
     )
     plain = inside.by_srun(Allocation("7", 1, 1, "n1"), "none", ["train"])
     assert not [word for word in plain if "cpus" in word or "gpu" in word]  # without GPUs some Slurms refuse the option
-    program, *words = inside.by_horovodrun(here, ["n1", "n2"], "ib0", ["train"])
-    assert os.path.basename(program) == "horovodrun"
+    words, program = inside.by_horovodrun(here, ["n1", "n2"], "ib0", ["train"]), horovodrun.starter("gloo")
+    assert words[: len(program)] == program and os.path.basename(program[-1]) == "meeting.py"
+    words = words[len(program) :]
     assert " ".join(words) == "--gloo -np 8 -H n1:4,n2:4 --network-interfaces ib0 train"
     alone = inside.by_horovodrun(Allocation("7", 1, 2, "n1"), ["n1"], None, ["train"])
-    assert alone[1:] == ["--gloo", "-np", "2", "-H", "localhost:2", "train"]
+    assert alone[len(program) :] == ["--gloo", "-np", "2", "-H", "localhost:2", "train"]
 
 
 def test_interfaces() -> None:
@@ -79,22 +81,31 @@ def test_interfaces() -> None:
 
 def test_what_a_task_tells_its_rank() -> None:
     step = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "1"}
-    told = task.rank({**step, "SLURM_NODEID": "1"}, "10.0.0.1", "4000")
+    told = task.rank({**step, "SLURM_NODEID": "1"}, "10.0.0.1", 4000, "c0ffee")
     numbers = {name.removeprefix("HOROVOD_"): value for name, value in told.items() if value.isdigit()}
     assert numbers == {
-        "GLOO_RENDEZVOUS_PORT": "4000", "RANK": "4", "SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "3",
+        "GLOO_RENDEZVOUS_PORT": "0", "RANK": "4", "SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "3",
         "CROSS_RANK": "1", "CROSS_SIZE": "2",
     }  # fmt: skip
-    assert told["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == "10.0.0.1"
+    assert told["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == "10.0.0.1:4000/c0ffee"
 
 
 def test_the_meeting_point_listens_where_it_should_and_ends() -> None:
     here = Allocation("7", 2, 1, "n[1-2]")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with inside.meeting_point(here, "lo") as (port, address):
+    with inside.meeting_point(here, "lo") as told:
+        address, port, secret = told.split()
         assert address == "127.0.0.1"
-        url = f"http://127.0.0.1:{port}/scope/key"
+        env = meeting.variables(address, int(port), secret)
+        url = "http://{}:{}/scope/key".format(*env.values())
         direct.open(urllib.request.Request(url, b"met", method="PUT"), timeout=10).close()
+        with direct.open(url, timeout=10) as answer:
+            assert answer.read() == b"met"
+        for path in ("/scope/key", f"/{'0' * 32}:0/scope/key", f"/{secret}", "/", f"/{secret}:1/scope/key"):
+            for method in ("GET", "PUT", "DELETE"):  # a neighbour, who knows no secret
+                other = urllib.request.Request(f"http://{address}:{port}{path}", b"mine", method=method)
+                with pytest.raises(urllib.error.HTTPError, match="403"):
+                    direct.open(other, timeout=10)
         with direct.open(url, timeout=10) as answer:
             assert answer.read() == b"met"
         with socket.socket() as other, pytest.raises(ConnectionRefusedError):

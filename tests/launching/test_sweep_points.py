@@ -259,7 +259,7 @@ def test_the_words_of_horovodrun(monkeypatch: pytest.MonkeyPatch) -> None:
         return " ".join(horovodrun.launcher(settings, None)), horovodrun.environment(settings, None)
 
     words, env = of()
-    assert words == "horovodrun --gloo -np 2 --disable-cache"
+    assert words == f"{' '.join(horovodrun.starter('gloo'))} --gloo -np 2 --disable-cache"
     assert "OMPI_MCA_plm" not in env
     words, env = of("launch.controller=mpi", "launch.np=4")
     assert words == "horovodrun --mpi -np 4 --disable-cache"

@@ -13,11 +13,10 @@ from meddle import meddle
 
 from hvdllm.cli import train as command
 from hvdllm.cli.display import make_show
-from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.config.schema import Config
 from hvdllm.trainer import build
-from hvdllm.trainer.resume import with_run
+from hvdllm.trainer.resume import asked
 from hvdllm.world import virtual
 from hvdllm.world.detect import Place, place
 
@@ -26,8 +25,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # whoever stands still says where
     specs, here, world = json.loads(Path(sys.argv[1]).read_text()), place(), None
     for spec in specs:
-        words = with_run(spec["words"])
-        config = compose.compose(words)
+        config, words = asked(spec["words"])
         check(config, here)
         command.set_threads(config, here)
         if config.world.kind == "virtual":

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hvdllm import sums
+
 CONFIG: dict[str, Any] = {
     "name": "x", "runs_dir": "runs", "data_dir": None, "seed": 0, "budget_tokens": 400, "eval_every": 100,
     "save_every": 100, "log_every": 100, "batch_tokens": 10, "precision": "fp32",
@@ -62,7 +64,11 @@ def records(
 
 def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    text, last = "", ""
+    for line in lines:
+        sealed, last = sums.sealed(json.dumps({key: value for key, value in line.items() if key != "sum"}), last)
+        text += sealed + "\n"
+    (folder / "metrics.jsonl").write_text(text + tail)
     return folder
 
 

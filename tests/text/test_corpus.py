@@ -197,8 +197,8 @@ def test_bad_lines_of_jsonl_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = b'{"text": "good"}\n'
     for line, match in [
-        (b'{"text": "cut', r"a\.jsonl:2 is no line of JSON"),
-        (b'{"text": "\xff"}', r"a\.jsonl:2 is no line of JSON"),
+        (b'{"text": "cut', r"a\.jsonl:2 is not JSON"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2 is not JSON"),
         (b'{"body": "x", "id": 1}', r"a\.jsonl:2 has no field 'text' \(it has body, id\).*text\.column"),
         (b'["text"]', r"a\.jsonl:2 has no field 'text' \(it is no object\)"),
         (b'{"text": null}', r"a\.jsonl:2: the field 'text' is no text"),

@@ -179,8 +179,8 @@ def test_texts_without_training_tokens(books: Path, tmp_path: Path) -> None:
 def test_a_text_that_changes_while_it_is_read(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = shards._build
 
-    def edited(text: Text, part: Path) -> None:
-        build(text, part)
+    def edited(text: Text, part: Path, mode: int) -> None:
+        build(text, part, mode)
         (books / "00.txt").write_text("edited meanwhile")
 
     monkeypatch.setattr(shards, "_build", edited)
@@ -240,16 +240,20 @@ def test_a_shard_that_does_not_go_with_the_tokenizer(books: Path, tmp_path: Path
         open_shard(bpe.folder / "train.bin", narrow)
 
 
-def test_a_large_shard_is_checked_by_size_alone(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_shard_is_hashed_by_one_rank_of_a_host(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = prepare(settings(books), tmp_path, say=SILENT)
     monkeypatch.setattr(shards, "VERIFY", 100)
     data = bytearray((corpus.folder / "train.bin").read_bytes())
     data[-1] ^= 1
     (tmp_path / "bent.bin").write_bytes(data)
-    open_shard(tmp_path / "bent.bin", corpus.tokenizer)
+    with pytest.raises(UserError, match="not those that were written"):
+        open_shard(tmp_path / "bent.bin", corpus.tokenizer)
+    open_shard(tmp_path / "bent.bin", corpus.tokenizer, whole=False)  # what the others know of it
     (tmp_path / "cut.bin").write_bytes(data[:-1])
     with pytest.raises(UserError, match="its size is"):
-        open_shard(tmp_path / "cut.bin", corpus.tokenizer)
+        open_shard(tmp_path / "cut.bin", corpus.tokenizer, whole=False)
 
 
 def test_the_header_can_be_read_by_eye(books: Path, tmp_path: Path) -> None:

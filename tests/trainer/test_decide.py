@@ -14,7 +14,7 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
 from hvdllm.trainer.flat import Flat
-from hvdllm.trainer.resume import MAY_DIFFER, Start, decide, with_run
+from hvdllm.trainer.resume import MAY_DIFFER, Start, asked, decide
 from hvdllm.world.single import SingleWorld
 
 
@@ -78,10 +78,10 @@ def test_a_few_differences_are_named_with_both_values(made: Path) -> None:
 
 def test_a_folder_that_is_a_runs_path(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
-    composed = compose.compose(with_run(["resume=a", "keep=7"]))
+    composed = asked(["resume=a", "keep=7"])[0]
     assert (composed.name, composed.keep, Path(composed.runs_dir).resolve()) == ("a", 7, made)
     with pytest.raises(UserError, match="not the folder of a run"):
-        with_run(["resume=must", "resume=b"])
+        asked(["resume=must", "resume=b"])
 
 
 def test_names_of_folders_are_taken_literally(tmp_path: Path) -> None:
@@ -90,6 +90,6 @@ def test_names_of_folders_are_taken_literally(tmp_path: Path) -> None:
     folder.create(config(tmp_path))
     folder.record("run", {"overrides": []})
     folder.close()
-    words = with_run([f"resume={folder.path}"])
-    composed = compose.compose([word for word in words if not word.startswith("resume=")])
+    composed, words = asked([f"resume={folder.path}"])
     assert Path(composed.runs_dir, composed.name or "") == folder.path
+    assert asked(words) == (composed, words)  # in another process

@@ -1,6 +1,5 @@
 """Does a run begin, go on, or is it done: decided from its folder."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hvdllm import runs
 from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
-from hvdllm.trainer.resume import Start, decide, with_run
+from hvdllm.trainer.resume import Start, asked, decide
 
 
 def config(folder: Path, *words: str) -> Config:
@@ -48,8 +47,9 @@ def test_one_that_is_there(made: Path) -> None:
 
 
 def test_one_that_has_finished(made: Path) -> None:
-    with open(made / "a" / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "end", "reason": "budget", "tokens": 1_200_128}) + "\n")
+    folder = runs.Folder(made / "a")
+    folder.record("end", {"reason": "budget", "tokens": 1_200_128})
+    folder.close()
     assert "1,200,128 tokens" in (decide(config(made), pytest.fail).finished or "")
     assert decide(config(made, "budget_tokens=2e6"), pytest.fail).finished is None
 
@@ -76,13 +76,13 @@ def test_where_and_how_long_may_differ(made: Path) -> None:
     assert decide(config(made, *words, "world=single", "data_dir=/x"), pytest.fail).again
 
 
-def test_a_runs_own_words_come_first(made: Path) -> None:
-    words = with_run([f"resume={made}/a", "seed=4"])
-    composed = compose.compose(words)
+def test_a_runs_own_settings_come_first(tmp_path: Path) -> None:
+    runs.Folder(tmp_path / "a").create(config(tmp_path, "optim=sgd", "seed=3"))
+    composed, _ = asked([f"resume={tmp_path}/a", "seed=4"])
     assert composed.name == "a" and composed.seed == 4 and schema.name_of("optim", composed.optim) == "sgd"
-    assert with_run(["seed=1", "resume=must"]) == ["seed=1", "resume=must"]
+    assert asked(["seed=1", "resume=must"])[1] == ["seed=1", "resume=must"]
     with pytest.raises(UserError, match="not the folder of a run"):
-        with_run(["resume=/nowhere"])
+        asked(["resume=/nowhere"])
 
 
 def test_what_a_checkpoint_takes_back(tmp_path: Path) -> None:

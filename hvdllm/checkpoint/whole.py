@@ -1,0 +1,59 @@
+"""Which checkpoints a run has, and which of them are whole: all files there, regular, and with the sums that were
+written. A folder that somebody else may have made says nothing by its name alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hvdllm import sums, untrusted
+
+MANIFEST = "manifest.json"
+MOST_MANIFEST = 16 * 2**20  # bytes, of a hundred thousand ranks
+TENSORS = re.compile(r"rank-[0-9]{5}\.safetensors")
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints' folders, oldest first; links are none."""
+    found = (folder / "checkpoints").glob("[0-9]*") if (folder / "checkpoints").is_dir() else ()
+    numbered = (path for path in found if path.name.isascii() and path.name.isdecimal() and not path.is_symlink())
+    return sorted(numbered, key=lambda path: int(path.name))
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run whose files are what its manifest says; others are named and passed over."""
+    for path in reversed(steps(folder)):
+        problem = broken(path)
+        if problem is None:
+            return path
+        say(f"checkpoint {path} is passed over: {problem}")
+    return None
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = untrusted.read_json(path / MANIFEST, MOST_MANIFEST, path)
+        written = manifest.get("sha256") if isinstance(manifest, dict) else None
+        if not isinstance(written, dict):
+            return "its manifest cannot be read (it has no sums)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, untrusted.Unfit) as error:
+        return f"its manifest cannot be read ({error})"
+    try:
+        if odd := next((name for name in written if name != "state.json" and not TENSORS.fullmatch(name)), None):
+            return f"its manifest names {str(odd)[:80]!r}, which is no file of a checkpoint"
+        if "state.json" not in written or len(written) < 2:
+            return "its manifest names no state and tensors"
+        if more := {file.name for file in path.iterdir()} - {*written, MANIFEST}:
+            return f"{sorted(more)[0]!r} is not named in its manifest"
+        for name, expected in written.items():
+            if sums.of_file(path / name, path) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, untrusted.Unfit) as error:
+        return f"one of its files cannot be read ({error})"
+    return None

@@ -1,0 +1,141 @@
+"""Where Horovod's ranks meet over Gloo: its key-value server, on one interface and for those who know a secret.
+
+As Horovod has it, the server listens on all interfaces and takes writes from anybody: a neighbour's PUT before the
+ranks have met ends the job, or makes a rank connect to him. Its clients know no passwords, but they put together an
+address from what their environment says of host and port, so the secret travels as the beginning of every path:
+
+    HOROVOD_GLOO_RENDEZVOUS_ADDR=10.0.0.1:4242/SECRET  HOROVOD_GLOO_RENDEZVOUS_PORT=0
+    GET http://10.0.0.1:4242/SECRET:0/global/rank_0
+
+launch/inside.py opens such a server under srun. As a program this is horovodrun with such a server in the place of its
+own: `python -P hvdllm/launch/meeting.py --gloo -np 2 …`. Where all ranks are on this machine the server listens on the
+loopback and neither the secret nor the environment stands in a command line; else both stand in that of ssh, as
+Horovod has it, where other users of the same hosts can read them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class MeetingPoint:
+    """The server, and the two values by which ranks find it. address: to listen at, "" for all interfaces."""
+
+    def __init__(self, address: str, plan: Sequence[Any] = ()) -> None:
+        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+        self.secret = secrets.token_hex(16)
+        within = f"/{self.secret}:0/"
+
+        class Handler(RendezvousHandler):
+            path: str
+
+            def parse_request(self) -> bool:
+                if not super().parse_request():
+                    return False
+                if not hmac.compare_digest(self.path[: len(within)].encode(), within.encode()):
+                    self.send_error(403)
+                    return False
+                self.path = f"/{self.path[len(within) :]}"
+                return True
+
+        self.server = RendezvousHTTPServer((address, 0), Handler, False)
+        self.server.daemon_threads = True
+        self.port = int(self.server.server_address[1])
+        if plan:
+            self.server.init(plan)
+        threading.Thread(target=self.server.serve_forever, name="hvdllm-meeting-point", daemon=True).start()
+
+    def variables(self, address: str) -> dict[str, str]:
+        """For a rank that reaches this host at `address`."""
+        return variables(address, self.port, self.secret)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def variables(address: str, port: int, secret: str) -> dict[str, str]:
+    """Horovod's, of which it puts together `http://ADDR:PORT/scope/key`."""
+    return {
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{secret}",
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": "0",
+    }
+
+
+# ------------------------------------------------------------------ horovodrun
+class Rendezvous:
+    """In the place of horovodrun's own server."""
+
+    address = ""  # of the launch under way
+    point: MeetingPoint
+
+    def __init__(self, verbose: int = 0) -> None:
+        pass
+
+    def start(self, handler_cls: Any = None) -> int:
+        type(self).point = MeetingPoint(self.address)
+        return self.point.port
+
+    def init(self, host_alloc_plan: Any) -> None:
+        self.point.server.init(host_alloc_plan)
+
+    def stop(self) -> None:
+        self.point.close()
+
+
+def guard(gloo_run: Any) -> None:
+    """Puts our server into horovod.runner.gloo_run."""
+    launch, variables_of = gloo_run.launch_gloo, gloo_run.create_run_env_vars
+
+    def launch_gloo(
+        command: Any, exec_command: Any, settings: Any, nics: Any, env: dict[str, str], server_ip: str
+    ) -> None:
+        hosts = [part.partition(":")[0] for part in settings.hosts.split(",")]
+        here = all(_is_here(host, gloo_run.network) for host in hosts)
+        Rendezvous.address = server_ip
+        if here:  # ranks inherit the environment: it need not be spelled out
+            os.environ |= env
+            gloo_run.env_util.is_exportable = lambda name: name == "PYTHONUNBUFFERED"
+        gloo_run.create_run_env_vars = _variables(variables_of, here)
+        launch(command, exec_command, settings, nics, env, server_ip)
+
+    gloo_run.RendezvousServer, gloo_run.launch_gloo = Rendezvous, launch_gloo
+
+
+def _variables(original: Callable[..., dict[str, Any]], here: bool) -> Callable[..., dict[str, Any]]:
+    def create_run_env_vars(server_ip: str, nics: Any, port: int, elastic: bool = False) -> dict[str, Any]:
+        ours = Rendezvous.point.variables(server_ip)
+        rest = {name: value for name, value in original(server_ip, nics, port, elastic).items() if name not in ours}
+        if here:
+            os.environ |= ours
+            return rest
+        return rest | ours
+
+    return create_run_env_vars
+
+
+def _is_here(host: str, network: Any) -> bool:
+    try:
+        return network.resolve_host_address(host) in network.get_local_host_addresses()
+    except (OSError, socket.gaierror):
+        return False
+
+
+def main() -> Any:
+    from horovod.runner import gloo_run, launch
+
+    guard(gloo_run)
+    launch.gloo_built = lambda verbose=False: True  # who asks for --gloo has it; to look imports torch, for a second
+    return launch.run_commandline()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

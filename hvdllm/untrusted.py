@@ -1,0 +1,171 @@
+"""Opening what somebody else may have written: the files of a run's folder, of a text, of a cache.
+
+Only regular files are opened (a pipe would be waited for, a device has no end); of a folder only what lies inside it
+once links are followed; no more is read than `most` bytes; JSON and YAML are no deeper than DEPTH, and YAML has no
+aliases, which multiply. Nothing here imports or starts anything. What a folder's files may decide is written
+down in config/schema.py (`setting(ours=...)`) and, for people, in README's "Folders of others".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+DEPTH = 32  # of what hvdllm writes, at most 6
+MOST_LINE = 16 * 2**20  # bytes of a line of JSON
+
+
+class Unfit(ValueError):
+    """A file that is not read further; what is wrong with it, as words that go on after its name: `is no regular
+    file`."""
+
+
+def opened(path: Path, inside: Path | None = None) -> BufferedReader:
+    """A regular file, to be read. inside: the folder that it must lie in, once links are followed.
+
+    Raises OSError where there is none, Unfit where it is something else.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if inside is not None:
+        path, flags = within(path, inside), flags | os.O_NOFOLLOW
+    return open(_regular(path, flags), "rb")
+
+
+def appended(path: Path) -> TextIO:
+    """A file to be written to at its end, made where there is none; a link is not followed, for it may lead anywhere.
+
+    Raises OSError or Unfit.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if path.is_symlink():
+        raise Unfit("is a link, which is not written through")
+    return open(_regular(path, flags), "a", encoding="utf-8")
+
+
+def within(path: Path, folder: Path) -> Path:
+    """The path with its links followed. Raises Unfit where it lies outside the folder, OSError where it leads
+    nowhere."""
+    with _names():
+        real, root = os.path.realpath(path, strict=True), os.path.realpath(folder)
+    if os.path.commonpath([real, root]) != root:
+        raise Unfit("leads out of its folder by a link")
+    return Path(real)
+
+
+def read(path: Path, most: int, inside: Path | None = None) -> bytes:
+    """The whole file. Raises OSError or Unfit, before anything is read where it is too large."""
+    with opened(path, inside) as file:
+        if os.fstat(file.fileno()).st_size <= most and len(data := file.read(most + 1)) <= most:
+            return data
+    raise Unfit(f"is larger than the {_size(most)} that it may have")
+
+
+def lines(file: IO[bytes], most: int = MOST_LINE) -> Iterator[bytes]:
+    """The lines of a file, their ends included. Raises Unfit at one that is too long."""
+    number = 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise Unfit(f"has more than {_size(most)} in line {number}")
+        yield line
+
+
+def parsed(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises Unfit."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unfit(f"is not JSON ({_brief(error)})") from None
+    data = text.encode() if isinstance(text, str) else text
+    if data.count(b"[") + data.count(b"{") > DEPTH:
+        _check_depth(value, "JSON")
+    return value
+
+
+def read_json(path: Path, most: int, inside: Path | None = None) -> Any:
+    """Raises OSError or Unfit."""
+    return parsed(read(path, most, inside))
+
+
+def parsed_yaml(text: bytes) -> Any:
+    """The value of a YAML text of plain values without aliases. Raises Unfit."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise Unfit("has a YAML alias, which no configuration needs")
+            return super().compose_node(parent, index)
+
+    try:
+        value = yaml.load(text, Loader)
+    except Unfit:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        raise Unfit(f"is not YAML ({_brief(error)})") from None
+    _check_depth(value, "YAML")
+    return value
+
+
+def read_yaml(path: Path, most: int, inside: Path | None = None) -> Any:
+    """Raises OSError or Unfit."""
+    return parsed_yaml(read(path, most, inside))
+
+
+# ------------------------------------------------------------------ inside
+def _regular(path: Path, flags: int) -> int:
+    """Looked at before it is opened, for some devices act when they are opened, and after, for it may have changed."""
+    with _names():
+        if (flags & os.O_CREAT) == 0 or path.exists():
+            _check(path.stat().st_mode)
+        handle = os.open(path, flags, 0o666)
+    try:
+        _check(os.fstat(handle).st_mode)
+    except Unfit:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextmanager
+def _names() -> Iterator[None]:
+    """Python has a ValueError for a path with a zero byte or half a surrogate pair, where the system has none."""
+    try:
+        yield
+    except Unfit:
+        raise
+    except ValueError:
+        raise Unfit("has a name that no file can have") from None
+
+
+def _check(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise Unfit("is no regular file")
+
+
+def _check_depth(value: Any, what: str) -> None:
+    level, depth = [value], 0
+    while level:
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        depth += 1
+        if depth > DEPTH:
+            raise Unfit(f"is {what} nested more than {DEPTH} deep")
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 2**20 else f"{count >> 10} KiB" if count >= 2**10 else f"{count} bytes"
