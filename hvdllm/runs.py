@@ -7,6 +7,7 @@ runs/<name>/
   final/              the weights to keep, once the budget is met
   tokenizer.json      so that a copied run can be sampled
   samples.txt, log.txt
+  lock                who trains in it (lock.py), as long as it does
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
+from hvdllm.lock import Lock
 
 Say = Callable[[str], None]  # takes one sentence for a person
 
@@ -83,14 +85,24 @@ def read_config(folder: Path) -> Config:
 
 
 class Folder:
-    """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it."""
+    """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it, or where the
+    folder is no longer the one that `lock` was taken in."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
+        self.path, self.lock = path, lock
         self._metrics: Any = None
+
+    def check(self) -> None:
+        """Raises RunError where the folder was removed, moved or taken over while the run trained."""
+        if self.lock is not None and not self.lock.intact():
+            raise RunError(
+                f"{self.path} was removed, moved or taken over by another process while this run trained in it, so the "
+                "run ends: start it again, which goes on from the last checkpoint where there is one"
+            )
 
     def create(self, config: Config) -> None:
         """Makes the folder and its config.yaml."""
+        self.check()
         with self._guard():
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", compose.to_yaml(config))
@@ -116,6 +128,7 @@ class Folder:
 
     def record(self, kind: str, values: dict[str, Any], *, sync: bool = False) -> None:
         """Appends a record. sync: it must survive a power cut."""
+        self.check()
         with self._guard():
             if self._metrics is None:
                 self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
@@ -126,6 +139,7 @@ class Folder:
 
     def append(self, name: str, text: str) -> None:
         """Adds text to samples.txt or log.txt."""
+        self.check()
         with self._guard(), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
 

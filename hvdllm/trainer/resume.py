@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdllm import runs
+from hvdllm import lock, runs
 from hvdllm.checkpoint import read
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
@@ -50,13 +51,19 @@ def with_run(words: list[str]) -> list[str]:
     return compose.merged(first.get("overrides", []), [*words, *where])
 
 
+def folder_of(config: Config) -> Path:
+    """The folder of a run that has a name."""
+    return Path(config.runs_dir).expanduser() / str(config.name)
+
+
 def decide(config: Config, say: Callable[[str], None]) -> Start:
-    """Reads the folder; makes none. Raises UserError where the settings do not allow to go on."""
-    folder = Path(config.runs_dir).expanduser() / (config.name or runs.new_name())
+    """Reads the folder of a run that has a name; makes none. Raises UserError where the settings do not allow to go
+    on."""
+    folder = folder_of(config)
     if not (folder / "config.yaml").exists():
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no run in {folder} to go on with")
-        if folder.exists() and any(file.name != "launch.log" for file in folder.iterdir()):
+        if folder.exists() and not unused(folder):
             raise UserError(f"{folder} exists and is not the folder of a run: choose another name or runs_dir")
         return Start(str(folder))
     if config.resume == "never":
@@ -76,6 +83,12 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
     if checkpoint is None and config.resume != "auto":
         raise UserError(f"resume={config.resume}: {folder} has no checkpoint; resume=auto starts it from the beginning")
     return Start(str(folder), str(checkpoint) if checkpoint else None, again=True)
+
+
+def unused(folder: Path) -> bool:
+    """Does it hold nothing but what a launcher, or a run that was killed at its very start, may have left?"""
+    known = re.compile(rf"launch\.log|log\.txt|checkpoints|{lock.NAME}|\.({lock.NAME}|config\.yaml)\.\w+")
+    return all(known.fullmatch(file.name) for file in folder.iterdir()) and not read.steps(folder)
 
 
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:
