@@ -78,9 +78,16 @@ def set_threads(config: Config, here: Place) -> None:
     from hvdllm import device
 
     together = 1 if config.world.kind == "virtual" else here.local_size  # of logical ranks one computes at a time
-    threads = config.device.threads or max(1, device.usable_cores() // together)
+    threads = config.device.threads or device.fair_share(together, cores_of_task(here))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_num_threads(threads)
+
+
+def cores_of_task(here: Place) -> int | None:
+    """Cores that srun gave each rank, where ranks are its tasks."""
+    tasks = here.launcher == "srun" or os.environ.get("SLURM_STEP_NUM_TASKS") == str(here.size) != "1"
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(cores) if tasks and "SLURM_STEP_ID" in os.environ and cores.isdecimal() and int(cores) else None
 
 
 def train(config: Config, words: list[str], here: Place) -> int:

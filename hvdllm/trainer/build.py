@@ -74,6 +74,7 @@ EXCHANGES: dict[type, Any] = {
     schema.Ddp: Ddp,
     schema.Horovod: Horovod,
 }
+LEAST_VOCAB = 257  # tokens, of bytes; a tokenizer has not been trained, or read, from the start
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
@@ -93,7 +94,9 @@ def live(
 ) -> int | None:
     """One life of a run, from its objects to its end."""
     device = agreed_device(config, world)
+    agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
     corpus = agreed_corpus(config, world, show)
+    agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
     if isinstance(exchange, ParameterServer):  # its marks are no ends of rounds
@@ -247,6 +250,23 @@ def agreed_device(config: Config, world: World) -> torch.device:
     return device
 
 
+def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
+    """Raises UserError on every rank where the model cannot fit what memory there is on any host or GPU."""
+    together = world.local_size if device.type == "cpu" else 1  # ranks of this host, and of logical ones all
+    rows = size.pad_vocab(vocab)
+    needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
+    problem = None
+    if there is not None and needs > there:
+        of = f"{together} ranks" if together > 1 else "a rank"
+        problem = (
+            f"this model has {size.count_parameters(config.model, rows) / 1e6:,.1f} M parameters, and {of} of it with "
+            f"gradients, optimizer and one micro-batch would take at least {needs / 2**30:,.1f} GiB of the "
+            f"{there / 2**30:,.1f} GiB that are free here: take a smaller model or micro_batch, fewer ranks on a host, "
+            "or another optimizer or exchange"
+        )
+    world.agree(problem, f"start.room.{int(vocab != LEAST_VOCAB)}")
+
+
 def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
     """The prepared text, the same on all ranks. The first rank of each host prepares what is missing."""
     where = shards.data_folder(config.data_dir)
@@ -365,7 +385,7 @@ def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.devic
 
 def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:
     """The prompt and what the model makes of it; the same for the same weights and committed tokens."""
-    seed = config.seed * 1_000_003 + tokens
+    seed = (config.seed * 1_000_003 + tokens) % 2**63  # what torch takes
     return continue_text(model, corpus.tokenizer, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
 
 
