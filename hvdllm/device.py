@@ -5,6 +5,8 @@ Not run on a GPU by the tests: the CUDA branches.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import platform
 import resource
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -84,6 +87,38 @@ def used_here(tensors: list[torch.Tensor]) -> None:
             x.record_stream(torch.cuda.current_stream(x.device))
 
 
+def usable_memory(device: torch.device) -> int | None:
+    """Bytes that this process and those beside it can still take: of the host, or all there are on the GPU. None:
+    unknown. A container's limit (cgroup v2) counts where it is the smaller one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    for folder in cgroups():
+        try:
+            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            free = min(free, max(0, int(limit) - int(used)))
+        except (OSError, ValueError):  # there is no limit
+            continue
+    return free
+
+
+def cgroups() -> list[Path]:
+    """The folders of this process's control group (v2) and of those around it."""
+    try:
+        found = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    own = Path("/sys/fs/cgroup") / found.lstrip("/")
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to("/sys/fs/cgroup")]
+
+
 def choose(kind: str, local_rank: int) -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
@@ -102,10 +137,38 @@ def choose(kind: str, local_rank: int) -> torch.device:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on (an affinity mask counts)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may run on: an affinity mask counts, and the quota of a container."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(found, quota()))
+
+
+def quota() -> float:
+    """Cores that the control groups around this process (v2, else v1) leave it in the mean; infinite without one."""
+    found = math.inf
+    for folder in cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            most, period = (folder / "cpu.max").read_text().split()
+            found = min(found, int(most) / int(period))  # "max": there is none
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        most, period = (Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        found = min(found, int(most) / int(period)) if int(most) > 0 else found
+    return found
+
+
+def fair_share(ranks: int, apart: int | None = None) -> int:
+    """Cores for one of so many ranks on this host. apart: of a rank, where the launcher gave each its own.
+
+    Ranks that are bound to cores have them for themselves; what binds them is not bound itself, so its cores are those
+    of all ranks here.
+    """
+    mine = usable_cores()
+    everybodys: float = mine
+    if apart is not None:
+        everybodys = apart * ranks
+    elif hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):
+            everybodys = max(mine, len(os.sched_getaffinity(os.getppid())))
+    return max(1, min(mine, math.ceil(min(everybodys, quota())) // ranks))
 
 
 def name(device: torch.device) -> str:

@@ -1,5 +1,9 @@
 """The three ways a command ends early. cli/main.py alone turns them into a sentence and an exit code."""
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved, and of a sweep with points that are not finished: the same
+command goes on. EX_TEMPFAIL of sysexits.h, what failed for now and is to be tried again."""
+
 
 class UserError(Exception):
     """The request cannot work: one sentence that says what is wrong, where, and what to do. Exit code 2.

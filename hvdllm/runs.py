@@ -8,6 +8,7 @@ runs/<name>/
   final/              the weights to keep, once the budget is met, and their sum
   tokenizer.json      so that a copied run can be sampled
   samples.txt, log.txt
+  lock                who trains in it (lock.py), as long as it does
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hvdllm import screen, sums, untrusted
 from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
+from hvdllm.lock import Lock
 
 MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
 Say = Callable[[str], None]  # takes one sentence for a person
@@ -106,15 +108,25 @@ def _config_text(folder: Path, say: Say | None) -> tuple[dict[str, Any], dict[st
 
 
 class Folder:
-    """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it."""
+    """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it, or where the
+    folder is no longer the one that `lock` was taken in."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
+        self.path, self.lock = path, lock
         self._metrics: Any = None
         self._sum = ""  # of the last line
 
+    def check(self) -> None:
+        """Raises RunError where the folder was removed, moved or taken over while the run trained."""
+        if self.lock is not None and not self.lock.intact():
+            raise RunError(
+                f"{self.path} was removed, moved or taken over by another process while this run trained in it, so the "
+                "run ends: start it again, which goes on from the last checkpoint where there is one"
+            )
+
     def create(self, config: Config, others: dict[str, str] | None = None) -> None:
         """Makes the folder and its config.yaml. others: sums of other files that it keeps, by their names."""
+        self.check()
         with self._guard():
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", sums.signed(compose.to_yaml(config), others or {}))
@@ -143,6 +155,7 @@ class Folder:
 
     def record(self, kind: str, values: dict[str, Any], *, sync: bool = False) -> None:
         """Appends a record. sync: it must survive a power cut."""
+        self.check()
         with self._guard():
             if self._metrics is None:
                 self._sum = sums.last(self.path / "metrics.jsonl")
@@ -155,6 +168,7 @@ class Folder:
 
     def append(self, name: str, text: str) -> None:
         """Adds text to samples.txt or log.txt."""
+        self.check()
         with self._guard(), untrusted.appended(self.path / name) as file:
             file.write(screen.clean(text))
 

@@ -20,7 +20,7 @@ MAY = {
     "exchange": ("world", "device"),
     "optim": ("device",),
     "checkpoint": ("exchange.base", "trainer.flat", "world.base", "runs"),
-    "trainer": ("exchange.base", "world", "device", "runs", "checkpoint", "config.compose", "text.shards"),
+    "trainer": ("exchange.base", "world", "device", "runs", "lock", "checkpoint", "config.compose", "text.shards"),
     "report": (),  # reads folders that this version may not have written
     "launch": ("config", "runs", "world.detect", "trainer.resume", "bench.lab", "bench.group", "device"),
     "track": ("config.compose", "runs"),

@@ -67,7 +67,8 @@ def write(
     if world.rank == 0:
         try:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            beside.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed stays away
+            beside.mkdir()
         except OSError as error:
             problem = _refused(folder, step, error)
     head: dict[str, Any] = {"problem": problem, "folder": str(folder.absolute()), "writes": bool(tensors)}

@@ -1,6 +1,7 @@
 """`hvdllm COMMAND ...`: finds the command, and turns what it raises into one sentence and an exit code.
 
-Exit codes: 0 done; 1 the run failed; 2 the request cannot work; 130 ended by a second Ctrl-C.
+Exit codes: 0 done; 75 a run was stopped and has saved (errors.STOPPED); 1 the run failed; 2 the request cannot work;
+130 ended by a second Ctrl-C.
 """
 
 from __future__ import annotations

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.config.composition import transport
 from hvdllm.config.schema import Config, Horovod, Local, name_of
-from hvdllm.errors import UserError
+from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import sweep as sweeps
 from hvdllm.world.detect import Place, place
 
@@ -37,6 +39,9 @@ launch/site.yaml is launch=site:
   hvdllm train -m launch=horovodrun launch.np=2 exchange=allreduce,delayed,acco seed=0,1,2
   hvdllm train -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optim.lr=tag(log,interval(1e-4,1e-2))'
   hvdllm train --config-dir conf/ launch=site exchange=acco
+
+Exit codes: 0 the budget is met; 75 stopped and saved (Ctrl-C, SIGTERM), or a sweep with points that are not finished:
+the same command goes on; 1 the run failed; 2 the request cannot work; 130 ended at once.
 """
 
 
@@ -63,8 +68,7 @@ def run(argv: list[str]) -> int:
         return sweeps.one(config, words)
     check(config, here)
     set_threads(config, here)
-    train(config, words, here)
-    return 0
+    return train(config, words, here)
 
 
 def say_first(text: str) -> None:
@@ -79,19 +83,33 @@ def set_threads(config: Config, here: Place) -> None:
     from hvdllm import device
 
     together = 1 if config.world.kind == "virtual" else here.local_size  # of logical ranks one computes at a time
-    threads = config.device.threads or max(1, device.usable_cores() // together)
+    threads = config.device.threads or device.fair_share(together, cores_of_task(here))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_num_threads(threads)
 
 
-def train(config: Config, words: list[str], here: Place) -> None:
+def cores_of_task(here: Place) -> int | None:
+    """Cores that srun gave each rank, where ranks are its tasks."""
+    tasks = here.launcher == "srun" or os.environ.get("SLURM_STEP_NUM_TASKS") == str(here.size) != "1"
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(cores) if tasks and "SLURM_STEP_ID" in os.environ and cores.isdecimal() and int(cores) else None
+
+
+def train(config: Config, words: list[str], here: Place) -> int:
+    """This process's rank, or all logical ones. Returns the exit code: 0, or STOPPED."""
     from hvdllm.cli.display import make_show
     from hvdllm.trainer import build
     from hvdllm.world import signals
 
+    stopped: list[int] = []
+
     def live(world: Any) -> None:
         with make_show(world.rank, here.launcher == "none") as show:
-            build.run(config, words, here, world, show)
+            tokens = build.run(config, words, here, world, show)
+        if tokens is not None and world.rank == 0:
+            tell_of_stop(tokens)
+        if tokens is not None:
+            stopped.append(tokens)
         world.close()
 
     if config.world.kind == "virtual":
@@ -101,12 +119,22 @@ def train(config: Config, words: list[str], here: Place) -> None:
         asks = Asks()
         signals.listen(asks, alone=True)
         virtual.run(config.world.size, live, asks, hosts=config.world.hosts, links=simulated_links(config))
-        return
+        return STOPPED if stopped else 0
     world = open_world(config, here)
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
     live(world)
+    return STOPPED if stopped else 0
+
+
+def tell_of_stop(tokens: int) -> None:
+    """Tells launch/inside.py, where it started us, that this life of the run ended in good order."""
+    from hvdllm.launch.base import STOP_FILE
+
+    if path := os.environ.get(STOP_FILE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{tokens}\n")
 
 
 def simulated_links(config: Config) -> Any:

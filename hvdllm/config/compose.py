@@ -262,6 +262,8 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
             raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}")
         if least is not None and value is not None and not value >= least:
             raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
+        if isinstance(value, int | float) and abs(value) > f.metadata.get("most", math.inf) and math.isfinite(value):
+            raise UserError(f"{where}{name}={value} is too large: it must be at most {f.metadata['most']:,.12g}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}{name}={value} is not a finite number: give it one")
         if form is not None and value is not None:

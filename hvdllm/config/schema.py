@@ -17,6 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+LARGEST = 1e15
+"""Bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
+
 
 def setting(
     default: Any,
@@ -24,12 +27,14 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: float = LARGEST,
     form: tuple[str, str] | None = None,
     ours: bool = False,
 ) -> Any:
-    """A field with what --help says of it, and what alone can be checked of it: its choices, its least value, its form
-    (a regular expression, and what to give, in words), of each part where it is a list. ours: not a folder's to say."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "form": form, "ours": ours})
+    """A field with what --help says of it, and what alone can be checked of it: its choices, its bounds, its form (a
+    regular expression, and what to give, in words), of each part where it is a list. ours: not a folder's to say."""
+    about = {"doc": doc, "choices": choices, "least": least, "most": most, "form": form, "ours": ours}
+    return field(default=default, metadata=about)
 
 
 # What goes into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
@@ -55,7 +60,7 @@ class Text:
         "bpe, because a small model gets further on 3 bytes a token than on one",
         ours=True,
     )
-    vocab: int = setting(2048, "tokens; asked of tokenizer=bpe, the corpus may yield fewer", least=258)
+    vocab: int = setting(2048, "tokens; asked of tokenizer=bpe, the corpus may yield fewer", least=258, most=10_000_000)
     validation: Any = setting(
         None, "path, list or glob of the validation text; null: documents chosen by a hash of their content", ours=True
     )
@@ -91,21 +96,25 @@ class Files(Text):
 class Model:
     """A decoder-only transformer: GPT-2 or Llama by its settings. The presets in conf/model set them."""
 
-    layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1)
-    width: int = setting(128, "features of the residual stream (d_model)", least=1)
-    heads: int = setting(4, "attention heads; a divisor of the width", least=1)
-    kv_heads: int | None = setting(None, "heads of keys and values (grouped-query attention); null: as heads", least=1)
-    mlp_width: int | None = setting(None, "hidden features of the MLP; null: 4 x width")
-    context: int = setting(128, "tokens a sequence (window) has", least=1)
+    layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1, most=10_000)
+    width: int = setting(128, "features of the residual stream (d_model)", least=1, most=1_000_000)
+    heads: int = setting(4, "attention heads; a divisor of the width", least=1, most=100_000)
+    kv_heads: int | None = setting(
+        None, "heads of keys and values (grouped-query attention); null: as heads", least=1, most=100_000
+    )
+    mlp_width: int | None = setting(None, "hidden features of the MLP; null: 4 x width", most=10_000_000, least=1)
+    context: int = setting(128, "tokens a sequence (window) has", least=1, most=10_000_000)
     positions: str = setting(
         "learned", "how a token knows its place: learned (GPT-2) or rope (Llama)", choices=("learned", "rope")
     )
     norm: str = setting("layernorm", "layernorm (GPT-2) or rmsnorm (Llama)", choices=("layernorm", "rmsnorm"))
-    norm_eps: float = setting(1e-5, "added to the variance before its root")
+    norm_eps: float = setting(1e-5, "added to the variance before its root", most=1.0, least=1e-12)
     mlp: str = setting("gelu", "gelu (GPT-2, tanh form) or swiglu (Llama)", choices=("gelu", "swiglu"))
     bias: bool = setting(True, "biases in linear layers and LayerNorm; true in GPT-2, false in Llama")
     tied: bool = setting(True, "the output layer shares the embedding's weights; spares vocabulary x width")
-    rope_theta: float = setting(10000.0, "base of the rotary frequencies; read where positions=rope")
+    rope_theta: float = setting(
+        10000.0, "base of the rotary frequencies; read where positions=rope", most=1e12, least=1
+    )
     dropout: float = setting(
         0.0,
         "share of activations dropped; 0, because below one epoch it only costs, and worlds agree only at 0",
@@ -127,6 +136,7 @@ class Exchange:
         "MiB of gradients that travel together; smaller starts earlier, larger has less overhead; null: an eighth of "
         "all gradients, between 1 and 25",
         least=0.001,
+        most=1e6,
     )
 
 
@@ -176,12 +186,15 @@ class Acco(Exchange):
         "half of batch_tokens, which can be repeated bit for bit. Timed, batch_tokens is the least an update has "
         "(where exchange.most does not end it), and a micro-batch has no more than a rank's share of half of it",
     )
-    least: int = setting(1, "micro-batches that a rank computes in a half at least, where timed", least=1)
+    least: int = setting(
+        1, "micro-batches that a rank computes in a half at least, where timed", least=1, most=1_000_000
+    )
     most: int | None = setting(
         None,
         "micro-batches in a half at most, where timed: then the rank waits, so that one that stands still does not "
         "make an update of the others' any size; null: no limit",
         least=1,
+        most=1_000_000,
     )
 
 
@@ -190,14 +203,19 @@ class LocalSteps(Exchange):
     """What is common to exchanges whose ranks, or groups of ranks, train on their own between meetings."""
 
     local_steps: int = setting(
-        50, "updates of each group from one meeting to the next (H); its bytes fall by this factor", least=1
+        50,
+        "updates of each group from one meeting to the next (H); its bytes fall by this factor",
+        least=1,
+        most=1_000_000_000,
     )
     inner: str = setting(
         "none",
         "how the ranks of a group are one replica: none (a group is one rank), allreduce or sharded",
         choices=("none", "allreduce", "sharded"),
     )
-    group: int | None = setting(None, "ranks of a group where inner is not none; null: those of a host", least=2)
+    group: int | None = setting(
+        None, "ranks of a group where inner is not none; null: those of a host", least=2, most=1_000_000
+    )
     inner_wire: str = setting(
         "fp32", "wire inside a group; `wire` is that of the meetings", choices=("fp32", "fp16", "bf16", "int8")
     )
@@ -215,6 +233,7 @@ class LocalRounds(LocalSteps):
         "times a round that tokens, losses and asks of all ranks are told, the meeting included; they change no "
         "weight; null: one every 10 local steps",
         least=1,
+        most=1_000_000_000,
     )
     by_speed: bool = setting(
         False, "slower groups make fewer local steps, so that all meet at once; deltas are normalised by them (FedNova)"
@@ -225,7 +244,9 @@ class LocalRounds(LocalSteps):
 class LocalSGD(LocalRounds):
     """Local SGD: some updates alone, then the mean of the weights. Fewer bytes, no momentum of its own."""
 
-    local_steps: int = setting(16, "updates of each rank from one mean to the next; 16 as post-local SGD", least=1)
+    local_steps: int = setting(
+        16, "updates of each rank from one mean to the next; 16 as post-local SGD", least=1, most=1_000_000_000
+    )
     warmup_tokens: int = setting(
         40_000, "committed tokens before which the mean is taken after every update (post-local SGD)", least=0
     )
@@ -249,10 +270,13 @@ class StreamingDiLoCo(LocalSteps):
     """Streaming DiLoCo (Douillard et al., 2025): the model meets part by part while training goes on."""
 
     fragments: int = setting(
-        4, "parts of the model, of about equal size; the peak of traffic falls by this factor", least=1
+        4, "parts of the model, of about equal size; the peak of traffic falls by this factor", least=1, most=10_000
     )
     delay: int = setting(
-        1, "local steps that a part may take to arrive (tau), fewer than local_steps / fragments", least=0
+        1,
+        "local steps that a part may take to arrive (tau), fewer than local_steps / fragments",
+        least=0,
+        most=1_000_000,
     )
     mixing: float = setting(
         0.5, "share of its own weights that a rank keeps at a join (alpha); .5 as the paper", least=0
@@ -291,6 +315,7 @@ class ParameterServer(Exchange):
         "seconds that a rank may be silent before the run ends with a sentence that names it; longer than a push takes "
         "to compute",
         least=0.1,
+        most=1e6,
     )
 
     @property
@@ -305,25 +330,28 @@ class FedAvg(LocalSteps):
     with a fresh optimizer; a server steps on the mean of what they have made, weighted by their text."""
 
     local_steps: int = setting(
-        20, "updates of each client in a round (H), of batch_tokens / sampled each, in whole sequences", least=1
+        20, "updates of each client in a round (H), of batch_tokens / sampled each, in whole sequences", least=1,
+        most=1_000_000_000,
     )  # fmt: skip
     pulses: int | None = setting(
         None,
         "times a round that tokens, losses and asks of all ranks are told, the meeting included, at most one a local "
         "step; they change no weight; null: one every 10 steps of a rank",
         least=1,
+        most=1_000_000_000,
     )
     clients: int = setting(
         8,
         "clients that the documents (files, lines of .jsonl) are dealt to, each wholly to one; those of a round are "
         "dealt to the ranks, which train theirs one after the other: the same clients for any number of ranks",
         least=1,
+        most=1_000_000,
     )
     alpha: float | None = setting(
         None, "how alike the clients' shares of the text are (Dirichlet's): 100 nearly equal, .1 a few have most; "
         "null: equal", least=0.05,
     )  # fmt: skip
-    sampled: int | None = setting(None, "clients that a round draws; null: all that have text", least=1)
+    sampled: int | None = setting(None, "clients that a round draws; null: all that have text", least=1, most=1_000_000)
     prox: float = setting(
         0.0,
         "mu of FedProx (Li et al., 2018): mu (weights - anchor) is added to each mean gradient, before clipping; .001 "
@@ -389,6 +417,7 @@ class Coded(Wire):
         "MiB of gradients encoded at a time, while those before travel; larger ones left a shaped link idle half of "
         "the time, smaller ones have more operations (9.8 MB of fp16 at 200 Mbit/s: 218 ms at 1, 300 at 4)",
         least=0.001,
+        most=1e5,
     )
 
 
@@ -408,7 +437,10 @@ class Int8(Coded):
     """A quarter of the bytes: each block of elements as 8-bit multiples of its largest / 127."""
 
     block: int = setting(
-        256, "elements that share a scale of 4 bytes; 256: 1.6 % more bytes than int8 alone, steps of 1/127", least=8
+        256,
+        "elements that share a scale of 4 bytes; 256: 1.6 % more bytes than int8 alone, steps of 1/127",
+        least=8,
+        most=2**20,
     )
 
 
@@ -462,7 +494,7 @@ class PowerSGD(Wire):
     """Each matrix as a product of two thin ones, found by one step of the power method from the last one's (Vogels et
     al., 2019). Only where replicas get whole sums (exchange=allreduce, delayed)."""
 
-    rank: int = setting(4, "columns of the thin matrices; 4 as in the paper's language models", least=1)
+    rank: int = setting(4, "columns of the thin matrices; 4 as in the paper's language models", least=1, most=65_536)
     warmup_tokens: int = setting(
         100_000,
         "committed tokens before which sums are exact: early gradients change too fast to be followed; some dozen "
@@ -486,8 +518,10 @@ class World:
         "convergence, not for speed)",
         choices=("auto", "single", "horovod", "torch", "virtual"),
     )
-    size: int = setting(4, "logical ranks of world=virtual; elsewhere the launcher decides", least=1)
-    hosts: int = setting(1, "logical hosts of world=virtual, a divisor of its size; for wire.hierarchical", least=1)
+    size: int = setting(4, "logical ranks of world=virtual; elsewhere the launcher decides", least=1, most=4096)
+    hosts: int = setting(
+        1, "logical hosts of world=virtual, a divisor of its size; for wire.hierarchical", least=1, most=4096
+    )
     slow: Any = setting(
         None,
         "ranks made slower than they are, for experiments: rank:factor such as 1:4, or a list, [1:4,3:2]; by computing "
@@ -498,29 +532,33 @@ class World:
         "tokens a second that a logical rank computes on a simulated clock: then all seconds of the records are "
         "simulated, exchange.timed has times to go by, and runs repeat bit for bit; null: no such clock",
         least=1e-3,
+        most=1e15,
     )
     speed_spread: float = setting(
         0.0,
         "on the simulated clock, how unequal ranks are: standard deviation of the logarithm of their speeds, "
         "drawn from the seed (.3: one rank in three is faster than 1.34 or slower than 0.75 times)",
         least=0,
+        most=10,
     )
     jitter: float = setting(
         0.0,
         "on the simulated clock, a micro-batch takes 1 + jitter x X times as long, X of mean 1 with a heavy tail "
         "(Pareto of index 2), drawn from the seed",
         least=0,
+        most=1e6,
     )
     bandwidth: str | None = setting(
         None,
         "on the simulated clock, rate of each rank's link such as 200mbit; what stays inside one of several "
         "logical hosts takes no time; null: nothing takes time for its size",
     )
-    latency_ms: float = setting(0.0, "on the simulated clock, of everything that travels", least=0)
+    latency_ms: float = setting(0.0, "on the simulated clock, of everything that travels", least=0, most=1e9)
     timeout_s: float = setting(
         1800.0,
         "seconds a rank waits for the others before it gives up with a sentence; longer than any act",
         least=1,
+        most=1e6,
     )
 
 
@@ -615,6 +653,7 @@ class Device:
         "CPU threads a rank computes with; null: usable cores // ranks on this host. "
         "Two ranks that both take all cores run 20 times slower",
         least=1,
+        most=1024,
     )
 
 
@@ -629,7 +668,10 @@ class Launch:
         "so that the same command finds it again",
     )
     parallel: int | None = setting(
-        None, "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own)", least=1
+        None,
+        "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own)",
+        least=1,
+        most=10_000,
     )
 
 
@@ -642,7 +684,7 @@ class Local(Launch):
 class Horovodrun(Launch):
     """Each run is a horovodrun job of its own, started from here."""
 
-    np: int = setting(2, "ranks of a run", least=1)
+    np: int = setting(2, "ranks of a run", least=1, most=65_536)
     controller: str = setting(
         "gloo", "gloo, or mpi (Open MPI waits by spinning: for more cores than ranks)", choices=("gloo", "mpi")
     )
@@ -669,10 +711,12 @@ class Slurm(Launch):
         "fits and no ssh) or horovodrun (needs ssh between nodes)",
         choices=("srun", "gloo", "horovodrun"),
     )
-    nodes: int = setting(1, "nodes of a run", least=1)
-    ranks_per_node: int = setting(1, "ranks on each node, one a GPU", least=1)
-    gpus_per_node: int | None = setting(None, "GPUs asked for on each node; null: none is asked for", least=1)
-    cpus_per_rank: int | None = setting(None, "cores asked for a rank; null: Slurm's default", least=1)
+    nodes: int = setting(1, "nodes of a run", least=1, most=65_536)
+    ranks_per_node: int = setting(1, "ranks on each node, one a GPU", least=1, most=4096)
+    gpus_per_node: int | None = setting(
+        None, "GPUs asked for on each node; null: none is asked for", least=1, most=4096
+    )
+    cpus_per_rank: int | None = setting(None, "cores asked for a rank; null: Slurm's default", least=1, most=65_536)
     time: str | None = setting(None, "limit of a job as sbatch takes it (2:00:00); null: the partition's", form=TIME)
     partition: str | None = setting(None, "partition; null: the cluster's default", form=NAMES)
     account: str | None = setting(None, "account that pays; null: the user's default", form=NAME)
@@ -700,7 +744,9 @@ class Wandb:
         "(refused without them) or offline",
         choices=("auto", "online", "offline"),
     )
-    start_s: float = setting(15.0, "seconds that a server may take at the start before the run goes offline", least=1)
+    start_s: float = setting(
+        15.0, "seconds that a server may take at the start before the run goes offline", least=1, most=1e6
+    )
     checkpoints: bool = setting(False, "upload each checkpoint as an artifact")
 
 
@@ -719,7 +765,7 @@ class Config:
     data_dir: str | None = setting(
         None, "folder of prepared token shards; null: hvdllm's folder in the user's cache", ours=True
     )
-    seed: int = setting(0, "of weights, order of data, dropout and samples", least=0)
+    seed: int = setting(0, "of weights, order of data, dropout and samples", least=0, most=2**63 - 1)
     resume: str = setting(
         "auto",
         "auto (go on if the run's folder has a checkpoint), never, must, or the path of a run to go on with",
@@ -741,7 +787,7 @@ class Config:
         least=1,
     )
     micro_batch: int = setting(
-        16, "sequences a forward pass; as many as memory holds, has no effect on the result", least=1
+        16, "sequences a forward pass; as many as memory holds, has no effect on the result", least=1, most=10_000_000
     )
     eval_every: int = setting(400_000, "tokens between evaluations; 0: never, not even at the end", least=0)
     save_every: int = setting(
@@ -757,7 +803,7 @@ class Config:
         least=0,
     )
     log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
-    keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1)
+    keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1, most=1_000_000)
     eval_tokens: int = setting(65_536, "tokens of an evaluation, always the same first ones; 0: all", least=0)
     target_loss: float | None = setting(
         None,
@@ -769,7 +815,7 @@ class Config:
         None, "steps first:last of which trace.json shows compute, flight and blocked time of every rank; null: none"
     )
     sample_prompt: str = setting("def ", "text that a sample continues")
-    sample_tokens: int = setting(160, "tokens a sample has", least=1)
+    sample_tokens: int = setting(160, "tokens a sample has", least=1, most=1_000_000)
     precision: str = setting(
         "fp32",
         "fp32, bf16 (autocast; weights and sums stay fp32) or fp64 (for oracles)",

@@ -45,7 +45,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class ParameterServer:
         self._seen = [0.0, 0]  # mean and least version of the weights here
         self._slot = dict.fromkeys(SLOT, 0.0)  # not yet said
         self._kept = Kept()
+        self._open = False  # is the norm of `held` still to come?
         self._serving = self._in_act = self._resumed = self._bad = False
         self._said = time.monotonic()  # when the log last heard of this rank
 
@@ -111,7 +112,8 @@ class ParameterServer:
 
     @property
     def step(self) -> int:
-        return self.counts.mark
+        """Of the optimizer, in this run: marks come where they are asked for, and count nothing."""
+        return self.counts.steps - self.counts.trunk
 
     # ------------------------------------------------------------------ who does what
     def between(self, world: World) -> World:
@@ -266,11 +268,18 @@ class ParameterServer:
             versions.append(letter.head["version"])
             if letter.head["norm"] is not None:
                 self._norm = letter.head["norm"]
+                self._complete(self._norm)
             self.flat.x[self.parts[letter.head["server"]]].copy_(letter.body)
         self._seen = [sum(versions) / len(versions), min(versions)]
         self.phase = "compute"
         self._passed("blocked", since)
         self._begin = Mark(self.device)
+
+    def _complete(self, norm: float) -> None:
+        """Of the clock that closed the last commit, which at staleness 0 the servers know after it: it comes with the
+        first weights behind the mark."""
+        if self._open and self.held is not None:
+            self.held, self._open = replace(self.held, grad_norm=norm), False
 
     def _passed(self, lane: str, since: Mark) -> None:
         """This lasted until now. While compute stands still something travels, and at no other time."""
@@ -313,7 +322,7 @@ class ParameterServer:
                 self.mail.post(self.world.rank, "server", {"kind": "wait", "need": mark["pushes"]})
                 self.mail.take("reached", self._pass_on_asks)
             self._in_act = True
-        before, self.held = self.held, Report(**mark["report"])
+        before, self.held, self._open = self.held, Report(**mark["report"]), self.settings.staleness == 0
         updates = mark["steps"] - self.counts.steps
         self.counts = Counts(**{name: mark[name] for name in asdict(self.counts)})
         lr, (mean, most) = self.update.rate(self.tokens), mark["staleness"]
@@ -342,6 +351,10 @@ class ParameterServer:
             if self.world.rank == self.log:
                 self.mail.post(self.world.rank, "log", {"kind": "end"})
         self.mail.close()
+        known = self.shard.norm if self.shard is not None and self.shard.norm is not None else math.nan
+        norms = self.world.gather(torch.tensor([known], dtype=torch.float64), "act.norm").land().tolist()
+        if own := [norm for norm in norms if not math.isnan(norm)]:
+            self._complete(own[0])
         report, self.held = self.held, None
         return Settled(report, 0, self.counts.dropped + int(left))
 
@@ -354,7 +367,8 @@ class ParameterServer:
         }  # fmt: skip
         mine = {
             "phase": self.phase, "n": self._n, "loss": self._sum, "squares": self._squares, "norm": self._norm,
-            "seen": self._seen, "slot": self._slot, "frozen_at": self.update.state()[0].get("frozen_at"),
+            "seen": self._seen, "slot": self._slot, "known": self.shard.norm if self.shard is not None else None,
+            "frozen_at": self.update.state()[0].get("frozen_at"),
         }  # fmt: skip
         whole = self.flat.pieces(0, 1)
         local = {"model": (whole, self.flat.x), "gradient": (whole, self.flat.g)} if self.phase == "push" else {}
@@ -366,7 +380,7 @@ class ParameterServer:
         self.flat.x.copy_(model)
         self.theta.copy_(model[self._part])
         if moments:
-            self.counts.steps = steps
+            self.counts.steps = self.counts.trunk = steps
             self.update.load({"steps": steps}, {name: vector[self._part] for name, vector in moments.items()})
 
     def load(self, state: State, mine: list[dict[str, Any]]) -> None:
@@ -376,6 +390,9 @@ class ParameterServer:
         self.held = Report(**shared["held"]) if shared["held"] else None
         self.flat.x.copy_(state.sharded["model"])
         self.theta.copy_(self.flat.x[self._part])
+        self._open = self.settings.staleness == 0
+        if self.shard is not None:  # the norm of its last step, which the next pull will ask for
+            self.shard.norm = next((each["known"] for each in mine if each.get("known") is not None), None)
         names = self.update.state()[1]
         frozen = next((each["frozen_at"] for each in mine if each.get("frozen_at") is not None), None)  # of a server
         self.update.load(

@@ -27,13 +27,14 @@ from hvdllm.exchange.meta import SLOT
 @dataclass
 class Counts:
     """Where a run stands. tokens: committed; steps: of the servers' optimizer; mark: number of the last one; dropped:
-    tokens of gradients that had no ticket when the world changed its size."""
+    tokens of gradients that had no ticket when the world changed its size; trunk: steps that the optimizer brought."""
 
     tokens: int = 0
     pushes: int = 0
     steps: int = 0
     mark: int = 0
     dropped: int = 0
+    trunk: int = 0
     clocks: list[int] = field(default_factory=list)
 
 
@@ -166,6 +167,8 @@ class Log:
         def crossed(cadences: tuple[int, ...]) -> bool:
             return any(every and here // every != before // every for every in cadences)
 
+        if here == before and not bad:  # a stop that was asked right after a mark waits for what comes next
+            return
         acts = bad or self._stop or self._save or crossed(wanted.acts) or before < wanted.budget <= here
         if not acts and not crossed(wanted.logs):
             return

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
+
 
 @dataclass(frozen=True)
 class Point:

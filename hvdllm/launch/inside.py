@@ -8,6 +8,9 @@ as the last line of a batch script (or within salloc). With `exec`, because the 
   SIGUSR1          the limit is near: the ranks save and stop, then the job is queued again, under its number
   SIGTERM, SIGINT  the ranks save and stop
 
+Only a run that stopped in good order is queued again: rank 0 has left its tokens in a hidden file of the folder that
+the job was submitted from. LIVES lives one after the other that got no further end it.
+
 A queued-again job trains on where the run has a name of its own (`name=`): that is what finds the checkpoint. To save
 without an end: `scancel --signal=USR1 JOB`, which reaches the ranks and not this process.
 
@@ -45,13 +48,15 @@ from types import FrameType
 
 from hvdllm import screen
 from hvdllm.config.schema import INTERFACES
-from hvdllm.errors import UserError
+from hvdllm.errors import RunError, UserError
 from hvdllm.launch import horovodrun, local, meeting, network
+from hvdllm.launch.base import STOP_FILE
 from hvdllm.launch.task import MEETING
 from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
 REPEAT_S = 10
+LIVES = 3
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,8 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
     ranks = Ranks(None if how == "horovodrun" else here.job)
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
     env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **interfaces(interface)}
+    life = Life(here.job, Path(os.environ.get("SLURM_SUBMIT_DIR") or "."))
+    env[STOP_FILE] = str(life.path)
     with contextlib.ExitStack() as stack:
         if how == "srun":
             words = by_srun(here, "pmix", command)
@@ -224,9 +231,51 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
         else:
             words = by_horovodrun(here, hosts_of(here), interface, command)
         code = ranks.run(words, env)
-    if ranks.again:
+    if ranks.again and life.stopped():
+        life.keep()
         requeue(here.job)
+    else:
+        life.forget()
     return code
+
+
+class Life:
+    """What one life of a job leaves to the next: a file that rank 0 writes the tokens of its stop to, and behind them
+    how many lives had got no further."""
+
+    def __init__(self, job: str, folder: Path) -> None:
+        self.path = (folder / f".hvdllm-{job}.stopped").absolute()
+        tokens, self.idle = self._read()
+        self.before = max(0, tokens)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _read(self) -> tuple[int, int]:
+        """Tokens, -1 where there is no file, and lives that got no further."""
+        try:
+            numbers = [int(word) for word in self.path.read_text().split()[:2]]
+        except (OSError, ValueError):
+            numbers = []
+        return (numbers[0], numbers[1]) if len(numbers) == 2 else (numbers[0] if numbers else -1, 0)
+
+    def stopped(self) -> bool:
+        """Did rank 0 stop in good order? Raises RunError where lives have come to nothing too often."""
+        tokens, _ = self._read()
+        self.idle = self.idle + 1 if tokens == self.before else 0
+        self.before = tokens
+        if tokens >= 0 and self.idle >= LIVES:
+            self.forget()
+            raise RunError(
+                f"{LIVES} lives of this job came no further than {tokens:,} tokens, so it is not queued again: give it "
+                "a longer --time, or let the signal before the limit come later (--signal)"
+            )
+        return tokens >= 0
+
+    def keep(self) -> None:
+        self.path.write_text(f"{self.before} {self.idle}\n")
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def hosts_of(here: Allocation) -> list[str]:
@@ -271,6 +320,6 @@ if __name__ == "__main__":
     with screen.guarded():
         try:
             sys.exit(main(sys.argv[1:]))
-        except UserError as error:
+        except (UserError, RunError) as error:
             print(f"hvdllm: {screen.one_line(str(error))}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(2 if isinstance(error, UserError) else 1)

@@ -35,7 +35,7 @@ from hvdllm.config import compose, schema
 from hvdllm.config.check import A_NAME, check, is_name
 from hvdllm.config.compose import key_of
 from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
-from hvdllm.errors import RunError, UserError
+from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import Launcher, Point
 from hvdllm.launch.progress import Display, Watched, duration, pass_on
@@ -78,7 +78,8 @@ class Task:
 
 # ------------------------------------------------------------------ the two commands
 def run(words: list[str], show: Callable[[str], None] = print) -> int:
-    """A sweep. words: of `train -m`. Returns its exit code: 1 where a point failed."""
+    """A sweep. words: of `train -m`. Returns its exit code: 1 where a point failed, else STOPPED where one is not
+    finished."""
     from hvdllm.launch import hydra
 
     if any(word.startswith("resume=") and word[7:] not in ("auto", "never", "must") for word in words):
@@ -97,7 +98,8 @@ def run(words: list[str], show: Callable[[str], None] = print) -> int:
     finally:
         if sweep is not None:
             sweep.conclude()
-    return int(sweep is None or any(task.state == "failed" for task in sweep.tasks.values()))
+    states = {task.state for task in sweep.tasks.values()} if sweep is not None else {"failed"}
+    return 1 if "failed" in states else 0 if states <= {"done"} else STOPPED
 
 
 def one(config: Config, words: list[str], show: Callable[[str], None] = print) -> int:
@@ -112,6 +114,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
         show(start.finished)
         return 0
     stop, log = threading.Event(), Path(task.point.folder, "launch.log")
+    before = lives(task.point.folder)
     codes: list[int | Exception] = []
 
     def launch() -> None:
@@ -133,7 +136,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
             pass_on(log, at)
     if isinstance(code := codes[0], Exception):
         raise code
-    return code
+    return STOPPED if code and stopped_since(task.point.folder, before) else code
 
 
 # ------------------------------------------------------------------ a sweep
@@ -285,10 +288,10 @@ class Sweep:
         """One point, to its end."""
         task.state = "running"
         log = task.point.folder / "launch.log"
-        at = log.stat().st_size if log.exists() else 0
+        at, before = log.stat().st_size if log.exists() else 0, lives(task.point.folder)
         try:
             code = launcher_of(task.config.launch)(task.point, task.config.launch, self.stop, self.show)
-            judge(task, code, self.stop.is_set(), last_sentence(log, at))
+            judge(task, code, self.stop.is_set() or stopped_since(task.point.folder, before), last_sentence(log, at))
         except (UserError, RunError) as error:
             task.state, task.why = "failed", str(error)
         except BaseException as error:  # a bug: said by the main thread, once the others have ended
@@ -425,10 +428,21 @@ def judge(task: Task, code: int, stopped: bool, said: str) -> None:
     if finished:
         task.state = "done"
     elif stopped:
-        task.state = "queued" if isinstance(task.config.launch, Slurm) else "stopped"
+        task.state = "queued" if isinstance(task.config.launch, Slurm) and code != STOPPED else "stopped"
     else:
         task.state = "failed"
         task.why = said or (f"it ended with code {code}" if code else f"it was stopped at {task.tokens:,} tokens")
+
+
+def lives(folder: Path) -> int:
+    """How often this run was begun or taken up again."""
+    return sum(record.get("kind") == "run" for record in runs.records(folder))
+
+
+def stopped_since(folder: Path, before: int) -> bool:
+    """Did a life after so many end because it was asked to? horovodrun tells no exit codes of its ranks."""
+    last = [record for record in runs.records(folder) if record.get("kind") in ("run", "end")][-1:]
+    return lives(folder) > before and bool(last) and last[0].get("reason") == "stop"
 
 
 def read_end(task: Task) -> None:

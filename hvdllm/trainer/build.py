@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
 from hvdllm.exchange.wire import make as make_wire
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.lock import Lock
 from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
-from hvdllm.runs import Folder
+from hvdllm.runs import Folder, new_name
 from hvdllm.text import shards
 from hvdllm.text.shards import Corpus
 from hvdllm.text.stream import Stream, validation
@@ -51,7 +52,7 @@ from hvdllm.trainer.due import Due, Show
 from hvdllm.trainer.evaluate import Evaluation, evaluate
 from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
-from hvdllm.trainer.resume import Start, decide
+from hvdllm.trainer.resume import Start, decide, folder_of
 from hvdllm.trainer.slow import Simulated, Slow
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
@@ -73,17 +74,29 @@ EXCHANGES: dict[type, Any] = {
     schema.Ddp: Ddp,
     schema.Horovod: Horovod,
 }
+LEAST_VOCAB = 257  # tokens, of bytes; a tokenizer has not been trained, or read, from the start
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
-def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> None:
-    """Trains. Every rank calls it. Raises UserError before training, RunError in it."""
-    start = agreed_start(config, world, show)
-    if start.finished:
-        show.say(f"{start.finished}; a larger budget_tokens goes on")
-        return
+def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> int | None:
+    """Trains. Every rank calls it. Returns the tokens at which the run was stopped, None where its budget is met.
+    Raises UserError before training, RunError in it."""
+    with ExitStack() as held:
+        start, lock = agreed_start(config, world, show, held)
+        if start.finished:
+            show.say(f"{start.finished}; a larger budget_tokens goes on")
+            return None
+        return live(config, overrides, place, world, show, start, lock)
+
+
+def live(
+    config: Config, overrides: list[str], place: Place, world: World, show: Show, start: Start, lock: Lock | None
+) -> int | None:
+    """One life of a run, from its objects to its end."""
     device = agreed_device(config, world)
+    agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
     corpus = agreed_corpus(config, world, show)
+    agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
     if isinstance(exchange, ParameterServer):  # its marks are no ends of rounds
@@ -111,7 +124,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         trunk = begin(config, corpus.tokenizer.hash, exchange, flat, world, show.say)
     agree_on_weights(flat, world)
     stream = make_stream(config, corpus, device, world)
-    folder = Folder(Path(start.folder)) if world.rank == 0 else None
+    folder = Folder(Path(start.folder), lock) if world.rank == 0 else None
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
     due = Due(
         config, world=world, flat=flat, exchange=exchange, update=update, stream=stream, clock=clock,
@@ -171,6 +184,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
                     tracker.close(patient=reason == "budget")
     if folder is not None:
         show.finish(end, start.folder, due.last_sample)
+    return None if due.finished else due.tokens
 
 
 def load(
@@ -219,9 +233,17 @@ def crowded(hosts: list[dict[str, Any]], rank: int, device: torch.device) -> boo
 
 
 # ------------------------------------------------------------------ what the ranks must agree on
-def agreed_start(config: Config, world: World, show: Show) -> Start:
-    """Rank 0's decision, on every rank."""
-    return Start(**from_first(world, lambda: asdict(decide(config, show.say)), "start.folder"))
+def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> tuple[Start, Lock | None]:
+    """Rank 0's decision, on every rank; on rank 0 also the lock of the run's folder, which `held` gives back."""
+    named = replace(config, name=config.name or new_name())
+    lock: Lock | None = None
+
+    def first() -> dict[str, Any]:
+        nonlocal lock
+        lock = held.enter_context(closing(Lock(folder_of(named))))
+        return asdict(decide(named, show.say))
+
+    return Start(**from_first(world, first, "start.folder")), lock
 
 
 def agreed_device(config: Config, world: World) -> torch.device:
@@ -233,6 +255,23 @@ def agreed_device(config: Config, world: World) -> torch.device:
         problem = str(error)
     world.agree(problem, "start.device")
     return device
+
+
+def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
+    """Raises UserError on every rank where the model cannot fit what memory there is on any host or GPU."""
+    together = world.local_size if device.type == "cpu" else 1  # ranks of this host, and of logical ones all
+    rows = size.pad_vocab(vocab)
+    needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
+    problem = None
+    if there is not None and needs > there:
+        of = f"{together} ranks" if together > 1 else "a rank"
+        problem = (
+            f"this model has {size.count_parameters(config.model, rows) / 1e6:,.1f} M parameters, and {of} of it with "
+            f"gradients, optimizer and one micro-batch would take at least {needs / 2**30:,.1f} GiB of the "
+            f"{there / 2**30:,.1f} GiB that are free here: take a smaller model or micro_batch, fewer ranks on a host, "
+            "or another optimizer or exchange"
+        )
+    world.agree(problem, f"start.room.{int(vocab != LEAST_VOCAB)}")
 
 
 def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
@@ -353,7 +392,7 @@ def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.devic
 
 def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:
     """The prompt and what the model makes of it; the same for the same weights and committed tokens."""
-    seed = config.seed * 1_000_003 + tokens
+    seed = (config.seed * 1_000_003 + tokens) % 2**63  # what torch takes
     return continue_text(model, corpus.tokenizer, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
 
 

@@ -228,6 +228,8 @@ class Due:
         self.record("sample", self.tokens, seconds, {"text": text})
 
     def save(self, seconds: float) -> None:
+        if self.folder is not None:
+            self.folder.check()  # else the folder would be made anew, with a checkpoint and nothing else
         begin, state = self.clock.wall_s(), self.exchange.state()
         values = {"seconds": seconds, "stream": self.stream.state(), "due": self.state(), **self.extra}
         values["kinds"] = list(state.sharded)

@@ -8,12 +8,13 @@ same text has been prepared on this machine, it is found by its data hash; else 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdllm import runs, untrusted
+from hvdllm import lock, runs, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
@@ -115,14 +116,20 @@ def _left_behind(theirs: Config, named: set[str]) -> list[str]:
     return [word for word in words if compose.key_of(word) not in named]
 
 
+def folder_of(config: Config) -> Path:
+    """The folder of a run that has a name."""
+    return Path(config.runs_dir).expanduser() / str(config.name)
+
+
 def decide(config: Config, say: Callable[[str], None]) -> Start:
-    """Reads the folder; makes none. Raises UserError where the settings do not allow to go on."""
-    folder = Path(config.runs_dir).expanduser() / (config.name or runs.new_name())
+    """Reads the folder of a run that has a name; makes none. Raises UserError where the settings do not allow to go
+    on."""
+    folder = folder_of(config)
     _refuse_links(folder)
     if not (folder / "config.yaml").exists():
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no run in {folder} to go on with")
-        if folder.exists() and any(file.name != "launch.log" for file in folder.iterdir()):
+        if folder.exists() and not unused(folder):
             raise UserError(f"{folder} exists and is not the folder of a run: choose another name or runs_dir")
         return Start(str(folder))
     if config.resume == "never":
@@ -159,6 +166,12 @@ def _refuse_links(folder: Path) -> None:
                 f"{folder / name} {error if isinstance(error, untrusted.Unfit) else 'is a link to nothing'}: a run "
                 "writes and deletes there, so put the folder itself there, or make runs_dir the link"
             ) from None
+
+
+def unused(folder: Path) -> bool:
+    """Does it hold nothing but what a launcher, or a run that was killed at its very start, may have left?"""
+    known = re.compile(rf"launch\.log|log\.txt|checkpoints|{lock.NAME}|\.({lock.NAME}|config\.yaml)\.\w+")
+    return all(known.fullmatch(file.name) for file in folder.iterdir()) and not read.steps(folder)
 
 
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:

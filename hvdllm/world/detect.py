@@ -68,3 +68,13 @@ def tasks_per_node(text: str) -> list[int]:
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
             out += [int(found[1])] * int(found[2] or 1)
     return out
+
+
+def started(pid: int) -> str:
+    """Start time of a process in clock ticks, so that a pid used again is not taken for the old one; "" if it is gone,
+    or where there is no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -14,6 +14,7 @@ a redistribution and up to P on the busiest rank: on CPUs we scatter by alltoall
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ import torch
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight, Mail
 from hvdllm.world.detect import Place
+from hvdllm.world.mail import at_most, too_long
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
 os.environ.pop("HOROVOD_AUTOTUNE", None)
@@ -41,6 +43,7 @@ except ImportError as error:
 # Horovod's thread talks to the other ranks every cycle, also when there is nothing to do: at its 1 ms that took 6 to
 # 10 % of a core each on two busy cores, at 10 ms 1.5 %. With few, large operations the latency matters less.
 CYCLE_MS = "5"
+GLOO_LATER_S = 60  # seconds after world.timeout_s, at which this rank ends with a sentence
 
 
 class HorovodFlight:
@@ -60,10 +63,7 @@ class HorovodFlight:
                 self.world.threads.check()
                 waited = time.monotonic() - begin
                 if waited > self.world.timeout_s:
-                    raise PeerError(
-                        f"rank {self.world.rank} waited {self.world.timeout_s:.0f} s for `{self.name}`: another rank "
-                        "stands still, or acts take longer than world.timeout_s"
-                    )
+                    raise PeerError(too_long(waited, f"`{self.name}`"))
                 time.sleep(pause)
                 # What takes long is asked for rarely: while it flies, compute wants the cores.
                 pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
@@ -166,6 +166,18 @@ def _tensor(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def tell_horovod(timeout_s: float, groups: bool, fuse: bool) -> None:
+    """Its settings, before it starts."""
+    if not fuse:
+        os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
+        if not torch.cuda.is_available():
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_MS)
+    # Gloo gives up by itself, after 30 s where nobody says otherwise, and takes the process with it.
+    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(math.ceil(timeout_s) + GLOO_LATER_S)
+    if groups:
+        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+
+
 class HorovodWorld(HorovodRanks):
     """The ranks that a launcher started; `place` is what its environment says of this one.
 
@@ -174,13 +186,9 @@ class HorovodWorld(HorovodRanks):
 
     def __init__(self, place: Place, timeout_s: float, *, groups: bool = False, fuse: bool = False) -> None:
         self.groups = groups
-        if not fuse:
-            os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
-            if not torch.cuda.is_available():
-                os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_MS)
-        if groups:
-            os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
-        hvd.init()
+        tell_horovod(timeout_s, groups, fuse)
+        with at_most(timeout_s, "the other ranks to start"):
+            _peer_errors(hvd.init)
         if (hvd.rank(), hvd.size()) != (place.rank, place.size):
             raise UserError(
                 f"the launcher says rank {place.rank} of {place.size}, Horovod says {hvd.rank()} of {hvd.size()}: "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,32 @@ from hvdllm.errors import PeerError
 from hvdllm.world.base import Letter
 
 PAUSE_S = 0.05  # between two looks at what else may end a wait
+
+
+def too_long(waited_s: float, what: str) -> str:
+    """The sentence of a rank that waited in vain; it is not the one that stands still."""
+    return (
+        f"waited {waited_s:.0f} s (world.timeout_s) for {what}, so this rank gives up: another rank stands still or is "
+        "out of reach, or its acts take longer than that"
+    )
+
+
+@contextlib.contextmanager
+def at_most(limit_s: float, what: str) -> Iterator[None]:
+    """Ends this process, with the sentence above, where what stands within takes longer: a library's call that waits
+    for the other ranks and cannot be asked to give up."""
+
+    def give_up() -> None:
+        os.write(2, f"hvdllm: {too_long(limit_s, what)}\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(min(limit_s, threading.TIMEOUT_MAX), give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Threads:
@@ -43,10 +71,7 @@ class Threads:
         if self._error is not None:
             raise self._error
         if waited_s > self.timeout_s and threading.get_ident() not in self._own:
-            raise PeerError(
-                f"waited {waited_s:.0f} s for {what}: another rank stands still, or acts take longer than "
-                "world.timeout_s"
-            )
+            raise PeerError(too_long(waited_s, what))
 
 
 class Boxes:

@@ -14,6 +14,7 @@ import time
 from types import FrameType
 
 from hvdllm.world.base import Asks
+from hvdllm.world.detect import started
 
 LAUNCHERS = {
     "horovodrun",
@@ -72,7 +73,7 @@ def watch_launcher(asks: Asks) -> None:
     watched = _up_to_launcher()
 
     def watch() -> None:
-        while all(_started(pid) == at for pid, at in watched.items()):
+        while all(started(pid) == at for pid, at in watched.items()):
             time.sleep(1.0)
         asks.stop = asks.save = True
         time.sleep(GRACE_S)
@@ -100,7 +101,7 @@ def _up_to_launcher() -> dict[int, str]:
             break
         # The first word of each: horovodrun --mpi becomes `/bin/sh -c "mpirun ..."`.
         names = {os.path.basename(word.split(" ", 1)[0]) for word in words}
-        chain.append((pid, _started(pid)))
+        chain.append((pid, started(pid)))
         if names & LAUNCHERS:
             keep = len(chain)
         elif any(name.startswith("sshd") for name in names):
@@ -108,12 +109,3 @@ def _up_to_launcher() -> dict[int, str]:
             break
         pid = parent
     return dict(chain[:keep])
-
-
-def _started(pid: int) -> str:
-    """Start time of a process in clock ticks, so that a pid used again is not taken for the old one; "" if gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""

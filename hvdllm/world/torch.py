@@ -28,6 +28,7 @@ import torch.distributed as dist
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
+from hvdllm.world.mail import too_long
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
@@ -178,10 +179,7 @@ class TorchRanks(Ranks):
                 work.wait(SLICE)
             except RuntimeError:
                 if not work.is_completed() and time.monotonic() > end:
-                    raise PeerError(
-                        f"rank {self.rank} waited {self.timeout_s:.0f} s for `{name}`: another rank stands still, or "
-                        "acts take longer than world.timeout_s"
-                    ) from None
+                    raise PeerError(too_long(self.timeout_s, f"`{name}`")) from None
         try:
             work.wait()
         except RuntimeError as error:

@@ -78,12 +78,14 @@ def test_a_frozen_mark_grants_nothing_until_all_have_left() -> None:
 
 def test_asks_make_a_mark_at_once_and_are_told_once() -> None:
     here = log(None, 2, 2)
+    say(here, 0, PUSH)
     say(here, 0, {"kind": "ask", "save": True})
     mark = say(here, 0, PUSH)[0][1]["mark"]
-    assert mark["save"] and not mark["stop"] and mark["tokens"] == 0, "what it wanted to push has no ticket"
+    assert mark["save"] and not mark["stop"] and mark["tokens"] == 10, "what it wanted to push has no ticket"
     say(here, 1, {**PUSH, "stop": True})
     for rank in (0, 1):
         say(here, rank, {"kind": "left"})
+    assert say(here, 0, PUSH) == [(0, {"ticket": 2, "committed": 20})], "no mark of nothing: it has no loss, no record"
     again = say(here, 0, PUSH)[0][1]["mark"]
     assert again["stop"] and not again["save"] and again["mark"] == 2, "what was asked in a mark is of the next"
 

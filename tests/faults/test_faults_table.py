@@ -13,6 +13,7 @@ import pytest
 from launch import BATCH, HVDLLM, Job, curve, launch, meddled, records, runs, same_bits, words_of
 
 from hvdllm.checkpoint import read
+from hvdllm.errors import STOPPED
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
@@ -38,7 +39,7 @@ def test_sigterm_twice_is_as_good_as_once(tmp_path: Path) -> None:
         job.signal(signal.SIGTERM)
         time.sleep(0.05)
         job.signal(signal.SIGTERM)
-        assert job.wait().code == 0
+        assert job.wait().code == STOPPED
     assert records(run, "end")[-1]["reason"] == "stop" and len(records(run, "save")) == 1
 
 

@@ -24,6 +24,8 @@ from launch import (
     words_of,
 )
 
+from hvdllm.errors import STOPPED
+
 pytestmark = pytest.mark.ranks
 STEPS = 12
 SAVES = [f"save_every={4 * BATCH}", f"eval_every={4 * BATCH}", "keep=9"]
@@ -144,6 +146,7 @@ def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> Non
         job.until_gone()
     assert records(run, "end")[-1]["reason"] == "stop", done.out
     assert len(records(run, "save")) == 1
+    assert done.code == STOPPED if how == "alone" else done.code != 0
     launch([*HVDLLM, "train", *words], "gloo" if n > 1 else "alone", n)
     assert same_bits(run, tmp_path / "runs" / "b")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from launch import environment
 
-from hvdllm.errors import UserError
+from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import horovodrun, inside, meeting, network, task
 from hvdllm.launch.inside import Allocation
 
@@ -127,31 +127,70 @@ def test_slurms_own_words(text: str, sentence: str) -> None:
     assert inside.said(text) == sentence
 
 
-COMMANDS = {  # stand-ins for Slurm's commands: they note how they were called; srun waits until scancel was
-    "srun": 'echo "srun $*" >>calls; while [ ! -e told ]; do sleep .05; done; exit 3',
+STAND_INS = {  # for Slurm's commands: they note how they were called; srun waits until scancel was
+    "srun": 'echo "srun $*" >>calls; while [ ! -e told ]; do sleep .05; done; {end}',
     "scancel": 'echo "scancel $*" >>calls; touch told',
     "scontrol": 'echo "scontrol $*" >>calls',
 }
+TOLD, AGAIN = ["srun", "scancel --signal=TERM 5_2"], "scontrol requeue 5_2"
+
+
+def in_order(tokens: int) -> str:
+    """How a run ends that has saved."""
+    return f'echo {tokens} >"$HVDLLM_STOP_FILE"; exit {STOPPED}'
+
+
+def a_life(tmp: Path, number: int, end: str) -> tuple[int, str, list[str]]:
+    """Code, output and calls of a job that gets a signal once its ranks run, which then end so."""
+    for name, text in STAND_INS.items():
+        (tmp / name).write_text(f"#!/bin/bash\n{text.replace('{end}', end)}\n")
+        (tmp / name).chmod(0o755)
+    calls = tmp / "calls"
+    for left in (calls, tmp / "told"):
+        left.unlink(missing_ok=True)
+    env: dict[str, Any] = environment(**JOB, **ARRAY)
+    env["PATH"] = f"{tmp}:{env['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hvdllm.launch.inside", "--", "true"], env=env, cwd=tmp, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with process:
+        limit = time.monotonic() + 60
+        while not calls.exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    lines = calls.read_text().splitlines()
+    return process.returncode, out, [line if i else line.split()[0] for i, line in enumerate(lines)]
 
 
 @pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False), (signal.SIGINT, False)])
 def test_a_signal_ends_the_ranks_and_the_limit_queues_again(tmp_path: Path, number: int, again: bool) -> None:
-    for name, text in COMMANDS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    env: dict[str, Any] = environment(**JOB, **ARRAY)
-    env["PATH"] = f"{tmp_path}:{env['PATH']}"
-    calls = tmp_path / "calls"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hvdllm.launch.inside", "--", "true"], env=env, cwd=tmp_path, stdout=subprocess.PIPE
-    )
-    with process:
-        end = time.monotonic() + 60
-        while not calls.exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-    expected = ["srun", "scancel --signal=TERM 5_2", *(["scontrol requeue 5_2"] if again else [])]
-    assert [line if i else line.split()[0] for i, line in enumerate(calls.read_text().splitlines())] == expected
-    assert process.returncode == 3
-    assert (b"queued again" in out) == again
+    code, out, calls = a_life(tmp_path, number, in_order(704))
+    assert calls == [*TOLD, *[AGAIN] * again] and code == STOPPED
+    assert ("queued again" in out) == again
+    assert bool(list(tmp_path.glob(".hvdllm-5_2.stopped"))) == again
+
+
+@pytest.mark.parametrize("end", ["exit 1", "exit 0", f"exit {STOPPED}"])
+def test_what_did_not_stop_in_good_order_is_not_queued_again(tmp_path: Path, end: str) -> None:
+    """Also where an earlier life has: its word is not this one's."""
+    (tmp_path / ".hvdllm-5_2.stopped").write_text("704 0\n")
+    code, _, calls = a_life(tmp_path, signal.SIGUSR1, end)
+    assert calls == TOLD and code == int(end.split()[1])
+    assert not list(tmp_path.glob(".hvdllm-*"))
+
+
+def test_three_lives_without_progress_end_it(tmp_path: Path) -> None:
+    """Seen to catch: an idle life that counts for nothing, one that progress does not make up for."""
+    for tokens in (704, 704, 704, 1408, 1408, 1408):  # at the end of each life
+        life = inside.Life("7", tmp_path)
+        life.path.write_text(f"{tokens}\n")
+        assert life.stopped()
+        life.keep()
+    (tmp_path / ".hvdllm-7.stopped").rename(tmp_path / ".hvdllm-5_2.stopped")
+    code, out, calls = a_life(tmp_path, signal.SIGUSR1, in_order(1408))
+    assert calls == TOLD and code == 1 and "3 lives of this job came no further than 1,408 tokens" in out
+    assert not list(tmp_path.glob(".hvdllm-*"))
+    nothing = inside.Life("7", tmp_path)
+    assert not nothing.stopped(), "nobody said so"

@@ -13,7 +13,7 @@ from launch import BATCH, CURVE, curve, records, words_of
 
 from hvdllm.cli.main import main
 from hvdllm.config.schema import Slurm
-from hvdllm.errors import UserError
+from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import slurm
 from hvdllm.launch.base import Point
 
@@ -103,8 +103,9 @@ def test_before_its_limit_a_run_saves_and_is_queued_again(cluster: slurmd.Cluste
     assert [e["tokens"] for e in records(run, "event") if "resumed" in e["what"]] == [saved["tokens"]]
     cluster.ask("scancel", "--signal=TERM", job)  # its ranks save and stop, and so the job ends
     cluster.ended(job, log)
-    assert cluster.state(job) == "COMPLETED"
+    assert (cluster.state(job), cluster.field(job, "ExitCode")) == ("FAILED", f"{STOPPED}:0")
     assert records(run, "end")[-1]["reason"] == "stop"
+    assert not list(tmp_path.glob(".hvdllm-*")) and not list(Path().glob(".hvdllm-*"))
 
 
 @pytest.mark.thorough

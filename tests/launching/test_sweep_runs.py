@@ -18,6 +18,7 @@ from launch import BATCH, HVDLLM, Job, environment, records, words_of
 
 from hvdllm.bench import lab
 from hvdllm.cli import train
+from hvdllm.errors import STOPPED
 from hvdllm.launch import local
 
 needs_lab = pytest.mark.skipif(lab.missing() is not None, reason=f"the network lab cannot be here: {lab.missing()}")
@@ -195,7 +196,7 @@ def test_ctrl_c_saves_what_runs_begins_no_more_and_the_same_command_goes_on(
         job.signal(signal.SIGINT)
         done = job.wait()
         job.until_gone(10)
-    assert done.code == 0, done.out
+    assert done.code == STOPPED, done.out
     assert "asking what runs to save and to end" in done.out
     (end,) = records(first, "end")
     assert end["reason"] == "stop" and (first / "checkpoints").is_dir() and not second.exists()

@@ -297,6 +297,38 @@ def test_a_batch_of_pushes_is_one_full_step() -> None:
     torch.testing.assert_close(rigs[0].final[0].item(), 1 - 0.25 * tokens / NOMINAL)
 
 
+@pytest.mark.parametrize("servers", [0, 1])
+def test_at_staleness_0_a_report_has_the_norm_of_its_own_clock(servers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last one, and those of a run that was stopped right behind a mark and goes on. Seen to catch: the norm
+    of the clock before, none after a resume, a mark without a push, a step that counts marks."""
+    norms: dict[int, float] = {}
+    clock = Shard._clock
+
+    def noted(self: Shard, letters: list[Any]) -> None:
+        clock(self, letters)
+        norms[self.version] = self.norm  # type: ignore[assignment]
+
+    monkeypatch.setattr(Shard, "_clock", noted)
+    settings, size, clocks = Settings(staleness=0, servers=servers), 3 + servers, 8
+
+    def reports(rig: Any) -> list[Any]:
+        return [
+            *(c.before for c in rig.commits if c.before is not None),
+            *([rig.settled.report] if rig.settled else []),
+        ]
+
+    whole = serve(settings, size, 10**9, optim=PLAIN, asks={(1, clocks): "stop"}, log=1)[0]
+    assert [r.grad_norm for r in reports(whole)] == [norms[3 * k] for k in range(len(whole.commits))]
+    tokens = [c.tokens for c in whole.commits]
+    assert len(set(tokens)) == len(tokens) and [c.step for c in whole.commits] == list(range(1, len(tokens) + 1))
+    asks = {(0, 3): "save"}
+    first = serve(settings, size, 10**9, optim=PLAIN, asks=asks, stop_at=4, log=1, act=1)
+    rest = serve(settings, size, tokens[-1], optim=PLAIN, states=[rig.state for rig in first], log=1)[0]
+    cut = [*reports(first[0]), *reports(rest)]
+    assert [r.grad_norm for r in cut] == [r.grad_norm for r in reports(whole)]
+    assert [c.step for c in (*first[0].commits, *rest.commits)] == [c.step for c in whole.commits]
+
+
 # ------------------------------------------------------------------ asks, delays, other sizes, bad numbers
 KINDS = [(s, k) for s in (0, 2, None) for k in (0, 1)]
 
@@ -368,7 +400,8 @@ def test_it_goes_on_from_a_checkpoint_also_at_another_size(staleness: Any, serve
     assert all(state is not None for state in states)
     left = sum(state.mine["n"] for state, _ in states)
     rigs = serve(settings, new, 300, **how, act=50, states=states, acts=True, log=0)
-    assert rigs[0].commits[0].tokens > begun[0].commits[-1].tokens and rigs[0].commits[0].step == 3
+    last, next_ = begun[0].commits[-1], rigs[0].commits[0]
+    assert next_.tokens > last.tokens and next_.step == last.step + next_.updates
     last = rigs[0].settled
     assert all(torch.equal(rig.final, rigs[0].final) for rig in rigs)
     assert last.dropped >= left if old != new else last.dropped >= 0

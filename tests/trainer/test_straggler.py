@@ -46,7 +46,7 @@ def test_it_is_said_once_and_again_when_it_changes() -> None:
     other = ([4.0, 1.0, 1.0], [0.0, 3.0, 3.0])
     [one.note(*SLOW) for _ in range(RECORDS)]
     said = [one.note(*other) for _ in range(RECORDS)]
-    assert [s[:6] for s in said if s] == ["rank 0"] and one.named == 0
+    assert [s[:6] for s in said if s] == ["rank 2", "rank 0"] and one.named == 0
 
 
 def test_a_stumble_is_no_straggler() -> None:
@@ -57,7 +57,27 @@ def test_a_stumble_is_no_straggler() -> None:
         assert one.note(compute, [4.0 - c for c in compute]) is None
 
 
-def test_two_thirds_are_enough_and_half_is_not() -> None:
+def test_a_rest_now_and_then_is_no_excuse_and_every_second_record_is_chance() -> None:
     one, other = Straggler(), Straggler()
-    assert any([one.note(*(EVEN if k % 3 == 0 else SLOW)) for k in range(20)])
+    assert any([one.note(*(EVEN if k % 9 == 0 else SLOW)) for k in range(20)])
     assert not any([other.note(*(EVEN if k % 2 == 0 else SLOW)) for k in range(20)])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_equal_ranks_with_short_steps_are_never_named(ranks: int, noise: float) -> None:
+    """The slowest keeps the others waiting in nearly every record, now this one and now that. Seen to catch: the count
+    of records alone, which of two ranks names one again and again."""
+    draw, one = random.Random(5), Straggler()
+    for _ in range(2000):
+        compute = [draw.lognormvariate(0, noise) for _ in range(ranks)]
+        assert one.note(compute, [max(compute) - own for own in compute]) is None
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_slow_rank_is_named_through_the_noise_and_once(ranks: int) -> None:
+    draw, one, said = random.Random(6), Straggler(), []
+    for _ in range(200):
+        compute = [(2.0 if rank == 1 else 1.0) * draw.lognormvariate(0, 0.1) for rank in range(ranks)]
+        said.append(one.note(compute, [max(compute) - own for own in compute]))
+    assert [text[:6] for text in said if text] == ["rank 1"] and any(said[:12])

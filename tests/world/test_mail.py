@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -167,3 +170,23 @@ def test_ranks_without_letters_say_so() -> None:
 
     with pytest.raises(UserError, match="know no letters"):
         Bare((0, 2, 0, 2), 1.0).mail()
+
+
+def test_a_library_that_waits_for_ever_is_given_up_with_a_sentence() -> None:
+    """As MPI does at its start, where a rank stands still. Seen to catch: no end, and one where all went well."""
+    code = "from hvdllm.world.mail import at_most; import time\nwith at_most({}, 'the others'): time.sleep({})"
+    done = subprocess.run([sys.executable, "-c", code.format(0.1, 600)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hvdllm: waited 0 s (world.timeout_s) for the others, so ")
+    assert done.stderr.count("\n") == 1
+    assert subprocess.run([sys.executable, "-c", code.format(600, 0)]).returncode == 0
+
+
+def test_gloo_gives_up_after_world_timeout_s_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own it does after 30 s, with a C++ error of the rank that is alive."""
+    hvd = pytest.importorskip("hvdllm.world.hvd")
+    for name in ("GLOO_TIMEOUT_SECONDS", "FUSION_THRESHOLD", "CYCLE_TIME"):
+        monkeypatch.setenv(f"HOROVOD_{name}", "30")
+    hvd.tell_horovod(1800.0, groups=False, fuse=False)
+    assert int(os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]) > 1800
+    hvd.tell_horovod(5.5, groups=False, fuse=False)
+    assert 6 < int(os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]) < 100
