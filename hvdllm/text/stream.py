@@ -99,6 +99,8 @@ class Stream:
         self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
         self._pool: ThreadPoolExecutor | None = None
         self._lanes: dict[int, int] = {}  # lane: windows handed out of it
+        self._rest: list[int] = []  # positions that come first, dealt to the lanes in turn; behind them the lanes
+        self._from = 0  # begin, each at this place of its own
         self._walked: list[int] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -165,8 +167,7 @@ class Stream:
         """(lane, windows handed out of it before, what was loaded) of every `each` windows, without end. rows: which
         positions this rank loads of them, given lane, place and count."""
         if len(self._lanes) < of:
-            # At the start; or more walkers than there were: as many lanes, each as far on as all were on average.
-            self._lanes = dict.fromkeys(range(of), -(-sum(self._lanes.values()) // of))
+            self._add_lanes(of)
         mine = [lane for lane in self._lanes if lane % of == index]
         planned = {lane: self._lanes[lane] for lane in mine}
         self._walked = mine
@@ -199,13 +200,39 @@ class Stream:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def _add_lanes(self, of: int) -> None:
+        """At the start, or where there are more walkers than there were: so many lanes. What the old ones have left
+        below the furthest of them comes first, so that no window is skipped and none is read twice."""
+        old, top = self._lanes, 0
+        if old:
+            top = 1 + max((self._place(lane, at - 1) for lane, at in old.items() if at), default=-1)
+        rest = [place for lane, at in old.items() for place in self._left(lane, at, top)]
+        self._rest, self._from = sorted(rest), -(-top // of)
+        self._rest += range(top, of * self._from)
+        self._lanes = dict.fromkeys(range(of), 0)
+
+    def _left(self, lane: int, at: int, top: int) -> Iterator[int]:
+        """Positions of a lane, from its place `at` on, below `top`."""
+        while (place := self._place(lane, at)) < top:
+            yield place
+            at += 1
+
+    def _place(self, lane: int, at: int) -> int:
+        """Position in the epochs' order of window `at` of a lane."""
+        of = len(self._lanes)
+        first = len(range(lane, len(self._rest), of))  # of the rest
+        return self._rest[lane + of * at] if at < first else lane + of * (self._from + at - first)
+
     def _places(self, lane: int, at: int, count: int) -> np.ndarray:
-        """Positions in the epochs' order of `count` windows of a lane."""
-        return lane + len(self._lanes) * np.arange(at, at + count)
+        return np.array([self._place(lane, k) for k in range(at, at + count)], dtype=np.int64)
 
     def lanes(self) -> dict[str, Any]:
-        """How many lanes there are, and how far on those that this rank walks; {} where it walks none."""
-        return {"of": len(self._lanes), "at": {str(k): self._lanes[k] for k in self._walked}} if self._lanes else {}
+        """How many lanes there are, where they began, and how far on those are that this rank walks; {} where it walks
+        none."""
+        if not self._lanes:
+            return {}
+        begun = {"rest": self._rest, "from": self._from} if self._from or self._rest else {}
+        return {"of": len(self._lanes), "at": {str(k): self._lanes[k] for k in self._walked}, **begun}
 
     def state(self) -> dict[str, int]:
         """Where the stream stands: rounds handed out, and the same place as epoch and window (of so many) in it."""
@@ -227,6 +254,8 @@ class Stream:
         self.position = position
         known = {int(lane): at for each in lanes if each for lane, at in each["at"].items()}
         self._lanes = dict(sorted(known.items()))
+        begun = next((each for each in lanes if "from" in each), {})
+        self._rest, self._from = list(begun.get("rest", [])), int(begun.get("from", 0))
 
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
