@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from hvdllm.cli.flags import settings_only
 from hvdllm.config.compose import compose
+from hvdllm.config.schema import Config
+from hvdllm.text.overlap import RUN
 from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
 
 USAGE = """hvdllm prepare [setting=value ...] [--help]
@@ -30,15 +32,18 @@ def run(words: Sequence[str]) -> int:
     config = compose(settings)
     started = time.perf_counter()
     corpus = prepare(config.text, data_folder(config.data_dir), say=lambda text: print(text, file=sys.stderr))
-    print(table(corpus, time.perf_counter() - started))
+    print(table(corpus, config, time.perf_counter() - started))
     return 0
 
 
-def table(corpus: Corpus, seconds: float) -> str:
+def table(corpus: Corpus, config: Config, seconds: float) -> str:
+    share = corpus.repeated(config.model.context, 0)
+    known = "not known" if share is None else f"{share:.2%} of its windows of {config.model.context} tokens"
     rows = [
         ("folder", str(corpus.folder)),
         ("training", _side(corpus.train_shard)),
         ("validation", _side(corpus.validation_shard)),
+        ("repeated", f"{known} hold {RUN} tokens in a row of the training text"),
         ("vocabulary", f"{corpus.tokenizer.vocab:,} tokens"),
         ("data hash", corpus.data_hash),
         ("tokenizer hash", corpus.tokenizer.hash),

@@ -1,7 +1,9 @@
 """What is read: the documents of a text, in one order, each with the side (training or validation) it is on.
 
 A file is a document, a line of a .jsonl file too. A document of more than 64 KiB is cut into pieces that
-concatenate to it again, so that memory stays bounded and one long book can still be held out in part.
+concatenate to it again, so that memory stays bounded and one long book can still be held out in part. Where it is cut
+depends on the text there alone, so that copies of a part of it, wherever they stand, are cut at the same places and are
+on the same side.
 
 Text is UTF-8; a byte that is not becomes U+FFFD, the replacement character, and nothing else is changed:
 line ends and byte order marks are text.
@@ -26,6 +28,9 @@ from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
+SHORTEST = 1024  # bytes of a piece that ends where its content says
+LOOK = 64  # bytes before the end of a line, which say whether a piece ends there
+ONE_IN = 256  # lines
 READ = (".txt", ".md", ".py", ".jsonl")  # endings, each also followed by .gz
 # Folders of the standard library that hold other people's text, or tests (half of it all, and odd encodings).
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -41,20 +46,27 @@ class Document:
     joins: bool  # goes on where the last document of the same side stopped: no end token between them
 
 
-def documents(text: Text) -> Iterator[Document]:
+def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]:
     """All documents: those of the training text in order, then those of text.validation where it is given.
 
     Without text.validation, a piece is held out when the hash of its content falls under
     text.validation_share; where none does and there are two or more, those with the smallest hash are.
-    A share of 0 holds nothing out. Equal pieces are on the same side.
+    A share of 0 holds nothing out. Equal pieces are on the same side: with text.validation those of the training text
+    that it has too are left out, and `copies` gets their names.
 
     Raises UserError where something cannot be read, naming the file.
     """
     training, validation = sources(text)
     limit = 0 if validation else _limit(text, training)
+    apart = {_hash(piece) for _, _, piece in _pieces(validation, text)}
     where: dict[bool, tuple[str, int]] = {}  # side -> the last piece on it
     for name, number, piece in _pieces(training, text):
-        held_out = _hash(piece) < limit
+        digest = _hash(piece)
+        if digest in apart:
+            if copies is not None:
+                copies.append(name)
+            continue
+        held_out = digest < limit
         yield Document(name, piece, held_out, joins=where.get(held_out) == (name, number - 1))
         where[held_out] = (name, number)
     for name, number, piece in _pieces(validation, text):
@@ -149,8 +161,10 @@ def _limit(text: Text, files: list[Path]) -> int:
 
 
 def _hash(text: str) -> int:
-    """64 bits that depend on the content alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    """64 bits that depend on the content alone, the same on every machine; line ends and blanks at its end, in which
+    copies differ, are not content."""
+    content = text.replace("\r\n", "\n").rstrip() + "\n"
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
 def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]:
@@ -198,17 +212,31 @@ def _field(name: str, line: bytes, column: str) -> bytes:
 
 
 def _cut(stream: BinaryIO) -> Iterator[str]:
-    """Pieces of at most 64 KiB, cut after the last line end in them, or before a character, that concatenate
-    to the whole text."""
-    rest = b""
-    while block := stream.read(PIECE):
-        rest += block
-        while len(rest) > PIECE:
-            at = rest.rfind(b"\n", 0, PIECE) + 1 or _border(rest)
-            yield rest[:at].decode(errors="replace")
-            rest = rest[at:]
-    if rest:
-        yield rest.decode(errors="replace")
+    """The text whole, where it has at most 64 KiB; else in pieces of at most that, which concatenate to it."""
+    rest = stream.read(PIECE + 1)
+    if len(rest) <= PIECE:
+        if rest:
+            yield rest.decode(errors="replace")
+        return
+    while rest:
+        while len(rest) <= PIECE and (block := stream.read(PIECE)):
+            rest += block
+        at = _end(rest)
+        yield rest[:at].decode(errors="replace")
+        rest = rest[at:]
+
+
+def _end(data: bytes) -> int:
+    """Where the piece ends that begins here: behind the first line whose last bytes say so (one in ONE_IN does), else
+    behind the last line end of 64 KiB, or before a character."""
+    at = data.find(b"\n", SHORTEST, PIECE)
+    while at >= 0:
+        if zlib.crc32(data[at + 1 - LOOK : at + 1]) % ONE_IN == 0:
+            return at + 1
+        at = data.find(b"\n", at + 1, PIECE)
+    if len(data) <= PIECE:
+        return len(data)
+    return data.rfind(b"\n", 0, PIECE) + 1 or _border(data)
 
 
 def _border(data: bytes) -> int:

@@ -28,15 +28,19 @@ import tokenizers
 from hvdllm import untrusted
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
+from hvdllm.text import overlap
 from hvdllm.text.corpus import Document, documents, sources, unreadable
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 
-FORMAT = 1
+FORMAT = 2  # 1: pieces of large documents ended at 64 KiB, whatever they held
 MAGIC = b"hvdllm\x00\x01"
 HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
 VERIFY = (
     256 * 2**20
 )  # bytes; a shard up to this size is hashed by every rank (0.1 s at most), a larger by one of a host
+NOTES = "notes.json"  # sentences for a person, beside the shards
+LONGEST = 2**16  # bytes that are read of them
+SEEN = "seen.bits"  # of each place of the validation text: does the run that begins there stand in the training text?
 ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
 
 
@@ -65,11 +69,20 @@ class Corpus:
     train_shard: Shard
     validation_shard: Shard
     notes: list[str]  # one sentence each, for a person
+    seen: np.ndarray | None = None  # text/overlap.py; None: an older version prepared it
 
     @property
     def train_bytes(self) -> int:
         """Bytes of text the training tokens stand for."""
         return self.train_shard.bytes
+
+    def repeated(self, context: int, eval_tokens: int) -> float | None:
+        """Share of the evaluated windows (eval_tokens; 0: all) that hold a run of overlap.RUN tokens which stands in
+        the training text too. None: not known, or nothing to evaluate."""
+        windows = max(0, (len(self.validation) - 1) // context)
+        if eval_tokens:
+            windows = min(windows, max(1, eval_tokens // context))
+        return None if self.seen is None or not windows else overlap.share(self.seen, context, windows)
 
 
 def data_folder(data_dir: str | None) -> Path:
@@ -79,9 +92,12 @@ def data_folder(data_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdllm"
 
 
-def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bool = True) -> Corpus:
+def prepare(
+    text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bool = True, wanted: str | None = None
+) -> Corpus:
     """Opens the prepared text, after preparing it where it is missing. whole: large shards are hashed too, which takes
-    a second for each GB or two; of the ranks of a host one does it.
+    a second for each GB or two; of the ranks of a host one does it. wanted: the data hash of a run that goes on; where
+    an older version has prepared that from these files, it is taken as it is.
 
     Safe to call in several processes at the same time (one prepares, the others wait) and to kill at any moment
     (the next call starts afresh and removes what was left). `say` gets a sentence where it takes time.
@@ -93,7 +109,11 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bo
             raise UserError(f"text.prepared={text.prepared}: no text in {data_dir} has this data hash; give data_dir=")
         return _open(found, text, say, whole)
     recipe = _recipe(text)
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    for older in range(1, FORMAT) if wanted is not None else ():
+        before = data_dir / _key({**recipe, "format": older})
+        if before.is_dir() and find(data_dir, wanted, before.name) is not None:
+            return _open(before, text, say, whole)
+    key = _key(recipe)
     folder = data_dir / key
     if not folder.is_dir():
         try:
@@ -120,9 +140,13 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bo
     return _open(folder, text, say, whole)
 
 
-def find(data_dir: Path, data_hash: str) -> Path | None:
-    """The folder of the prepared text that has this data hash, by the headers of its shards alone."""
-    for folder in sorted(data_dir.glob("*/train.bin")) if data_dir.is_dir() else ():
+def _key(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def find(data_dir: Path, data_hash: str | None, name: str = "*") -> Path | None:
+    """The folder (of this name) of the prepared text that has this data hash, by the headers of its shards alone."""
+    for folder in sorted(data_dir.glob(f"{name}/train.bin")) if data_dir.is_dir() else ():
         with contextlib.suppress(OSError, ValueError, TypeError):
             heads = [_head(folder.with_name(f"{side}.bin")) for side in ("train", "validation")]
             if _data_hash(heads[0].tokenizer, heads) == data_hash:
@@ -234,22 +258,38 @@ def _build(text: Text, part: Path, mode: int) -> None:
     else:
         tokenizer = Tokenizer.load(_users(text))
     tokenizer.save(part / "tokenizer.json")
+    copies: list[str] = []
     with _Writer(part / "train.bin", tokenizer) as train, _Writer(part / "validation.bin", tokenizer) as validation:
-        for batch in _batches(documents(text)):
+        for batch in _batches(documents(text, copies)):
             for each, ids in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
                 (validation if each.held_out else train).add(each, ids)
         if train.tokens == 0:
-            raise UserError(
-                "all of the text is held out for validation: lower text.validation_share, or set text.validation"
-                if validation.tokens
-                else "the text is empty: text.path names files without a character"
-            )
+            raise UserError(everything_held_out(text) if validation.tokens else EMPTY)
+    notes = [copies_note(copies)] if copies else []
+    (part / NOTES).write_text(json.dumps(notes))
+    sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
+    np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
     for file in part.iterdir():
         mode &= file.stat().st_mode  # as the user's umask made it
         file.chmod(mode)
         _sync(file)
     part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read may enter
     _sync(part)
+
+
+EMPTY = "the text is empty: text.path names files without a character"
+
+
+def everything_held_out(text: Text) -> str:
+    if text.validation is not None:
+        return "text.path names nothing but the text of text.validation: give it other text to train on"
+    return "all of the text is held out for validation: lower text.validation_share, or set text.validation"
+
+
+def copies_note(names: list[str]) -> str:
+    files = list(dict.fromkeys(names))
+    what = f"{files[0]} has" if len(files) == 1 else f"{len(files)} documents of text.path, first {files[0]}, have"
+    return f"{what} text that text.validation has too; it was left out of the training text"
 
 
 def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
@@ -326,7 +366,7 @@ def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> 
         say(f"comparing the prepared text with its sums, {size / 1e9:.1f} GB")
     train, train_shard = open_shard(folder / "train.bin", tokenizer, whole)
     validation, validation_shard = open_shard(folder / "validation.bin", tokenizer, whole)
-    notes = []
+    notes = _notes(folder / NOTES)
     if text.tokenizer == "bpe" and tokenizer.vocab < text.vocab:
         notes.append(f"the text yields {tokenizer.vocab:,} tokens, fewer than the {text.vocab:,} of text.vocab")
     if validation_shard.tokens == 0:
@@ -340,7 +380,27 @@ def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> 
         train_shard,
         validation_shard,
         notes,
+        _seen(folder / SEEN, len(validation)),
     )
+
+
+def _notes(path: Path) -> list[str]:
+    """What was found when the text was prepared; nothing where an older version did it."""
+    try:
+        found = untrusted.read_json(path, LONGEST)
+    except (OSError, untrusted.Unfit):
+        return []
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def _seen(path: Path, tokens: int) -> np.ndarray | None:
+    """bool [places], as overlap.repeated made it; None where an older version prepared the text."""
+    places = max(0, min(tokens, overlap.MOST) - overlap.RUN + 1)
+    try:
+        bits = np.frombuffer(untrusted.read(path, overlap.MOST // 8 + 1), dtype=np.uint8)
+    except (OSError, untrusted.Unfit):
+        return None
+    return np.unpackbits(bits)[:places].astype(bool)
 
 
 def open_shard(path: Path, tokenizer: Tokenizer, whole: bool = True) -> tuple[np.ndarray, Shard]:

@@ -39,7 +39,7 @@ from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.runs import Folder, new_name
-from hvdllm.text import shards
+from hvdllm.text import overlap, shards
 from hvdllm.text.shards import Corpus
 from hvdllm.text.stream import Stream, validation
 from hvdllm.text.tokenize import Tokenizer
@@ -95,7 +95,7 @@ def live(
     """One life of a run, from its objects to its end."""
     device = agreed_device(config, world)
     agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
-    corpus = agreed_corpus(config, world, show)
+    corpus = agreed_corpus(config, start, world, show)
     agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
@@ -137,7 +137,7 @@ def live(
     )  # fmt: skip
     hosts = account.hosts(device, world)
     module = paced(config, module, loss, hosts, device, world)
-    notes = [*corpus.notes, *clients_without_text(config, stream)]
+    notes = [*corpus.notes, *repeated_text(config, corpus), *clients_without_text(config, stream)]
     if resumed is not None:
         assert checkpoint is not None
         with read.fitting(checkpoint):
@@ -274,14 +274,14 @@ def agreed_room(config: Config, vocab: int, device: torch.device, world: World) 
     world.agree(problem, f"start.room.{int(vocab != LEAST_VOCAB)}")
 
 
-def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
+def agreed_corpus(config: Config, start: Start, world: World, show: Show) -> Corpus:
     """The prepared text, the same on all ranks. The first rank of each host prepares what is missing."""
     where = shards.data_folder(config.data_dir)
     corpus, problem = None, None
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
             try:
-                corpus = shards.prepare(config.text, where, say=show.say, whole=turn)
+                corpus = shards.prepare(config.text, where, say=show.say, whole=turn, wanted=start.data_hash)
                 check_corpus(config, corpus)
             except UserError as error:
                 problem = str(error)
@@ -293,6 +293,17 @@ def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
             "once into a data_dir that all hosts share, or give all hosts the same files"
         )
     return corpus
+
+
+def repeated_text(config: Config, corpus: Corpus) -> list[str]:
+    """A sentence, where it is known and anything is evaluated."""
+    share = corpus.repeated(config.model.context, config.eval_tokens) if config.eval_every else None
+    if not share:
+        return []
+    return [
+        f"{share:.1%} of the evaluated windows hold {overlap.RUN} tokens in a row that the training text has too: what "
+        "was learnt by heart lowers the validation loss there"
+    ]
 
 
 def check_corpus(config: Config, corpus: Corpus) -> None:
@@ -469,6 +480,7 @@ def open_folder(
             "slurm": account.slurm(),
             "link": account.link(),
             "data_hash": corpus.data_hash,
+            "validation_repeated": corpus.repeated(config.model.context, config.eval_tokens),
             "tokenizer_hash": corpus.tokenizer.hash,
             "parameters": size.count_parameters(config.model, vocab),
             "flops_per_token": size.flops_per_token(config.model, vocab),
