@@ -38,7 +38,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, untrusted.Unfit) as error:
         raise UserError(f"checkpoint {path} cannot be read: state.json {error}") from None
     shared = values.get("shared") if isinstance(values, dict) else None
-    if not isinstance(shared, dict) or not isinstance(values.get("mine"), list):
+    mine = values.get("mine") if isinstance(values, dict) else None
+    if not isinstance(shared, dict) or not (isinstance(mine, list) and mine):
         raise UserError(f"checkpoint {path} cannot be read: state.json holds no state of a run")
     return dict(values)
 
@@ -47,10 +48,23 @@ def read_run(path: Path) -> dict[str, Any]:
     """state.json of a whole checkpoint, with all that a run needs to go on. Raises UserError."""
     values = read_state(path)
     tokens_of(values, path)
-    for key, kind in OF_A_RUN.items():
-        if not isinstance(values.get(key), kind):
-            raise UserError(f"checkpoint {path} cannot be gone on from: its state has no `{key}`")
+    numbers = {f"shared.{key}": values["shared"].get(key) for key in ("step", "round", "steps")}
+    odd = next((key for key, number in numbers.items() if not isinstance(number, int | None)), None)
+    odd = odd or next((key for key, kind in OF_A_RUN.items() if not isinstance(values.get(key), kind)), None)
+    if odd is not None:
+        raise UserError(f"checkpoint {path} cannot be gone on from: its state has no `{odd}`")
     return values
+
+
+def alike(ours: Any, theirs: Any) -> bool:
+    """Has a plain value the form of ours: numbers, texts, lists and groups of values at the same places? A None of ours
+    is like anything; what only one of them names, another version may have."""
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and all(alike(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+    if ours is None or theirs is None:
+        return True
+    numbers = (int, float)
+    return isinstance(theirs, type(ours)) or (isinstance(ours, numbers) and isinstance(theirs, numbers))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hvdllm import untrusted
 from hvdllm.errors import RunError, UserError
 
 ANSWER_S = 10.0  # that a server may take to accept a connection
@@ -41,8 +42,17 @@ def run(argv: list[str]) -> int:
 def lives(folder: Path) -> list[Path]:
     """W&B's folders of a run, one for each time it was started, in that order. Runs that were online may have lost the
     server on their way."""
-    found = [path.parent for path in folder.glob("wandb/*run-*/run-*.wandb")]
+    found = [path.parent for path in folder.resolve().glob("wandb/*run-*/run-*.wandb") if _is_ours(path, folder)]
     return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
+
+
+def _is_ours(path: Path, folder: Path) -> bool:
+    """A file of this folder: a stranger's may have links to anything, which would be sent."""
+    try:
+        untrusted.opened(path, folder).close()
+    except (OSError, untrusted.Unfit):
+        return False
+    return True
 
 
 def server() -> str:

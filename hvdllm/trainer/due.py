@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from hvdllm.checkpoint import write
+from hvdllm.checkpoint.read import alike
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Exchange, Report, Settled, Update
@@ -341,6 +342,10 @@ class Due:
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where it is none of state()."""
+        pending = state["pending"] or {}
+        if not alike(self.state(), state) or not all(isinstance(each, int | float) for each in pending.values()):
+            raise ValueError("what is due is not said in the form of this version")
         self.tokens, self.step, self.pending = state["tokens"], state["step"], state["pending"]
         known = {each.name for each in fields(Window)}  # an older version's window had others
         self.window = Window(**{name: value for name, value in state["window"].items() if name in known})

@@ -205,6 +205,32 @@ def test_tensors_of_another_kind_are_refused(run: Path, change: object, says: st
     assert re.search(says, refused(lambda: restore(run, None, lambda said: None)))
 
 
+# ------------------------------------------------------------------ a state that fits its sum and nothing else
+STATES: list[tuple[str, object]] = [
+    *[("shared", None), ("shared.tokens", "many"), ("shared.tokens", None), ("shared.step", []), ("shared", [1])],
+    *[("mine", {}), ("mine", [3]), ("mine", []), ("horizon", "x"), ("horizon", None), ("data_hash", 3), ("kinds", 3)],
+    *[("kinds", ["model", "m", "evil"]), ("kinds", [3]), ("stream", {}), ("stream.epoch", "x"), ("stream", None)],
+    *[("due", {}), ("due.window", 3), ("due.tokens", "x"), ("due.pending", 7), ("due.last_eval", {"a": 1})],
+    *[("seconds", "x"), ("due.straggler", {"seen": 3}), ("due.last_record", None)],
+]
+
+
+@pytest.mark.parametrize(("key", "value"), STATES)
+def test_a_state_of_another_form_is_refused(run: Path, key: str, value: object) -> None:
+    step = whole.steps(run)[-1]
+    state = json.loads((step / "state.json").read_text())
+    inner, names = state, key.split(".")
+    for name in names[:-1]:
+        inner = inner[name]
+    inner[names[-1]] = value
+    (step / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = sums.of_file(step / "state.json")
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    words = ["train", f"resume={run}", "budget_tokens=1024", *TINY[-2:], f"data_dir={run}/../data"]
+    assert main.main(words) == 2
+
+
 # ------------------------------------------------------------------ which checkpoints are whole
 def save(folder: Path, step: int, keep: int) -> None:
     flat = Flat(nn.Linear(3, 2), 1, 1)
