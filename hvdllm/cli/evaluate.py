@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+
+from hvdllm.config.paths import argument
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
-    parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
     parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
@@ -27,8 +28,10 @@ def run(argv: list[str]) -> int:
         print(text, file=sys.stderr)
 
     found = restore(given.run, given.step, say)
-    corpus = shards.prepare(found.config.text, shards.data_folder(given.data_dir or found.config.data_dir), say=say)
+    where = shards.data_folder(given.data_dir or found.config.data_dir)
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
+    corpus = shards.prepared(where, trained, found.config.text) if isinstance(trained, str) else None
+    corpus = corpus or shards.prepare(found.config.text, where, say=say)
     if trained not in (None, corpus.data_hash):
         raise UserError(
             f"the text here is not the one {given.run} was trained on (text=stdlib differs between Python versions): "

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hvdllm.config.paths import argument
 from hvdllm.errors import UserError
 
 EXAMPLES = """examples:
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs or sweeps, or patterns")
     parser.add_argument("--target-loss", type=float, help="validation loss to reach (the best that all runs reached)")
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"),
+        "--out", type=argument, default=Path("report.html"),
         help="report.html (all in one file), report.md (tables), or .png, .svg (pictures: report-loss.png, ...)",
     )  # fmt: skip
     parser.add_argument("--by", default="", help="settings that are compared (exchange and wire, where they differ)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from pathlib import Path
 
 from hvdllm.config import pace
 from hvdllm.config.bounds import outer_rate_below
 from hvdllm.config.composition import group_size, ranks, refusal, transport
+from hvdllm.config.paths import check_name, path_of, short
 from hvdllm.config.schema import (
     Acco,
     Config,
@@ -67,12 +69,7 @@ def check(config: Config, place: Place) -> None:
         raise UserError("the shares of the schedule (warmup, decay) add up to more than its horizon: lower one of them")
     if isinstance(schedule, (Cosine, WarmupStableDecay)) and schedule.floor > 1:
         raise UserError(f"schedule.floor={schedule.floor} is above the peak: give a share between 0 and 1")
-    if config.name is not None and (
-        config.name in ("", ".", "..") or "/" in config.name or config.name.startswith(".")
-    ):
-        raise UserError(
-            f"name={config.name!r} is not the name of a folder: no slashes and no leading dot; see runs_dir"
-        )
+    check_paths(config)
     if not 0 < getattr(config.wire, "density", 1) <= 1:
         raise UserError(f"wire.density={config.wire.density} must lie between 0 and 1")
     if getattr(config.wire, "momentum", 0) >= 1:
@@ -84,6 +81,21 @@ def check(config: Config, place: Place) -> None:
     if config.trace_steps is not None:
         parse_steps(config.trace_steps)
     check_track(config)
+
+
+def check_paths(config: Config) -> None:
+    """Raises UserError for a name or a path that no file system could take."""
+    if config.name is not None:
+        check_name(config.name, "name")
+        path_of(str(Path(config.runs_dir) / config.name / "checkpoints"), "runs_dir=")
+    several = {"text.path": getattr(config.text, "path", None), "text.validation": config.text.validation}
+    paths = [(key, path) for key, value in several.items() for path in (value if isinstance(value, list) else [value])]
+    paths += [("runs_dir", config.runs_dir), ("data_dir", config.data_dir), ("init_from", config.init_from)]
+    paths += [("text.tokenizer", config.text.tokenizer)] * (config.text.tokenizer not in ("bytes", "bpe"))
+    paths += [("resume", config.resume)] * (config.resume not in ("auto", "never", "must"))
+    for key, path in paths:
+        if path is not None:
+            path_of(path, f"{key}=")
 
 
 def check_track(config: Config) -> None:
@@ -99,8 +111,15 @@ def check_track(config: Config) -> None:
         (isinstance(tags, str) and tags) or (isinstance(tags, list) and all(isinstance(t, str) and t for t in tags))
     ):
         raise UserError(f"track.tags={tags} is neither a tag nor a list of tags: give words, such as [baseline,night]")
-    if isinstance(config.track, Wandb) and not config.track.project:
-        raise UserError("track.project is empty: give the name of a project")
+    if isinstance(config.track, Wandb):
+        if not config.track.project:
+            raise UserError("track.project is empty: give the name of a project")
+        for key, most in (("project", 128), ("entity", 128), ("group", 128)):
+            text = getattr(config.track, key) or ""
+            if len(text) > most or re.search(r"[/\\#?%:\x00-\x1f]", text):
+                raise UserError(
+                    f"track.{key}={short(text)!r}: W&B takes at most {most} letters, and none of / \\ # ? % :"
+                )
 
 
 def parse_steps(text: str) -> tuple[int, int]:

@@ -45,7 +45,7 @@ from types import FrameType
 
 from hvdllm.errors import RunError, UserError
 from hvdllm.launch import horovodrun, local, network
-from hvdllm.launch.base import STOP_FILE
+from hvdllm.launch.base import PYTHON, STOP_FILE, found
 from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
@@ -205,13 +205,13 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
     env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **interfaces(interface)}
     life = Life(here.job, Path(os.environ.get("SLURM_SUBMIT_DIR") or "."))
-    env[STOP_FILE] = str(life.path)
+    env |= {STOP_FILE: str(life.path), **found()}
     with contextlib.ExitStack() as stack:
         if how == "srun":
             words = by_srun(here, "pmix", command)
         elif how == "gloo":
             port, address = stack.enter_context(meeting_point(here, interface))
-            task = [sys.executable, "-m", "hvdllm.launch.task", port, address, "--"]
+            task = [*PYTHON, "hvdllm.launch.task", port, address, "--"]
             words = by_srun(here, "none", [*task, *command])
         else:
             words = by_horovodrun(here, hosts_of(here), interface, command)

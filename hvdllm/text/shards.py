@@ -27,13 +27,16 @@ import tokenizers
 
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
-from hvdllm.text.corpus import Document, documents, sources, unreadable
+from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 
 FORMAT = 1
 MAGIC = b"hvdllm\x00\x01"
 HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
 VERIFY = 256 * 2**20  # bytes; a shard up to this size is hashed at every open (0.1 s at most), size and header always
+NOTES = "notes.json"  # sentences for a person, beside the shards
+LONGEST = 2**16  # bytes that are read of them
+LOOKED = 2**20  # bytes of text in which a tokenizer of the user's is checked
 ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
 
 
@@ -48,6 +51,7 @@ class Shard:
     vocab: int
     tokenizer: str  # hash of its tokenizer.json
     content: str  # sha256 of the tokens
+    spelled: int | None = None  # bytes that its tokens stand for; not of text that an older version prepared
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,32 @@ def prepare(text: Text, data_dir: Path, *, say: Callable[[str], None]) -> Corpus
                 "make room there, or choose another folder with data_dir=…"
             ) from None
     return _open(folder, text)
+
+
+def prepared(data_dir: Path, data_hash: str, text: Text) -> Corpus | None:
+    """The prepared text of this hash, wherever its files were, if it lies in data_dir; None where it does not."""
+    for folder in sorted(path.parent for path in data_dir.glob("*/train.bin")):
+        try:
+            said = [_header(folder / f"{name}.bin").content for name in ("train", "validation")]
+            if _joined([Tokenizer.load(folder / "tokenizer.json").hash, *said]) == data_hash:
+                return _open(folder, text)
+        except (OSError, TypeError, ValueError, RecursionError, UserError):  # a damaged one is another's affair
+            continue
+    return None
+
+
+def _joined(hashes: list[str]) -> str:
+    """One hash of the tokenizer's and the shards'."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _header(path: Path) -> Shard:
+    """Raises ValueError or TypeError where the file does not begin like a shard, OSError where it cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(HEADER)
+    if not data.startswith(MAGIC):
+        raise ValueError("it does not begin like a token file of this version")
+    return Shard(**json.loads(data[len(MAGIC) :]))
 
 
 def _recipe(text: Text) -> dict[str, Any]:
@@ -188,19 +218,55 @@ def _build(text: Text, part: Path) -> None:
     else:
         tokenizer = Tokenizer.load(_users(text))
     tokenizer.save(part / "tokenizer.json")
+    notes = [note] if (note := encoding_note(text)) else []
+    lost = Lost(tokenizer)
     with _Writer(part / "train.bin", tokenizer) as train, _Writer(part / "validation.bin", tokenizer) as validation:
         for batch in _batches(documents(text)):
             for each, ids in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
                 (validation if each.held_out else train).add(each, ids)
+                lost.look(each, ids)
         if train.tokens == 0:
             raise UserError(
-                "all of the text is held out for validation: lower text.validation_share, or set text.validation"
+                everything_held_out(text)
                 if validation.tokens
                 else "the text is empty: text.path names files without a character"
             )
+    notes += [note] if (note := lost.note()) else []
+    (part / NOTES).write_text(json.dumps(notes))
     for file in part.iterdir():
         _sync(file)
     _sync(part)
+
+
+def everything_held_out(text: Text) -> str:
+    if text.validation is not None:
+        return "text.path names nothing but the text of text.validation: give it other text to train on"
+    return "all of the text is held out for validation: lower text.validation_share, or set text.validation"
+
+
+class Lost:
+    """Does a tokenizer of the user's keep the text? LOOKED bytes of it are spelled and read again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.bytes, self.spelled = tokenizer, 0, 0
+        self.first: str | None = None
+
+    def look(self, document: Document, ids: np.ndarray) -> None:
+        if self.bytes > LOOKED or self.tokenizer.exact:
+            return
+        self.bytes += len(document.text.encode())
+        self.spelled += int(self.tokenizer.token_bytes[ids].sum())
+        if self.first is None and self.tokenizer.decode(ids).strip() != document.text.strip():
+            self.first = document.name
+
+    def note(self) -> str | None:
+        if self.first is None:
+            return None
+        share = f"its tokens stand for {self.spelled / max(self.bytes, 1):.1%} of the bytes, and "
+        return (
+            f"the tokenizer loses or changes text: {share if self.spelled < self.bytes else ''}{self.first} does not "
+            "come back as it was (letters that it does not know, lower case, a normal form?)"
+        )
 
 
 def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
@@ -226,7 +292,7 @@ class _Writer:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
         self._hash = hashlib.sha256()
-        self.tokens = self._bytes = self._documents = 0
+        self.tokens = self._bytes = self._documents = self._spelled = 0
 
     def __enter__(self) -> _Writer:
         return self
@@ -238,6 +304,7 @@ class _Writer:
             self._documents += 1
         self._write(ids)
         self._bytes += len(document.text.encode())
+        self._spelled += int(self._tokenizer.token_bytes[ids].sum())
 
     def _write(self, ids: np.ndarray) -> None:
         data = ids.astype(self._dtype).tobytes()
@@ -254,6 +321,7 @@ class _Writer:
             self._tokenizer.vocab,
             self._tokenizer.hash,
             self._hash.hexdigest(),
+            self._spelled,
         )
         with self._file as file:
             file.seek(0)
@@ -275,7 +343,7 @@ def _open(folder: Path, text: Text) -> Corpus:
     train, train_shard = open_shard(folder / "train.bin", tokenizer)
     validation, validation_shard = open_shard(folder / "validation.bin", tokenizer)
     hashes = [tokenizer.hash, train_shard.content, validation_shard.content]
-    notes = []
+    notes = _notes(folder / NOTES)
     if text.tokenizer == "bpe" and tokenizer.vocab < text.vocab:
         notes.append(f"the text yields {tokenizer.vocab:,} tokens, fewer than the {text.vocab:,} of text.vocab")
     if validation_shard.tokens == 0:
@@ -285,11 +353,21 @@ def _open(folder: Path, text: Text) -> Corpus:
         train,
         validation,
         tokenizer,
-        hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
+        _joined(hashes),
         train_shard,
         validation_shard,
         notes,
     )
+
+
+def _notes(path: Path) -> list[str]:
+    """What was found when the text was prepared; nothing where an older version did it."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(LONGEST))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
 
 def open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, Shard]:
@@ -300,9 +378,7 @@ def open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, Shard]:
     """
     try:
         data = np.asarray(np.memmap(path, np.uint8, "r"))  # np.memmap is slow to slice; its map lives on in .base
-        if data[: len(MAGIC)].tobytes() != MAGIC:
-            raise ValueError("it does not begin like a token file of this version")
-        shard = Shard(**json.loads(data[len(MAGIC) : HEADER].tobytes()))
+        shard = _header(path)
         dtype = np.dtype(shard.dtype)
         if len(data) != HEADER + shard.tokens * dtype.itemsize:
             raise ValueError(f"its header promises {shard.tokens:,} tokens, its size is {len(data):,} bytes")

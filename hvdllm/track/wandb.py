@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class Tracker:
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
         if self.run.offline:
-            self.say(f"W&B has an offline run: `hvdllm track sync {self.folder}` sends it to the server")
+            folder = shlex.quote(str(self.folder))
+            self.say(f"W&B has an offline run: `hvdllm track sync {folder}` sends it to the server")
 
     def _start(self, config: Config) -> Any:
         """Online or, where that is allowed, offline with a sentence. Raises Refused."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,16 @@ from typing import Any
 from hvdllm import lock, runs
 from hvdllm.checkpoint import read
 from hvdllm.config import compose
+from hvdllm.config.paths import path_of
 from hvdllm.config.schema import Config
+from hvdllm.config.words import last, of
 from hvdllm.errors import UserError
 
 # What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
     "log_every", "audit_every", "trace_steps", "keep", "world", "device", "launch", "track",
+    "text.path", "text.validation",  # where the text lies: whether it is the same its hash says
 )  # fmt: skip
 
 
@@ -37,17 +39,17 @@ def with_run(words: list[str]) -> list[str]:
 
     Raises UserError where RUN is no folder of a run.
     """
-    given = next((word.partition("=")[2] for word in reversed(words) if word.startswith("resume=")), "auto")
+    given = last(words, "resume", "auto")
     if given in ("auto", "never", "must"):
         return words
-    folder = Path(given).expanduser()
+    folder = path_of(given, "resume=")
     first = next((r for r in runs.records(folder) if r.get("kind") == "run"), None)
     if first is None:
         raise UserError(
             f"resume={given}: that is not the folder of a run (it needs a metrics.jsonl that says how the run was "
             "started); give auto, never, must or the path of a run"
         )
-    where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
+    where = [of("name", folder.name), of("runs_dir", str(folder.parent))]
     return compose.merged(first.get("overrides", []), [*words, *where])
 
 
@@ -99,7 +101,8 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         for key, value in values.items():
             if key not in MAY_DIFFER:
                 inner = value if isinstance(value, dict) else {"": value}
-                out |= {f"{key}.{k}".rstrip("."): v for k, v in inner.items()}
+                each = {f"{key}.{k}".rstrip("."): v for k, v in inner.items()}
+                out |= {k: v for k, v in each.items() if k not in MAY_DIFFER}
         return out
 
     # The horizon is stored with the run: where it was left to the budget, the first budget counts for ever.
@@ -109,6 +112,6 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(
             f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name "
-            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders, world, device, launch and track may "
-            "differ"
+            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders (also of the text), world, device, "
+            "launch and track may differ"
         )

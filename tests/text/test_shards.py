@@ -79,7 +79,8 @@ def test_the_tokens_are_a_memory_map(books: Path, tmp_path: Path) -> None:
     corpus = prepare(settings(books), tmp_path / "data", say=SILENT)
     assert corpus.train.dtype == np.uint16 and not corpus.train.flags.writeable and not corpus.train.flags.owndata
     assert corpus.folder.parent == tmp_path / "data"
-    assert sorted(file.name for file in corpus.folder.iterdir()) == ["tokenizer.json", "train.bin", "validation.bin"]
+    names = ["notes.json", "tokenizer.json", "train.bin", "validation.bin"]
+    assert sorted(file.name for file in corpus.folder.iterdir()) == names
     assert Tokenizer.load(corpus.folder / "tokenizer.json").hash == corpus.tokenizer.hash
 
 
