@@ -65,8 +65,9 @@ def guarded() -> Iterator[None]:
             sys.stderr = before[1]
 
 
-def console(**settings: Any) -> Any:
-    """A console of rich on standard output, which cleans what it is given before it adds colours and movements."""
+def console(out: Any = None, **settings: Any) -> Any:
+    """A console of rich on standard output (or `out`), which cleans what it is given before it adds colours and
+    movements."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -77,4 +78,4 @@ def console(**settings: Any) -> Any:
             )
 
     behind = sys.stdout.behind if isinstance(sys.stdout, Guarded) else sys.stdout
-    return Cleaned(file=behind, **settings)
+    return Cleaned(file=out or behind, **settings)

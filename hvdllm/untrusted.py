@@ -80,7 +80,9 @@ def parsed(text: bytes | str) -> Any:
     """The value of a JSON text. Raises Unfit."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise Unfit("is nested too deeply") from None
+    except ValueError as error:
         raise Unfit(f"is not JSON ({_brief(error)})") from None
     data = text.encode() if isinstance(text, str) else text
     if data.count(b"[") + data.count(b"{") > DEPTH:

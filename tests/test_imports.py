@@ -13,16 +13,27 @@ FILES = {
 }
 # room: what it may import of hvdllm, besides errors, screen, sums, untrusted, config.schema and itself
 MAY = {
-    "text": (),
+    "text": ("config.paths",),
     "models": (),
     "config": ("models.size", "world.detect"),  # both without torch
     "world": ("device",),
     "exchange": ("world", "device"),
     "optim": ("device",),
     "checkpoint": ("exchange.base", "trainer.flat", "world.base", "runs"),
-    "trainer": ("exchange.base", "world", "device", "runs", "lock", "checkpoint", "config.compose", "text.shards"),
-    "report": (),  # reads folders that this version may not have written
-    "launch": ("config", "runs", "world.detect", "trainer.resume", "bench.lab", "bench.group", "device"),
+    "trainer": (
+        "exchange.base",
+        "world",
+        "device",
+        "runs",
+        "lock",
+        "checkpoint",
+        "config.compose",
+        "config.paths",
+        "config.words",
+        "text.shards",
+    ),
+    "report": ("canvas",),  # reads folders that this version may not have written
+    "launch": ("config", "runs", "lock", "world.detect", "trainer.resume", "bench.lab", "bench.group", "device"),
     "track": ("config.compose", "runs"),
     "bench": ("",),
     "cli": ("",),

@@ -96,7 +96,7 @@ def test_it_trains_where_there_is_no_horovod(hvdllm: str, tmp_path: Path) -> Non
     python = str(Path(hvdllm).with_name("python"))
     absent = "import importlib.util as u; print([n for n in ('horovod', 'mpi4py', 'transformers') if u.find_spec(n)])"
     assert call(python, "-c", absent, cwd=tmp_path) == "[]\n"
-    assert "budget_tokens" in call(hvdllm, "train", "--help", cwd=tmp_path)
+    assert "budget_tokens" in call(hvdllm, "train", "--help", "all", cwd=tmp_path)
 
     text = tmp_path / "text"
     text.mkdir()

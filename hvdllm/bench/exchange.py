@@ -35,7 +35,9 @@ from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose, pace
 from hvdllm.config.check import check
 from hvdllm.config.schema import FedAvg, LocalRounds, StreamingDiLoCo
+from hvdllm.config.words import expand, value_of
 from hvdllm.errors import UserError
+from hvdllm.launch.base import PYTHON
 from hvdllm.launch.horovodrun import mpi, starter
 from hvdllm.world.detect import Place
 
@@ -129,7 +131,8 @@ def cases(asked: Asked) -> list[Case]:
 
 def split_item(text: str) -> list[str]:
     """`acco+exchange.timed=true` as [acco, exchange.timed=true]; a plus inside a number is none of ours."""
-    parts = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    first, *more = expand(f"exchange={text}")
+    parts = [value_of(first), *more]
     if not re.fullmatch(r"\w+", parts[0]):
         raise UserError(
             f"--exchanges {text}: names with commas between, each with settings after a plus: acco+exchange.timed=true"
@@ -206,7 +209,7 @@ def place_of(case: Case, asked: Asked) -> Place:
 
 def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> list[list[str]]:
     """The processes to start: one launcher for ranks that know each other, one process a rank for those that do not."""
-    rank = [sys.executable, "-m", "hvdllm", "bench", "rank", str(spec)]
+    rank = [*PYTHON, "hvdllm", "bench", "rank", str(spec)]
     places = spread(asked.ranks, asked.hosts if network else 1)
     if case.kind == "alone":
         homes = [k for k, count in enumerate(places) for _ in range(count)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdllm.bench.lab import held
+from hvdllm.launch.base import found
 
 GRACE_S = 8.0  # seconds between SIGTERM and SIGKILL: horovodrun takes 5 to end its ranks
 FOREIGN = ("HOROVOD_", "OMPI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "OMP_")  # what another launcher left in here
@@ -28,7 +29,7 @@ class Ended:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, without what would tell a rank that another launcher started it."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)} | more
+    return {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)} | found() | more
 
 
 def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, limit_s: float) -> Ended:

@@ -137,7 +137,7 @@ class Lab:
             script.write_text(stand_in(self.hosts))
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
             for host in self.hosts:
-                do(self.inside(host, [sys.executable, "-m", "hvdllm.bench.lab", INTERFACE]))
+                do(self.inside(host, [sys.executable, "-P", "-m", "hvdllm.bench.lab", INTERFACE]))
 
     def inside(self, host: Host, command: Sequence[str]) -> list[str]:
         """The command, run on that host."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
 from hvdllm.report.draw import check_file
 
@@ -16,7 +17,7 @@ COMPUTE, HIDDEN, BLOCKED, REST, INK = "#4c78a8", "#9ecae9", "#e45756", "#bab0ac"
 def check(path: Path) -> None:
     """Raises UserError, before anything is measured, where the picture could not be made."""
     try:
-        import matplotlib  # noqa: F401 - imported only when a picture is asked for
+        pyplot()  # imported only when a picture is asked for
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from None
     check_file("--plot", path, KINDS)
@@ -47,14 +48,10 @@ def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Raises UserError where the file cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = bars(figures)
     labels, parts = [row[0] for row in rows], list(zip(*(row[1:] for row in rows), strict=True))
-    figure, axes = pyplot.subplots(figsize=(8.6, 1.7 + 0.46 * len(rows)), layout="constrained")
+    plain = pyplot()
+    figure, axes = plain.subplots(figsize=(8.6, 1.7 + 0.46 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
     names = ("compute", "compute while gradients travel", "blocked: waits for gradients", "rest: launching, updating")
     for name, colour, values in zip(names, (COMPUTE, HIDDEN, BLOCKED, REST), parts or [()] * 4, strict=True):
@@ -82,7 +79,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     except OSError as error:
         raise UserError(f"--plot {path} cannot be written ({error.strerror}): name another file") from None
     finally:
-        pyplot.close(figure)
+        plain.close(figure)
 
 
 def note(figures: dict[str, Any], label: str) -> str:

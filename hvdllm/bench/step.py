@@ -31,11 +31,16 @@ from hvdllm.trainer.build import bucket_bytes, build_model, make_stream
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.single import SingleWorld
 
+EVERY_S = 5.0
+
 
 def measure(
-    config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float
-) -> dict[str, Any]:
-    """Figures of both sides: tokens per second, the optimizer's own milliseconds, and the paired ratio."""
+    config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of both sides: tokens per second, the optimizer's own milliseconds, and the paired ratio. say: gets a
+    sentence every EVERY_S of what is known so far."""
+    say(f"measuring for at most {seconds:.0f} s, in turns of four steps")
     ours, our_update = our_step(config, corpus, device)
     plain, plain_update = plain_step(config, corpus, device)
     block = 4
@@ -43,7 +48,8 @@ def measure(
         timed(ours, block, device)
         timed(plain, block, device)
     pairs: list[tuple[float, float]] = []
-    end = time.monotonic() + seconds
+    told = time.monotonic()
+    end = told + seconds
     found = Ratio(math.nan, math.nan, math.nan, 0)
     while len(pairs) < 6 or (time.monotonic() < end and (len(pairs) < 30 or found.half_width > half_width)):
         if len(pairs) % 2:
@@ -53,6 +59,10 @@ def measure(
         pairs.append((a, b))
         if len(pairs) >= 6:
             found = ratio([plain_s / ours_s for ours_s, plain_s in pairs])
+        if time.monotonic() > told + EVERY_S:
+            told = time.monotonic()
+            so_far = f", ours / plain {found.median:.4f} ± {found.half_width:.4f}" if found.pairs else ""
+            say(f"{len(pairs)} pairs measured{so_far}; at most {max(0.0, end - told):.0f} s more")
     updates = [(timed(our_update, 10, device), timed(plain_update, 10, device)) for _ in range(20)]
     tokens = config.batch_tokens * block
     middle = [sorted(column)[len(column) // 2] for column in zip(*pairs, strict=True)]

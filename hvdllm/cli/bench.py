@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import screen
+from hvdllm.config.paths import argument
 from hvdllm.errors import RunError, UserError
 
 LAB = """examples:
@@ -61,10 +62,10 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--warmup", type=int, default=3, help="commits before them that do not count (3)")
     exchange.add_argument("--repetitions", type=int, default=3, help="of each case, interleaved (3)")
     exchange.add_argument("--limit", type=float, default=900.0, help="seconds that a repetition may take (900)")
-    exchange.add_argument("--plot", type=Path, help="a picture of the steps (.png, .svg, .pdf)")
+    exchange.add_argument("--plot", type=argument, help="a picture of the steps (.png, .svg, .pdf)")
     exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
     for sub in (step, start, exchange):
-        sub.add_argument("--json", type=Path, help="where to write the figures (bench-<what>.json)")
+        sub.add_argument("--json", type=argument, help="where to write the figures (bench-<what>.json)")
     given = parser.parse_args(argv)
     figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
     out = given.json or Path(f"bench-{given.what}.json")
@@ -94,7 +95,10 @@ def bench_step(given: argparse.Namespace) -> dict[str, Any]:
     set_threads(config, Place())
     device = devices.choose(config.device.kind, 0)
     corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=print)
-    figures = step.measure(config, corpus, device, seconds=given.seconds, half_width=given.half_width)
+    figures = step.measure(
+        config, corpus, device, seconds=given.seconds, half_width=given.half_width,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
     rate, optimizer = figures["tokens_per_s"], figures["optimizer_ms"]
     table(
         ("", "ours", "plain PyTorch"),
@@ -158,6 +162,7 @@ def ask(given: argparse.Namespace) -> Any:
     from hvdllm.bench import lab
     from hvdllm.bench.exchange import Asked
     from hvdllm.config.pace import bits_per_second, slowed
+    from hvdllm.config.words import split
 
     link = None if given.link == "none" or lab.missing() else given.link
     if given.link != "none":
@@ -176,7 +181,7 @@ def ask(given: argparse.Namespace) -> Any:
     if given.exchanges is None:
         given.exchanges = UNEVEN if given.slow else ALL
     exchanges, wires, worlds = (
-        tuple(filter(None, text.split(","))) for text in (given.exchanges, given.wires, given.worlds)
+        tuple(filter(None, split(text))) for text in (given.exchanges, given.wires, given.worlds)
     )
     slowed(given.slow, given.ranks)
     if not exchanges:
@@ -244,6 +249,7 @@ def bench_rank(argv: list[str]) -> int:
     from hvdllm.cli.train import open_world, set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
+    from hvdllm.config.words import of
     from hvdllm.world import signals
     from hvdllm.world.detect import Place, place
     from hvdllm.world.single import SingleWorld
@@ -254,7 +260,7 @@ def bench_rank(argv: list[str]) -> int:
     words = [
         *spec["words"],
         *([f"world.slow=0:{factor}"] if (factor := spec.get("slow", {}).get(str(index))) else []),
-        f"runs_dir={json.dumps(f'{folder}/runs')}",
+        of("runs_dir", f"{folder}/runs"),
         f"name=run-{0 if together else index}",
         "resume=never",
     ]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from hvdllm import screen, untrusted
+from hvdllm.cli.spared import of_launcher
 
 PLAIN_EVERY_S = 5.0
 
@@ -46,13 +48,17 @@ class Silent:
 class Screen:
     """Of rank 0."""
 
-    def __init__(self, alone: bool) -> None:
-        # mpirun gives its ranks a terminal of their own, but puts a prefix before every line of theirs.
-        self.console = screen.console(highlight=False, soft_wrap=True, force_terminal=None if alone else False)
+    def __init__(self, alone: bool, out: Any = None) -> None:
+        # Texts, paths and samples are shown as they are, whatever stands between their brackets and colons. mpirun
+        # gives its ranks a terminal of their own, but puts a prefix before every line of theirs.
+        self.console = screen.console(
+            out, highlight=False, markup=False, emoji=False, soft_wrap=True,
+            force_terminal=None if alone or out is not None else False,
+        )  # fmt: skip
         self.live = self.console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
-            TextColumn("{task.fields[line]}"), console=self.console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn(),
+            TextColumn("{task.fields[line]}", markup=False), console=self.console, transient=True,
         )  # fmt: skip
         self._task: Any = None
         self._log: Path | None = None
@@ -72,7 +78,7 @@ class Screen:
             self.say(f"{name:9} {text}")
 
     def say(self, text: str) -> None:
-        self.console.print(escape(screen.one_line(text)))
+        self.console.print(screen.one_line(text))
         if self._log is not None:
             # A disk that is full ends the run where a record or checkpoint does not fit, with a sentence.
             with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self._log) as file:
@@ -111,7 +117,8 @@ class Screen:
         self._progress.stop()
         if end["reason"] == "stop":
             self.say(
-                f"stopped at {end['tokens']:,} tokens; `hvdllm train resume={run}` goes on from the last checkpoint"
+                f"stopped at {end['tokens']:,} tokens; `hvdllm train {shlex.quote(f'resume={run}')}` goes on from the "
+                "last checkpoint"
             )
             return
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -132,20 +139,22 @@ class Screen:
         table.add_column()
         table.add_column(overflow="fold")
         for name, text in rows.items():
-            table.add_row(name, escape(text))
+            table.add_row(name, text)
         self.console.print()
         self.console.print(table)
         if sample:
             self.console.print()
             self.console.print("a sample:", style="bold")
-            self.console.print(escape(sample.rstrip()))
+            self.console.print(sample.rstrip())
         self.console.print()
-        self.console.print(escape(f'next: hvdllm sample {run} "def main("   ·   hvdllm evaluate {run}'))
+        where = shlex.quote(run)
+        self.console.print(f'next: hvdllm sample {where} "def main("   ·   hvdllm evaluate {where}')
 
 
-def make_show(rank: int, alone: bool) -> Screen | Silent:
-    """alone: no launcher stands between this process and the terminal."""
-    return Screen(alone) if rank == 0 else Silent()
+def make_show(rank: int, alone: bool, launcher: Sequence[int] = ()) -> Screen | Silent:
+    """alone: no launcher stands between this process and the terminal. launcher: the processes up to it that are on
+    this machine, the nearest first."""
+    return Screen(alone, of_launcher(launcher)) if rank == 0 else Silent()
 
 
 def _duration(seconds: float) -> str:

@@ -256,7 +256,7 @@ def wandb_row(wandb: dict[str, Any]) -> Row:
 
 def two_ranks(horovod: dict[str, Any]) -> Row:
     controller = "gloo" if "gloo" in horovod["built"] else "mpi"
-    command = [launcher(), f"--{controller}", "-np", "2", sys.executable, "-c", TWO_RANKS]
+    command = [launcher(), f"--{controller}", "-np", "2", sys.executable, "-P", "-c", TWO_RANKS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -271,7 +271,7 @@ def two_ranks(horovod: dict[str, Any]) -> Row:
 def probe(code: str) -> dict[str, Any]:
     """What `code` prints as JSON in a process of its own, or {"error": why it did not}."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {SECONDS} s"}
     if done.returncode == 0:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+
+from hvdllm.config.paths import argument
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
-    parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument(
         "words", nargs="*", metavar="text.path=…", help="where its files of text are, if they are not prepared here"
     )
@@ -20,7 +21,7 @@ def run(argv: list[str]) -> int:
     given = parser.parse_args(argv)
 
     from hvdllm import runs
-    from hvdllm.config.compose import quoted
+    from hvdllm.config.words import of
     from hvdllm.errors import UserError
     from hvdllm.text import shards
     from hvdllm.trainer.build import evaluate_run
@@ -32,8 +33,8 @@ def run(argv: list[str]) -> int:
         print(text, file=sys.stderr)
 
     found = restore(given.run, given.step, say)
-    words = [f"resume={given.run}", *given.words]
-    config, _ = asked(words if given.data_dir is None else [*words, f"data_dir={quoted(given.data_dir)}"])
+    words = [of("resume", str(given.run)), *given.words]
+    config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
     corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, corpus.data_hash):

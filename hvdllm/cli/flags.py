@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hvdllm.config.compose import CONFIG_DIR, config_folder
+from hvdllm.config.compose import CONFIG_DIR, config_folder, meant
+from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
 
+FLAGS = ("-h", "--help", "--cfg=job")
 
-def settings_only(argv: list[str], usage: str, compose: Callable[[list[str]], Any]) -> list[str] | None:
-    """The words that are settings. None: --help or --cfg job was asked for, and has been printed."""
+
+def settings_only(
+    argv: list[str], usage: str, compose: Callable[[list[str]], Any], short: str = "", groups: tuple[str, ...] = GROUPS
+) -> list[str] | None:
+    """The words that are settings. None: --help or --cfg job was asked for, and has been printed.
+
+    usage: on top of `--help all`; short: of the screen that `--help` is. groups: those that the command reads.
+    """
     argv = _with_folders(argv)
     words = [word for word in argv if not word.startswith("-") or word.startswith(CONFIG_DIR)]
     flags = [word for word in argv if word.startswith("-") and not word.startswith(CONFIG_DIR)]
@@ -18,12 +26,16 @@ def settings_only(argv: list[str], usage: str, compose: Callable[[list[str]], An
         words.remove("job")
         flags[flags.index("--cfg")] = "--cfg=job"
     for flag in flags:
-        if flag not in ("-h", "--help", "--cfg=job"):
-            raise UserError(f"there is no flag {flag} here: settings are words such as seed=1; see --help")
+        if flag not in FLAGS:
+            hint = meant(flag, FLAGS)
+            raise UserError(f"there is no flag {flag} here{hint}: settings are words such as seed=1; see --help")
     if "-h" in flags or "--help" in flags:
-        from hvdllm.config.help import print_help
+        from hvdllm.config.help import ALL, print_help
 
-        print_help(usage, compose(words))
+        topics = [word for word in words if "=" not in word]
+        config = compose([word for word in words if "=" in word])
+        for topic in topics or [None]:  # type: ignore[list-item]
+            print_help(usage if topic == ALL else short or usage, config, topic, groups)
         return None
     if "--cfg=job" in flags:
         from hvdllm.config.compose import to_yaml

@@ -7,6 +7,7 @@ Exit codes: 0 done; 75 a run was stopped and has saved (errors.STOPPED); 1 the r
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -14,6 +15,7 @@ import time
 import traceback
 
 from hvdllm import __version__, screen
+from hvdllm.cli.spared import spared
 from hvdllm.errors import PeerError, RunError, UserError
 
 COMMANDS = {
@@ -31,11 +33,6 @@ WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0'
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. argv: without the program's name."""
-    with screen.guarded():
-        return run(argv)
-
-
-def run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -47,14 +44,25 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"hvdllm {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
+    with spared() as out, screen.guarded():
+        code = obey(parser, words)
+        out.flush()
+        # What is written to the screen is all that most commands do; a run has its folder.
+        return 1 if code == 0 and out.lost and words[:1] != ["train"] else code
+
+
+def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """The command, and how it ended. Returns the exit code."""
     try:
-        code = 2
-        if words:
-            given = parser.parse_args(words[:1])
-            code = importlib.import_module(f"hvdllm.cli.{given.command}").run(words[1:])
-        else:
+        if not words:
             parser.print_help()
-        sys.stdout.flush()  # here, where it is caught that nobody reads
+            return 2
+        if words[0] not in COMMANDS and not words[0].startswith("-"):
+            near = difflib.get_close_matches(words[0], COMMANDS, 1)
+            hint = f", did you mean {near[0]}?" if near else "; `hvdllm --help` says what each does"
+            raise UserError(f"there is no command {words[0]}: choose one of {', '.join(COMMANDS)}{hint}")
+        given = parser.parse_args(words[:1])
+        code: int = importlib.import_module(f"hvdllm.cli.{given.command}").run(words[1:])
         return code
     except UserError as error:
         return _end(str(error), 2, once=True)
@@ -64,9 +72,11 @@ def run(argv: list[str] | None) -> int:
         return _end(str(error), 1, once=False, quiet=True)
     except KeyboardInterrupt:
         return _end("ended at once; the last checkpoint counts", 130, once=False)
-    except BrokenPipeError:  # `hvdllm train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:  # of this machine, and where it enters nobody had a better sentence
+        where = f"{error.filename}: " if error.filename else ""
+        return _end(f"{where}{error.strerror or error}", 1, once=False)
+    except MemoryError:
+        return _end("there is not enough memory here: a smaller model, micro_batch or text would fit", 1, once=False)
     except Exception:
         traceback.print_exc()
         return _end("this is a bug in hvdllm; the lines above say where", 1, once=False)

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
 
     The table goes to stdout, what happens meanwhile to stderr. Raises UserError.
     """
-    settings = settings_only(list(words), USAGE, compose)
+    settings = settings_only(list(words), USAGE, compose, groups=("text",))
     if settings is None:
         return 0
     config = compose(settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import screen
+from hvdllm.config.paths import argument
 from hvdllm.errors import UserError
 
 EXAMPLES = """examples:
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
         help="validation loss to reach (the runs' target_loss, else the best that all reached behind their warm-up)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"),
+        "--out", type=argument, default=Path("report.html"),
         help="report.html (all in one file), report.md (tables), or .png, .svg (pictures: report-loss.png, ...)",
     )  # fmt: skip
     parser.add_argument("--by", default="", help="settings that are compared (exchange and wire, where they differ)")

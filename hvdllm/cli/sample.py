@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from hvdllm.config.paths import argument
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm sample", description="Lets a run's model continue a text.")
-    parser.add_argument("run", type=Path, help="folder of the run, runs/<name>")
+    parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument("text", nargs="?", default="", help="what to continue; default: a new document")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token, 1 as learnt (0.8)")

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hvdllm import untrusted
+from hvdllm.config.paths import argument
 from hvdllm.errors import RunError, UserError
 
 ANSWER_S = 10.0  # that a server may take to accept a connection
@@ -22,7 +23,7 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm track", description="What is between a run and its trackers.")
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser("sync", help="send what was tracked offline by track=wandb to the W&B server")
-    sync.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, runs/<name>")
+    sync.add_argument("runs", nargs="+", type=argument, metavar="RUN", help="folder of a run, runs/<name>")
     sync.add_argument("--limit", type=float, default=1800.0, metavar="S", help="seconds a run may take (1800)")
     given = parser.parse_args(argv)
 

@@ -17,7 +17,19 @@ from hvdllm.launch import sweep as sweeps
 from hvdllm.world.detect import Place, place
 
 SWEEP = ("-m", "--multirun")
-USAGE = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help]
+SHORT = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help [GROUP]]
+
+Trains a transformer language model and writes runs/<name>/. Under a launcher every process is a rank:
+
+  hvdllm train
+  hvdllm train text=files text.path=notes/ budget_tokens=5M
+  horovodrun --gloo -np 2 hvdllm train exchange=acco wire=bf16
+  hvdllm train resume=runs/<name> budget_tokens=10M
+  hvdllm train -m launch=horovodrun exchange=allreduce,diloco+exchange.local_steps=10 seed=0,1
+
+Exit codes: 0 the budget is met; 75 stopped and saved, the same command goes on; 1 failed; 2 cannot work; 130 ended.
+"""
+USAGE = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help [GROUP]]
 
 Trains a transformer language model and writes runs/<name>/. As it stands: a small model on this machine's Python
 standard library, in one to two minutes. Under a launcher every process is a rank:
@@ -29,14 +41,18 @@ standard library, in one to two minutes. Under a launcher every process is a ran
   horovodrun --mpi -np 3 hvdllm train exchange=parameter_server exchange.staleness=2
   torchrun --nproc-per-node 2 -m hvdllm train exchange=ddp
   hvdllm train world=virtual world.size=8 exchange=delayed
-  hvdllm train resume=runs/<name> budget_tokens=1e7
+  hvdllm train resume=runs/<name> budget_tokens=10M
+
+Text stays as it is typed; whole numbers may end in k, M or B (thousands, millions, billions); an option takes settings
+of its own after a plus each, exchange=diloco+exchange.local_steps=10.
 
 launch= starts the ranks itself; -m (--multirun) trains with every combination of settings that have several values,
-each in a folder of its own, and run again only what is missing. --config-dir: a folder of your own settings, whose
-launch/site.yaml is launch=site:
+each in a folder of its own, and run again only what is missing; a text with commas stands in quotes there.
+--config-dir: a folder of your own settings, whose launch/site.yaml is launch=site:
 
   hvdllm train launch=horovodrun launch.np=2
   hvdllm train -m launch=horovodrun launch.np=2 exchange=allreduce,delayed,acco seed=0,1,2
+  hvdllm train -m exchange=allreduce,diloco+exchange.local_steps=10 seed=0,1,2
   hvdllm train -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optim.lr=tag(log,interval(1e-4,1e-2))'
   hvdllm train --config-dir conf/ launch=site exchange=acco
 
@@ -51,7 +67,7 @@ def run(argv: list[str]) -> int:
 
     here = place()
     sweep = any(flag in argv for flag in SWEEP)
-    words = settings_only([word for word in argv if word not in SWEEP], USAGE, compose.compose)
+    words = settings_only([word for word in argv if word not in SWEEP], USAGE, compose.compose, SHORT)
     if words is None:
         return 0
     if sweep:
@@ -104,7 +120,8 @@ def train(config: Config, words: list[str], here: Place) -> int:
     stopped: list[int] = []
 
     def live(world: Any) -> None:
-        with make_show(world.rank, here.launcher == "none") as show:
+        launcher = list(signals.up_to_launcher()) if here.launcher == "horovodrun" and world.rank == 0 else []
+        with make_show(world.rank, here.launcher == "none", launcher) as show:
             tokens = build.run(config, words, here, world, show)
         if tokens is not None and world.rank == 0:
             tell_of_stop(tokens)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from pathlib import Path
 
 from hvdllm.config import pace
 from hvdllm.config.bounds import outer_rate_below
 from hvdllm.config.composition import group_size, ranks, refusal, transport
+from hvdllm.config.paths import check_name, path_of, short
 from hvdllm.config.schema import (
     Acco,
     Config,
@@ -27,13 +29,6 @@ from hvdllm.config.schema import (
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
-
-A_NAME = "the name of a folder: no slashes, no control characters, no dot or hyphen at its beginning"
-
-
-def is_name(text: str) -> bool:
-    """Of a folder, that no command takes for a flag or for another folder."""
-    return text.isprintable() and "/" not in text and not text.startswith((".", "-")) and text != ""
 
 
 def check(config: Config, place: Place) -> None:
@@ -74,9 +69,7 @@ def check(config: Config, place: Place) -> None:
         raise UserError("the shares of the schedule (warmup, decay) add up to more than its horizon: lower one of them")
     if isinstance(schedule, (Cosine, WarmupStableDecay)) and schedule.floor > 1:
         raise UserError(f"schedule.floor={schedule.floor} is above the peak: give a share between 0 and 1")
-    for key, called in (("name", config.name), ("launch.sweep", config.launch.sweep)):
-        if called is not None and not is_name(called):
-            raise UserError(f"{key}={called!r} is not {A_NAME}; see runs_dir")
+    check_paths(config)
     if not 0 < getattr(config.wire, "density", 1) <= 1:
         raise UserError(f"wire.density={config.wire.density} must lie between 0 and 1")
     if getattr(config.wire, "momentum", 0) >= 1:
@@ -88,6 +81,23 @@ def check(config: Config, place: Place) -> None:
     if config.trace_steps is not None:
         parse_steps(config.trace_steps)
     check_track(config)
+
+
+def check_paths(config: Config) -> None:
+    """Raises UserError for a name or a path that no file system could take."""
+    if config.launch.sweep is not None:
+        check_name(config.launch.sweep, "launch.sweep")
+    if config.name is not None:
+        check_name(config.name, "name")
+        path_of(str(Path(config.runs_dir) / config.name / "checkpoints"), "runs_dir=")
+    several = {"text.path": getattr(config.text, "path", None), "text.validation": config.text.validation}
+    paths = [(key, path) for key, value in several.items() for path in (value if isinstance(value, list) else [value])]
+    paths += [("runs_dir", config.runs_dir), ("data_dir", config.data_dir), ("init_from", config.init_from)]
+    paths += [("text.tokenizer", config.text.tokenizer)] * (config.text.tokenizer not in ("bytes", "bpe"))
+    paths += [("resume", config.resume)] * (config.resume not in ("auto", "never", "must"))
+    for key, path in paths:
+        if path is not None:
+            path_of(path, f"{key}=")
 
 
 def check_track(config: Config) -> None:
@@ -103,8 +113,15 @@ def check_track(config: Config) -> None:
         (isinstance(tags, str) and tags) or (isinstance(tags, list) and all(isinstance(t, str) and t for t in tags))
     ):
         raise UserError(f"track.tags={tags} is neither a tag nor a list of tags: give words, such as [baseline,night]")
-    if isinstance(config.track, Wandb) and not config.track.project:
-        raise UserError("track.project is empty: give the name of a project")
+    if isinstance(config.track, Wandb):
+        if not config.track.project:
+            raise UserError("track.project is empty: give the name of a project")
+        for key, most in (("project", 128), ("entity", 128), ("group", 128)):
+            text = getattr(config.track, key) or ""
+            if len(text) > most or re.search(r"[/\\#?%:\x00-\x1f]", text):
+                raise UserError(
+                    f"track.{key}={short(text)!r}: W&B takes at most {most} letters, and none of / \\ # ? % :"
+                )
 
 
 def parse_steps(text: str) -> tuple[int, int]:

@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm.config import schema
+from hvdllm.config.paths import path_of
 from hvdllm.config.schema import Config
+from hvdllm.config.words import expand, key_of, typed, value_of
 from hvdllm.errors import UserError
-
-TOKEN_SETTINGS = (
-    *("budget_tokens", "batch_tokens", "eval_tokens", "sample_tokens", "schedule.horizon"),
-    *(f"{act}_every" for act in ("eval", "save", "log", "sample", "audit")),
-    *("exchange.warmup_tokens", "wire.warmup_tokens", "optim.freeze_tokens"),
-)
 
 CONFIG_DIR = "--config-dir="
 
@@ -60,25 +56,28 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
             f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
             "`hvdllm train -m`"
         )
-    given = {key_of(word): word.partition("=")[2] for word in words}
+    words = [each for word in words for each in expand(word)]
+    given = {key_of(word): value_of(word) for word in words}
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
         with hydra_over([*chosen, *words]) as overrides:
             node = hydra_compose("train", overrides=overrides)
         config = _typed(node)
         return config if beneath is None else _over(beneath, config, given)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=null
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
+        # ValueError: model=null; AssertionError: a word without a key; RecursionError: brackets without end
         raise UserError(sentence(error, words)) from None
 
 
 @contextlib.contextmanager
-def hydra_over(words: Sequence[str]) -> Iterator[list[str]]:
-    """Hydra, ready to compose from conf/ and the user's folder; the words as its overrides."""
+def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]:
+    """Hydra, ready to compose from conf/ and the user's folder; the words as its overrides. sweep: with several values
+    of some."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     _register()
-    overrides = [whole_numbers(word) for word in words if not word.startswith(CONFIG_DIR)]
+    overrides = [typed(word, sweep) for word in words if not word.startswith(CONFIG_DIR)]
     if folders := [f"file://{word.removeprefix(CONFIG_DIR)}" for word in words if word.startswith(CONFIG_DIR)]:
         overrides.append(f"hydra.searchpath={json.dumps(folders, ensure_ascii=False)}")
     GlobalHydra.instance().clear()
@@ -88,7 +87,7 @@ def hydra_over(words: Sequence[str]) -> Iterator[list[str]]:
 
 def config_folder(path: str) -> str:
     """The word that stands for `--config-dir path`. Raises UserError where there is no such folder."""
-    folder = Path(path).expanduser()
+    folder = path_of(path, "--config-dir ")
     if not path or not folder.is_dir():
         raise UserError(f"--config-dir {path}: there is no such folder; it may hold launch/site.yaml for launch=site")
     return f"{CONFIG_DIR}{folder.resolve()}"
@@ -134,32 +133,14 @@ def to_yaml(config: Config) -> str:
     return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-def key_of(word: str) -> str:
-    """optim.lr of `+optim.lr=1`."""
-    return word.lstrip("+~").partition("=")[0]
-
-
-def quoted(text: str) -> str:
-    """As the value of a word that Hydra reads as this text, whatever it holds: quotes, commas, `${...}`."""
-    # OmegaConf undoes one backslash in two before `${`, Hydra before a quote, the last one included.
-    text = re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
-    text = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + (found[2] and f"\\{found[2]}"), text)
-    return f'"{text}"'
-
-
-def unquoted(value: str) -> str:
-    """What quoted() was given; another value as Hydra reads it: in quotes, or with backslashes before what it would
-    take for syntax."""
-    if len(value) < 2 or value[0] not in "\"'" or value[-1] != value[0]:
-        return re.sub(r"\\(.)", r"\1", value)
-    inner = re.sub(rf"(\\+)({value[0]}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], value[1:-1])
-    return re.sub(r"(\\+)\$\{", lambda found: "\\" * (len(found[1]) // 2) + "${", inner)
-
-
 def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once)."""
-    last = {key_of(word): word for word in (*old, *new)}
-    return list(last.values())
+    """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once). Where
+    another option of a group is chosen, what the old words said of the one before is left behind."""
+    old, new = ([each for word in words for each in expand(word)] for words in (old, new))
+    was, now = ({key_of(word): word for word in words if key_of(word) in schema.SCHEMAS} for words in (old, new))
+    left = {group for group in now.keys() & was.keys() if value_of(now[group]) != value_of(was[group])}
+    kept = [word for word in old if key_of(word).partition(".")[0] not in left or key_of(word) not in settings()]
+    return list({key_of(word): word for word in (*kept, *new)}.values())
 
 
 # ------------------------------------------------------------------ inside
@@ -171,19 +152,6 @@ def _register() -> None:
     for group, kinds in schema.SCHEMAS.items():
         for name, kind in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=kind)
-
-
-def whole_numbers(word: str) -> str:
-    """budget_tokens=1e6 as people write it, also 1e6,2e6: OmegaConf takes no float for an int, even a whole one."""
-    key, _, value = word.partition("=")
-    if key.lstrip("+") not in TOKEN_SETTINGS:
-        return word
-
-    def whole(part: str) -> str:
-        number = re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]+)?", part)
-        return str(int(float(part))) if number and not part.isdigit() and float(part).is_integer() else part
-
-    return f"{key}={','.join(whole(part) for part in value.split(','))}"
 
 
 def _typed(node: Any) -> Config:
@@ -259,7 +227,7 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
         value = _of_type(value, hints[name], f"{where}{name}")
         choices, least, form = (f.metadata.get(key) for key in ("choices", "least", "form"))
         if choices and value not in choices:
-            raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}")
+            raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}{meant(str(value), choices)}")
         if least is not None and value is not None and not value >= least:
             raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
         if isinstance(value, int | float) and abs(value) > f.metadata.get("most", math.inf) and math.isfinite(value):
@@ -300,28 +268,50 @@ def _plain(value: Any, where: str) -> None:
 
 
 def _unknown(key: str) -> str:
-    names = [f.name for f in dataclasses.fields(Config)]
-    for group, kinds in schema.SCHEMAS.items():
-        names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
+    names = settings()
     if key in names:
-        return f"`{key}` belongs to another option than the one chosen, or was given with + or ~: see --help"
+        group, _, name = key.partition(".")
+        kinds = schema.SCHEMAS.get(group, {})
+        of = [option for option, kind in kinds.items() if name in {f.name for f in dataclasses.fields(kind)}]
+        if name and len(of) < len(kinds):
+            return (
+                f"`{key}` belongs to {group}={'|'.join(of)} alone: choose it, or leave the setting out; among several "
+                f"values give it to its own, {group}=...,{of[0]}+{key}=..."
+            )
+        return f"`{key}` cannot be added or taken away with + or ~, it is always there: give it a value, {key}=..."
     # A short word in the wrong place (lr for optim.lr) is found by its last part.
     near = difflib.get_close_matches(key, names, 2, 0.6) or [n for n in names if n.split(".")[-1] == key.split(".")[-1]]
-    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`hvdllm train --help` lists them all"
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`hvdllm train --help all` lists them all"
     return f"there is no setting `{key}`: {hint}"
 
 
-def sentence(error: Exception, words: Sequence[str]) -> str:
+def settings() -> list[str]:
+    """The keys of all settings, of all options."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    for group, kinds in schema.SCHEMAS.items():
+        names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
+    return list(dict.fromkeys(names))
+
+
+def meant(word: str, names: Sequence[str]) -> str:
+    """`, did you mean acco?`, where one of the names is near; else nothing."""
+    near = difflib.get_close_matches(word, names, 2, 0.6)
+    return f", did you mean {' or '.join(near)}?" if near else ""
+
+
+def sentence(error: Exception, words: Sequence[str], sweep: bool = False) -> str:
     """Hydra's and OmegaConf's paragraphs as one sentence."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    words = [word for word in words if not word.startswith(CONFIG_DIR)]
+    words = [typed(word, sweep) for word in words if not word.startswith(CONFIG_DIR)]
     for word in words:
         try:
             OverridesParser.create().parse_override(word)
         except (HydraException, ValueError):
             return f"`{word}` cannot be read: settings are given as key=value, values with special characters in quotes"
+        if not re.fullmatch(r"[+]{0,2}[\w@./-]+=.*|~[\w@./-]+(=.*)?", word, re.S):
+            return f"`{word}` cannot be read: settings are given as key=value"
     text = f"{error}\n{error.__cause__ or ''}"
     if found := re.search(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires", text):
         return f"`{found.group(1) or found.group(2)}` gives several values: `hvdllm train -m` trains with each of them"
@@ -335,7 +325,8 @@ def sentence(error: Exception, words: Sequence[str]) -> str:
         r"Could not find '(.*?)'.*?Available options in '(.*?)':\s*(.*?)(?:\n\s*Config|\n\n|$)", text, re.S
     ):
         what, group, names = found.groups()
-        return f"there is no {group}={what.split('/')[-1]}: choose one of {', '.join(names.split())}"
+        name, known = what.split("/")[-1], names.split()
+        return f"there is no {group}={name}: choose one of {', '.join(known)}{meant(name, known)}"
     key = re.search(r"full_key: (\S+)", text)
     if found := re.search(r"Value '(.*?)'.*could not be converted to (\w+)", text):
         return f"{key.group(1) if key else 'a setting'}={found.group(1)}: not a value of type {found.group(2).lower()}"

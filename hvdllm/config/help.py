@@ -1,46 +1,127 @@
-"""`--help` of the commands that take settings: every setting with its default, its unit and its reason."""
+"""`--help` of the commands that take settings: a screen of its own, a group, one setting, or everything."""
 
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from hvdllm import screen
 from hvdllm.config import compose, schema
+from hvdllm.config.words import GROUPS
+from hvdllm.errors import UserError
+
+# What a first screen shows of settings that belong to no group.
+OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
+ALL, OWN = "all", "settings"  # topics beside the groups: everything; the settings of no group
 
 
-def print_help(usage: str, config: Any) -> None:
-    """usage: what stands on top. config: the composed one, whose values are shown as they are now."""
-    from rich.markup import escape
+def print_help(usage: str, config: Any, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
+    """usage: what stands on top. config: the composed one, whose values are shown as they are now. topic: a group, a
+    setting, or one of ALL and OWN; None: one screen. groups: those that the command reads. Raises UserError for another
+    topic."""
+    console = screen.console(highlight=False, markup=False, emoji=False)
+    known = (*GROUPS, ALL, OWN, *compose.settings())
+    if topic is not None and topic not in known:
+        raise UserError(
+            f"--help {topic}: there is no such group or setting{compose.meant(topic, known)}; groups are "
+            f"{', '.join(groups)}, and {ALL} is everything"
+        )
+    if topic in (None, ALL):
+        console.print(usage, soft_wrap=True)
+    if topic is None:
+        _screen(console, config, groups)
+    elif topic in GROUPS:
+        _group(console, config, topic)
+    elif topic in (OWN, ALL):
+        _table(console, "Settings (a name, = and a value)", config)
+        for group in GROUPS if topic == ALL else ():
+            _group(console, config, group)
+    else:
+        _one(console, config, topic)
+
+
+# ------------------------------------------------------------------ inside
+def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
+    """Groups with their options, and the settings that are needed most."""
+
+    def line(left: str, right: str, cut: bool = False) -> None:
+        if cut:
+            console.print(f"  {left:24} {right}", overflow="ellipsis", no_wrap=True)
+        else:
+            first = f"  {left:24} "
+            print(
+                textwrap.fill(right, max(console.width, 60), initial_indent=first, subsequent_indent=" " * len(first))
+            )
+
+    console.print("groups (chosen), the options of each; their settings are GROUP.SETTING=VALUE")
+    for group in groups:
+        now = "" if group == "experiment" else f" ({schema.name_of(group, getattr(config, group))})"
+        line(group + now, " ".join(compose.options(group)))
+    if set(groups) >= set(schema.SCHEMAS):
+        console.print("\nsettings of no group, some of them")
+        for f in dataclasses.fields(config):
+            if f.name in OFTEN:
+                line(f"{f.name}={_shown(getattr(config, f.name))}", f.metadata["doc"], cut=True)
+    example = "exchange" if "exchange" in groups else groups[0]
+    console.print(
+        f"\n--help {example} explains a group, --help {OWN} those of none, --help optim.lr one, --help {ALL} "
+        "everything;\n--cfg job prints what words come to.", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _group(console: Any, config: Any, group: str) -> None:
+    if group == "experiment":
+        console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
+        return
+    chosen = getattr(config, group)
+    known = frozenset(f.name for f in dataclasses.fields(chosen))
+    title = f"{group}=..., one of: {', '.join(compose.options(group))}\n{_about(chosen)}"
+    _table(console, title, chosen, f"{group}.")
+    for name, kind in schema.SCHEMAS[group].items():
+        if kind is not type(chosen):
+            _table(console, f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
+
+
+def _one(console: Any, config: Any, key: str) -> None:
+    """Of each option that has it: the value it begins with; where it differs, what it is."""
+    group, _, name = key.rpartition(".")
+    kinds = {"": config} if not group else {option: kind() for option, kind in schema.SCHEMAS[group].items()}
+    said = ""
+    for option, settings in kinds.items():
+        for f in dataclasses.fields(settings):
+            if f.name == name:
+                of = f" ({group}={option})" if option else ""
+                console.print(f"{key}={_shown(getattr(settings, name))}{of}", soft_wrap=True)
+                if f.metadata["doc"] != said:
+                    console.print(f"  {(said := f.metadata['doc'])}{_bounds(f.metadata)}", soft_wrap=True)
+
+
+def _bounds(about: Any) -> str:
+    if about["choices"]:
+        return f"; one of {', '.join(about['choices'])}"
+    least = f"at least {about['least']:g}" if about["least"] is not None else ""
+    most = f"at most {about['most']:,.12g}" if least and about["most"] != schema.LARGEST else ""
+    return f"; {', '.join(filter(None, (least, most)))}" if least else ""
+
+
+def _table(console: Any, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:
     from rich.table import Table
 
-    console = screen.console(highlight=False)
-    console.print(escape(usage), soft_wrap=True)
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
+    grid.add_column("setting", no_wrap=True)
+    grid.add_column("value", overflow="fold", max_width=14)
+    grid.add_column("what it is", overflow="fold")
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if not dataclasses.is_dataclass(value) and f.name not in without:
+            grid.add_row(prefix + f.name, _shown(value), f.metadata["doc"])
+    console.print(grid)
+    console.print()
 
-    def table(title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:
-        grid = Table(
-            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False
-        )
-        grid.add_column("setting", no_wrap=True)
-        grid.add_column("value", overflow="fold", max_width=14)
-        grid.add_column("what it is", overflow="fold")
-        for f in dataclasses.fields(settings):
-            value = getattr(settings, f.name)
-            if not dataclasses.is_dataclass(value) and f.name not in without:
-                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-                grid.add_row(prefix + f.name, escape(shown), escape(f.metadata["doc"]))
-        console.print(grid)
-        console.print()
 
-    table("Settings (a name, = and a value)", config)
-    for group, kinds in schema.SCHEMAS.items():
-        chosen = getattr(config, group)
-        known = frozenset(f.name for f in dataclasses.fields(chosen))
-        table(f"{group}=..., one of: {', '.join(compose.options(group))}\n{_about(chosen)}", chosen, f"{group}.")
-        for name, kind in kinds.items():
-            if kind is not type(chosen):
-                table(f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
-    console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _about(settings: Any) -> str:

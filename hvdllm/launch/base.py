@@ -6,12 +6,15 @@ the run prints to `launch.log` in the point's folder, and returns its exit code.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+# What we start finds what we found, and nothing by the folder that it stands in: -P, and `found()` in its environment.
+PYTHON = (sys.executable, "-P", "-m")
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
 
 
@@ -37,6 +40,11 @@ class Launcher(Protocol):
     def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Any) -> int: ...
 
 
+def found() -> dict[str, str]:
+    """This interpreter's path, for the environment of another."""
+    return {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
+
+
 def command(point: Point) -> list[str]:
     """What a rank of this point is."""
-    return [sys.executable, "-m", "hvdllm", "train", *point.words]
+    return [*PYTHON, "hvdllm", "train", *point.words]

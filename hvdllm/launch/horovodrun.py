@@ -21,7 +21,7 @@ from hvdllm.bench import lab
 from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
 from hvdllm.launch import local, meeting
-from hvdllm.launch.base import Point, command
+from hvdllm.launch.base import PYTHON, Point, command
 from hvdllm.world.detect import LINK
 
 RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
@@ -144,4 +144,4 @@ def _is_rank(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    return os.path.basename(words[0]).startswith("python") and words[1:4] == ["-m", "hvdllm", "train"]
+    return os.path.basename(words[0]).startswith("python") and words[1:5] == [*PYTHON[1:], "hvdllm", "train"]

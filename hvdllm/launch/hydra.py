@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdllm.config import compose
+from hvdllm.config.words import typed
 from hvdllm.errors import RunError, UserError
 
 Task = Callable[[Sequence[Sequence[str]]], list[float | None]]
@@ -57,7 +58,7 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
         raise UserError(f"`{bad}` would change nothing: of Hydra's own a sweep reads hydra/sweeper and hydra.sweeper.*")
     began = False
 
-    with tempfile.TemporaryDirectory() as scratch, compose.hydra_over(words) as overrides:
+    with tempfile.TemporaryDirectory() as scratch, compose.hydra_over(words, sweep=True) as overrides:
         try:
             with warnings.catch_warnings():
                 # Of optuna and its storage, at what Hydra's sweeper calls.
@@ -82,6 +83,8 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
                 sweeper = Plugins.instance().instantiate_sweeper(
                     config=node, hydra_context=context, task_function=counted
                 )
+                # The task composes and checks all points itself, and knows words that Hydra does not.
+                vars(sweeper)["validate_batch_is_legal"] = lambda batch: None
                 sweeper.sweep(arguments=list(node.hydra.overrides.task))
         except (Ended, UserError, RunError):
             raise
@@ -134,7 +137,7 @@ def _prepare(node: Any, words: Sequence[str]) -> int | None:
     sweeper = node.hydra.sweeper
     with flag_override(sweeper, ["struct", "readonly"], [False, False]):
         for key, value in (sweeper.get("params") or {}).items():
-            sweeper.params[key] = compose.whole_numbers(f"{key}={value}").partition("=")[2]
+            sweeper.params[key] = typed(f"{key}={value}", sweep=True).partition("=")[2]
         if "n_trials" not in sweeper:
             sweeper.max_batch_size = None  # every point is checked before the first begins
             return None
@@ -168,7 +171,7 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
         return NO_OPTUNA
     if "does not support sweep type" in text:
         return "intervals are for hydra/sweeper=optuna: without it give the values, a,b,c or range(1,4)"
-    return compose.sentence(error, [word for word in words if not word.lstrip("+~").startswith("hydra")])
+    return compose.sentence(error, [word for word in words if not word.lstrip("+~").startswith("hydra")], sweep=True)
 
 
 def _no_callbacks() -> Any:

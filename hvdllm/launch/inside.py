@@ -50,7 +50,7 @@ from hvdllm import screen
 from hvdllm.config.schema import INTERFACES
 from hvdllm.errors import RunError, UserError
 from hvdllm.launch import horovodrun, local, meeting, network
-from hvdllm.launch.base import STOP_FILE
+from hvdllm.launch.base import PYTHON, STOP_FILE, found
 from hvdllm.launch.task import MEETING
 from hvdllm.world.detect import tasks_per_node
 
@@ -220,14 +220,14 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
     env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **interfaces(interface)}
     life = Life(here.job, Path(os.environ.get("SLURM_SUBMIT_DIR") or "."))
-    env[STOP_FILE] = str(life.path)
+    env |= {STOP_FILE: str(life.path), **found()}
     with contextlib.ExitStack() as stack:
         if how == "srun":
             words = by_srun(here, "pmix", command)
         elif how == "gloo":
             # By the environment, for other users of a node can read a command line.
             env[MEETING] = stack.enter_context(meeting_point(here, interface))
-            words = by_srun(here, "none", ["--export=ALL", sys.executable, "-m", "hvdllm.launch.task", "--", *command])
+            words = by_srun(here, "none", ["--export=ALL", *PYTHON, "hvdllm.launch.task", "--", *command])
         else:
             words = by_horovodrun(here, hosts_of(here), interface, command)
         code = ranks.run(words, env)

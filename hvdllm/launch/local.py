@@ -22,6 +22,8 @@ from typing import Any, TextIO
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
+from hvdllm.launch.base import PYTHON, found
+from hvdllm.lock import cannot_write
 
 MARK = "HVDLLM_FAMILY"
 POLL_S = 0.1
@@ -49,16 +51,20 @@ def run(
 
     ask(pid, mark): called once when stop is set. It may take as long as it takes: end_all() is for the impatient.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()
+    except OSError as error:
+        raise UserError(cannot_write(log.parent, error)) from None
     mark = uuid.uuid4().hex
     # The thread that starts a process is the parent whose death the kernel tells it of: it waits here.
-    tied = [sys.executable, "-m", "hvdllm.launch.local", str(os.getpid()), *words]
+    tied = [*PYTHON, "hvdllm.launch.local", str(os.getpid()), *words]
     _marks.add(mark)
     try:
         with appended_to(log) as file:
             process = subprocess.Popen(
-                tied, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**env, MARK: mark},
-                start_new_session=True,
+                tied, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                env={**env, **found(), MARK: mark}, start_new_session=True,
             )  # fmt: skip
         asked = False
         try:

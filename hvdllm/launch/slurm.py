@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any
 
 from hvdllm import runs
 from hvdllm.errors import UserError
-from hvdllm.launch.base import Point, command
+from hvdllm.launch.base import PYTHON, Point, command, found
 from hvdllm.launch.inside import said
 
 POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longest; each costs its controller a little
@@ -127,7 +126,7 @@ def options(point: Point, settings: Any) -> list[str]:
 
 def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
     """The batch script. It ends as launch/inside.py, which hears of the time limit and starts the ranks."""
-    inside = [sys.executable, "-m", "hvdllm.launch.inside", "--how", settings.how]
+    inside = [*PYTHON, "hvdllm.launch.inside", "--how", settings.how]
     inside += ["--interface", settings.interface] if settings.interface else []
     # In one line, for the next would be a command.
     lines = ["#!/bin/bash", f"# Submitted by: {' '.join(shlex.join(submitted).split())}"]
@@ -151,6 +150,7 @@ def ask(job: str) -> State | None:
 def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:
     """A command of Slurm. What an allocation around us says is not the job's: sbatch would hand it on."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    env |= found()
     try:
         return subprocess.run(words, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
     except FileNotFoundError:

@@ -32,9 +32,10 @@ from typing import Any
 
 from hvdllm import runs, untrusted
 from hvdllm.config import compose, schema
-from hvdllm.config.check import A_NAME, check, is_name
-from hvdllm.config.compose import key_of
+from hvdllm.config.check import check
+from hvdllm.config.paths import check_name
 from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
+from hvdllm.config.words import expand, is_text, key_of, last, of, plain, typed, value_of
 from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import Launcher, Point
@@ -82,8 +83,9 @@ def run(words: list[str], show: Callable[[str], None] = print) -> int:
     finished."""
     from hvdllm.launch import hydra
 
-    if any(word.startswith("resume=") and word[7:] not in ("auto", "never", "must") for word in words):
+    if last(words, "resume", "auto") not in ("auto", "never", "must"):
         raise UserError("resume=RUN is for one run: the same command as before goes on with a sweep")
+    words = [each for word in words for each in (expand(word) if not is_sweep(word) else [word])]
     words = compose.merged([], words)  # of a key that is given twice the last word counts
     sweep: Sweep | None = None
 
@@ -193,13 +195,14 @@ class Sweep:
         return f"[{list(self.tasks).index(task.point.name) + 1}/{self.total}]"
 
     def differing(self, job: Sequence[str]) -> list[str]:
-        return [word for word in job if key_of(word) not in self.fixed]
+        return [plain(word) for word in job if key_of(word) not in self.fixed]
 
     def task(self, job: Sequence[str]) -> Task:
         """The point of these words, checked as its ranks will, and what there is of it already."""
         from hvdllm.trainer.resume import decide
 
-        differs = self.differing(job)
+        varied = self.differing(job)
+        differs = [each for word in varied for each in expand(word)]
         if not differs:
             raise UserError("there is nothing to sweep: give a setting several values, seed=0,1,2 for example")
         if bad := next((word for word in differs if key_of(word) in FIXED), None):
@@ -211,9 +214,8 @@ class Sweep:
                 raise UserError("the points of a sweep are named by what differs: leave name out; see launch.sweep")
             if self.trials is not None and not config.eval_every:
                 raise UserError("an optimizer goes by the final validation loss: give eval_every above 0")
-            sweep = config.launch.sweep or self.name(differs)
-            if not is_name(sweep):
-                raise UserError(f"launch.sweep={sweep!r} is not {A_NAME}")
+            sweep = config.launch.sweep or self.name(varied)
+            check_name(sweep, "launch.sweep")
             config.name, config.launch.sweep = safe(",".join(differs)), sweep
             config.runs_dir = str(Path(config.runs_dir) / sweep)
             self.folder = Path(config.runs_dir)
@@ -231,9 +233,9 @@ class Sweep:
 
     def name(self, differs: Sequence[str]) -> str:
         """`<experiment>-<hash>`."""
-        experiment = next((w.partition("=")[2] for w in self.words if key_of(w) == "experiment"), "sweep")
+        experiment = next((value_of(w) for w in self.words if key_of(w) == "experiment"), "sweep")
         counts = [
-            compose.whole_numbers(word).lstrip("+") for word in self.words
+            (word if is_text(word) else typed(word)).lstrip("+") for word in self.words
             if not is_sweep(word) and not NOT_OF_THE_SWEEP.fullmatch(key_of(word))
         ]  # fmt: skip
         said = json.dumps([sorted(counts), sorted(map(key_of, differs))])
@@ -342,7 +344,7 @@ class Sweep:
                        key=lambda task: task.loss or 0.0)  # fmt: skip
             if self.trials is not None and best is not None:
                 self.show(f"best: {best.point.name}, validation loss {best.loss:.4f}")
-            self.show(f"next: hvdllm report {self.folder}")
+            self.show(f"next: hvdllm report {shlex.quote(str(self.folder))}")
 
 
 # ------------------------------------------------------------------ a point
@@ -352,7 +354,10 @@ def is_sweep(word: str) -> bool:
     from hydra.errors import HydraException
 
     try:
-        return not word.startswith("-") and OverridesParser.create().parse_override(word).is_sweep_override()
+        return (
+            not word.startswith("-")
+            and OverridesParser.create().parse_override(typed(word, sweep=True)).is_sweep_override()
+        )
     except (HydraException, ValueError):
         return False
 
@@ -367,12 +372,16 @@ def safe(text: str) -> str:
 
 def point_of(config: Config, words: Sequence[str]) -> Point:
     """What is started. words: all of the run; those of the group launch have been obeyed by then, but for the sweep."""
-    own = {"runs_dir": config.runs_dir, "name": config.name}
+    own = {"runs_dir": config.runs_dir, "name": str(config.name)}
     if config.launch.sweep:
         own["launch.sweep"] = config.launch.sweep
-    rest = [word for word in words if key_of(word) not in own and not re.match(r"[+~]*launch(\.|=|$)", word)]
-    quoted = [f"{key}={compose.quoted(str(value))}" for key, value in own.items()]
-    return Point(str(config.name), config.runs_dir, (*rest, *quoted))
+    rest = [
+        each
+        for word in words
+        for each in expand(word)
+        if key_of(each) not in own and not re.match(r"[+~]*launch(\.|=|$)", each)
+    ]
+    return Point(str(config.name), config.runs_dir, (*rest, *(of(key, str(value)) for key, value in own.items())))
 
 
 def place_of(launch: Any) -> Place:

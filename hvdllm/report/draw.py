@@ -15,6 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
 from hvdllm.report.figures import Figures, Line, Reach
 from hvdllm.report.read import Point, Run
@@ -41,7 +42,7 @@ LABEL = 26  # characters of a name in a picture
 def check() -> None:
     """Raises UserError where pictures cannot be made."""
     try:
-        import matplotlib  # noqa: F401 - imported only where pictures are asked for
+        pyplot()  # imported only where pictures are asked for
     except ImportError:
         raise UserError(
             "pictures need matplotlib: pip install 'hvdllm[report]', or write a table with --out report.md"
@@ -62,9 +63,8 @@ def check_file(flag: str, path: Path, kinds: tuple[str, ...]) -> None:
 @contextmanager
 def _style() -> Iterator[Any]:
     import matplotlib
-    from matplotlib import pyplot
 
-    matplotlib.use("Agg")
+    plain = pyplot()
     settings: Any = {
         "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9.5,
         "legend.fontsize": 9, "text.parse_math": False, "svg.hashsalt": "hvdllm", "svg.fonttype": "path",
@@ -74,7 +74,7 @@ def _style() -> Iterator[Any]:
     }  # fmt: skip
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script that the font lacks
-        yield pyplot
+        yield plain
 
 
 def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:

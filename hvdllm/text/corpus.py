@@ -11,6 +11,8 @@ line ends and byte order marks are text.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from hvdllm import untrusted
+from hvdllm.config.paths import path_of
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 
@@ -73,6 +76,65 @@ def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]
         yield Document(name, piece, held_out=True, joins=number > 0)
 
 
+def encoding_note(text: Text) -> str | None:
+    """What a person should know of bytes that are no UTF-8; .jsonl is JSON, which is checked line by line.
+
+    Raises UserError where a file begins with the byte order mark of UTF-16 or UTF-32: none of it would be its text.
+    """
+    bad = total = 0
+    first = None
+    training, validation = sources(text)
+    for path in (*training, *validation) if isinstance(text, Files) else ():
+        if _ending(path) == ".jsonl":
+            continue
+        found, size = _not_utf8(path)
+        bad, total = bad + found, total + size
+        first = first or (path if found else None)
+    if first is None:
+        return None
+    return (
+        f"{bad:,} of {total:,} bytes ({bad / total:.2%}) are no UTF-8 and were replaced, first in {first}: convert "
+        "such files, for example by iconv -f latin1 -t utf8"
+    )
+
+
+def _not_utf8(path: Path) -> tuple[int, int]:
+    """Bytes of a file that are no UTF-8, and all of them."""
+    bad = total = 0
+    with _opened(path) as stream:
+        rest = b""
+        while block := stream.read(2**20):
+            if not total and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+                raise UserError(f"{path} is UTF-16 or UTF-32: convert it to UTF-8, as iconv -f utf16 -t utf8 does")
+            total += len(block)
+            rest += block
+            known = len(rest)
+            try:
+                rest.decode()
+            except UnicodeDecodeError as error:  # a character may go on in the next block
+                known = error.start if error.end == len(rest) and len(rest) - error.start < 4 else known
+                bad += known - len(rest[:known].decode(errors="ignore").encode())
+            rest = rest[known:]
+    return bad + len(rest), total
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read, unpacked where its name says so; what fails in reading names it, as UserError."""
+    try:
+        with untrusted.opened(path) as file:
+            packed = path.suffix.lower() == ".gz"
+            if packed and not path.stat().st_size:  # gzip takes it for an empty text
+                raise EOFError("it has no content at all")
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file) if packed else file)
+    except untrusted.Unfit as error:
+        raise UserError(f"{path} {error}: correct it, or take it out") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is a damaged .gz file ({error}): make it again, or take it out") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 def sources(text: Text) -> tuple[list[Path], list[Path]]:
     """The files of the training text and those of text.validation (empty where that is null).
 
@@ -100,7 +162,7 @@ def _resolve(paths: object, setting: str) -> list[Path]:
         raise UserError(f"{setting}={paths!r} is no path and no list of paths")
     found: dict[Path, None] = {}
     for each in paths:
-        path = Path(each).expanduser()
+        path = path_of(str(each), f"{setting}=")
         if os.path.isdir(path):
             files = list(_walk(path, READ))
         elif os.path.exists(path):
@@ -118,19 +180,42 @@ def _resolve(paths: object, setting: str) -> list[Path]:
             raise UserError(f"{setting}: there is no file or folder {path}: correct the path")
         if not files:
             raise UserError(f"{setting}: {path} holds no file of {', '.join(READ)} (each also .gz): correct the path")
-        found |= dict.fromkeys(file.resolve() for file in files)
+        found |= dict.fromkeys(map(_regular, files))
     if not found:
         raise UserError(f"{setting} is an empty list: give a file, a folder or a glob")
     return list(found)
 
 
+def _regular(path: Path) -> Path:
+    """The file itself, behind all links. Raises UserError for what is none: a pipe would never end."""
+    try:
+        found = path.resolve(strict=True)
+        if not found.is_file():
+            raise UserError(f"{path} is no regular file (a pipe or a device): take it out, or give a file")
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except RuntimeError:
+        raise UserError(f"{path} is a link that leads to itself: take it out") from None
+    return found
+
+
 def _walk(root: Path, endings: tuple[str, ...], without: Iterable[str] = ()) -> Iterator[Path]:
-    """Files below `root` in sorted order; hidden ones, folders in `without` and other endings are skipped."""
+    """Files below `root` in sorted order, links followed; hidden ones, folders in `without` and other endings are left
+    out."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(error.filename, error)
 
-    for folder, folders, files in os.walk(root, onerror=refuse):
+    seen: set[tuple[int, int]] = set()  # a folder that several links lead to is read once, and no circle has an end
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        try:
+            stat = os.stat(folder)
+        except OSError as error:
+            raise unreadable(folder, error) from None
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(each for each in folders if not each.startswith(".") and each not in without)
         for file in sorted(files):
             if not file.startswith(".") and _ending(Path(file)) in endings:
@@ -170,18 +255,10 @@ def _hash(text: str) -> int:
 def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]:
     """(name of the document, number of the piece in it, piece) of every file; what fails in reading names it."""
     for path in files:
-        try:
-            with untrusted.opened(path) as file:
-                stream = cast(BinaryIO, gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file)
-                for name, document in _documents(path, stream, text):
-                    for number, piece in enumerate(_cut(document)):
-                        yield name, number, piece
-        except untrusted.Unfit as error:
-            raise UserError(f"{path} {error}: correct it, or take it out") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is a damaged .gz file ({error}): make it again, or take it out") from None
-        except OSError as error:
-            raise unreadable(path, error) from None
+        with _opened(path) as stream:
+            for name, document in _documents(path, stream, text):
+                for number, piece in enumerate(_cut(document)):
+                    yield name, number, piece
 
 
 def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, BinaryIO]]:

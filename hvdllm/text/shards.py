@@ -29,17 +29,16 @@ from hvdllm import untrusted
 from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 from hvdllm.text import overlap
-from hvdllm.text.corpus import Document, documents, sources, unreadable
+from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 
 FORMAT = 2  # 1: pieces of large documents ended at 64 KiB, whatever they held
 MAGIC = b"hvdllm\x00\x01"
 HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
-VERIFY = (
-    256 * 2**20
-)  # bytes; a shard up to this size is hashed by every rank (0.1 s at most), a larger by one of a host
+VERIFY = 256 * 2**20  # bytes; a shard up to this size is hashed by every rank, a larger one by one rank of a host
 NOTES = "notes.json"  # sentences for a person, beside the shards
 LONGEST = 2**16  # bytes that are read of them
+LOOKED = 2**20  # bytes of text in which a tokenizer of the user's is checked
 SEEN = "seen.bits"  # of each place of the validation text: does the run that begins there stand in the training text?
 ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
 
@@ -55,6 +54,7 @@ class Shard:
     vocab: int
     tokenizer: str  # hash of its tokenizer.json
     content: str  # sha256 of the tokens
+    spelled: int | None = None  # bytes that its tokens stand for; not of text that an older version prepared
 
 
 @dataclass(frozen=True)
@@ -258,14 +258,18 @@ def _build(text: Text, part: Path, mode: int) -> None:
     else:
         tokenizer = Tokenizer.load(_users(text))
     tokenizer.save(part / "tokenizer.json")
+    notes = [note] if (note := encoding_note(text)) else []
+    lost = Lost(tokenizer)
     copies: list[str] = []
     with _Writer(part / "train.bin", tokenizer) as train, _Writer(part / "validation.bin", tokenizer) as validation:
         for batch in _batches(documents(text, copies)):
             for each, ids in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
                 (validation if each.held_out else train).add(each, ids)
+                lost.look(each, ids)
         if train.tokens == 0:
             raise UserError(everything_held_out(text) if validation.tokens else EMPTY)
-    notes = [copies_note(copies)] if copies else []
+    notes += [note] if (note := lost.note()) else []
+    notes += [copies_note(copies)] if copies else []
     (part / NOTES).write_text(json.dumps(notes))
     sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
     np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
@@ -292,6 +296,31 @@ def copies_note(names: list[str]) -> str:
     return f"{what} text that text.validation has too; it was left out of the training text"
 
 
+class Lost:
+    """Does a tokenizer of the user's keep the text? LOOKED bytes of it are spelled and read again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.bytes, self.spelled = tokenizer, 0, 0
+        self.first: str | None = None
+
+    def look(self, document: Document, ids: np.ndarray) -> None:
+        if self.bytes > LOOKED or self.tokenizer.exact:
+            return
+        self.bytes += len(document.text.encode())
+        self.spelled += int(self.tokenizer.token_bytes[ids].sum())
+        if self.first is None and self.tokenizer.decode(ids).strip() != document.text.strip():
+            self.first = document.name
+
+    def note(self) -> str | None:
+        if self.first is None:
+            return None
+        share = f"its tokens stand for {self.spelled / max(self.bytes, 1):.1%} of the bytes, and "
+        return (
+            f"the tokenizer loses or changes text: {share if self.spelled < self.bytes else ''}{self.first} does not "
+            "come back as it was (letters that it does not know, lower case, a normal form?)"
+        )
+
+
 def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
     """Documents in lists of about ENCODE characters."""
     batch: list[Document] = []
@@ -315,7 +344,7 @@ class _Writer:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
         self._hash = hashlib.sha256()
-        self.tokens = self._bytes = self._documents = 0
+        self.tokens = self._bytes = self._documents = self._spelled = 0
 
     def __enter__(self) -> _Writer:
         return self
@@ -327,6 +356,7 @@ class _Writer:
             self._documents += 1
         self._write(ids)
         self._bytes += len(document.text.encode())
+        self._spelled += int(self._tokenizer.token_bytes[ids].sum())
 
     def _write(self, ids: np.ndarray) -> None:
         data = ids.astype(self._dtype).tobytes()
@@ -343,6 +373,7 @@ class _Writer:
             self._tokenizer.vocab,
             self._tokenizer.hash,
             self._hash.hexdigest(),
+            self._spelled,
         )
         with self._file as file:
             file.seek(0)
@@ -412,9 +443,7 @@ def open_shard(path: Path, tokenizer: Tokenizer, whole: bool = True) -> tuple[np
     try:
         untrusted.opened(path).close()  # a regular file
         data = np.asarray(np.memmap(path, np.uint8, "r"))  # np.memmap is slow to slice; its map lives on in .base
-        if data[: len(MAGIC)].tobytes() != MAGIC:
-            raise ValueError("it does not begin like a token file of this version")
-        shard = Shard(**json.loads(data[len(MAGIC) : HEADER].tobytes()))
+        shard = _head(path)
         dtype = np.dtype(shard.dtype)
         if len(data) != HEADER + shard.tokens * dtype.itemsize:
             raise ValueError(f"its header promises {shard.tokens:,} tokens, its size is {len(data):,} bytes")

@@ -43,6 +43,7 @@ class Tokenizer:
         self.json = json
         self.hash = hashlib.sha256(json.encode()).hexdigest()
         self._bpe: Any = None  # None: bytes
+        self.ours = False  # made by train_bpe, just now
         if json == BYTES:
             self.vocab, self.end = 257, 256
         else:
@@ -75,6 +76,11 @@ class Tokenizer:
         if self._bpe is None:
             return bytes(known).decode(errors="replace")
         return str(self._bpe.decode(known))
+
+    @property
+    def exact(self) -> bool:
+        """Is it one of ours, which keeps every text?"""
+        return self._bpe is None or self.ours
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -148,7 +154,9 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return Tokenizer(bpe.to_str())
+    tokenizer = Tokenizer(bpe.to_str())
+    tokenizer.ours = True
+    return tokenizer
 
 
 def _types(part: Any) -> set[str]:

@@ -36,6 +36,7 @@ class Mirror:
 
     def __init__(self, command: list[str], folder: Path, say: Say, env: dict[str, str] | None = None) -> None:
         self._say, self._folder, self._closed = say, folder, False
+        self._said = False  # has the tracker, or we for it, told a person that something is amiss?
         self._started: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         try:
             with untrusted.appended(folder / "track.log") as log:
@@ -73,6 +74,11 @@ class Mirror:
             self._process.wait()
             if patient:
                 self._say(f"the tracker was ended before all was sent: {self._folder} has all records")
+        else:
+            self._thread.join(STOP_S)
+            ended = self._process.returncode  # 1 is also that of a run which failed
+            if ended and (patient or ended != 1) and not self._said:
+                self._say(f"the tracker failed ({self._folder}/track.log may say why); the folder has all records")
         self._thread.join(STOP_S)
         if not self._thread.is_alive():
             self._process.stdout.close()
@@ -84,6 +90,7 @@ class Mirror:
             with contextlib.suppress(ValueError, AttributeError):
                 message: dict[str, Any] = json.loads(line)
                 if "say" in message:
+                    self._said = True
                     self._say(str(message["say"]))
                 if "started" in message:
                     refused = message["started"] is not None
@@ -93,4 +100,5 @@ class Mirror:
 
     def _lost(self, why: str) -> None:
         self._started.put(f"the tracker has ended: {why}")
+        self._said = True
         self._say(f"the tracker has ended ({why}); the run goes on, and its folder has all records")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Tracker:
                 self.run.log_artifact(artifact)
 
     def close(self, failed: bool) -> None:
-        sends = f"`hvdllm track sync {self.folder}` sends it to the server"
+        sends = f"`hvdllm track sync {shlex.quote(str(self.folder))}` sends it to the server"
         try:
             self.run.finish(exit_code=int(failed))
         except TimeoutError:

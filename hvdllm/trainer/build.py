@@ -398,7 +398,14 @@ def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.devic
         corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens,
         micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device,
     )  # fmt: skip
-    return evaluate(model, batches, corpus.tokenizer.token_bytes, config.precision, device, world)
+    return evaluate(model, batches, text_bytes(corpus), config.precision, device, world)
+
+
+def text_bytes(corpus: Corpus) -> Any:
+    """Bytes of the text that each token stands for; where the tokenizer loses some, or they are known roughly, scaled:
+    over the validation text they add up to its own."""
+    shard = corpus.validation_shard
+    return corpus.tokenizer.token_bytes * (shard.bytes / shard.spelled if shard.spelled else 1.0)
 
 
 def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 from hvdllm import lock, runs, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.config import compose, schema
+from hvdllm.config.paths import path_of
 from hvdllm.config.schema import Config
+from hvdllm.config.words import expand, key_of, last, of
 from hvdllm.errors import UserError
 from hvdllm.text import shards
 
@@ -45,10 +47,13 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
 
     Raises UserError where RUN is no folder of a run, or read files that have to be named again.
     """
-    given = next((word.partition("=")[2] for word in reversed(words) if word.startswith("resume=")), "auto")
+    given = last(words, "resume", "auto")
     if given in ("auto", "never", "must"):
         return compose.compose(words), list(words)
-    folder = _path(given)
+    typed = next(word.partition("=")[2] for word in reversed(words) if key_of(word) == "resume")
+    folder = path_of(typed if os.path.exists(os.path.expanduser(typed)) else given, "resume=")
+    if not folder.name or folder.name == "..":
+        folder = Path(os.path.abspath(folder))
     if not (folder / "config.yaml").exists():
         raise UserError(
             f"resume={given}: that is not the folder of a run (it needs a config.yaml); give auto, never, must or the "
@@ -56,9 +61,9 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
         )
     theirs = runs.read_config(folder, say)
     own = {"resume": str(folder), "name": folder.name, "runs_dir": str(folder.parent)}
-    rest = [word for word in words if compose.key_of(word) not in own]
-    words = [*rest, *(f"{key}={compose.quoted(value)}" for key, value in own.items())]
-    config, named = compose.compose(words, theirs), set(map(compose.key_of, words))
+    rest = [each for word in words for each in expand(word) if key_of(each) not in own]
+    words = [*rest, *(of(key, value) for key, value in own.items())]
+    config, named = compose.compose(words, theirs), set(map(key_of, words))
     _find_text(config, theirs, folder, named)
     if theirs.init_from is not None and "init_from" not in named:
         if not read.steps(folder):
@@ -73,12 +78,6 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
             "again to have them"
         )
     return config, words
-
-
-def _path(given: str) -> Path:
-    """The folder that a word names, as it stands or as Hydra would read it: in quotes, or with backslashes."""
-    path = Path(given if os.path.exists(os.path.expanduser(given)) else compose.unquoted(given)).expanduser()
-    return path if path.name and path.name != ".." else Path(os.path.abspath(path))
 
 
 def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) -> None:
@@ -113,7 +112,7 @@ def _left_behind(theirs: Config, named: set[str]) -> list[str]:
         (group, getattr(theirs, group)) for group, kind in usual.items() if not isinstance(getattr(theirs, group), kind)
     ]
     words += [f"{group}={schema.name_of(group, settings)}" for group, settings in groups]
-    return [word for word in words if compose.key_of(word) not in named]
+    return [word for word in words if key_of(word) not in named]
 
 
 def folder_of(config: Config) -> Path:
@@ -197,6 +196,6 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(
             f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name "
-            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders, world, device, launch and track may "
-            "differ"
+            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders (also of the text), world, device, "
+            "launch and track may differ"
         )

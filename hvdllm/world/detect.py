@@ -11,6 +11,13 @@ from hvdllm.errors import UserError
 
 LINK = "HVDLLM_LINK"  # in the environment of ranks that the network lab's links join: their rate
 
+# Rank and size as other launchers tell them: MPICH, Intel MPI and Cray (PMI), MVAPICH, Flux, IBM's jsrun, PALS, ALPS.
+FOREIGN = (
+    ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    ("PALS_RANKID", "PALS_SIZE"), ("ALPS_APP_PE", "ALPS_APP_SIZE"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Place:
@@ -56,6 +63,13 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
         tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(size))))
         node = int(env.get("SLURM_NODEID", "0"))
         return Place("srun", int(env["PMIX_RANK"]), size, int(env.get("SLURM_LOCALID", "0")), tasks[node])
+    for number, count in FOREIGN:
+        if number in env and env.get(count, "2") != "1":
+            raise UserError(
+                f"a launcher that hvdllm does not know started this ({number}={env[number]}), and its ranks know "
+                "nothing of each other: use horovodrun, Open MPI's mpirun, torchrun or srun --mpi=pmix (or unset what "
+                "is left of it to run alone)"
+            )
     if "PMIX_RANK" in env:
         raise UserError("a PMIx launcher other than mpirun and srun started this: use mpirun, srun or horovodrun")
     return Place()

@@ -1,14 +1,14 @@
 """Ctrl-C, SIGTERM and a launcher that is gone, as asks that every rank will hear of.
 
-SIGINT and SIGTERM ask for a checkpoint and an end, SIGUSR1 for a checkpoint alone. The handlers only set a
+SIGINT, SIGTERM and SIGHUP ask for a checkpoint and an end, SIGUSR1 for a checkpoint alone. The handlers only set a
 flag: the next meta takes it along, and all ranks act on it at the same mark.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -36,7 +36,7 @@ TERMINATED = threading.Event()  # set by SIGTERM: whoever started this process i
 
 
 def listen(asks: Asks, alone: bool) -> None:
-    """Takes over SIGINT, SIGTERM and SIGUSR1. `alone`: a second Ctrl-C ends the process at once."""
+    """Takes over SIGINT, SIGTERM, SIGHUP and SIGUSR1. `alone`: a second Ctrl-C ends the process at once."""
 
     asked = False  # asks.stop is cleared when a meta takes it along
 
@@ -49,7 +49,8 @@ def listen(asks: Asks, alone: bool) -> None:
             raise KeyboardInterrupt
         asked = asks.stop = asks.save = True
         if alone and number == signal.SIGINT:
-            sys.stderr.write("\nstopping at the next mark, with a checkpoint; Ctrl-C again ends at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping at the next mark, with a checkpoint; Ctrl-C again ends at once\n")
 
     def save(number: int, frame: FrameType | None) -> None:
         asks.save = True
@@ -57,11 +58,13 @@ def listen(asks: Asks, alone: bool) -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGUSR1, save)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal is gone; nohup would have it ignored
+        signal.signal(signal.SIGHUP, stop)
 
 
 def deafen() -> None:
     """Signals mean again what they mean to any process: a run that has failed must not outlive its launcher."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -70,7 +73,7 @@ def watch_launcher(asks: Asks) -> None:
 
     A launcher killed by SIGKILL tells nobody: its ranks would train on, or wait for each other, unseen.
     """
-    watched = _up_to_launcher()
+    watched = up_to_launcher()
 
     def watch() -> None:
         while all(started(pid) == at for pid, at in watched.items()):
@@ -83,7 +86,7 @@ def watch_launcher(asks: Asks) -> None:
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def _up_to_launcher() -> dict[int, str]:
+def up_to_launcher() -> dict[int, str]:
     """The ancestors up to the topmost launcher, as pid: start time; those above it (a shell) may well end before us.
 
     On a remote host the chain ends at the first sshd, which lives as long as the launcher's connection.

@@ -110,8 +110,7 @@ def test_hvdllm_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"hvdllm {hvdllm.__version__}\n"
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["trian"])
+    assert cli.main(["trian"]) == 2
 
 
 def test_a_command_gets_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +121,7 @@ def test_a_command_gets_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_command_has_its_file() -> None:
     folder = Path(cli.__file__).parent
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "flags", "display"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "main", "flags", "display", "spared"}
     assert files == {*cli.COMMANDS}
 
 

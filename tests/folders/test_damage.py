@@ -128,7 +128,7 @@ def test_a_resumed_run_keeps_the_trace_of_damage(run: Path) -> None:
         ("layers: 1", "layers: null", "type int"),
         ("layers: 1", "layers: [1]", "type int"),
         ("layers: 1", "layers: 2001-01-01", "type int"),
-        ("layers: 1", "layers: 999999999", "weights"),
+        ("layers: 1", "layers: 999999999", "too large"),
         ("layers: 1", "layers: 2", "weights"),
         ("heads: 2", "heads: 3", "no multiple"),
         ("norm: ", "norm: other # ", "choose one of"),

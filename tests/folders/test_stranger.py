@@ -14,6 +14,7 @@ from hvdllm import runs, sums
 from hvdllm.cli import main
 from hvdllm.config import compose, schema
 from hvdllm.config.schema import Config
+from hvdllm.config.words import of
 from hvdllm.errors import UserError
 from hvdllm.launch import base, horovodrun, slurm, sweep
 from hvdllm.trainer.resume import asked
@@ -25,7 +26,7 @@ SECRET = "HVDLLM_TEST_SECRET"
 def folder_of(path: Path, *words: str, **changes: Any) -> Path:
     """A run's folder with the configuration of these words, changed as a stranger would who sums it anew."""
     folder = runs.Folder(path / "theirs")
-    folder.create(compose.compose(["name=theirs", f"runs_dir={compose.quoted(str(path))}", *words]))
+    folder.create(compose.compose(["name=theirs", of("runs_dir", str(path)), *words]))
     folder.record("run", {"overrides": list(words)})
     folder.close()
     values = yaml.safe_load((folder.path / "config.yaml").read_text())

@@ -133,7 +133,7 @@ def long(path: Path) -> None:
     path.write_text('{"text": "' + "x" * (untrusted.MOST_LINE + 1) + '"}\n')
 
 
-@pytest.mark.parametrize(("make", "says"), [(fifo, "regular"), (deep, "JSON"), (long, "line 1")])
+@pytest.mark.parametrize(("make", "says"), [(fifo, "regular"), (deep, "nested too deeply"), (long, "line 1")])
 def test_a_text_is_not_trusted_either(tmp_path: Path, make: Callable[[Path], None], says: str) -> None:
     make(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=says) as error:

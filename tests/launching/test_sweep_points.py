@@ -292,7 +292,7 @@ def test_what_was_started_here_has_obeyed_its_launch() -> None:
     config = compose.compose(["launch=horovodrun", "launch.sweep=s"])
     assert sweep.obeyed(config).launch == schema.Local(sweep="s")
     point = point_of(config := compose.compose(["name=a"]), ["name=b", "runs_dir=c", "+launch.sweep=x", "seed=3"])
-    assert point.words == ("seed=3", 'runs_dir="runs"', 'name="a"')
+    assert point.words == ("seed=3", "runs_dir='runs'", "name='a'")
 
 
 # ------------------------------------------------------------------ what a failed run said

@@ -142,6 +142,21 @@ def test_a_tracker_that_hangs_is_ended(patient: bool, tmp_path: Path, monkeypatc
     assert len(said) == patient and one._process is not None and one._process.returncode == -9
 
 
+@pytest.mark.parametrize(
+    ("end", "patient", "says"), [("exit(3)", True, 1), ("exit(3)", False, 1), ("exit(0)", True, 0)]
+)
+def test_a_tracker_that_fails_behind_the_end_of_the_run_is_said(
+    end: str, patient: bool, says: int, tmp_path: Path
+) -> None:
+    """A short run is over before its tracker has started. Seen to catch: its exit code that nobody looks at."""
+    said: list[str] = []
+    code = f"import os, sys; print('{{\"started\": null}}', flush=True); sys.stdin.read(); os._{end}"
+    one = Mirror([sys.executable, "-c", code], tmp_path, said.append)
+    one.refusal(60)
+    one.close(patient)
+    assert len(said) == says and all("the tracker failed" in text for text in said)
+
+
 def test_one_that_cannot_be_started(tmp_path: Path) -> None:
     said: list[str] = []
     one = Mirror([str(tmp_path / "nothing")], tmp_path, said.append)
@@ -156,7 +171,7 @@ def test_none_is_none(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ what is said before training
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("track.tags=3", "track.tags=3"), ("track.tags=[a,1]", "list of tags"), ("track.project=''", "track.project")],
+    [("track.tags=''", "track.tags="), ("track.tags=[a,'']", "list of tags"), ("track.project=''", "track.project")],
 )
 def test_settings_that_cannot_be(word: str, says: str) -> None:
     here = Place("none", 0, 1)

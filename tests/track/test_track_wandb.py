@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from launch import BATCH, HVDLLM, Job, environment, launch, meddled, records, words_of
 
+from hvdllm.errors import STOPPED
+
 OFFLINE = ["track=wandb", "track.mode=offline"]
 NOWHERE = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
 KEY = {"WANDB_API_KEY": "a" * 40}
@@ -183,7 +185,7 @@ def test_ctrl_c_reaches_the_run_and_leaves_no_process(tmp_path: Path) -> None:
     with Job(meddled(words_of(tmp_path, "a", 2000, *OFFLINE), slow_s=0.05), **env(tmp_path)) as job:
         job.until(lambda: len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1 and len(records(run, "commit")) > 2)
         job.signal(signal.SIGINT)
-        assert job.wait().code == 0
+        assert job.wait().code == STOPPED
         job.until_gone()
     assert records(run, "end")[-1]["reason"] == "stop"
     (life,) = lives(run)

@@ -14,7 +14,7 @@ from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
 from hvdllm.trainer.flat import Flat
-from hvdllm.trainer.resume import MAY_DIFFER, Start, asked, decide
+from hvdllm.trainer.resume import MAY_DIFFER, Start, asked, decide, refuse_differences
 from hvdllm.world.single import SingleWorld
 
 
@@ -66,6 +66,10 @@ def test_a_stop_without_a_checkpoint_finished_nothing(made: Path) -> None:
 def test_each_of_those_that_may_differ_may(made: Path, name: str) -> None:
     word = {"resume": "resume=must", "data_dir": "data_dir=/x", "world": "world=single", "device": "device.threads=3"}
     word |= {"launch": "launch=slurm", "track": "track=wandb"}
+    word |= {key: f"{key}=/elsewhere" for key in ("text.path", "text.validation")}
+    if name == "text.path":  # of text=files alone
+        old, new = (compose.compose(["text=files", f"text.path=/{where}"]) for where in ("here", "there"))
+        return refuse_differences(old, new, made)
     assert decide(config(made, word.get(name, f"{name}=5000")), pytest.fail).checkpoint
 
 

@@ -86,3 +86,41 @@ def test_alone_a_second_interrupt_ends_at_once(asks: Asks) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):
             pass
+
+
+@pytest.mark.parametrize(
+    ("env", "alone"),
+    [
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, False),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, True),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, False),
+        ({"MV2_COMM_WORLD_RANK": "3"}, False),
+        ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "2"}, False),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0",
+          "HOROVOD_LOCAL_SIZE": "1"}, None),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"}, True),
+    ],
+)  # fmt: skip
+def test_ranks_of_a_launcher_that_is_not_known_do_not_each_train_alone(env: dict[str, str], alone: bool | None) -> None:
+    if alone is False:
+        with pytest.raises(UserError, match="know nothing of each other"):
+            place(env)
+    else:
+        assert place(env).launcher == ("none" if alone else "horovodrun")
+
+
+def test_a_terminal_that_is_gone_asks_for_a_stop_and_nohup_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals.listen(asks := Asks(), alone=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not asks.stop
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signals.listen(asks, alone=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert asks.stop and asks.save
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -88,7 +88,7 @@ def test_torchrun_is_seen_before_mpi_and_horovod_before_both() -> None:
 
 @pytest.mark.parametrize(("name", "watched"), [("mpirun", 1), ("my-script", 0)])
 def test_the_launcher_is_found_among_the_ancestors(tmp_path: Path, name: str, watched: int) -> None:
-    code = "from hvdllm.world.signals import _up_to_launcher; print(len(_up_to_launcher()))"
+    code = "from hvdllm.world.signals import up_to_launcher; print(len(up_to_launcher()))"
     # Run from a daemon's place, so that what started the tests is no ancestor.
     script = tmp_path / name
     script.write_text(f"#!/bin/sh\nsleep 0.3\n'{sys.executable}' -c '{code}' > '{tmp_path}/out'\n:\n")

@@ -1,0 +1,58 @@
+"""Paths as they come from people: what could not be one is a sentence where it enters, not a system's error later.
+
+A path may be too long, name a user who is not there (~who/x), hold a null byte, or run in circles of links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from hvdllm.errors import UserError
+
+LONGEST = 200  # bytes of a name: most file systems take 255, and files beside it have longer ones
+SHOWN = 60  # letters of a path in a sentence
+
+
+def path_of(text: str, setting: str) -> Path:
+    """The path, `~` expanded. Raises UserError where there can be none; it need not exist."""
+    try:
+        path = Path(text).expanduser()
+        if path.is_symlink():
+            os.stat(path)
+        else:
+            os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~who, in Python 3.12 circles too
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{setting}{short(text)} cannot be opened ({why}): correct the path") from None
+    return path
+
+
+def check_name(name: str, setting: str) -> None:
+    """Raises UserError where no folder can have this name, or would be taken for an option or a hidden file."""
+    if name == "" or name[0] in ".-" or "/" in name or not name.isprintable():
+        raise UserError(
+            f"{setting}={short(name)!r} is not the name of a folder: no slashes, no control characters, no dot or "
+            "hyphen at its beginning"
+        )
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeError:
+        raise UserError(f"{setting}={name!r} cannot be a folder's name here: take other letters") from None
+    if length > LONGEST:
+        raise UserError(f"{setting}={short(name)} has {length} bytes: the name of a folder has at most {LONGEST} here")
+
+
+def argument(text: str) -> Path:
+    """A path among the arguments of a command, for argparse."""
+    try:
+        return path_of(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
