@@ -28,6 +28,7 @@ from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
 
+MOST_LOGICAL = 4096  # ranks of world=virtual
 A_NAME = "the name of a folder: no slashes, no control characters, no dot or hyphen at its beginning"
 
 
@@ -249,6 +250,8 @@ def check_world(config: Config, place: Place) -> None:
             f"world={kind} under a launcher would train {place.size} times the same run: leave world at auto, "
             "or start one process"
         )
+    if kind == "virtual" and config.world.size > MOST_LOGICAL:
+        raise UserError(f"world.size={config.world.size}: each logical rank is a thread, at most {MOST_LOGICAL:,}")
     if kind == "virtual" and config.world.size % config.world.hosts:
         raise UserError(f"world.hosts={config.world.hosts} is no divisor of world.size={config.world.size}")
     pace.check(config.world, kind, ranks(config, place))

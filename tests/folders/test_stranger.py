@@ -85,6 +85,9 @@ def test_words_win_over_a_folder(tmp_path: Path, word: str, value: float) -> Non
 def test_logical_ranks_are_numbers_and_processes_are_not(tmp_path: Path) -> None:
     config, _ = asked([f"resume={folder_of(tmp_path, 'world=virtual', 'world.size=6')}"])
     assert (config.world.kind, config.world.size) == ("virtual", 6)
+    many = folder_of(tmp_path / "c", "world=virtual", world__size=10**7)
+    with pytest.raises(UserError, match="at most 4,096"):
+        sweep.prepare(asked([f"resume={many}"])[0])
     config, _ = asked([f"resume={folder_of(tmp_path / 'b', 'world=torch', 'world.timeout_s=7')}"])
     assert (config.world.kind, config.world.timeout_s) == ("auto", 1800.0)
 
