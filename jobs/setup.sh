@@ -12,7 +12,8 @@
 #
 #   HVDLLM_TORCH      the torch to install: an exact version, 2.13.0 (tested)
 #   HVDLLM_PIP_ARGS   more arguments for the installation of torch, such as the index to take it from
-#   HVDLLM_CACHE      where Horovod's wheel is kept, ~/.cache/hvdllm: built once per machine, not once per clone
+#   HVDLLM_CACHE      where Horovod's wheel is kept, ~/.cache/hvdllm: built once per machine, not once per clone; its
+#                     folder is its owner's alone (mode 700), and a sum from the build is compared before each installation
 #
 # It printed, on Debian 12 with two cores and Open MPI there (which takes another 20 s); the build dominates:
 #

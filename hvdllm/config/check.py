@@ -30,6 +30,8 @@ from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.world.detect import Place
 
+MOST_LOGICAL = 4096  # ranks of world=virtual
+
 
 def check(config: Config, place: Place) -> None:
     """Raises UserError for the first combination that cannot work."""
@@ -266,6 +268,8 @@ def check_world(config: Config, place: Place) -> None:
             f"world={kind} under a launcher would train {place.size} times the same run: leave world at auto, "
             "or start one process"
         )
+    if kind == "virtual" and config.world.size > MOST_LOGICAL:
+        raise UserError(f"world.size={config.world.size}: each logical rank is a thread, at most {MOST_LOGICAL:,}")
     if kind == "virtual" and config.world.size % config.world.hosts:
         raise UserError(f"world.hosts={config.world.hosts} is no divisor of world.size={config.world.size}")
     pace.check(config.world, kind, ranks(config, place))

@@ -69,6 +69,7 @@ class Text:
         "data hash of a text that was prepared before (`hvdllm prepare` prints it): the one in data_dir is taken as it "
         "is, and no file of text is read; null: what the other settings name",
         form=DIGEST,
+        ours=True,
     )
     validation_share: float = setting(
         0.05,

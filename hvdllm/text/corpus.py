@@ -280,7 +280,11 @@ def _field(name: str, line: bytes, column: str) -> bytes:
     except untrusted.Unfit as error:
         raise UserError(f"{name} {error}: correct the line, or take it out") from None
     if not isinstance(row, dict) or column not in row:
-        known = f"it has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
+        known = (
+            f"it has {', '.join(str(key)[:40] for key in list(row)[:10]) or 'none'}"
+            if isinstance(row, dict)
+            else "it is no object"
+        )
         raise UserError(f"{name} has no field {column!r} ({known}): name the one that holds the text in text.column")
     if not isinstance(row[column], str):
         raise UserError(f"{name}: the field {column!r} is no text: name the one that holds the text in text.column")

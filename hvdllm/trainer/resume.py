@@ -59,7 +59,7 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
             f"resume={given}: that is not the folder of a run (it needs a config.yaml); give auto, never, must or the "
             "path of a run"
         )
-    theirs = runs.read_config(folder, say)
+    theirs = runs.read_config(folder)
     own = {"resume": str(folder), "name": folder.name, "runs_dir": str(folder.parent)}
     rest = [each for word in words for each in expand(word) if key_of(each) not in own]
     words = [*rest, *(of(key, value) for key, value in own.items())]
@@ -144,7 +144,7 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
             data_hash = record["data_hash"]
     tokens = read.tokens_of(read.read_state(checkpoint), checkpoint) if checkpoint else 0
     if end is not None and end.get("reason") == "budget":
-        tokens = max(tokens, int(end.get("tokens", 0)))
+        tokens = max(tokens, end["tokens"] if isinstance(end.get("tokens"), int) else 0)
     # Killed, or failed, behind its last checkpoint it has no end or a failed one: its last record and final/ may be
     # missing, and it goes on to write them.
     if tokens >= config.budget_tokens and end is not None and end.get("reason") != "failed":

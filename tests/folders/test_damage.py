@@ -134,6 +134,7 @@ def test_a_resumed_run_keeps_the_trace_of_damage(run: Path) -> None:
         ("norm: ", "norm: other # ", "choose one of"),
         ("precision: fp32", "precision: fp33", "choose one of"),
         ("dropout: 0.0", "dropout: .nan", "dropout"),
+        ("norm_eps: 1.0e-05", "norm_eps: .inf", "finite"),
         ("dropout: 0.0", "dropout: 7.5", "below 1"),
         ("bias: false", "bias: maybe", "type bool"),
         ("name: allreduce", "name: [a]", "unknown exchange"),

@@ -66,11 +66,8 @@ def test_each_setting_is_taken_or_is_ours(tmp_path: Path) -> None:
     assert ours == {
         "name", "runs_dir", "data_dir", "resume", "init_from", "world", "device", "launch", "track",
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(schema.Files) if f.metadata["ours"]} == {
-        "tokenizer",
-        "validation",
-        "path",
-    }
+    files = {f.name for f in dataclasses.fields(schema.Files) if f.metadata["ours"]}
+    assert files == {"tokenizer", "validation", "path", "prepared"}
     words = ["seed=3", "optim=sgd", "optim.momentum=0.5", "schedule=wsd", "wire=int8", "model.layers=2", "keep=9"]
     folder = folder_of(tmp_path, *words, "exchange=local_sgd", "precision=bf16", "sample_prompt='a,b'", "eval_every=0")
     theirs, config = runs.read_config(folder), asked([f"resume={folder}"])[0]
@@ -89,6 +86,9 @@ def test_words_win_over_a_folder(tmp_path: Path, word: str, value: float) -> Non
 def test_logical_ranks_are_numbers_and_processes_are_not(tmp_path: Path) -> None:
     config, _ = asked([f"resume={folder_of(tmp_path, 'world=virtual', 'world.size=6')}"])
     assert (config.world.kind, config.world.size) == ("virtual", 6)
+    many = folder_of(tmp_path / "c", "world=virtual", world__size=10**7)
+    with pytest.raises(UserError, match="at most 4,096"):
+        sweep.prepare(asked([f"resume={many}"])[0])
     config, _ = asked([f"resume={folder_of(tmp_path / 'b', 'world=torch', 'world.timeout_s=7')}"])
     assert (config.world.kind, config.world.timeout_s) == ("auto", 1800.0)
 
@@ -118,6 +118,13 @@ def test_files_of_text_are_named_again_or_known_by_their_hash(tmp_path: Path) ->
         asked([f"resume={folder}", f"data_dir={tmp_path}/none"])
     assert "\n" not in str(error.value)
     assert asked([f"resume={folder}", "text.path=mine.txt"])[0].text.path == "mine.txt"
+
+
+def test_a_prepared_text_of_a_folder_is_not_ours(tmp_path: Path) -> None:
+    """Else it would win over the files that are named."""
+    folder = folder_of(tmp_path, "text=files", "text.path=theirs.txt", text__prepared="0" * 64)
+    text = asked([f"resume={folder}", "text.path=mine.txt"])[0].text
+    assert text.path == "mine.txt" and text.prepared is None
 
 
 def test_a_tokenizer_of_a_folder_is_a_file_too(tmp_path: Path) -> None:
