@@ -28,7 +28,7 @@ def settings_only(
     for flag in flags:
         if flag not in FLAGS:
             hint = meant(flag, FLAGS)
-            raise UserError(f"there is no flag {flag} here{hint}: settings are words such as seed=1; see --help")
+            raise UserError(f"there is no flag {flag} here; settings are words such as seed=1, see --help{hint}")
     if "-h" in flags or "--help" in flags:
         from hvdllm.config.help import ALL, print_help
 

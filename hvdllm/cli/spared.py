@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hvdllm.launch.base import TERMINAL
+
 
 class Spared:
     """A stream that raises nothing when it is written to. lost: did something not arrive?"""
@@ -73,12 +75,16 @@ def spared() -> Iterator[Spared]:
 
 
 def of_launcher(launcher: Sequence[int]) -> Any | None:
-    """The standard output of a launcher that is on this machine, where that is a terminal or a pipe: horovodrun puts a
-    prefix before every line of its ranks, and gives them no terminal. None: write to our own."""
-    if not launcher:
+    """The standard output of horovodrun or mpirun, where that is on this machine and a terminal or a pipe: it puts a
+    prefix before every line of its ranks, and gives them no terminal. launcher: the processes up to it, the nearest
+    first. TERMINAL is that of `train launch=horovodrun`, which keeps what the launcher prints. None: write to our
+    own."""
+    found = [pid for pid in launcher if _is_launcher(pid)]
+    if not found:
         return None
+    path = os.environ.get(TERMINAL) or f"/proc/{found[-1]}/fd/1"
     try:
-        number = os.open(f"/proc/{launcher[-1]}/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        number = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return None
     if os.isatty(number) or stat.S_ISFIFO(os.fstat(number).st_mode):
@@ -86,3 +92,13 @@ def of_launcher(launcher: Sequence[int]) -> Any | None:
         return Spared(open(number, "w", encoding="utf-8", errors="replace"))
     os.close(number)  # of a file we would not know where its end is
     return None
+
+
+def _is_launcher(pid: int) -> bool:
+    """Not what may stand above it, such as Slurm's own, whose output is another."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().decode(errors="replace").split("\0")[:2]
+    except OSError:
+        return False
+    return any(os.path.basename(word) in ("horovodrun", "mpirun", "mpiexec", "orterun") for word in words)

@@ -120,7 +120,7 @@ def train(config: Config, words: list[str], here: Place) -> int:
     stopped: list[int] = []
 
     def live(world: Any) -> None:
-        launcher = list(signals.up_to_launcher()) if here.launcher == "horovodrun" and world.rank == 0 else []
+        launcher = list(signals.up_to_launcher()) if here.launcher in ("horovodrun", "mpirun") else []
         with make_show(world.rank, here.launcher == "none", launcher) as show:
             tokens = build.run(config, words, here, world, show)
         if tokens is not None and world.rank == 0:

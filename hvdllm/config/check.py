@@ -98,6 +98,8 @@ def check_paths(config: Config) -> None:
     paths += [("text.tokenizer", config.text.tokenizer)] * (config.text.tokenizer not in ("bytes", "bpe"))
     paths += [("resume", config.resume)] * (config.resume not in ("auto", "never", "must"))
     for key, path in paths:
+        if path == "":
+            raise UserError(f"{key} is empty: give a path, or leave it out")
         if path is not None:
             path_of(path, f"{key}=")
 

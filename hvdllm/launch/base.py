@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 # What we start finds what we found, and nothing by the folder that it stands in: -P, and `found()` in its environment.
 PYTHON = (sys.executable, "-P", "-m")
+TERMINAL = "HVDLLM_TERMINAL"  # in the environment of ranks that are started here: where a person looks on
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
 
 

@@ -48,7 +48,7 @@ from types import FrameType
 
 from hvdllm import screen
 from hvdllm.config.schema import INTERFACES
-from hvdllm.errors import RunError, UserError
+from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import horovodrun, local, meeting, network
 from hvdllm.launch.base import PYTHON, STOP_FILE, found
 from hvdllm.launch.task import MEETING
@@ -231,12 +231,14 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
         else:
             words = by_horovodrun(here, hosts_of(here), interface, command)
         code = ranks.run(words, env)
-    if ranks.again and life.stopped():
+    if not life.stopped():
+        return code
+    if ranks.again:
         life.keep()
         requeue(here.job)
     else:
         life.forget()
-    return code
+    return STOPPED  # whatever the launcher made of it: it may have ended the other ranks once rank 0 had
 
 
 class Life:
@@ -259,20 +261,20 @@ class Life:
         return (numbers[0], numbers[1]) if len(numbers) == 2 else (numbers[0] if numbers else -1, 0)
 
     def stopped(self) -> bool:
-        """Did rank 0 stop in good order? Raises RunError where lives have come to nothing too often."""
+        """Did rank 0 stop in good order?"""
+        return self._read()[0] >= 0
+
+    def keep(self) -> None:
+        """For the next life. Raises RunError where lives have come to nothing too often."""
         tokens, _ = self._read()
-        self.idle = self.idle + 1 if tokens == self.before else 0
-        self.before = tokens
-        if tokens >= 0 and self.idle >= LIVES:
+        idle = self.idle + 1 if tokens == self.before else 0
+        if idle >= LIVES:
             self.forget()
             raise RunError(
                 f"{LIVES} lives of this job came no further than {tokens:,} tokens, so it is not queued again: give it "
                 "a longer --time, or let the signal before the limit come later (--signal)"
             )
-        return tokens >= 0
-
-    def keep(self) -> None:
-        self.path.write_text(f"{self.before} {self.idle}\n")
+        self.path.write_text(f"{tokens} {idle}\n")
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hvdllm.launch.sweep import Sweep, Task
 
 PLAIN_EVERY_S = 10.0
+PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>: ?", re.M)  # of rank 0's lines, by horovodrun; others keep theirs
 
 
 class Watched:
@@ -127,12 +129,14 @@ class Display:
         return f" · {duration(missing * passed / trained)} left" if trained and missing else ""
 
 
-def pass_on(log: Path, at: int) -> int:
-    """Prints what the log has from `at` on; returns how far it came."""
+def pass_on(log: Path, at: int, rest: bool = False) -> int:
+    """Prints the whole lines that the log has from `at` on (rest: and what is left); returns how far it came."""
     with contextlib.suppress(OSError, untrusted.Unfit), untrusted.opened(log) as file:
         file.seek(at)
-        if new := file.read():
-            sys.stdout.write(new.decode(errors="replace"))
+        new = file.read()
+        new = new if rest else new[: new.rfind(b"\n") + 1]
+        if new:
+            sys.stdout.write(PREFIX.sub("", new.decode(errors="replace")))
             sys.stdout.flush()
         return at + len(new)
     return at

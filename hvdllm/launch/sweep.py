@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -38,7 +39,7 @@ from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
 from hvdllm.config.words import expand, is_text, key_of, last, of, plain, typed, value_of
 from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
-from hvdllm.launch.base import Launcher, Point
+from hvdllm.launch.base import TERMINAL, Launcher, Point
 from hvdllm.launch.progress import Display, Watched, duration, pass_on
 from hvdllm.world.detect import Place
 
@@ -125,7 +126,11 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
         except Exception as error:
             codes.append(error)
 
-    with environment(), asked_to_stop(stop, "asking the run to save and to end; Ctrl-C again ends it at once"):
+    with (
+        terminal(config),
+        environment(),
+        asked_to_stop(stop, "asking the run to save and to end; Ctrl-C again ends it at once"),
+    ):
         at = log.stat().st_size if log.exists() else 0
         thread = threading.Thread(target=launch, name="launch")
         thread.start()
@@ -135,7 +140,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
                 at = pass_on(log, at)
         finally:
             thread.join()
-            pass_on(log, at)
+            pass_on(log, at, rest=True)
     if isinstance(code := codes[0], Exception):
         raise code
     return STOPPED if code and stopped_since(task.point.folder, before) else code
@@ -490,6 +495,21 @@ def environment() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(LAUNCHED) if before is None else os.environ.update({LAUNCHED: before})
+
+
+@contextlib.contextmanager
+def terminal(config: Config) -> Iterator[None]:
+    """Ranks on this machine find the terminal, if there is one, for a live progress line."""
+    try:
+        path = os.ttyname(sys.stdout.fileno())
+    except (OSError, ValueError):
+        path = ""
+    if path and isinstance(config.launch, Horovodrun) and config.launch.hosts is None:
+        os.environ[TERMINAL] = path
+    try:
+        yield
+    finally:
+        os.environ.pop(TERMINAL, None)
 
 
 def obeyed(config: Config) -> Config:

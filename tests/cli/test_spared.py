@@ -111,8 +111,11 @@ def test_under_horovodrun_a_terminal_or_a_pipe_gets_lines_without_a_prefix(tmp_p
     for target, found in (("pty", True), ("pipe", True), ("file", False)):
         ours, theirs = os.openpty() if target == "pty" else os.pipe()
         out = theirs if target != "file" else os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=out) as launcher:
-            stream = screen.of_launcher([1, launcher.pid])
+        program = tmp_path / "horovodrun"
+        program.write_text("input()")
+        with subprocess.Popen([sys.executable, str(program)], stdin=subprocess.PIPE, stdout=out) as launcher:
+            assert screen.of_launcher([os.getppid()]) is None, "no launcher that we know"
+            stream = screen.of_launcher([launcher.pid, os.getppid()])
             assert (stream is not None) == found, target
             if stream is not None:
                 assert Screen(alone=False, out=stream).live == (target == "pty")

@@ -145,7 +145,8 @@ def test_one_run_is_started_and_its_output_passed_on(tmp_path: Path, capfd: pyte
     given = [*words_of(tmp_path, "mine", 2), "launch=horovodrun"]
     assert train.run(given) == 0
     out = capfd.readouterr().out
-    assert "<stdout>:exchange  allreduce" in out and "next: hvdllm sample" in out
+    assert "\nexchange  allreduce" in out and "next: hvdllm sample" in out
+    assert "]<stdout>:" not in out, "rank 0's lines, samples among them, can be copied"
     (start,) = records(tmp_path / "runs" / "mine", "run")
     assert start["world"] == 2
     assert train.run(given) == 0
