@@ -1,6 +1,12 @@
 """Where a GPU is told from a CPU: choosing it, reading it late, telling time on it.
 
-Not run on a GPU by the tests: the CUDA branches.
+Its rules for threads and streams, which the rest of the package keeps by calling this file:
+    threads  every thread starts on GPU 0; those that we start begin on their parent's (`pool`, `start_thread`)
+    events   are recorded on a stream of the tensor's own device (`Later`, `Mark`)
+    memory   returns to the stream it was made on once the last reference is gone, whatever other streams still do with
+             it; so what arrives from another stream is recorded on the one that uses it (`used_here`)
+
+Not yet run on a GPU: the CUDA branches. tests/cuda runs them on fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -12,12 +18,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
+from typing import TypeVar
 
 import torch
 
 from hvdllm.errors import UserError
 
 _told = threading.local()
+T = TypeVar("T")
 
 
 def now() -> float:
@@ -45,8 +55,7 @@ class Later:
         if x.is_cuda:
             self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self.host.copy_(x, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(x.device).record_event()
         else:
             self.host = x.clone()
 
@@ -65,7 +74,7 @@ class Mark:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and not simulated():
             self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(device))
         else:
             self.time = now()
 
@@ -77,13 +86,48 @@ class Mark:
         return later.time - self.time
 
 
-def used_here(tensors: list[torch.Tensor]) -> None:
-    """Made on another stream: their memory is not given away before this stream is done with them."""
-    for x in tensors:
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream(x.device))
+# ------------------------------------------------------------------ streams and threads
+def used_here(value: T) -> T:
+    """Records every CUDA tensor in `value`, however deep in lists, tuples, dicts and dataclasses, on the current stream
+    of its device: its memory is not given away before this stream is done with it. Returns the value."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            value.record_stream(torch.cuda.current_stream(value.device))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            used_here(each)
+    elif isinstance(value, dict):
+        used_here(list(value.values()))
+    elif is_dataclass(value):
+        used_here([getattr(value, each.name) for each in fields(value)])
+    return value
 
 
+def pool(name: str) -> ThreadPoolExecutor:
+    """One thread that runs what is submitted, in order, on the GPU of the thread that calls this."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"hvdllm-{name}", initializer=_same_gpu())
+
+
+def start_thread(work: Callable[[], None], name: str) -> None:
+    """A daemon thread that runs `work` on the GPU of the thread that calls this."""
+    settle = _same_gpu()
+
+    def run() -> None:
+        settle()
+        work()
+
+    threading.Thread(target=run, name=f"hvdllm-{name}", daemon=True).start()
+
+
+def _same_gpu() -> Callable[[], None]:
+    """What a new thread calls first."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    index = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(index)
+
+
+# ------------------------------------------------------------------ the device
 def choose(kind: str, local_rank: int) -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):

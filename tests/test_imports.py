@@ -13,7 +13,7 @@ FILES = {
 }
 # room: what it may import of hvdllm, besides errors, config.schema and itself
 MAY = {
-    "text": (),
+    "text": ("device",),
     "models": (),
     "config": ("models.size", "world.detect"),  # both without torch
     "world": ("device",),

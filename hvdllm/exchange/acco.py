@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.device import Mark, used_here
+from hvdllm.device import Mark
 from hvdllm.exchange.base import Batch, Commit, Settled, State, Stream, Update, Wire
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.rounds import Counts, Interval
@@ -144,7 +144,6 @@ class Acco(Owners):
         self, sums: list[torch.Tensor], tokens: float, kind: int, launched: Mark, meta: MetaSum | None
     ) -> Arrived:
         step = None
-        used_here(sums)
         if kind == TENTATIVE:
             self._kept, self._kept_tokens = [each.clone() for each in sums], tokens
             weights = self._peek()
@@ -166,7 +165,6 @@ class Acco(Owners):
 
     # ------------------------------------------------------------------ in the loop
     def _take(self, half: Half, arrived: Arrived) -> None:
-        used_here(arrived.weights)
         for bucket, weights in zip(self.flat.buckets, arrived.weights, strict=True):
             self.flat.x[bucket.span.start : bucket.span.stop].copy_(weights)
         self._listen(half, arrived)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hvdllm.device import used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight, Mail
 from hvdllm.world.detect import Place
@@ -67,7 +68,9 @@ class HorovodFlight:
                 time.sleep(pause)
                 # What takes long is asked for rarely: while it flies, compute wants the cores.
                 pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
-            self.value = self.finish(_peer_errors(lambda: hvd.synchronize(self.handle)))
+            # Made by Horovod's own thread, on a stream of its own.
+            out = used_here(_peer_errors(lambda: hvd.synchronize(self.handle)))
+            self.value = self.finish(out)
         return self.value
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hvdllm.device import pool, used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
@@ -50,7 +51,7 @@ class Channel:
             future.set_result(start())
             return future
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-channel")
+            self._pool = pool("channel")
         self._last = self._pool.submit(start)
         return self._last
 
@@ -77,7 +78,8 @@ class TorchFlight:
     def land(self) -> torch.Tensor:
         if self.value is None:
             self.world.wait(self.future.result(), self.name, on_host=not self.x.is_cuda)
-            self.value = self.finish()
+            # What was made for the launch on one stream may be let go on another, this one.
+            self.value = used_here([self.x, self.finish()])[1]
         return self.value
 
 
