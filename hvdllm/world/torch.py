@@ -1,11 +1,12 @@
 """The world over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors. Imports no Horovod.
 
-torch.distributed matches collectives by call order, so each channel (the first word of a name) has a process group of
-its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
-word is none of them travels on `other`, whose collectives no two threads may use at once.
+torch.distributed matches collectives by call order. On CPUs each channel (the first word of a name) has a process group
+of its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
+word is none of them travels on `other`, whose collectives no two threads may use at once. On GPUs all have one order, a
+thread that launches them in it (launches.py), and one communicator.
 
 What Gloo sends, a rank, is what world/hvd.py says of it; here a gather also tells its sizes first, and pads where they
-differ. NCCL is counted by the same formulas. Not run with NCCL on more than one GPU by the tests.
+differ. NCCL is counted by the same formulas. Not yet run with NCCL on more than one GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hvdllm.device import pool, used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
+from hvdllm.world.launches import Launches
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
@@ -61,12 +63,19 @@ class Channel:
 
 
 class TorchFlight:
-    """One collective of x. future: of the work, once it is launched. finish: makes what lands."""
+    """One collective of x. future: of the work, once it is launched. finish: makes what lands. made: what else the
+    collective reads and writes; kept until then."""
 
     def __init__(
-        self, future: Future[Any], x: torch.Tensor, name: str, world: TorchRanks, finish: Callable[[], torch.Tensor]
+        self,
+        future: Future[Any],
+        x: torch.Tensor,
+        name: str,
+        world: TorchRanks,
+        finish: Callable[[], torch.Tensor],
+        made: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.future, self.x, self.name, self.world, self.finish = future, x, name, world, finish
+        self.future, self.x, self.name, self.world, self.finish, self.made = future, x, name, world, finish, made
         self.value: torch.Tensor | None = None
 
     def landed(self) -> bool:
@@ -78,8 +87,9 @@ class TorchFlight:
     def land(self) -> torch.Tensor:
         if self.value is None:
             self.world.wait(self.future.result(), self.name, on_host=not self.x.is_cuda)
-            # What was made for the launch on one stream may be let go on another, this one.
-            self.value = used_here([self.x, self.finish()])[1]
+            used_here([self.x, self.made])  # made on another stream, and let go on this one
+            self.value = used_here(self.finish())
+            self.made = ()
         return self.value
 
 
@@ -92,6 +102,18 @@ class TorchRanks(Ranks):
         super().__init__(where, timeout_s, parent)
         self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
         self.members = tuple(members)
+        self.launches: Launches = parent.launches if isinstance(parent, TorchRanks) else Launches()
+
+    def drive(self, work: Callable[[], Any]) -> Flight:
+        place = self.launches.place()
+        if place is None:
+            return self._driver(work)
+
+        def placed() -> Any:
+            with self.launches.at(place):
+                return work()
+
+        return self._driver(placed)
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
         self.count(2 * (self.size - 1) / self.size * x.nbytes)
@@ -103,7 +125,11 @@ class TorchRanks(Ranks):
         if x.is_cuda:
             share = torch.empty_like(own)
             return self._launch(
-                x, name, lambda group: dist.reduce_scatter_single(share, x, group=group, async_op=True), lambda: share
+                x,
+                name,
+                lambda group: dist.reduce_scatter_single(share, x, group=group, async_op=True),
+                lambda: share,
+                [share],
             )
         # As over Horovod: the same sums in the same order, in the share of x that is spent.
         out = torch.empty_like(x)
@@ -118,7 +144,7 @@ class TorchRanks(Ranks):
         self.count((self.size - 1) / self.size * x.nbytes)
         out = torch.empty_like(x)
         return self._launch(
-            x, name, lambda group: dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out
+            x, name, lambda group: dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out, [out]
         )
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
@@ -129,10 +155,9 @@ class TorchRanks(Ranks):
     def gather(self, x: torch.Tensor, name: str) -> Flight:
         """torch gathers equal tensors only: sizes travel first, then rows up to the most that any rank has."""
         rows: list[int] = []
-        padded = x
+        made: list[torch.Tensor] = []
 
         def start(group: Any) -> Any:
-            nonlocal padded
             own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
             self.wait(dist.all_gather_single(sizes, own, group=group, async_op=True), name)
             rows.extend(sizes.tolist())
@@ -140,16 +165,17 @@ class TorchRanks(Ranks):
             if len(x) < most:
                 sent = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
             padded = x.new_empty(self.size * most, *x.shape[1:])
+            made.extend([padded, sent])
             self.count((self.size - 1) * (own.nbytes + sent.nbytes))
             return dist.all_gather_single(padded, sent, group=group, async_op=True)
 
         def finish() -> torch.Tensor:
+            padded = made[0]
             if len(set(rows)) == 1:
                 return padded
             return torch.cat([part[:count] for part, count in zip(padded.chunk(self.size), rows, strict=True)])
 
-        # On CUDA the caller's stream must be current at the launch, so that the caller waits for the sizes.
-        return self._launch(x, name, start, finish, waits=not x.is_cuda)
+        return self._launch(x, name, start, finish, made, waits=True)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
@@ -162,6 +188,7 @@ class TorchRanks(Ranks):
             name,
             lambda group: dist.all_gather_single(out, flat, group=group, async_op=True),
             lambda: x.copy_(adasum(out.chunk(self.size)).view_as(x)),
+            [out],
         )
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
@@ -195,10 +222,16 @@ class TorchRanks(Ranks):
         name: str,
         start: Callable[[Any], Any],
         finish: Callable[[], torch.Tensor],
+        made: Sequence[torch.Tensor] = (),
         waits: bool = False,
     ) -> TorchFlight:
-        channel = self.channels.get(name.split(".")[0], self.channels["other"])
-        return TorchFlight(channel.launch(lambda: start(channel.group), waits), x, name, self, finish)
+        if x.is_cuda:
+            group = self.channels["other"].group
+            future = self.launches.launch(lambda: start(group), x.device)
+        else:
+            channel = self.channels.get(name.split(".")[0], self.channels["other"])
+            future = channel.launch(lambda: start(channel.group), waits)
+        return TorchFlight(future, x, name, self, finish, made)
 
 
 def _gone(error: RuntimeError) -> PeerError:
@@ -255,6 +288,7 @@ class TorchWorld(TorchRanks):
         for part in self._parts:
             part.close()
         super().close()
+        self.launches.close()
         dist.destroy_process_group()
 
 

@@ -149,6 +149,36 @@ def the_loop_touches_what_the_driver_keeps(patch: Patch) -> None:
     patch(Feedback, "begin", begin)
 
 
+@bug("torch", "exchange=acco")
+def threads_launch_for_themselves(patch: Patch) -> None:
+    from concurrent.futures import Future
+
+    from hvdllm.world.launches import Launches
+
+    def launch(launches: Any, start: Callable[[], Any], device: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(start())
+        return future
+
+    patch(Launches, "launch", launch)
+
+
+@bug("torch", "exchange=allreduce")
+def a_launch_does_not_wait_for_the_gradients(patch: Patch) -> None:
+    import torch
+
+    from hvdllm.world.launches import Launches
+
+    def launch(launches: Any, start: Callable[[], Any], device: Any) -> Any:
+        def aside() -> Any:
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                return start()
+
+        return launches._enqueue(aside)
+
+    patch(Launches, "launch", launch)
+
+
 @bug("torch", "exchange=sharded")
 def the_update_runs_aside(patch: Patch) -> None:
     import torch

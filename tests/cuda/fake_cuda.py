@@ -14,6 +14,7 @@ booked: which stream reads or writes which bytes, and which stream (or the host)
     freed    memory returns to the stream it was made on while another stream may still use it
     host     the host touches pinned memory before a copy from or to it is known to be done
     event    a time between events of two devices, or before they are known to have happened
+    order    collectives of NCCL are launched by several threads (fake_ranks.py)
 """
 
 from __future__ import annotations
