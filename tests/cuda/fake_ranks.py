@@ -80,7 +80,7 @@ class Hvd(types.ModuleType):
         return 2
 
     def mpi_enabled(self) -> bool:
-        return False
+        return True
 
     def nccl_built(self) -> int:
         return 23004 if self.nccl else 0
@@ -106,6 +106,7 @@ class Hvd(types.ModuleType):
 
     def allreduce_async_(self, x: torch.Tensor, name: str, op: str, process_set: str = "world") -> int:
         assert x.is_contiguous() and not (x.is_cuda and x.dtype in (torch.int16, torch.bfloat16))
+        assert op == self.Sum or not x.is_cuda, "Horovod's Adasum of CUDA tensors adds up within a host first"
         summed(x, self.sets[process_set])
         return self._handle(x, launch(f"allreduce {name}", [x], [x], "hvd") if x.is_cuda else None)
 
