@@ -126,8 +126,8 @@ class Rounds:
         return self.wire.sum(self.flat.g[span.start : span.stop], f"grad.{bucket.index}")
 
     def total(self, squares: torch.Tensor) -> torch.Tensor:
-        """The sum over the owners of the pieces. Each rank has the whole; but models of processors may round it in their
-        own ways, and replicas that clip by different norms drift apart: there the first rank's norm is everybody's."""
+        """The sum over the owners of the pieces. Each rank has the whole; but models of processors may round it each in
+        their way, and replicas that clip by different norms drift apart: there the first rank's norm is everybody's."""
         if not self.unlike or self.world.size == 1:
             return squares
         first: torch.Tensor = self.world.broadcast(squares.reshape(1), "total.0").land().reshape(())
