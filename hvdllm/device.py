@@ -1,6 +1,12 @@
 """Where a GPU is told from a CPU: choosing it, reading it late, telling time on it.
 
-Not run on a GPU by the tests: the CUDA branches.
+Its rules for threads and streams, which the rest of the package keeps by calling this file:
+    threads  every thread starts on GPU 0; those that we start begin on their parent's (`pool`, `start_thread`)
+    events   are recorded on a stream of the tensor's own device (`Later`, `Mark`)
+    memory   returns to the stream it was made on once the last reference is gone, whatever other streams still do with
+             it; so what arrives from another stream is recorded on the one that uses it (`used_here`)
+
+Not yet run on a GPU: the CUDA branches. tests/cuda runs them on fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -14,13 +20,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from hvdllm.errors import UserError
+from hvdllm.errors import PeerError, UserError
 
 _told = threading.local()
+T = TypeVar("T")
+_patience_s = math.inf  # of a wait for a GPU that may itself wait for another rank's
 
 
 def now() -> float:
@@ -48,15 +59,14 @@ class Later:
         if x.is_cuda:
             self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self.host.copy_(x, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(x.device).record_event()
         else:
             self.host = x.clone()
 
     def read(self) -> list[float]:
         """The values. On CUDA waits until the copy, and no later work, is done."""
         if hasattr(self, "event"):
-            self.event.synchronize()
+            wait_for(self.event)
         values: list[float] = self.host.reshape(-1).tolist()
         return values
 
@@ -68,25 +78,85 @@ class Mark:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and not simulated():
             self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(device))
         else:
             self.time = now()
 
     def until(self, later: Mark) -> float:
         """Seconds between the two. On CUDA both must have passed: read it a round later."""
         if hasattr(self, "event"):
-            later.event.synchronize()
+            wait_for(later.event)
             return float(self.event.elapsed_time(later.event)) / 1e3
         return later.time - self.time
 
 
-def used_here(tensors: list[torch.Tensor]) -> None:
-    """Made on another stream: their memory is not given away before this stream is done with them."""
-    for x in tensors:
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream(x.device))
+# ------------------------------------------------------------------ waiting, streams and threads
+def be_patient(seconds: float) -> None:
+    """From here on no wait for a GPU is longer: world.timeout_s, where there are other ranks."""
+    global _patience_s
+    _patience_s = seconds
 
 
+def wait_for(event: torch.cuda.Event) -> None:
+    """The host waits until what the event marks is done, by poll and sleeps of 20 µs to 1 ms, so that it hears signals.
+    Raises PeerError after `be_patient`'s seconds: a kernel of NCCL whose peer is gone runs for ever."""
+    pause, begin = 2e-5, time.monotonic()
+    while not event.query():
+        if time.monotonic() - begin > _patience_s:
+            raise PeerError(
+                f"the GPU has been busy for {_patience_s:.0f} s (world.timeout_s), most likely because it waits for a "
+                "rank that is gone or stands still"
+            )
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1e-3)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """The host waits for all that the current stream of a CUDA device holds."""
+    wait_for(torch.cuda.current_stream(device).record_event())
+
+
+def used_here(value: T) -> T:
+    """Records every CUDA tensor in `value`, however deep in lists, tuples, dicts and dataclasses, on the current stream
+    of its device: its memory is not given away before this stream is done with it. Returns the value."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            value.record_stream(torch.cuda.current_stream(value.device))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            used_here(each)
+    elif isinstance(value, dict):
+        used_here(list(value.values()))
+    elif is_dataclass(value):
+        used_here([getattr(value, each.name) for each in fields(value)])
+    return value
+
+
+def pool(name: str) -> ThreadPoolExecutor:
+    """One thread that runs what is submitted, in order, on the GPU of the thread that calls this."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"hvdllm-{name}", initializer=_same_gpu())
+
+
+def start_thread(work: Callable[[], None], name: str) -> None:
+    """A daemon thread that runs `work` on the GPU of the thread that calls this."""
+    settle = _same_gpu()
+
+    def run() -> None:
+        settle()
+        work()
+
+    threading.Thread(target=run, name=f"hvdllm-{name}", daemon=True).start()
+
+
+def _same_gpu() -> Callable[[], None]:
+    """What a new thread calls first."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    index = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(index)
+
+
+# ------------------------------------------------------------------ the device
 def usable_memory(device: torch.device) -> int | None:
     """Bytes that this process and those beside it can still take: of the host, or all there are on the GPU. None:
     unknown. A container's limit (cgroup v2) counts where it is the smaller one."""
@@ -119,21 +189,35 @@ def cgroups() -> list[Path]:
     return [folder for folder in (own, *own.parents) if folder.is_relative_to("/sys/fs/cgroup")]
 
 
-def choose(kind: str, local_rank: int) -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+def choose(kind: str, local_rank: int, *, share: bool = False, no_cuda: str = "") -> torch.device:
+    """auto, cpu or cuda as this process's device. A rank takes the GPU of its local rank; where it sees a single one
+    (srun --gpus-per-task, a slice of MIG), that. share: may there be fewer GPUs than ranks? no_cuda: why the
+    world carries no CUDA tensors; "": it does. Raises UserError where CUDA is asked for and cannot be had."""
+    here = torch.cuda.is_available()
+    if kind == "cpu" or (kind == "auto" and (no_cuda or not here)):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not here:
         raise UserError(
             "device=cuda: this machine has no GPU that torch can use; take device=cpu, or see `hvdllm doctor`"
         )
-    if local_rank >= torch.cuda.device_count():
+    if no_cuda:
+        raise UserError(f"device=cuda: {no_cuda}; see `hvdllm doctor`, or take device=cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1 and not share:
         raise UserError(
-            f"device=cuda: {torch.cuda.device_count()} GPUs here, too few for local rank {local_rank}: "
-            "start at most one rank a GPU"
+            f"device=cuda: {count} GPUs here, too few for local rank {local_rank}: start at most one rank a GPU"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_rank % count)
+    return torch.device("cuda", local_rank % count)
+
+
+def gpu(device: torch.device) -> str:
+    """What tells this GPU from all others; "" for a CPU. Slices of MIG may share their GPU's number."""
+    if device.type != "cuda":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    slice_ = f" {visible}" if visible.startswith("MIG-") else ""
+    return f"{torch.cuda.get_device_properties(device).uuid}{slice_}"
 
 
 def usable_cores() -> int:

@@ -176,6 +176,20 @@ mend() { # what Horovod 0.28.1 lacks today: torch's C++, Gloo's interface in pro
     horovod/common/gloo/gloo_context.cc
   [ "$device" = nccl ] || replace 'torch.version.cuda is not None' False cmake/Modules/FindPytorch.cmake
 }
+mend_cuda() { # what it allocates for gathers and all-to-alls waits for the default stream: the next round's compute
+  local file=horovod/torch/adapter_v2.cc
+  replace '#include <c10/cuda/CUDAStream.h>' '&\n#include <c10/cuda/CUDAGuard.h>\n#include <map>' $file
+  replace 'with_device device_context(output_devices_.at(output_index));' "&\n\
+#if HAVE_GPU\n\
+  // On a stream of its own, which holds nothing to wait for; whoever uses an output records it (hvdllm/world/hvd.py).\n\
+  c10::cuda::OptionalCUDAStreamGuard aside;\n\
+  if (output_devices_.at(output_index) != CPU_DEVICE_ID) {\n\
+    static std::map<int, c10::cuda::CUDAStream> streams;\n\
+    auto device = output_devices_.at(output_index);\n\
+    aside.reset_stream(streams.try_emplace(device, c10::cuda::getStreamFromPool(false, device)).first->second);\n\
+  }\n\
+#endif" $file
+}
 replace() { # replace OLD NEW FILE...
   local file
   for file in "${@:3}"; do
@@ -194,6 +208,7 @@ horovod_recipe() { # all that shapes the wheel; its hash is the wheel's name in 
   grep -owE 'avx|f16c|fma' /proc/cpuinfo | sort -u | tr '\n' ' ' || true # Horovod compiles for these where they are
   env | grep -E '^(CC|CXX|CFLAGS|CXXFLAGS|LDFLAGS|HOROVOD_BUILD_[A-Z_]*)=' | sort || true
   declare -f mend
+  [ "$device" = cpu ] || declare -f mend_cuda
 }
 horovod_key() { horovod_recipe | sha256sum | cut -c1-16; }
 
@@ -285,6 +300,7 @@ build_horovod() {
     ln -s "$nccl/include" nccl/include
     ln -s "$nccl/lib/libnccl.so.2" nccl/lib/libnccl.so
     export HOROVOD_NCCL_HOME=$PWD/nccl
+    mend_cuda
   fi
   cores=$(nproc) memory=$(awk '/^MemAvailable/ { print int($2 / 2000000) }' /proc/meminfo) # 2 GB a compiler
   ((memory > 0)) || memory=1

@@ -13,7 +13,7 @@ FILES = {
 }
 # room: what it may import of hvdllm, besides errors, screen, sums, untrusted, config.schema and itself
 MAY = {
-    "text": ("config.paths",),
+    "text": ("config.paths", "device"),
     "models": (),
     "config": ("models.size", "world.detect"),  # both without torch
     "world": ("device",),

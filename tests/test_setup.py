@@ -228,6 +228,25 @@ def test_only_a_wheel_of_ours_with_its_sum_is_installed(tmp_path: Path) -> None:
         assert done.returncode == 1 and "belongs to another user" in done.stderr
 
 
+def test_with_cuda_horovod_allocates_aside(tmp_path: Path) -> None:
+    """The whole file was compiled once with it, against CUDA 12.9's headers (-fsyntax-only). Not yet run on a GPU."""
+    script = (ROOT / "jobs" / "setup.sh").read_text()
+    parts = [re.search(rf"^{name}\(\).*?^}}", script, re.M | re.S) for name in ("replace", "mend_cuda")]
+    file = tmp_path / "horovod" / "torch" / "adapter_v2.cc"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "#include <c10/cuda/CUDAStream.h>\n{\n  with_device device_context(output_devices_.at(output_index));\n"
+        "  outputs_.at(output_index).resize_(shape_vector);\n}\n"
+    )
+    words = "\n".join(["say() { echo $*; }", *(part[0] for part in parts if part), "mend_cuda"])
+    subprocess.run(["bash", "-euc", words], cwd=tmp_path, check=True)
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    order = ["with_device device_context(output_devices_.at(output_index));", "#if HAVE_GPU"]
+    order += ["c10::cuda::OptionalCUDAStreamGuard aside;", "#endif", "outputs_.at(output_index).resize_(shape_vector);"]
+    assert [line for line in lines if line in order] == order
+    assert "#include <c10/cuda/CUDAGuard.h>" in lines
+
+
 @pytest.mark.skipif(not RECORD.exists(), reason="this environment was not made by jobs/setup.sh")
 def test_a_second_run_needs_no_network() -> None:
     before = RECORD.stat()

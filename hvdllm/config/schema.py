@@ -656,6 +656,9 @@ class Device:
         least=1,
         most=1024,
     )
+    share: bool = setting(
+        False, "may several ranks compute on one GPU? They take turns, and many versions of NCCL refuse it themselves"
+    )
 
 
 # ------------------------------------------------------------------ launch and track
@@ -819,7 +822,8 @@ class Config:
     sample_tokens: int = setting(160, "tokens a sample has", least=1, most=1_000_000)
     precision: str = setting(
         "fp32",
-        "fp32, bf16 (autocast; weights and sums stay fp32) or fp64 (for oracles)",
+        "fp32 (on GPUs without TF32, which has 10 bits of fp32's 23), bf16 (autocast; weights and sums stay fp32) or "
+        "fp64 (for oracles)",
         choices=("fp32", "bf16", "fp64"),
     )
     text: Any = setting(None, "where the text comes from")

@@ -167,8 +167,8 @@ class State:
     loaded; only at the same world size, else there are none). summed: of this rank alone too, but what counts is the
     sum over ranks (residuals). tensors: of any shape, equal on all ranks.
 
-    On load, `sharded` and `summed` cover the whole map; at the same world size `summed` is this rank's own, else
-    rank 0 gets the sum over all ranks there were and the others zeros.
+    On load all vectors lie on the CPU; `sharded` and `summed` cover the whole map; at the same world size `summed` is
+    this rank's own, else rank 0 gets the sum over all ranks there were and the others zeros.
     """
 
     shared: dict[str, Any]
@@ -252,6 +252,7 @@ class Exchange(Protocol):
     identical: bool
     anchored: bool
     resized: str
+    unlike: bool  # told before `attach`: do the ranks compute on several models of processor?
 
     def between(self, world: World) -> World:
         """The ranks that its wire joins. Collective; called once, before `attach`."""

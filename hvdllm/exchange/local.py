@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from hvdllm.config import schema
-from hvdllm.device import Mark
+from hvdllm.device import Mark, wait_for_stream
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import (
     Batch,
@@ -120,6 +120,7 @@ class LocalSteps:
     copies = 1
     identical = False
     anchored = True
+    unlike = False  # as of Rounds: of the ranks of a group
     resized = (
         "what each rank had of its own (weights since they last met, moments) has no place, all begin with the shared "
         "weights and with clocks at 0, so the curve is not that of an unchanged world"
@@ -162,6 +163,7 @@ class LocalSteps:
         kind, settings = INNER[self.settings.inner]
         share = max(1, self.nominal // self.replicas)
         self.inner = kind(settings, share)
+        self.inner.unlike = self.unlike
         self.inner.reckon = lambda more: self._base + self.replicas * (self._open + more)
         self.inner.watch = self._note
         self.inner.told = lambda said, slot, norm: self._now.add(said, slot, norm)
@@ -410,7 +412,7 @@ class LocalSteps:
         sharded = {"model": self.anchor, **{f"outer.{n}": v for n, v in self.outer.items()}, **self.vectors()}
         spans = whole if self.world.rank == 0 else []
         if self.anchor.device != self.device:
-            torch.cuda.current_stream(self.device).synchronize()  # what is on its way to the host has arrived
+            wait_for_stream(self.device)  # what is on its way to the host has arrived
         return State(values, spans, sharded, mine, summed, tensors, local)
 
     def values(self) -> dict[str, Any]:

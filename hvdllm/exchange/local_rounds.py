@@ -175,7 +175,7 @@ class LocalRounds(LocalSteps):
             air, self._air = self._air, None
             if air.meta is None:
                 air.meta = metas[-1]
-            mine = self.flat.x - self.anchor
+            mine = self.flat.x - self.anchor.to(self.device)
             self._apply(air)
             self.flat.x.add_(mine)  # what the unfinished round has made stays a delta of its own
             self.buffer = self.flat.gradients[-1]

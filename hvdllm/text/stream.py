@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from hvdllm import device as devices
 from hvdllm.errors import UserError
 from hvdllm.text.clients import Clients, frozen
 
@@ -119,7 +120,7 @@ class Stream:
         if self.position % part:
             raise ValueError(f"position {self.position} is inside a part of {part} windows")
         self.close()
-        pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
+        pool = self._pool = devices.pool("stream")
         first = self.position // part
         ready: deque[Future[_Loaded]] = deque(
             pool.submit(self._load, first + k, part) for k in range(max(1, self.ahead))
@@ -185,7 +186,7 @@ class Stream:
     def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], _Loaded]]]) -> Iterator[tuple[T, _Loaded]]:
         """What each job loads, in order, beside what it is called; some are under way in the thread."""
         self.close()
-        pool = self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-stream")
+        pool = self._pool = devices.pool("stream")
         ready = deque((called, pool.submit(job)) for called, job in islice(jobs, max(1, 2 * self.ahead)))
         first = True
         try:

@@ -80,6 +80,7 @@ class World(Protocol):
     local_size: int
     asks: Asks
     bytes_sent: float  # by this rank since the start, counted by the ring formulas of each collective
+    no_cuda: str  # why CUDA tensors cannot travel here, a clause; "": they can
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the sum over ranks, bit-equal on all. x must not be touched in flight."""
@@ -93,8 +94,9 @@ class World(Protocol):
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all (Maleki et al., 2020); a power of two ranks."""
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
-        """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ."""
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
+        """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ. equal: it does
+        not, and no word about sizes need travel before."""
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
         """x is cut along dimension 0 into one equal block a rank; lands the blocks meant for us, in rank order."""

@@ -1,7 +1,7 @@
 """The one driver thread of a rank: it walks flights of several stages, so that the loop computes meanwhile.
 
 On CUDA the thread has a stream of its own: it begins behind what the caller had queued, and whoever lands the
-flight queues behind it, without the host waiting for the device. Not run on a GPU by the tests.
+flight queues behind it, without the host waiting for the device. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from hvdllm.device import pool, used_here
 
 
 class Driven:
@@ -32,6 +34,7 @@ class Driven:
         value, event = self._future.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
+            used_here(value)
         return value
 
 
@@ -49,7 +52,7 @@ class Driver:
             done.set_result((work(), None))
             return Driven(done)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-driver")
+            self._pool = pool("driver")
             if torch.cuda.is_available() and torch.cuda.is_initialized():
                 self._stream = torch.cuda.Stream()
         ready = torch.cuda.current_stream().record_event() if self._stream is not None else None

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from hvdllm.device import used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight, Mail
 from hvdllm.world.detect import Place
@@ -67,7 +68,9 @@ class HorovodFlight:
                 time.sleep(pause)
                 # What takes long is asked for rarely: while it flies, compute wants the cores.
                 pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
-            self.value = self.finish(_peer_errors(lambda: hvd.synchronize(self.handle)))
+            # Made by Horovod's own thread, on a stream of its own.
+            out = used_here(_peer_errors(lambda: hvd.synchronize(self.handle)))
+            self.value = self.finish(out)
         return self.value
 
 
@@ -112,7 +115,7 @@ class HorovodRanks(Ranks):
         handle = _peer_errors(lambda: hvd.reducescatter_async(x, name=name, op=hvd.Sum, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out)
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         self.count((self.size - 1) * x.nbytes)
         handle = _peer_errors(lambda: hvd.allgather_async(_bits(x), name=name, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out.view(x.dtype))
@@ -135,10 +138,11 @@ class HorovodRanks(Ranks):
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, the mean over this rank's tokens.
 
-        Horovod has it over MPI and NCCL only, and for the whole world: elsewhere all x are gathered.
+        Horovod has it over MPI only, and for the whole world: elsewhere all x are gathered. On GPUs too, where its own
+        adds up within a host first, which is other mathematics.
         """
         must_be_power_of_two(self.size)
-        if self.parent is None and hvd.mpi_enabled() and x.dtype is not torch.bfloat16:
+        if self.parent is None and hvd.mpi_enabled() and not x.is_cuda and x.dtype is not torch.bfloat16:
             self.count(2 * (self.size - 1) / self.size * x.nbytes)
             handle = _peer_errors(lambda: hvd.allreduce_async_(x, name=name, op=hvd.Adasum))
             return HorovodFlight(handle, name, self, lambda out: out)
@@ -196,6 +200,10 @@ class HorovodWorld(HorovodRanks):
             )
         where = (hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
         super().__init__(hvd.global_process_set, range(hvd.size()), where, timeout_s)
+        if not hvd.nccl_built():
+            self.no_cuda = (
+                "this Horovod was built without NCCL and carries no CUDA tensors (jobs/setup.sh --nccl builds it)"
+            )
         self._sets: dict[tuple[int, ...], Any] = {self.members: hvd.global_process_set}
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> HorovodRanks:

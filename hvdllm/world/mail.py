@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
 from hvdllm.world.base import Letter
 
@@ -64,7 +65,7 @@ class Threads:
             finally:
                 self._own.discard(threading.get_ident())
 
-        threading.Thread(target=run, name=f"hvdllm-{name}", daemon=True).start()
+        start_thread(run, name)
 
     def check(self, waited_s: float = 0.0, what: str = "") -> None:
         """Raises what a thread has raised; PeerError where the loop has waited too long for `what`."""

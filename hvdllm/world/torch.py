@@ -1,11 +1,12 @@
 """The world over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors. Imports no Horovod.
 
-torch.distributed matches collectives by call order, so each channel (the first word of a name) has a process group of
-its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
-word is none of them travels on `other`, whose collectives no two threads may use at once.
+torch.distributed matches collectives by call order. On CPUs each channel (the first word of a name) has a process group
+of its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
+word is none of them travels on `other`, whose collectives no two threads may use at once. On GPUs all have one order, a
+thread that launches them in it (launches.py), and one communicator.
 
 What Gloo sends, a rank, is what world/hvd.py says of it; here a gather also tells its sizes first, and pads where they
-differ. NCCL is counted by the same formulas. Not run with NCCL on more than one GPU by the tests.
+differ. NCCL is counted by the same formulas. Not yet run with NCCL on more than one GPU.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hvdllm.device import pool, used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
+from hvdllm.world.launches import Launches
 from hvdllm.world.mail import too_long
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
 
@@ -51,7 +54,7 @@ class Channel:
             future.set_result(start())
             return future
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="hvdllm-channel")
+            self._pool = pool("channel")
         self._last = self._pool.submit(start)
         return self._last
 
@@ -61,12 +64,19 @@ class Channel:
 
 
 class TorchFlight:
-    """One collective of x. future: of the work, once it is launched. finish: makes what lands."""
+    """One collective of x. future: of the work, once it is launched. finish: makes what lands. made: what else the
+    collective reads and writes; kept until then."""
 
     def __init__(
-        self, future: Future[Any], x: torch.Tensor, name: str, world: TorchRanks, finish: Callable[[], torch.Tensor]
+        self,
+        future: Future[Any],
+        x: torch.Tensor,
+        name: str,
+        world: TorchRanks,
+        finish: Callable[[], torch.Tensor],
+        made: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.future, self.x, self.name, self.world, self.finish = future, x, name, world, finish
+        self.future, self.x, self.name, self.world, self.finish, self.made = future, x, name, world, finish, made
         self.value: torch.Tensor | None = None
 
     def landed(self) -> bool:
@@ -77,8 +87,11 @@ class TorchFlight:
 
     def land(self) -> torch.Tensor:
         if self.value is None:
-            self.world.wait(self.future.result(), self.name, on_host=not self.x.is_cuda)
-            self.value = self.finish()
+            work = self.world.launched(self.future, self.name)
+            self.world.wait(work, self.name, on_host=not self.x.is_cuda)
+            used_here([self.x, self.made])  # made on another stream, and let go on this one
+            self.value = used_here(self.finish())
+            self.made = ()
         return self.value
 
 
@@ -91,6 +104,18 @@ class TorchRanks(Ranks):
         super().__init__(where, timeout_s, parent)
         self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
         self.members = tuple(members)
+        self.launches: Launches = parent.launches if isinstance(parent, TorchRanks) else Launches()
+
+    def drive(self, work: Callable[[], Any]) -> Flight:
+        place = self.launches.place()
+        if place is None:
+            return self._driver(work)
+
+        def placed() -> Any:
+            with self.launches.at(place):
+                return work()
+
+        return self._driver(placed)
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
         self.count(2 * (self.size - 1) / self.size * x.nbytes)
@@ -102,7 +127,11 @@ class TorchRanks(Ranks):
         if x.is_cuda:
             share = torch.empty_like(own)
             return self._launch(
-                x, name, lambda group: dist.reduce_scatter_single(share, x, group=group, async_op=True), lambda: share
+                x,
+                name,
+                lambda group: dist.reduce_scatter_single(share, x, group=group, async_op=True),
+                lambda: share,
+                [share],
             )
         # As over Horovod: the same sums in the same order, in the share of x that is spent.
         out = torch.empty_like(x)
@@ -117,7 +146,7 @@ class TorchRanks(Ranks):
         self.count((self.size - 1) / self.size * x.nbytes)
         out = torch.empty_like(x)
         return self._launch(
-            x, name, lambda group: dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out
+            x, name, lambda group: dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out, [out]
         )
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
@@ -125,13 +154,22 @@ class TorchRanks(Ranks):
         source = self.members[root]
         return self._launch(x, name, lambda group: dist.broadcast(x, source, group=group, async_op=True), lambda: x)
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         """torch gathers equal tensors only: sizes travel first, then rows up to the most that any rank has."""
+        if equal:
+            self.count((self.size - 1) * x.nbytes)
+            sent, out = x.contiguous(), x.new_empty(self.size * len(x), *x.shape[1:])
+            return self._launch(
+                sent,
+                name,
+                lambda group: dist.all_gather_single(out, sent, group=group, async_op=True),
+                lambda: out,
+                [out],
+            )
         rows: list[int] = []
-        padded = x
+        made: list[torch.Tensor] = []
 
         def start(group: Any) -> Any:
-            nonlocal padded
             own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
             self.wait(dist.all_gather_single(sizes, own, group=group, async_op=True), name)
             rows.extend(sizes.tolist())
@@ -139,16 +177,17 @@ class TorchRanks(Ranks):
             if len(x) < most:
                 sent = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
             padded = x.new_empty(self.size * most, *x.shape[1:])
+            made.extend([padded, sent])
             self.count((self.size - 1) * (own.nbytes + sent.nbytes))
             return dist.all_gather_single(padded, sent, group=group, async_op=True)
 
         def finish() -> torch.Tensor:
+            padded = made[0]
             if len(set(rows)) == 1:
                 return padded
             return torch.cat([part[:count] for part, count in zip(padded.chunk(self.size), rows, strict=True)])
 
-        # On CUDA the caller's stream must be current at the launch, so that the caller waits for the sizes.
-        return self._launch(x, name, start, finish, waits=not x.is_cuda)
+        return self._launch(x, name, start, finish, made, waits=True)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
@@ -161,6 +200,7 @@ class TorchRanks(Ranks):
             name,
             lambda group: dist.all_gather_single(out, flat, group=group, async_op=True),
             lambda: x.copy_(adasum(out.chunk(self.size)).view_as(x)),
+            [out],
         )
 
     def lost(self, error: Exception) -> PeerError | None:
@@ -171,6 +211,15 @@ class TorchRanks(Ranks):
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 
+    def launched(self, future: Future[Any], name: str) -> Any:
+        """The work, once its thread has launched it: NCCL's first collective waits for all ranks."""
+        end = time.monotonic() + self.timeout_s
+        while not future.done():
+            wait([future], SLICE.total_seconds())
+            if time.monotonic() > end and not future.done():
+                raise self._late(name)
+        return future.result()
+
     def wait(self, work: Any, name: str, on_host: bool = True) -> None:
         """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
         end = time.monotonic() + self.timeout_s
@@ -179,11 +228,14 @@ class TorchRanks(Ranks):
                 work.wait(SLICE)
             except RuntimeError:
                 if not work.is_completed() and time.monotonic() > end:
-                    raise PeerError(too_long(self.timeout_s, f"`{name}`")) from None
+                    raise self._late(name) from None
         try:
             work.wait()
         except RuntimeError as error:
             raise _gone(error) from None
+
+    def _late(self, name: str) -> PeerError:
+        return PeerError(too_long(self.timeout_s, f"`{name}`"))
 
     def close(self) -> None:
         """A part ends with the whole."""
@@ -196,10 +248,16 @@ class TorchRanks(Ranks):
         name: str,
         start: Callable[[Any], Any],
         finish: Callable[[], torch.Tensor],
+        made: Sequence[torch.Tensor] = (),
         waits: bool = False,
     ) -> TorchFlight:
-        channel = self.channels.get(name.split(".")[0], self.channels["other"])
-        return TorchFlight(channel.launch(lambda: start(channel.group), waits), x, name, self, finish)
+        if x.is_cuda:
+            group = self.channels["other"].group
+            future = self.launches.launch(lambda: start(group), x.device)
+        else:
+            channel = self.channels.get(name.split(".")[0], self.channels["other"])
+            future = channel.launch(lambda: start(channel.group), waits)
+        return TorchFlight(future, x, name, self, finish, made)
 
 
 def _gone(error: RuntimeError) -> PeerError:
@@ -214,7 +272,7 @@ class TorchWorld(TorchRanks):
     """The ranks that a launcher started, any of those that detect.py knows. device_kind: auto, cpu or cuda."""
 
     def __init__(self, place: Place, timeout_s: float, device_kind: str = "cpu") -> None:
-        on_gpu = device_kind != "cpu" and torch.cuda.is_available()
+        on_gpu = device_kind != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
         self.timeout_s = timeout_s
         self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if on_gpu:
@@ -233,6 +291,8 @@ class TorchWorld(TorchRanks):
             raise PeerError(f"the ranks did not find each other ({_first_line(error)})") from None
         where = (place.rank, place.size, place.local_rank, place.local_size)
         super().__init__(groups, range(place.size), where, timeout_s)
+        if not on_gpu:
+            self.no_cuda = "this torch was built without NCCL and carries no CUDA tensors between ranks"
         self._parts: list[TorchRanks] = []
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
@@ -256,6 +316,7 @@ class TorchWorld(TorchRanks):
         for part in self._parts:
             part.close()
         super().close()
+        self.launches.close()
         dist.destroy_process_group()
 
 

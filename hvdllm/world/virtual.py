@@ -26,6 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -297,7 +298,7 @@ class Driver:
             self.begun = True
             lane = Lane(self.rank, 1, self.hub.now())
             self.hub.lanes.append(lane)
-            threading.Thread(target=self._run, args=(lane,), daemon=True, name=f"driver-{self.rank}").start()
+            device.start_thread(lambda: self._run(lane), f"driver-{self.rank}")
         return flight
 
     def close(self) -> None:
@@ -348,9 +349,10 @@ class VirtualWorld(Ranks):
         sent = (self.size - 1) / self.size * x.nbytes
         return self._post("scatter", x, name, sent, lambda box: self._own(x).copy_(self._own(box.total())))
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         sent = (self.size - 1) * x.nbytes
-        return self._post("gather", x, name, sent, lambda box: torch.cat(box.ordered()))
+        kind = "equal gather" if equal else "gather"
+        return self._post(kind, x, name, sent, lambda box: torch.cat(box.ordered()))
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
         sent = (self.size - 1) / self.size * x.nbytes
@@ -439,7 +441,9 @@ def run(
         hub.tell_time()
         try:
             hub.enter(lane)
-            results[world.rank] = body(world)
+            # Hooks run on this thread, on a GPU too: autograd's own has no clock, and would be one for all ranks.
+            with torch.autograd.set_multithreading_enabled(False):
+                results[world.rank] = body(world)
         except BaseException as error:
             hub.fail(error)
         finally:
@@ -450,7 +454,7 @@ def run(
     hub.random = dict.fromkeys(range(size), state)
     hub.lanes = [Lane(rank, 0) for rank in range(size)]
     for world, lane in zip(worlds, list(hub.lanes), strict=True):
-        threading.Thread(target=live, args=(world, lane), daemon=True, name=f"rank-{world.rank}").start()
+        device.start_thread(partial(live, world, lane), f"rank-{world.rank}")
     try:
         hub.pass_on()
         hub.over.wait()

@@ -6,13 +6,13 @@ takes its rank's link, as a collective does, and is taken when it has arrived.
 
 from __future__ import annotations
 
-import threading
 from bisect import insort
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
 from hvdllm.world.base import Letter
 from hvdllm.world.mail import copied
@@ -93,4 +93,4 @@ def spawn(hub: Hub, lane: Any, work: Callable[[], None], name: str) -> None:
         finally:
             hub.leave(lane)
 
-    threading.Thread(target=run, daemon=True, name=f"{name}-{lane.rank}").start()
+    start_thread(run, f"{name}-{lane.rank}")

@@ -75,7 +75,7 @@ class PowerSGD(Feedback):
         for m, name, span, own, total in zip(matrices, thin, spans, mine, q.parts, strict=True):
             torch.addmm(m, span, own.T, alpha=-1, out=self._view(name, residual, launch))
             torch.mm(span, total.T, out=m)
-            self.q[name] = total.clone()
+            self.q[name].copy_(total)  # in place: the first is the loop's memory, not to be freed on this stream
         for tensor, total in zip(whole, p.parts[len(thin) :], strict=True):
             tensor.copy_(total)
         return x
@@ -88,12 +88,12 @@ class PowerSGD(Feedback):
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
         shared, summed, _ = super().state()
-        return shared, summed, {f"q.{name}": q for name, q in self.q.items()}
+        return shared, summed, {f"q.{name}": q.clone() for name, q in self.q.items()}
 
     def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
         super().load(shared, summed, tensors)
         for name, q in self.q.items():
-            self.q[name] = tensors[f"q.{name}"].to(q, copy=True)
+            q.copy_(tensors[f"q.{name}"])
 
 
 class _Joined:
