@@ -115,11 +115,6 @@ def parsed_yaml(text: bytes) -> Any:
     return value
 
 
-def read_yaml(path: Path, most: int, inside: Path | None = None) -> Any:
-    """Raises OSError or Unfit."""
-    return parsed_yaml(read(path, most, inside))
-
-
 # ------------------------------------------------------------------ inside
 def _regular(path: Path, flags: int) -> int:
     """Looked at before it is opened, for some devices act when they are opened, and after, for it may have changed."""

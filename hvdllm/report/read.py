@@ -277,7 +277,9 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError("neither a `run` record nor a config.yaml")
     try:
-        values = untrusted.read_yaml(path, MOST_CONFIG, path.parent)
+        written = untrusted.read(path, MOST_CONFIG, path.parent)
+        sums.verified(written)
+        values = untrusted.parsed_yaml(written)
     except untrusted.Unfit as error:
         raise ValueError(f"config.yaml {error}") from None
     if not isinstance(values, dict):

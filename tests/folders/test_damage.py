@@ -107,6 +107,14 @@ def test_a_changed_digit_and_a_lost_line_of_the_records_show(run: Path) -> None:
     list(runs.records(run, pytest.fail))
 
 
+def test_a_report_takes_no_settings_from_a_damaged_file(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[1:]))  # without its `run` record
+    assert isinstance(read_run(run), Run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", "seed: 8"))
+    assert "not what was written" in getattr(read_run(run), "why", "")
+
+
 def test_a_resumed_run_keeps_the_trace_of_damage(run: Path) -> None:
     path = run / "metrics.jsonl"
     path.write_text(path.read_text().replace('"kind": "eval", "tokens": 256', '"kind": "eval", "tokens": 255'))
