@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
-from hvdllm.runs import sync_folder, write_whole
+from hvdllm.runs import no_longer_ours, sync_folder, write_whole
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World, first_problem
 
@@ -208,6 +208,8 @@ def _name(rank: int) -> str:
 
 
 def _refused(folder: Path, step: int, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and not (folder / "config.yaml").exists():
+        return no_longer_ours(folder)
     return (
         f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space and start again with "
         "the same name; the checkpoints before it are whole"
