@@ -107,6 +107,13 @@ def _config_text(folder: Path, say: Say | None) -> tuple[dict[str, Any], dict[st
     return values, found or {}
 
 
+def no_longer_ours(folder: Path) -> str:
+    return (
+        f"{folder} was removed, moved or taken over by another process while this run trained in it, so the run ends: "
+        "start it again, which goes on from the last checkpoint where there is one"
+    )
+
+
 class Folder:
     """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it, or where the
     folder is no longer the one that `lock` was taken in."""
@@ -119,10 +126,7 @@ class Folder:
     def check(self) -> None:
         """Raises RunError where the folder was removed, moved or taken over while the run trained."""
         if self.lock is not None and not self.lock.intact():
-            raise RunError(
-                f"{self.path} was removed, moved or taken over by another process while this run trained in it, so the "
-                "run ends: start it again, which goes on from the last checkpoint where there is one"
-            )
+            raise RunError(no_longer_ours(self.path))
 
     def create(self, config: Config, others: dict[str, str] | None = None) -> None:
         """Makes the folder and its config.yaml. others: sums of other files that it keeps, by their names."""

@@ -33,7 +33,7 @@ from hvdllm import sums
 from hvdllm.checkpoint.whole import MANIFEST, broken, steps
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
-from hvdllm.runs import sync_folder, write_whole
+from hvdllm.runs import no_longer_ours, sync_folder, write_whole
 from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World, first_problem
 
@@ -217,6 +217,8 @@ def _name(rank: int) -> str:
 
 
 def _refused(folder: Path, step: int, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and not (folder / "config.yaml").exists():
+        return no_longer_ours(folder)
     return (
         f"cannot write the checkpoint of step {step} to {folder} ({error}): free some space and start again with "
         "the same name; the checkpoints before it are whole"

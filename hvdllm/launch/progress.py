@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hvdllm.launch.sweep import Sweep, Task
 
 PLAIN_EVERY_S = 10.0
-PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>: ?", re.M)  # of rank 0's lines, by horovodrun; others keep theirs
+PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>:", re.M)  # of rank 0's lines, by horovodrun; others keep theirs
 
 
 class Watched:

@@ -112,6 +112,13 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_one_before(tmp_path: Path) -> 
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_folder_that_was_removed_stays_away(tmp_path: Path) -> None:
+    """Seen to catch: a checkpoint that makes the run's folder anew, with nothing else in it."""
+    with pytest.raises(RunError, match="was removed, moved or taken over"):
+        save(tmp_path / "gone", 1)
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_file_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole(tmp_path / "a", "old")
 

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_under_horovodrun_a_terminal_or_a_pipe_gets_lines_without_a_prefix(tmp_p
         program = tmp_path / "horovodrun"
         program.write_text("input()")
         with subprocess.Popen([sys.executable, str(program)], stdin=subprocess.PIPE, stdout=out) as launcher:
+            while not screen._is_launcher(launcher.pid):  # the kernel may be loading it still
+                time.sleep(0.01)
             assert screen.of_launcher([os.getppid()]) is None, "no launcher that we know"
             stream = screen.of_launcher([launcher.pid, os.getppid()])
             assert (stream is not None) == found, target
