@@ -39,7 +39,8 @@ def setting(
 
 # What goes into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-HOSTS = rf"{WORD}:[0-9]+(,{WORD}:[0-9]+)*", "host:slots, several with commas between, in quotes"
+HOST = rf"({WORD}@)?{WORD}:[0-9]+"
+HOSTS = rf"{HOST}(,{HOST})*", "host:slots, several with commas between, in quotes"
 INTERFACE = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,14}"
 INTERFACES = rf"{INTERFACE}(,{INTERFACE})*", "names of network interfaces, such as eth0 or ib0,ib1"
 NAME = WORD, "a name of letters, digits and _ . + -"

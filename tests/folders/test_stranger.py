@@ -184,7 +184,7 @@ def test_a_batch_scripts_comment_stays_one_line(tmp_path: Path) -> None:
 
 
 def test_hosts_that_fit_still_start(tmp_path: Path) -> None:
-    words = ["launch=horovodrun", "launch.hosts='node-1.example.org:1,10.0.0.2:1'", "launch.interface='ib0,eth0.10'"]
+    words = ["launch=horovodrun", "launch.hosts='node-1.example.org:1,me@10.0.0.2:1'", "launch.interface='ib0,eth0.10'"]
     horovodrun.ready(compose.compose(words).launch)
 
 
