@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from hvdllm.errors import UserError
 
 LONGEST = 200  # bytes of a name: most file systems take 255, and files beside it have longer ones
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 60  # letters of a path in a sentence
 
 
@@ -33,8 +35,11 @@ def path_of(text: str, setting: str) -> Path:
 
 def check_name(name: str, setting: str) -> None:
     """Raises UserError where no folder can have this name."""
-    if name in ("", ".", "..") or "/" in name or name.startswith(".") or "\0" in name:
-        raise UserError(f"{setting}={short(name)!r} is not the name of a folder: no slashes and no leading dot")
+    if name in ("", ".", "..") or "/" in name or name.startswith(".") or CONTROL.search(name):
+        raise UserError(
+            f"{setting}={short(name)!r} is not the name of a folder: no slashes, no leading dot, no line ends or other "
+            "control characters"
+        )
     try:
         length = len(os.fsencode(name))
     except UnicodeError:
