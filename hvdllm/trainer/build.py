@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,13 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
 
     def first() -> dict[str, Any]:
         nonlocal lock
-        lock = held.enter_context(closing(Lock(folder_of(named))))
+        try:
+            lock = held.enter_context(closing(Lock(folder_of(named))))
+        except UserError:
+            with suppress(UserError):  # a finished run needs no lock, and may be kept where nobody can write
+                if (start := decide(named, lambda text: None)).finished:
+                    return asdict(start)
+            raise
         return asdict(decide(named, show.say))
 
     return Start(**from_first(world, first, "start.folder")), lock
