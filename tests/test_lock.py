@@ -174,3 +174,30 @@ def test_what_is_somebody_elses_is(tmp_path: Path, name: str) -> None:
     (tmp_path / "a" / name).touch()
     with pytest.raises(UserError, match="is not the folder of a run"):
         decide(compose([f"runs_dir={tmp_path}", "name=a"]), pytest.fail)
+
+
+def test_a_finished_run_needs_no_lock(tmp_path: Path) -> None:
+    """It may be kept where nobody can write, or another process may look at it."""
+    from contextlib import ExitStack
+
+    from hvdllm.cli.display import Silent
+    from hvdllm.trainer.build import agreed_start
+    from hvdllm.world.single import SingleWorld
+
+    config = compose([f"runs_dir={tmp_path}", "name=a"])
+    folder = runs.Folder(tmp_path / "a")
+    folder.create(config)
+    folder.close()
+    other = Lock(tmp_path / "a")
+    with ExitStack() as held, pytest.raises(UserError, match="is in use"):
+        agreed_start(config, SingleWorld(), Silent(), held)
+    folder.record("end", {"reason": "budget", "tokens": config.budget_tokens})
+    folder.close()
+    with ExitStack() as held:
+        start, lock_here = agreed_start(config, SingleWorld(), Silent(), held)
+    assert start.finished is not None and lock_here is None and other.intact()
+    other.close()
+    with ExitStack() as held:
+        start, lock_here = agreed_start(config, SingleWorld(), Silent(), held)
+        assert lock_here is not None and lock_here.intact()
+    assert not (tmp_path / "a" / lock.NAME).exists()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,13 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
 
     def first() -> dict[str, Any]:
         nonlocal lock
-        lock = held.enter_context(closing(Lock(folder_of(named))))
+        try:
+            lock = held.enter_context(closing(Lock(folder_of(named))))
+        except UserError:
+            with suppress(UserError):  # a finished run needs no lock, and may be kept where nobody can write
+                if (start := decide(named, lambda text: None)).finished:
+                    return asdict(start)
+            raise
         return asdict(decide(named, show.say))
 
     return Start(**from_first(world, first, "start.folder")), lock

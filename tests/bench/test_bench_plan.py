@@ -15,6 +15,7 @@ from hvdllm.bench.lab import Lab
 from hvdllm.cli.bench import ask
 from hvdllm.config import compose, pace
 from hvdllm.errors import UserError
+from hvdllm.launch.horovodrun import starter
 from hvdllm.world.detect import Place
 
 ASKED = Asked("200mbit", 3, 2, ("allreduce",), (), (), (), 5, 2, 1, 60.0)
@@ -140,7 +141,7 @@ def test_commands_on_hosts() -> None:
     ]  # fmt: skip
     assert not any("horovodrun" in word for command in alone for word in command)
     (command,) = together
-    assert command[:8] == ["ip", "netns", "exec", first, "horovodrun", "--gloo", "-np", "3"]
+    assert command[:9] == ["ip", "netns", "exec", first, *starter("gloo"), "--gloo", "-np"]
     assert command[command.index("-H") + 1] == "10.77.0.1:2,10.77.0.2:1" and command[-3:] == [
         "bench",
         "rank",
@@ -152,14 +153,16 @@ def test_commands_on_hosts() -> None:
 def test_commands_on_the_loopback() -> None:
     alone, idle, together = (exchange.commands(case, SPEC, ASKED, None) for case in exchange.cases(ASKED))
     assert len(alone) == 3 and idle == together
-    assert together[0][:2] == ["horovodrun", "--gloo"] and "localhost:3" in together[0]
+    assert together[0][:4] == [*starter("gloo"), "--gloo"] and "localhost:3" in together[0]
 
 
 def test_letters_are_measured_over_mpi() -> None:
     """Under Gloo a parameter server would be refused, whatever was asked."""
     (*_, case) = exchange.cases(asked(exchanges=("parameter_server",)))
     ((*command,),) = exchange.commands(case, SPEC, ASKED, None)
-    assert command[:2] == ["horovodrun", "--mpi"] and "OMPI_MCA_mpi_yield_when_idle" in exchange.environment(case, None)
+    assert command[:2] == [*starter("mpi"), "--mpi"] and "OMPI_MCA_mpi_yield_when_idle" in exchange.environment(
+        case, None
+    )
     assert exchange.refusal(["exchange=parameter_server"], exchange.place_of(case, ASKED)) is None
 
 

@@ -129,7 +129,7 @@ def test_the_least_that_works() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d.pop("seed"), "no `seed`"),
+        (lambda d: d.pop("exchange"), "unknown exchange: 'None'"),
         (lambda d: d["exchange"].update(name="aco"), "unknown exchange"),
         (lambda d: d.update(optim=None), "unknown optim"),
         (lambda d: d["model"].update(bogus=1), "does not fit this version"),

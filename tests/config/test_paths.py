@@ -54,7 +54,7 @@ def test_what_can_be(tmp_path: Path) -> None:
     check_name("ü" * 100, "name")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", LONG, "ü" * 101, "a\0b", "\ud800"])
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", LONG, "ü" * 101, "a\0b", "a\nb", "\x1b[2J", "\ud800"])
 def test_names(name: str) -> None:
     with pytest.raises(UserError) as error:
         check_name(name, "name")

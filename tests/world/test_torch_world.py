@@ -72,7 +72,7 @@ def test_a_rank_that_stands_still_is_a_peer_error(world: TorchWorld) -> None:
     flight = flight_of(Never(), world)
     assert not flight.landed()
     world.timeout_s = 0
-    with pytest.raises(PeerError, match=r"`grad\.0`: another rank stands still"):
+    with pytest.raises(PeerError, match=r"`grad\.0`, so this rank gives up: another rank stands still"):
         flight.land()
 
 
