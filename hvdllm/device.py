@@ -128,21 +128,35 @@ def _same_gpu() -> Callable[[], None]:
 
 
 # ------------------------------------------------------------------ the device
-def choose(kind: str, local_rank: int) -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError where CUDA is asked for and there is none."""
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+def choose(kind: str, local_rank: int, *, share: bool = False, no_cuda: str = "") -> torch.device:
+    """auto, cpu or cuda as this process's device. A rank takes the GPU of its local rank; where it sees a single one
+    (srun --gpus-per-task, a slice of MIG), that. share: may there be fewer GPUs than ranks? no_cuda: why the
+    world carries no CUDA tensors; "": it does. Raises UserError where CUDA is asked for and cannot be had."""
+    here = torch.cuda.is_available()
+    if kind == "cpu" or (kind == "auto" and (no_cuda or not here)):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not here:
         raise UserError(
             "device=cuda: this machine has no GPU that torch can use; take device=cpu, or see `hvdllm doctor`"
         )
-    if local_rank >= torch.cuda.device_count():
+    if no_cuda:
+        raise UserError(f"device=cuda: {no_cuda}; see `hvdllm doctor`, or take device=cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1 and not share:
         raise UserError(
-            f"device=cuda: {torch.cuda.device_count()} GPUs here, too few for local rank {local_rank}: "
-            "start at most one rank a GPU"
+            f"device=cuda: {count} GPUs here, too few for local rank {local_rank}: start at most one rank a GPU"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_rank % count)
+    return torch.device("cuda", local_rank % count)
+
+
+def gpu(device: torch.device) -> str:
+    """What tells this GPU from all others; "" for a CPU. Slices of MIG may share their GPU's number."""
+    if device.type != "cuda":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    slice_ = f" {visible}" if visible.startswith("MIG-") else ""
+    return f"{torch.cuda.get_device_properties(device).uuid}{slice_}"
 
 
 def usable_cores() -> int:

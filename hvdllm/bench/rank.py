@@ -75,7 +75,7 @@ def run(
     seen = {
         "sums": sums,
         "marks": watch.marks,
-        "device": devices.name(devices.choose(config.device.kind, world.local_rank)),
+        "device": devices.name(devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)),
         "threads": torch.get_num_threads(),
         "versions": account.versions(),
         "horovod": "horovod.torch" in sys.modules,  # which talks also when it has nothing to do
@@ -85,7 +85,7 @@ def run(
 
 def sums_alone(config: Config, world: World, folder: Path) -> dict[str, Any]:
     """seconds of each sum of all buckets of the run's model; bytes that one hands to the network. Collective."""
-    device = devices.choose(config.device.kind, world.local_rank)
+    device = devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)
     tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")
     model = build.build_model(config, Tokenizer(tokenizer).vocab, device)
     flat = Flat(model, world.size, build.bucket_bytes(config, model))

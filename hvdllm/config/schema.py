@@ -581,6 +581,9 @@ class Device:
         "Two ranks that both take all cores run 20 times slower",
         least=1,
     )
+    share: bool = setting(
+        False, "may several ranks compute on one GPU? They take turns, and many versions of NCCL refuse it themselves"
+    )
 
 
 # ------------------------------------------------------------------ launch and track

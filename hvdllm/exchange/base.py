@@ -252,6 +252,7 @@ class Exchange(Protocol):
     identical: bool
     anchored: bool
     resized: str
+    unlike: bool  # told before `attach`: do the ranks compute on several models of processor?
 
     def between(self, world: World) -> World:
         """The ranks that its wire joins. Collective; called once, before `attach`."""

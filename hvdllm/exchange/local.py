@@ -120,6 +120,7 @@ class LocalSteps:
     copies = 1
     identical = False
     anchored = True
+    unlike = False  # as of Rounds: of the ranks of a group
     resized = (
         "what each rank had of its own (weights since they last met, moments) has no place, all begin with the shared "
         "weights and with clocks at 0, so the curve is not that of an unchanged world"
@@ -163,6 +164,7 @@ class LocalSteps:
         kind, settings = INNER[self.settings.inner]
         share = max(1, self.nominal // self.replicas)
         self.inner = kind(settings, share)
+        self.inner.unlike = self.unlike
         self.inner.reckon = lambda more: self._base + self.replicas * (self._open + more)
         self.inner.watch = self._note
         self.inner.told = lambda said, slot, norm: self._now.add(said, slot, norm)

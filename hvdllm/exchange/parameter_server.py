@@ -88,6 +88,7 @@ class ParameterServer:
     copies = 1
     identical = False
     anchored = False
+    unlike = False  # it makes no difference: the servers' norms are all ranks'
     resized = ""
 
     def __init__(self, settings: Any, nominal: int) -> None:

@@ -88,6 +88,7 @@ class Rounds:
     resized = ""
     parts = 1  # rounds a global batch
     hooks = True  # does it launch buckets of the map itself?
+    unlike = False  # do its ranks compute on several models of processor? Set before `attach`.
     one_point = True  # are all gradients of a commit taken at the same weights? The noise scale needs it.
 
     def __init__(self, settings: Any, nominal: int) -> None:
@@ -125,8 +126,12 @@ class Rounds:
         return self.wire.sum(self.flat.g[span.start : span.stop], f"grad.{bucket.index}")
 
     def total(self, squares: torch.Tensor) -> torch.Tensor:
-        """The sum over the owners of the pieces."""
-        return squares
+        """The sum over the owners of the pieces. Each rank has the whole; but models of processors may round it each in
+        their way, and replicas that clip by different norms drift apart: there the first rank's norm is everybody's."""
+        if not self.unlike or self.world.size == 1:
+            return squares
+        first: torch.Tensor = self.world.broadcast(squares.reshape(1), "total.0").land().reshape(())
+        return first
 
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         self.flat, self.update, self.wire, self.world = flat, update, wire, world

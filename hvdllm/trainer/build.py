@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +48,7 @@ from hvdllm.text.tokenize import Tokenizer
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
 from hvdllm.trainer import account
+from hvdllm.trainer.audit import fingerprint
 from hvdllm.trainer.backward import Loss, explain
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.due import Due, Show
@@ -55,7 +59,7 @@ from hvdllm.trainer.resume import Start, decide
 from hvdllm.trainer.slow import Simulated, Slow
 from hvdllm.trainer.trace import Trace
 from hvdllm.trainer.trunk import Trunk, begin
-from hvdllm.world.base import World, from_first
+from hvdllm.world.base import World, first_problem, from_first
 from hvdllm.world.detect import Place
 from hvdllm.world.single import SingleWorld
 from hvdllm.world.virtual import VirtualWorld
@@ -82,7 +86,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
     if start.finished:
         show.say(f"{start.finished}; a larger budget_tokens goes on")
         return
-    device = agreed_device(config, world)
+    device = agreed_device(config, world, show.say)
     corpus = agreed_corpus(config, world, show)
     model = build_model(config, corpus.tokenizer.vocab, device)
     exchange = EXCHANGES[type(config.exchange)](config.exchange, config.batch_tokens)
@@ -101,6 +105,8 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
         dropout=config.model.dropout > 0,
     )  # fmt: skip
+    hosts = account.hosts(device, world)
+    exchange.unlike = len({rank["device"] for rank in hosts}) > 1
     wire = build_wire(config, exchange.between(world), flat)
     module = exchange.attach(loss, flat, update, wire, world)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, device)
@@ -121,7 +127,6 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         # Its marks are far apart, and an ask makes one at once.
         grace_s=None if isinstance(exchange, ParameterServer) else grace(place),
     )  # fmt: skip
-    hosts = account.hosts(device, world)
     module = paced(config, module, loss, hosts, device, world)
     notes = [*corpus.notes, *clients_without_text(config, stream)]
     if resumed is not None:
@@ -217,15 +222,41 @@ def agreed_start(config: Config, world: World, show: Show) -> Start:
     return Start(**from_first(world, lambda: asdict(decide(config, show.say)), "start.folder"))
 
 
-def agreed_device(config: Config, world: World) -> torch.device:
-    device, problem = torch.device("cpu"), None
+def agreed_device(config: Config, world: World, say: Callable[[str], None]) -> torch.device:
+    """This rank's. Raises UserError, on every rank, where some have a GPU and others none, or two the same one."""
+    device, problem, asked = torch.device("cpu"), "", config.device
+    logical = config.world.kind == "virtual"  # such ranks share one device
     try:
-        # Logical ranks share one device.
-        device = devices.choose(config.device.kind, 0 if config.world.kind == "virtual" else world.local_rank)
+        local_rank = 0 if logical else world.local_rank
+        device = devices.choose(asked.kind, local_rank, share=asked.share, no_cuda=world.no_cuda)
     except UserError as error:
         problem = str(error)
-    world.agree(problem, "start.device")
+    said = [json.loads(text) for text in world.texts(json.dumps([problem, devices.gpu(device)]), "start.device")]
+    gpus = [gpu for _, gpu in said]
+    if (first := first_problem([problem for problem, _ in said])) is None and not logical:
+        first = wrong_gpus(gpus, asked.share)
+    if first is not None:
+        raise UserError(first)
+    if world.no_cuda and asked.kind == "auto" and torch.cuda.is_available():
+        say(f"{world.no_cuda}, so this run computes on the CPU")
     return device
+
+
+def wrong_gpus(gpus: list[str], share: bool) -> str | None:
+    """What is wrong with these GPUs of the ranks, by what tells them apart; "": a CPU."""
+    without = [rank for rank, gpu in enumerate(gpus) if not gpu]
+    if without and any(gpus):
+        return (
+            f"rank {without[0]} has no GPU and rank {next(r for r, gpu in enumerate(gpus) if gpu)} has one, so their "
+            "gradients cannot meet: give all ranks GPUs, or take device=cpu"
+        )
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in gpus[:rank] and not share:
+            return (
+                f"ranks {gpus.index(gpu)} and {rank} compute on one GPU ({gpu}): start at most one rank a GPU, or "
+                "allow it with device.share=true"
+            )
+    return None
 
 
 def agreed_corpus(config: Config, world: World, show: Show) -> Corpus:
@@ -281,8 +312,9 @@ def clients_without_text(config: Config, stream: Stream) -> list[str]:
 
 def agree_on_weights(flat: Flat, world: World) -> None:
     """Every rank drew its weights from the same seed: a difference is an error, not something to paper over."""
-    sums = world.texts(str(flat.x.double().sum().item()), "start.weights")
-    if len(set(sums)) > 1:
+    own = hashlib.sha256(json.dumps(fingerprint(flat).tolist()).encode()).hexdigest()
+    prints = world.texts(own, "start.weights")
+    if len(set(prints)) > 1:
         raise UserError("the ranks drew different weights from the same seed: they need the same versions of torch")
 
 

@@ -79,6 +79,7 @@ class World(Protocol):
     local_size: int
     asks: Asks
     bytes_sent: float  # by this rank since the start, counted by the ring formulas of each collective
+    no_cuda: str  # why CUDA tensors cannot travel here, a clause; "": they can
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the sum over ranks, bit-equal on all. x must not be touched in flight."""

@@ -134,10 +134,11 @@ class HorovodRanks(Ranks):
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, the mean over this rank's tokens.
 
-        Horovod has it over MPI and NCCL only, and for the whole world: elsewhere all x are gathered.
+        Horovod has it over MPI only, and for the whole world: elsewhere all x are gathered. On GPUs too, where its own
+        adds up within a host first, which is other mathematics.
         """
         must_be_power_of_two(self.size)
-        if self.parent is None and hvd.mpi_enabled() and x.dtype is not torch.bfloat16:
+        if self.parent is None and hvd.mpi_enabled() and not x.is_cuda and x.dtype is not torch.bfloat16:
             self.count(2 * (self.size - 1) / self.size * x.nbytes)
             handle = _peer_errors(lambda: hvd.allreduce_async_(x, name=name, op=hvd.Adasum))
             return HorovodFlight(handle, name, self, lambda out: out)
@@ -184,6 +185,10 @@ class HorovodWorld(HorovodRanks):
             )
         where = (hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
         super().__init__(hvd.global_process_set, range(hvd.size()), where, timeout_s)
+        if not hvd.nccl_built():
+            self.no_cuda = (
+                "this Horovod was built without NCCL and carries no CUDA tensors (jobs/setup.sh --nccl builds it)"
+            )
         self._sets: dict[tuple[int, ...], Any] = {self.members: hvd.global_process_set}
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> HorovodRanks:

@@ -101,6 +101,7 @@ class Ranks(ABC):
         self.timeout_s, self.parent = timeout_s, parent
         self.asks: Asks = parent.asks if parent else Asks()
         self.bytes_sent = 0.0
+        self.no_cuda: str = parent.no_cuda if parent else ""
         self._counting = threading.Lock()  # the loop and the driver both send
         self._driver: Drives = parent._driver if parent else driver or Driver()
         self.threads: Threads = parent.threads if parent else Threads(timeout_s)

@@ -32,6 +32,7 @@ class SingleWorld:
     local_rank = 0
     local_size = 1
     bytes_sent = 0.0
+    no_cuda = ""
 
     def __init__(self) -> None:
         self.asks = Asks()

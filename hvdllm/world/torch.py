@@ -246,7 +246,7 @@ class TorchWorld(TorchRanks):
     """The ranks that a launcher started, any of those that detect.py knows. device_kind: auto, cpu or cuda."""
 
     def __init__(self, place: Place, timeout_s: float, device_kind: str = "cpu") -> None:
-        on_gpu = device_kind != "cpu" and torch.cuda.is_available()
+        on_gpu = device_kind != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
         self.timeout_s = timeout_s
         self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if on_gpu:
@@ -265,6 +265,8 @@ class TorchWorld(TorchRanks):
             raise PeerError(f"the ranks did not find each other ({_first_line(error)})") from None
         where = (place.rank, place.size, place.local_rank, place.local_size)
         super().__init__(groups, range(place.size), where, timeout_s)
+        if not on_gpu:
+            self.no_cuda = "this torch was built without NCCL and carries no CUDA tensors between ranks"
         self._parts: list[TorchRanks] = []
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:

@@ -503,7 +503,7 @@ def watch() -> Iterator[Books]:
         if books.is_pinned(x):
             with LOCK:
                 books.touch(x, HOST, books.launch(HOST), False, f"tolist by the host at {where()}")
-        return to_list(x)
+        return to_list(x.cpu())
 
     def with_mode(run: Callable[..., Any]) -> Callable[..., Any]:
         """A mode is its thread's own: those that our code starts get it too, on device 0, as every thread begins."""

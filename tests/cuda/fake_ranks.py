@@ -80,7 +80,7 @@ class Hvd(types.ModuleType):
         return 2
 
     def mpi_enabled(self) -> bool:
-        return False
+        return True
 
     def nccl_built(self) -> int:
         return 23004 if self.nccl else 0
@@ -106,6 +106,7 @@ class Hvd(types.ModuleType):
 
     def allreduce_async_(self, x: torch.Tensor, name: str, op: str, process_set: str = "world") -> int:
         assert x.is_contiguous() and not (x.is_cuda and x.dtype in (torch.int16, torch.bfloat16))
+        assert op == self.Sum or not x.is_cuda, "Horovod's Adasum of CUDA tensors adds up within a host first"
         summed(x, self.sets[process_set])
         return self._handle(x, launch(f"allreduce {name}", [x], [x], "hvd") if x.is_cuda else None)
 
@@ -224,6 +225,7 @@ def put_distributed(size: int) -> None:
         all_reduce, broadcast, reduce_scatter_single, all_gather_single, all_to_all_single, new_group,
     ):  # fmt: skip
         setattr(dist, stand_in.__name__, stand_in)
+    dist.is_nccl_available = lambda: True
     dist.init_process_group = dist.destroy_process_group = lambda *a, **k: None  # type: ignore[assignment]
     torch.nn.parallel.DistributedDataParallel = Replicas  # type: ignore[misc, assignment]
 

@@ -137,8 +137,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.mark.parametrize(("world", "words"), list(cases()))
 def test_a_run_is_clean(worker: Worker, world: str, words: str) -> None:
     found = worker.run(world, words)
-    if "refused" in found:
+    if found.get("refused", "").startswith("wire="):  # by the exchange, once it is there
         pytest.skip(found["refused"])
+    assert "refused" not in found, found["refused"]
     assert found["error"] is None, found["error"]
     assert not found["findings"], "\n".join(found["findings"])
     assert found["kernels"] > 500, "it hardly ran"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from hvdllm.errors import UserError
 from hvdllm.trainer.audit import Audit, _table, audit, fingerprint, spread
+from hvdllm.trainer.build import agree_on_weights
 from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
@@ -132,6 +134,22 @@ def test_spread_is_the_relative_distance_to_the_mean(n: int) -> None:
     for equal, far, _ in results:
         assert equal == pytest.approx(0, abs=1e-15) and far == pytest.approx(expected, rel=1e-12)
     assert (expected > 0.3) == (n > 1)
+
+
+def test_a_run_does_not_begin_with_weights_that_changed_places() -> None:
+    """Their sum is the same."""
+
+    def live(world: Any) -> str:
+        own = flat(2)
+        if world.rank == 1:
+            own.x[:2] = own.x[:2].flip(0)
+        try:
+            agree_on_weights(own, world)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert all("the ranks drew different weights" in said for said in virtual.run(2, live))
 
 
 def test_spread_of_nothing() -> None:

@@ -1,0 +1,41 @@
+"""Ranks on several models of processor, whose norms of equal numbers differ in the last bits: replicas stay equal."""
+
+import threading
+from typing import Any
+
+import pytest
+import rig
+import torch
+
+from hvdllm.config import schema
+from hvdllm.exchange.local import LocalSteps
+from hvdllm.exchange.rounds import Rounds
+
+SGD = schema.SGD(lr=0.02, momentum=0.9, clip=0.1)
+EXCHANGES = {
+    "allreduce": schema.AllReduce(),
+    "delayed": schema.Delayed(warmup_tokens=0),
+    "local_sgd": schema.LocalSGD(local_steps=2, inner="allreduce", group=2),
+}
+
+
+@pytest.fixture
+def rounds_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = torch.linalg.vector_norm
+
+    def by_rank(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        odd = threading.current_thread().name.endswith("rank-1")
+        return norm(x, *args, **kwargs) * (1 + 1e-9 * odd)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", by_rank)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("told", [True, False])
+def test_one_ranks_norm_clips_for_all(
+    name: str, told: bool, rounds_differently: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rounds, "unlike", told)
+    monkeypatch.setattr(LocalSteps, "unlike", told)
+    first, second = rig.train(EXCHANGES[name], 2, 6, optim=SGD)
+    assert first.final.equal(second.final) is told, "without it they drift apart"
