@@ -110,7 +110,8 @@ def check_sent(said: list[dict[str, Any]], n: int, torch_world: bool) -> None:
             "sum": 2 * share * 12, "scatter": share * 8 * n, "alltoall_torch.float32": share * 16 * n,
             "alltoall_torch.bfloat16": share * 8 * n, "alltoall_torch.uint8": share * 4 * n,
             "alltoall_torch.float64": share * 32 * n, "gather": (n - 1) * 4 * (n if torch_world else rank + 1) + sizes,
-            "gather_equal": (n - 1) * 4 + sizes, "broadcast": 4 * {2: [0, 1], 3: [0, 0, 2]}[n][rank],
+            "gather_equal": (n - 1) * 4 + sizes, "gather_known": (n - 1) * 4,
+            "broadcast": 4 * {2: [0, 1], 3: [0, 0, 2]}[n][rank],
         })  # fmt: skip
 
 

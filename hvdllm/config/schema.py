@@ -726,7 +726,8 @@ class Config:
     sample_tokens: int = setting(160, "tokens a sample has", least=1)
     precision: str = setting(
         "fp32",
-        "fp32, bf16 (autocast; weights and sums stay fp32) or fp64 (for oracles)",
+        "fp32 (on GPUs without TF32, which has 10 bits of fp32's 23), bf16 (autocast; weights and sums stay fp32) or "
+        "fp64 (for oracles)",
         choices=("fp32", "bf16", "fp64"),
     )
     text: Any = setting(None, "where the text comes from")

@@ -69,6 +69,13 @@ def rotate(x_BHTE: Tensor, rope_2TE2: Tensor) -> Tensor:
     return torch.cat([left * cos_TE2 - right * sin_TE2, right * cos_TE2 + left * sin_TE2], dim=-1)
 
 
+def repeats_heads(q_BHTE: Tensor) -> bool:
+    """Must heads of keys and values be repeated for the heads of queries that share them? In full precision a GPU has
+    one kernel that knows shared heads, and that one keeps all T x T weights; the one that does not keep them wants a
+    head each. (Flash attention knows them, in 16 bits.)"""
+    return q_BHTE.is_cuda and q_BHTE.dtype is torch.float32
+
+
 class Attention(nn.Module):
     """Causal self-attention; `qkv` holds the rows of all query heads, then key heads, then value heads."""
 
@@ -92,13 +99,15 @@ class Attention(nn.Module):
             qk_BHTE, v_BKTE = qkv_BHTE.split([H + K, K], dim=1)
             # Under autocast the tables are fp32, so the rotation is too; attention rounds its result to bf16.
             q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).split([H, K], dim=1)
+        if K < H and repeats_heads(q_BHTE):
+            k_BKTE, v_BKTE = (x_BKTE.repeat_interleave(H // K, dim=1) for x_BKTE in (k_BKTE, v_BKTE))
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE,
             k_BKTE,
             v_BKTE,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
-            enable_gqa=K < H,
+            enable_gqa=k_BKTE.shape[1] < H,
         )
         y_BTD = self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y_BTD, self.dropout, self.training)

@@ -95,7 +95,11 @@ def memory(settings: Model, vocab: int, precision: str) -> Memory:
 # pattern found in the device's name counts. None: the hardware lacks it, or the sheet does not say.
 _PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
     # name                      bf16   fp32   fp64
+    (r"\bGB300\b", 2500.0, 80.0, None),
+    (r"\bB300\b", 2250.0, 75.0, 1.25),
+    (r"\bGB200\b", 2500.0, 80.0, 40.0),
     (r"\bB200\b", 2250.0, 75.0, 37.0),
+    (r"\bH200 NVL\b", 835.5, 60.0, 60.0),
     (r"\b(H200|GH200)\b", 989.4, 66.9, 66.9),
     (r"\bH100 PCIe\b", 756.0, 51.0, 51.0),
     (r"\bH100 NVL\b", 835.5, 60.0, 60.0),
@@ -109,6 +113,7 @@ _PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
     (r"\bV100-SXM", None, 15.7, 7.8),
     (r"\bV100-PCIE", None, 14.0, 7.0),
     (r"\bT4\b", None, 8.1, None),
+    (r"\bRTX 6000 Ada\b", 364.2, 91.1, None),
     (r"\bRTX 5090$", 209.5, 104.8, None),
     (r"\bRTX 4090$", 165.2, 82.6, None),
     (r"\bRTX 3090$", 71.0, 35.6, None),
@@ -117,7 +122,10 @@ _PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device torch.cuda.get_device_name() names; None where unknown (any CPU)."""
+    """Dense peak in FLOP/s of the device torch.cuda.get_device_name() names; None where unknown: any CPU; a slice of
+    a GPU (MIG), whose share of the units is not in its name."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
     column = {"bf16": 1, "fp32": 2, "fp64": 3}[precision]
     for row in _PEAKS:
         if re.search(str(row[0]), device_name):

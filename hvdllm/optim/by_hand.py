@@ -8,6 +8,8 @@ import torch
 
 from hvdllm.config.schema import Adam
 
+CHUNK = 2**20  # elements of a slice that are stepped at a time: what is made on the way is no whole vector
+
 # Of the gradient, the old v, the new m and the step's number: the new v, and what goes in the place of m / (1-b1^t).
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -29,15 +31,16 @@ def step(
     m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^t)) + eps))
     """
     keep = found_inf.bool()
-    for x, g, m, v, t in zip(params, grads, vectors["m"], vectors["v"], steps, strict=True):
-        if scale is not None:
-            g = g / scale
+    for t, *whole in zip(steps, params, grads, vectors["m"], vectors["v"], strict=True):
         t.add_(1 - found_inf)
-        count = t.to(x.dtype)
-        new_m = torch.lerp(m, g, 1 - settings.beta1)
-        new_v, ahead = rule(g, v, new_m, count)
-        ahead /= (new_v / (1 - settings.beta2**count)).sqrt_().add_(settings.eps)
-        if decayed:
-            ahead.add_(x, alpha=settings.weight_decay)
-        for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):
-            old.copy_(torch.where(keep, old, new))
+        count = t.to(whole[0].dtype)
+        for x, g, m, v in zip(*(vector.split(CHUNK) for vector in whole), strict=True):
+            if scale is not None:
+                g = g / scale
+            new_m = torch.lerp(m, g, 1 - settings.beta1)
+            new_v, ahead = rule(g, v, new_m, count)
+            ahead /= (new_v / (1 - settings.beta2**count)).sqrt_().add_(settings.eps)
+            if decayed:
+                ahead.add_(x, alpha=settings.weight_decay)
+            for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):
+                old.copy_(torch.where(keep, old, new))

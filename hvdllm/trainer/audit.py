@@ -42,7 +42,7 @@ def audit(flat: Flat, world: World) -> Audit | None:
     if world.size == 1:
         return None
     own = fingerprint(flat).cpu().reshape(1, -1)
-    prints = world.gather(own, "act.audit").land()  # [ranks, tensors]
+    prints = world.gather(own, "act.audit", equal=True).land()  # [ranks, tensors]
     differ = (prints != prints[:1]).any(0).nonzero().reshape(-1).tolist()
     if not differ:
         return None

@@ -451,6 +451,7 @@ def open_folder(
             "world": world.size,
             "ranks": hosts,
             "threads": hosts[0]["threads"],
+            "fp32_products": torch.get_float32_matmul_precision(),  # highest: without TF32
             "clock": "simulated" if devices.simulated() else "host",
             "slurm": account.slurm(),
             "link": account.link(),
@@ -546,6 +547,8 @@ def end_record(
     seconds = clock.seconds()
     vocab = model.output.shape[0]
     peak = None if devices.simulated() else size.peak_flops(hosts[0]["device"], config.precision)
+    if config.precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        peak = None  # with TF32, which the user's environment has allowed, it is another
     flops = size.flops_per_token(config.model, vocab) * due.tokens_here
     return {
         "reason": reason,

@@ -93,8 +93,9 @@ class World(Protocol):
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
         """In place: every rank's x becomes the Adasum of all (Maleki et al., 2020); a power of two ranks."""
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
-        """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ."""
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
+        """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ. equal: it does
+        not, and no word about sizes need travel before."""
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
         """x is cut along dimension 0 into one equal block a rank; lands the blocks meant for us, in rank order."""

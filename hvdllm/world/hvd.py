@@ -111,7 +111,7 @@ class HorovodRanks(Ranks):
         handle = _peer_errors(lambda: hvd.reducescatter_async(x, name=name, op=hvd.Sum, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out)
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         self.count((self.size - 1) * x.nbytes)
         handle = _peer_errors(lambda: hvd.allgather_async(_bits(x), name=name, process_set=self.process_set))
         return HorovodFlight(handle, name, self, lambda out: out.view(x.dtype))

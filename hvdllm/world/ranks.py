@@ -107,7 +107,7 @@ class Ranks(ABC):
         self.threads: Threads = parent.threads if parent else Threads(timeout_s)
 
     @abstractmethod
-    def gather(self, x: torch.Tensor, name: str) -> Flight: ...
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight: ...
 
     def count(self, sent: float) -> None:
         """Adds bytes that this rank sends, to the whole's too."""
@@ -127,7 +127,7 @@ class Ranks(ABC):
 
     def texts(self, text: str, name: str) -> list[str]:
         own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-        lengths = self.gather(torch.tensor([own.numel()]), f"{name}.lengths").land().tolist()
+        lengths = self.gather(torch.tensor([own.numel()]), f"{name}.lengths", equal=True).land().tolist()
         parts = self.gather(own, f"{name}.bytes").land().split(lengths)
         return [bytes(part.tolist()).decode().rstrip("\0") for part in parts]
 
@@ -138,6 +138,6 @@ class Ranks(ABC):
     def _local(self, members: Sequence[int], name: str) -> tuple[int, int]:
         """This rank's number among those of `members` on its host, and how many those are. Ranks are numbered host by
         host, so the first of a host names it."""
-        first = self.gather(torch.tensor([self.rank - self.local_rank]), f"{name}.hosts").land().tolist()
+        first = self.gather(torch.tensor([self.rank - self.local_rank]), f"{name}.hosts", equal=True).land().tolist()
         near = [member for member in members if first[member] == first[self.rank]]
         return near.index(self.rank), len(near)

@@ -44,7 +44,7 @@ class SingleWorld:
     def scatter(self, x: torch.Tensor, name: str) -> Landed:
         return Landed(x)
 
-    def gather(self, x: torch.Tensor, name: str) -> Landed:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Landed:
         return Landed(x)
 
     def alltoall(self, x: torch.Tensor, name: str) -> Landed:

@@ -152,8 +152,18 @@ class TorchRanks(Ranks):
         source = self.members[root]
         return self._launch(x, name, lambda group: dist.broadcast(x, source, group=group, async_op=True), lambda: x)
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         """torch gathers equal tensors only: sizes travel first, then rows up to the most that any rank has."""
+        if equal:
+            self.count((self.size - 1) * x.nbytes)
+            sent, out = x.contiguous(), x.new_empty(self.size * len(x), *x.shape[1:])
+            return self._launch(
+                sent,
+                name,
+                lambda group: dist.all_gather_single(out, sent, group=group, async_op=True),
+                lambda: out,
+                [out],
+            )
         rows: list[int] = []
         made: list[torch.Tensor] = []
 

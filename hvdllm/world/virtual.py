@@ -349,9 +349,10 @@ class VirtualWorld(Ranks):
         sent = (self.size - 1) / self.size * x.nbytes
         return self._post("scatter", x, name, sent, lambda box: self._own(x).copy_(self._own(box.total())))
 
-    def gather(self, x: torch.Tensor, name: str) -> Flight:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
         sent = (self.size - 1) * x.nbytes
-        return self._post("gather", x, name, sent, lambda box: torch.cat(box.ordered()))
+        kind = "equal gather" if equal else "gather"
+        return self._post(kind, x, name, sent, lambda box: torch.cat(box.ordered()))
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
         sent = (self.size - 1) / self.size * x.nbytes

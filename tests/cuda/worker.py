@@ -34,7 +34,8 @@ from hvdllm.world.detect import Place  # noqa: E402
 from hvdllm.world.single import SingleWorld  # noqa: E402
 
 BASE = [
-    "device=cuda", "text=files", f"text.path={FOLDER}/text", "text.tokenizer=bytes", f"data_dir={FOLDER}/data",
+    "device=cuda", "device.share=true",  # with ranks that are not there
+    "text=files", f"text.path={FOLDER}/text", "text.tokenizer=bytes", f"data_dir={FOLDER}/data",
     f"runs_dir={FOLDER}/runs", "model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=1",
     "model.context=8", "batch_tokens=32", "eval_tokens=32", "sample_tokens=1", "log_every=32",
     "text.validation_share=0.1", "budget_tokens=160", "save_every=0", "eval_every=0", "sample_every=0", "audit_every=0",

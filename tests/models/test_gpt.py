@@ -300,3 +300,23 @@ def test_no_dropout_draws_nothing(shape: dict) -> None:
     state = torch.get_rng_state()
     model.loss(inputs_BT, targets_BT).backward()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_heads_repeated_for_those_that_share_them_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in full precision, where no kernel that spares the T x T weights knows shared heads."""
+    model, (inputs_BT, targets_BT) = build(LLAMA), draw()
+    shared = gradients(model, model.loss(inputs_BT, targets_BT))
+    asked: list[bool] = []
+    attention = F.scaled_dot_product_attention
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **rest: object) -> Tensor:
+        asked.append(enable_gqa)
+        assert q.shape == k.shape == v.shape
+        return attention(q, k, v, **rest)
+
+    monkeypatch.setattr(gpt, "repeats_heads", lambda q: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    repeated = gradients(model, model.loss(inputs_BT, targets_BT))
+    assert asked == [False, False]
+    for mine, theirs in zip(repeated, shared, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hvdllm.config.schema import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
+from hvdllm.optim import by_hand
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.trainer.flat import Span
@@ -50,6 +51,21 @@ def ours(
         if np.isfinite(g).all():
             assert norm.read()[0] == pytest.approx(np.linalg.norm(g) / TOKENS, rel=1e-5)
     return x, update
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[2], SETTINGS[3]], ids=repr)
+def test_by_hand_nothing_is_made_that_is_as_long_as_a_slice(settings: Adam, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = ours(settings, [], torch.float32, gradients())
+    made, where = [], torch.where
+
+    def seen(*args: torch.Tensor) -> torch.Tensor:
+        made.append(where(*args))
+        return made[-1]
+
+    monkeypatch.setattr(by_hand, "CHUNK", 16)
+    monkeypatch.setattr(torch, "where", seen)
+    assert ours(settings, [], torch.float32, gradients())[0].equal(whole), "bit for bit"
+    assert {len(x) for x in made} == {16}
 
 
 @pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[5]], ids=repr)

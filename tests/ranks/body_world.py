@@ -63,8 +63,11 @@ def collectives(world: Any) -> dict[str, Any]:
     before = world.bytes_sent
     out["gather"] = world.gather(torch.full((rank + 1,), float(rank)), "param.0").land().tolist()
     counted("gather")
-    out["gather_equal"] = world.gather(torch.full((1, 2), rank, dtype=torch.bfloat16), "param.1").land().tolist()
+    row = torch.full((1, 2), rank, dtype=torch.bfloat16)
+    out["gather_equal"] = world.gather(row, "param.1").land().tolist()
     counted("gather_equal")
+    assert world.gather(row, "param.3", equal=True).land().tolist() == out["gather_equal"]
+    counted("gather_known")
     out["gather_empty"] = world.gather(torch.ones(2 * (rank % 2), 3), "param.2").land().shape
     last = torch.full((2,), float(rank), dtype=torch.bfloat16)
     before = world.bytes_sent

@@ -207,7 +207,7 @@ def test_a_straggler_is_named_once_also_over_a_resume(tmp_path: Path, rig: MakeR
 class Differs(SingleWorld):
     size = 2
 
-    def gather(self, x: torch.Tensor, name: str) -> Landed:
+    def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Landed:
         return Landed(torch.cat([x, x + 1]))
 
 

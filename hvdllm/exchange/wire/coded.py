@@ -139,7 +139,7 @@ class Travel:
         payload = self.back.encode(y.unsqueeze(0))
         if owner is not None and self.launch.factor:
             torch.sub(y, self._decoded(self.back, payload, k, own=True)[0], out=owner[self.cuts[k]])
-        return self.world.gather(payload, f"{self.launch.name}.back.{k}")
+        return self.world.gather(payload, f"{self.launch.name}.back.{k}", equal=True)
 
     def _receive(self, k: int, flight: Flight) -> None:
         self.rows[:, self.cuts[k]] = self._decoded(self.back, flight.land(), k, own=False)

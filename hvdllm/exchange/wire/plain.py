@@ -65,8 +65,8 @@ def gather(world: World, piece: torch.Tensor, name: str) -> Flight:
     """world.gather of pieces of one length, in parts."""
     cuts = parts(piece)
     if len(cuts) == 1:
-        return world.gather(piece, name)
-    flights = [world.gather(piece[cut], f"{name}.{k}") for k, cut in enumerate(cuts)]
+        return world.gather(piece, name, equal=True)
+    flights = [world.gather(piece[cut], f"{name}.{k}", equal=True) for k, cut in enumerate(cuts)]
     return Several(flights, lambda landed: torch.cat([x.view(world.size, -1) for x in landed], 1).view(-1))
 
 
