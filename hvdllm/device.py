@@ -11,6 +11,7 @@ Not yet run on a GPU: the CUDA branches. tests/cuda runs them on fake CUDA tenso
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -24,10 +25,11 @@ from typing import TypeVar
 
 import torch
 
-from hvdllm.errors import UserError
+from hvdllm.errors import PeerError, UserError
 
 _told = threading.local()
 T = TypeVar("T")
+_patience_s = math.inf  # of a wait for a GPU that may itself wait for another rank's
 
 
 def now() -> float:
@@ -62,7 +64,7 @@ class Later:
     def read(self) -> list[float]:
         """The values. On CUDA waits until the copy, and no later work, is done."""
         if hasattr(self, "event"):
-            self.event.synchronize()
+            wait_for(self.event)
         values: list[float] = self.host.reshape(-1).tolist()
         return values
 
@@ -81,12 +83,37 @@ class Mark:
     def until(self, later: Mark) -> float:
         """Seconds between the two. On CUDA both must have passed: read it a round later."""
         if hasattr(self, "event"):
-            later.event.synchronize()
+            wait_for(later.event)
             return float(self.event.elapsed_time(later.event)) / 1e3
         return later.time - self.time
 
 
-# ------------------------------------------------------------------ streams and threads
+# ------------------------------------------------------------------ waiting, streams and threads
+def be_patient(seconds: float) -> None:
+    """From here on no wait for a GPU is longer: world.timeout_s, where there are other ranks."""
+    global _patience_s
+    _patience_s = seconds
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """The host waits until what the event marks is done, by poll and sleeps of 20 µs to 1 ms, so that it hears signals.
+    Raises PeerError after `be_patient`'s seconds: a kernel of NCCL whose peer is gone runs for ever."""
+    pause, begin = 2e-5, time.monotonic()
+    while not event.query():
+        if time.monotonic() - begin > _patience_s:
+            raise PeerError(
+                f"the GPU has been busy for {_patience_s:.0f} s (world.timeout_s), most likely because it waits for a "
+                "rank that is gone or stands still"
+            )
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1e-3)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """The host waits for all that the current stream of a CUDA device holds."""
+    wait_for(torch.cuda.current_stream(device).record_event())
+
+
 def used_here(value: T) -> T:
     """Records every CUDA tensor in `value`, however deep in lists, tuples, dicts and dataclasses, on the current stream
     of its device: its memory is not given away before this stream is done with it. Returns the value."""

@@ -93,9 +93,9 @@ def read_ranks(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Ten
     """A vector over the map: what this rank wrote of a kind (`summed.residual`, `local.x`), or (None) the sum over all
     ranks, in rank order.
 
-    Zero where nothing was written. Raises UserError where a tensor misfits.
+    On the CPU; zero where nothing was written. Raises UserError where a tensor misfits.
     """
-    vector = torch.zeros_like(flat.x)
+    vector = torch.zeros_like(flat.x, device="cpu")
     for name, start, values in _parts(path, "*" if rank is None else f"rank-{rank:05d}", kind, flat):
         vector[flat.at[name]][start : start + values.numel()] += values.reshape(-1).to(vector)
     return vector
@@ -109,8 +109,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------ by all ranks
 def share_vector(path: Path | None, kind: str, flat: Flat, world: World) -> torch.Tensor:
-    """Rank 0 reads `kind` and broadcasts it, bucket by bucket; every rank gets the whole vector. Collective."""
-    vector = torch.zeros_like(flat.x)
+    """Rank 0 reads `kind` and broadcasts it, bucket by bucket; every rank gets the whole vector, on the CPU: a GPU has
+    room for the pieces that it owns. Collective."""
+    vector = torch.zeros_like(flat.x, device="cpu")
 
     def read() -> None:
         if world.rank == 0:
@@ -133,7 +134,7 @@ def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, t
     def read() -> dict[str, torch.Tensor]:
         rank = world.rank if ranks == world.size else None
         if rank is None and world.rank:
-            return {kind: torch.zeros_like(flat.x) for kind in kinds}
+            return {kind: torch.zeros_like(flat.x, device="cpu") for kind in kinds}
         if not path.is_dir():
             raise UserError(not_shared(path))
         return {kind: read_ranks(path, f"summed.{kind}", flat, rank) for kind in kinds}

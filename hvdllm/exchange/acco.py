@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.device import Mark
+from hvdllm.device import Mark, wait_for_stream
 from hvdllm.exchange.base import Batch, Commit, Settled, State, Stream, Update, Wire
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.rounds import Counts, Interval
@@ -99,7 +99,7 @@ class Acco(Owners):
                 batch = next(lane)
                 if self.device.type == "cuda" and count > 0:
                     # The host runs ahead: asked too early, a half would end long before the device is there.
-                    torch.cuda.current_stream(self.device).synchronize()
+                    wait_for_stream(self.device)
                 count, tokens = count + 1, tokens + batch.tokens
                 enough = count >= self.settings.least and tokens >= share
                 last = enough and (self._half is None or self._half.driven.landed())
@@ -217,7 +217,7 @@ class Acco(Owners):
         if "kept" not in state.shared:
             return
         self._kept_tokens, round, stream = state.shared["kept"]
-        self._kept = [piece.clone() for piece in self.cut(state.sharded["kept"])]
+        self._kept = [piece.to(self.device, copy=True) for piece in self.cut(state.sharded["kept"])]
         now = Mark(self.device)
 
         def again() -> Arrived:  # the estimate is computed anew, not stored

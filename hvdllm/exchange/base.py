@@ -167,8 +167,8 @@ class State:
     loaded; only at the same world size, else there are none). summed: of this rank alone too, but what counts is the
     sum over ranks (residuals). tensors: of any shape, equal on all ranks.
 
-    On load, `sharded` and `summed` cover the whole map; at the same world size `summed` is this rank's own, else
-    rank 0 gets the sum over all ranks there were and the others zeros.
+    On load all vectors lie on the CPU; `sharded` and `summed` cover the whole map; at the same world size `summed` is
+    this rank's own, else rank 0 gets the sum over all ranks there were and the others zeros.
     """
 
     shared: dict[str, Any]

@@ -82,7 +82,7 @@ class Ddp(Reference):
     def load(self, state: State, mine: list[dict[str, Any]]) -> None:
         super().load(state, mine)
         if self._power is not None and "error" in state.summed:
-            self._power.loaded = state.summed["error"]
+            self._power.loaded = state.summed["error"].to(self.device)
             for name, kept in self._power.thin().items():
                 kept[0] = state.tensors[f"ddp.{name}"].to(self.flat.x, copy=True)
 

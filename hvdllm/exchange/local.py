@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from hvdllm.config import schema
-from hvdllm.device import Mark
+from hvdllm.device import Mark, wait_for_stream
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import (
     Batch,
@@ -412,7 +412,7 @@ class LocalSteps:
         sharded = {"model": self.anchor, **{f"outer.{n}": v for n, v in self.outer.items()}, **self.vectors()}
         spans = whole if self.world.rank == 0 else []
         if self.anchor.device != self.device:
-            torch.cuda.current_stream(self.device).synchronize()  # what is on its way to the host has arrived
+            wait_for_stream(self.device)  # what is on its way to the host has arrived
         return State(values, spans, sharded, mine, summed, tensors, local)
 
     def values(self) -> dict[str, Any]:

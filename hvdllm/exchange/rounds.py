@@ -344,7 +344,8 @@ class Rounds:
 
     def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
         fresh = self.state()
-        vectors = {kind: torch.zeros_like(self.flat.x) for kind in fresh.sharded} | {"model": model} | moments
+        vectors = {kind: torch.zeros_like(self.flat.x, device="cpu") for kind in fresh.sharded}
+        vectors |= {"model": model} | moments
         shared = fresh.shared | ({"steps": steps} if moments else {})
         self.load(State(shared, [], vectors, {}, {}, fresh.tensors), [fresh.mine] * self.world.size)
 

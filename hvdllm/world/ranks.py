@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdllm.device import be_patient
 from hvdllm.errors import UserError
 from hvdllm.world.base import Asks, Flight, Mail, first_problem
 from hvdllm.world.driver import Driver
@@ -99,6 +100,7 @@ class Ranks(ABC):
     ) -> None:
         self.rank, self.size, self.local_rank, self.local_size = where
         self.timeout_s, self.parent = timeout_s, parent
+        be_patient(timeout_s)
         self.asks: Asks = parent.asks if parent else Asks()
         self.bytes_sent = 0.0
         self.no_cuda: str = parent.no_cuda if parent else ""

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -86,7 +86,8 @@ class TorchFlight:
 
     def land(self) -> torch.Tensor:
         if self.value is None:
-            self.world.wait(self.future.result(), self.name, on_host=not self.x.is_cuda)
+            work = self.world.launched(self.future, self.name)
+            self.world.wait(work, self.name, on_host=not self.x.is_cuda)
             used_here([self.x, self.made])  # made on another stream, and let go on this one
             self.value = used_here(self.finish())
             self.made = ()
@@ -204,6 +205,15 @@ class TorchRanks(Ranks):
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 
+    def launched(self, future: Future[Any], name: str) -> Any:
+        """The work, once its thread has launched it: NCCL's first collective waits for all ranks."""
+        end = time.monotonic() + self.timeout_s
+        while not future.done():
+            wait([future], SLICE.total_seconds())
+            if time.monotonic() > end and not future.done():
+                raise self._late(name)
+        return future.result()
+
     def wait(self, work: Any, name: str, on_host: bool = True) -> None:
         """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
         end = time.monotonic() + self.timeout_s
@@ -212,14 +222,17 @@ class TorchRanks(Ranks):
                 work.wait(SLICE)
             except RuntimeError:
                 if not work.is_completed() and time.monotonic() > end:
-                    raise PeerError(
-                        f"rank {self.rank} waited {self.timeout_s:.0f} s for `{name}`: another rank stands still, or "
-                        "acts take longer than world.timeout_s"
-                    ) from None
+                    raise self._late(name) from None
         try:
             work.wait()
         except RuntimeError as error:
             raise _gone(error) from None
+
+    def _late(self, name: str) -> PeerError:
+        return PeerError(
+            f"rank {self.rank} waited {self.timeout_s:.0f} s for `{name}`: another rank stands still, or acts take "
+            "longer than world.timeout_s"
+        )
 
     def close(self) -> None:
         """A part ends with the whole."""

@@ -1,6 +1,7 @@
 """The rules of hvdllm/device.py that need no GPU to be seen."""
 
 import ast
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ import pytest
 import torch
 
 from hvdllm import device
+from hvdllm.checkpoint import read
+from hvdllm.errors import PeerError
+from hvdllm.trainer.flat import Flat
+from hvdllm.world import virtual
+from hvdllm.world.single import SingleWorld
 
 ROOT = Path(__file__).resolve().parents[2] / "hvdllm"
 TENSORS = ("world", "exchange", "text", "trainer", "optim", "checkpoint", "models")
@@ -70,3 +76,40 @@ def test_threads_begin_on_the_gpu_of_their_parent(monkeypatch: pytest.MonkeyPatc
     while not done:
         pass
     assert done == [[3, 3]]
+
+
+class Event:
+    """That has happened when it is asked for the fourth time, or never."""
+
+    def __init__(self, ever: bool = True) -> None:
+        self.ever, self.asked = ever, 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.ever and self.asked == 4
+
+
+def test_a_gpu_is_waited_for_by_poll_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_patience_s", 0.0)
+    with pytest.raises(PeerError, match=r"the GPU has been busy for 0 s .world.timeout_s.*a rank that is gone"):
+        device.wait_for(Event(ever=False))  # type: ignore[arg-type]
+    device.be_patient(60.0)
+    device.wait_for(event := Event())  # type: ignore[arg-type, assignment]
+    assert event.asked == 4
+
+
+def test_ranks_set_how_long_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_patience_s", 0.0)
+    virtual.run(1, lambda world: None)
+    assert device._patience_s == math.inf, "logical ranks wait for nobody else"
+
+
+def test_what_a_checkpoint_holds_of_the_whole_map_is_read_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has room for the pieces that it owns, not for all weights and moments once more."""
+    flat = Flat(torch.nn.Linear(3, 2, device="meta"), 1, 1)
+    monkeypatch.setattr(read, "read_vector", lambda path, kind, flat, vector: vector.fill_(3.0))
+    shared = read.share_vector(tmp_path, "m", flat, SingleWorld())
+    assert shared.device.type == "cpu" and shared.shape == flat.x.shape and shared.eq(3).all()
+    assert read.read_ranks(tmp_path, "summed.residual", flat, None).device.type == "cpu"

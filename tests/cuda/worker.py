@@ -54,6 +54,10 @@ class Show:
 
 
 def train(world: str, size: int, words: list[str]) -> None:
+    """With `resume=must` once without it, and then further."""
+    if "resume=must" in words:
+        train(world, size, [word for word in words if word != "resume=must"])
+        words = [*words, "budget_tokens=256"]
     words = [f"micro_batch={1 if size > 1 else 4}", *words]
     config = compose.compose([*BASE, *words])
     if world == "virtual":

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -74,6 +74,14 @@ def test_a_rank_that_stands_still_is_a_peer_error(world: TorchWorld) -> None:
     world.timeout_s = 0
     with pytest.raises(PeerError, match=r"`grad\.0`: another rank stands still"):
         flight.land()
+
+
+def test_a_launch_that_waits_for_ever_is_a_peer_error(world: TorchWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_torch, "SLICE", timedelta(0))
+    x, never = torch.ones(1), Future()  # type: ignore[var-annotated]
+    world.timeout_s = 0
+    with pytest.raises(PeerError, match=r"`grad\.0`: another rank stands still"):
+        TorchFlight(never, x, "grad.0", world, lambda: x).land()
 
 
 def test_a_rank_that_is_gone_is_a_peer_error(world: TorchWorld) -> None:

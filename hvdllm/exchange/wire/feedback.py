@@ -129,6 +129,7 @@ class Feedback(Staged, ABC):
 
     def _keep(self, kept: Kept, bucket: Any, values: torch.Tensor) -> None:
         if values.any():
+            values = values.to(self.flat.x.device)
             kept[bucket.index] = kept[bucket.index] + values if bucket.index in kept else values
 
 
