@@ -10,6 +10,10 @@ What it sends over Gloo (third_party/gloo of its source), a rank, x of P bytes, 
 2(N-1)/N P; allgatherv, a ring, all blocks but its right neighbour's, so (N-1) P where blocks are equal and in the
 mean over ranks; alltoallv, direct, (N-1)/N P; broadcast, a binomial tree. Its reduce-scatter is recursive halving with
 a redistribution and up to P on the busiest rank: on CPUs we scatter by alltoall instead.
+
+On GPUs a flight has landed when its kernel has run: the host waits. What Horovod returns of gathers and all-to-alls it
+makes in its own thread, on another stream than that which uses it (setup.sh's mend_cuda says which), so every flight
+records what it lands. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -68,9 +72,8 @@ class HorovodFlight:
                 time.sleep(pause)
                 # What takes long is asked for rarely: while it flies, compute wants the cores.
                 pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
-            # Made by Horovod's own thread, on a stream of its own.
             out = used_here(_peer_errors(lambda: hvd.synchronize(self.handle)))
-            self.value = self.finish(out)
+            self.value = used_here(self.finish(out))
         return self.value
 
 

@@ -50,15 +50,15 @@ def bare(x: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------ Horovod
 class Hvd(types.ModuleType):
-    """horovod.torch, as far as world/hvd.py asks for it. nccl: was it built with NCCL?"""
+    """horovod.torch, as far as world/hvd.py asks for it."""
 
     Sum, Adasum = "sum", "adasum"
     global_process_set = "world"
     Compression = types.SimpleNamespace(none="none", fp16="fp16")
 
-    def __init__(self, size: int, nccl: bool = True) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__("horovod.torch")
-        self.ranks, self.nccl = size, nccl
+        self.ranks = size
         self.handles: dict[int, tuple[Any, Any]] = {}
         self.sets = {"world": size}
         self.aside: Stream | None = None
@@ -83,7 +83,7 @@ class Hvd(types.ModuleType):
         return True
 
     def nccl_built(self) -> int:
-        return 23004 if self.nccl else 0
+        return 23004
 
     def add_process_set(self, ranks: list[int]) -> Any:
         self.sets[str(ranks)] = len(ranks)
@@ -150,11 +150,11 @@ def empty_for(numbers: torch.Tensor, device: Any) -> torch.Tensor:
     return out
 
 
-def put_horovod(size: int, nccl: bool = True) -> None:
+def put_horovod(size: int) -> None:
     exceptions: Any = types.ModuleType("horovod.common.exceptions")
     exceptions.HorovodInternalError = type("HorovodInternalError", (Exception,), {})
     package: Any = types.ModuleType("horovod")
-    package.torch = Hvd(size, nccl)
+    package.torch = Hvd(size)
     sys.modules |= {
         "horovod": package, "horovod.common": types.ModuleType("horovod.common"), "horovod.torch": package.torch,
         "horovod.common.exceptions": exceptions,
