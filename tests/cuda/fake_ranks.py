@@ -132,12 +132,14 @@ class Hvd(types.ModuleType):
             fake_cuda.the_books().host_waits(clock)
         return out
 
-    def DistributedOptimizer(self, optimizer: Any, named_parameters: list[Any], **_: Any) -> Any:
-        """Sums in `synchronize` what its hooks would have sent before."""
+    def DistributedOptimizer(self, optimizer: Any, named_parameters: list[Any], compression: str, **_: Any) -> Any:
+        """Sums in `synchronize` what its hooks would have sent before; in fp16 it decodes into new memory."""
 
         def synchronize() -> None:
             for name, p in named_parameters:
-                self.synchronize(self.allreduce_async_(p.grad, name, "sum"))
+                sent = p.grad.half() if compression == "fp16" else p.grad
+                arrived = self.synchronize(self.allreduce_async_(sent, name, "sum"))
+                p.grad = arrived.to(p.dtype)
 
         optimizer.synchronize, optimizer.set_backward_passes_per_step = synchronize, lambda passes: None
         return optimizer
