@@ -660,9 +660,6 @@ class Device:
     share: bool = setting(
         False, "may several ranks compute on one GPU? They take turns, and many versions of NCCL refuse it themselves"
     )
-    share: bool = setting(
-        False, "may several ranks compute on one GPU? They take turns, and many versions of NCCL refuse it themselves"
-    )
 
 
 # ------------------------------------------------------------------ launch and track
