@@ -163,3 +163,15 @@ def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> 
     assert all(each.bad is not None for each in out)
     (step,) = {each.bad.step for each in out if each.bad is not None}
     assert step < 12, "soon, not at the end"
+
+
+@pytest.mark.parametrize("exchange", [
+    schema.AllReduce(), schema.Delayed(warmup_tokens=0), schema.Acco(), schema.LocalSGD(local_steps=6, pulses=3),
+    schema.DiLoCo(local_steps=6, pulses=3), schema.DiLoCo(local_steps=6, pulses=3, overlap=True),
+    schema.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
+], ids=["allreduce", "delayed", "acco", "local_sgd", "diloco", "overlap", "streaming"])  # fmt: skip
+def test_the_rate_of_a_commit_is_that_of_its_tokens(exchange: Any) -> None:
+    """A pulse that has landed is older than the last local step, whose rate is another."""
+    out = train(exchange, 2, 9, optim=PLAIN, rate=lambda tokens: 1 / (1 + tokens))
+    for commit in out[0].commits:
+        assert commit.lr == pytest.approx(PLAIN.lr / (1 + commit.tokens), rel=1e-12)
