@@ -78,6 +78,12 @@ class Task:
         self.watched = Watched(self.point.folder)
 
 
+def each_once(words: list[str]) -> list[str]:
+    """Of a key that is given twice the last word counts. A word with several values stays whole."""
+    each = [one for word in words for one in ([word] if is_sweep(word) else expand(word))]
+    return list({key_of(word): word for word in each}.values())
+
+
 # ------------------------------------------------------------------ the two commands
 def run(words: list[str], show: Callable[[str], None] = print) -> int:
     """A sweep. words: of `train -m`. Returns its exit code: 1 where a point failed, else STOPPED where one is not
@@ -86,8 +92,7 @@ def run(words: list[str], show: Callable[[str], None] = print) -> int:
 
     if last(words, "resume", "auto") not in ("auto", "never", "must"):
         raise UserError("resume=RUN is for one run: the same command as before goes on with a sweep")
-    words = [each for word in words for each in (expand(word) if not is_sweep(word) else [word])]
-    words = compose.merged([], words)  # of a key that is given twice the last word counts
+    words = each_once(words)
     sweep: Sweep | None = None
 
     def make(trials: int | None) -> hydra.Task:

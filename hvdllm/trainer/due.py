@@ -251,7 +251,7 @@ class Due:
     def totals(self, seconds: float) -> dict[str, float]:
         """Sums over all lives of the run: seconds of the training clock; bytes that rank 0 sent; seconds that ranks
         stood still for the exchange, of the commits that are booked, mean over ranks."""
-        sent = self.bytes_before + self.world.bytes_sent
+        sent = round(self.bytes_before + self.world.bytes_sent)  # threads add up in any order
         return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
 
     def _open_record(self, commit: Commit, extra: bool) -> None:

@@ -137,6 +137,10 @@ def test_a_sweep_takes_the_grammar_of_bench_exchange(tmp_path: Path) -> None:
     assert list(found) == names
     task = found[names[2]]
     assert task.config.exchange.local_steps == 10 and task.point.runs_dir == f"{tmp_path}/r=1,2/1e5"
+    several = "exchange=allreduce,diloco+exchange.local_steps=10"
+    once = ["exchange=diloco", "exchange.local_steps=10"]
+    assert sweep.each_once([several, "seed=0", "seed=1"]) == [several, "seed=1"]
+    assert sweep.each_once(["exchange=diloco+exchange.local_steps=5", once[1]]) == once
     again = compose(command(task.point)[command(task.point).index("train") + 1 :])
     assert (again.name, again.runs_dir, again.exchange) == (names[2], task.point.runs_dir, task.config.exchange)
 

@@ -73,7 +73,7 @@ def test_a_finished_run_says_so_and_a_larger_budget_goes_on(tmp_path: Path) -> N
     launch([*HVDLLM, "train", *words])
     assert "has finished" in launch([*HVDLLM, "train", *words]).out
     assert len(records(tmp_path / "runs" / "a", "run")) == 1
-    launch([*HVDLLM, "train", f"resume={tmp_path}/runs/a", f"budget_tokens={5 * BATCH}"])
+    launch([*HVDLLM, "train", f"resume={tmp_path}/runs/a", f"data_dir={tmp_path}/data", f"budget_tokens={5 * BATCH}"])
     assert [record["step"] for record in records(tmp_path / "runs" / "a", "commit")] == [1, 2, 3, 4, 5]
     refused = launch([*HVDLLM, "train", *words_of(tmp_path, "a", 9, "optim.lr=1")], code=2).out
     assert "optim.lr was 0.003 and is now 1.0" in refused

@@ -60,7 +60,7 @@ def refused(exchange: str, wire: str, optim: str) -> str | None:
     exchange_, wire_, optim_ = (
         schema.SCHEMAS[group][name]() for group, name in (("exchange", exchange), ("wire", wire), ("optim", optim))
     )
-    if wire == "sign" and optim == "adamw":
+    if wire == "sign" and optim == "adamw" and exchange != "fedavg":  # whose clients begin with fresh moments
         optim_.freeze_tokens = wire_.warmup_tokens
     try:
         check(dataclasses.replace(BASE, exchange=exchange_, wire=wire_, optim=optim_), place)

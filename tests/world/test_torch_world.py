@@ -80,7 +80,7 @@ def test_a_launch_that_waits_for_ever_is_a_peer_error(world: TorchWorld, monkeyp
     monkeypatch.setattr(world_torch, "SLICE", timedelta(0))
     x, never = torch.ones(1), Future()  # type: ignore[var-annotated]
     world.timeout_s = 0
-    with pytest.raises(PeerError, match=r"`grad\.0`: another rank stands still"):
+    with pytest.raises(PeerError, match=r"for `grad\.0`, so this rank gives up: another rank stands still"):
         TorchFlight(never, x, "grad.0", world, lambda: x).land()
 
 

@@ -23,7 +23,7 @@ def matrix(rig: Rig, vector: torch.Tensor, name: str = "a.weight") -> np.ndarray
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_is_the_projection_of_the_sum_and_loses_nothing(n: int) -> None:
-    weights = np.linspace(0.3, 0.02, 30)
+    weights = np.linspace(0.3, 0.03, 30)  # no less than a tenth: there residuals no longer grow
     weights[11] = 0
 
     def body(rig: Rig) -> Any:
