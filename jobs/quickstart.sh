@@ -7,8 +7,8 @@
 # It printed, after what jobs/setup.sh says (one line of many, and the end):
 #
 #   [0]<stdout>:    276,480 tokens   12%  loss 4.640 · 13,667 tokens/s · 7% blocked · 2 min 35 s left
-#   [0]<stdout>:2,400,256 tokens: validation loss 3.7667, 1.739 bits per byte
-#   [0]<stdout>:tokens           2,400,256 in 2 min 49 s
+#   [0]<stdout>:2,400,256 tokens: validation loss 3.6045, 1.570 bits per byte
+#   [0]<stdout>:tokens           2,400,256 in 3 min 14 s
 #   [0]<stdout>:a sample: ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
