@@ -14,7 +14,6 @@ from rig import NOMINAL, train
 from torch import nn
 
 from hvdllm.config import schema
-from hvdllm.optim.update import Update
 from hvdllm.world.virtual import Links
 
 PLAIN = schema.SGD(lr=0.02, momentum=0.0, weight_decay=0.0, clip=0.0)
@@ -126,14 +125,7 @@ def test_a_streaming_run_looks_its_rate_up_at_the_tokens_there_are(
 ) -> None:
     """Groups of equal steps: at local step s everybody has trained on 2 x 4 x s examples, although what is said of them
     arrives later, part by part; and the same where the run was stopped with a part in the air."""
-    stepped: list[int] = []
-
-    class Noted(Update):
-        def step(self, pieces: Any, grad: Any, meta: Any, *more: Any) -> Any:
-            stepped.append(meta.committed)
-            return super().step(pieces, grad, meta, *more)
-
-    monkeypatch.setattr(rig, "Update", Noted)
+    stepped = rig.steps_noted(monkeypatch)
 
     def run(**more: Any) -> Any:
         return train(STREAMING, 2, 8, optim=PLAIN, data=steady(), settle=False, **more)

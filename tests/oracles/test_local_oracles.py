@@ -14,9 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import rig as rigging
 import torch
-from rig import EXCHANGES, NOMINAL, Plain, loss, net, own_examples, put, train
+from rig import EXCHANGES, NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
 from rig import own_gradient as gradient
 from torch import nn
 
@@ -26,7 +25,6 @@ from hvdllm.exchange import diloco as exchanges
 from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.local_rounds import steps_by_speed
-from hvdllm.optim.update import Update
 
 OPTIMS = [
     SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),
@@ -316,14 +314,7 @@ def test_at_another_world_size_the_rate_goes_on_from_all_committed_tokens(
     """Seen to catch: the tokens up to the last meeting, which is none in the first round."""
     exchange = DiLoCo(local_steps=3, pulses=3, outer_lr=0.2, overlap=True) if late else DiLoCo(local_steps=3, pulses=1)
     begun = train(exchange, 3, 9, optim=PLAIN, rate=rate, stop_at=stop, settle=False)
-    stepped: list[int] = []
-
-    class Noted(Update):
-        def step(self, pieces: Any, grad: Any, meta: Any, *more: Any) -> Any:
-            stepped.append(meta.committed)
-            return super().step(pieces, grad, meta, *more)
-
-    monkeypatch.setattr(rigging, "Update", Noted)
+    stepped = steps_noted(monkeypatch)
     commits = train(exchange, 1, 9, optim=PLAIN, rate=rate, states=[each.state for each in begun])[0].commits
     assert len(commits) >= 5 and commits[0].tokens > begun[0].commits[-1].tokens
     assert stepped == sorted(stepped) and 0 < stepped[0] - begun[0].commits[-1].tokens <= 6, "a step's examples"
