@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
 
 from hvdllm.errors import UserError
 
 LONGEST = 200  # bytes of a name: most file systems take 255, and files beside it have longer ones
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SHOWN = 60  # letters of a path in a sentence
 
 

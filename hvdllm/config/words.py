@@ -154,9 +154,7 @@ def _kinds() -> dict[str, str]:
         fields += [(f"{group}.", f) for kind in kinds.values() for f in dataclasses.fields(kind)]
     out: dict[str, str] = {}
     for prefix, f in fields:
-        kind = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Any": "texts"}.get(
-            str(f.type)
-        )
+        kind = KINDS.get(str(f.type))
         if kind is not None and not f.metadata["choices"]:
             out[prefix + f.name] = kind
     return out
