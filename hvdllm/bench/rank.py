@@ -22,9 +22,9 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm.config.schema import Config
+from hvdllm.flat import Flat
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account, build
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 

@@ -22,13 +22,13 @@ from hvdllm.config.schema import Config
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.rounds import Counts
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 from hvdllm.text.shards import Corpus
 from hvdllm.trainer.backward import Loss, autocast, backward
 from hvdllm.trainer.build import bucket_bytes, build_model, make_stream
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.single import SingleWorld
 
 EVERY_S = 5.0

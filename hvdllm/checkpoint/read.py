@@ -19,7 +19,7 @@ from hvdllm import untrusted
 from hvdllm.checkpoint.whole import broken, newest, steps
 from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
-from hvdllm.trainer.flat import Flat, Part
+from hvdllm.flat import Flat, Part
 from hvdllm.world.base import World, from_first
 
 __all__ = ["broken", "newest", "steps"]  # and what stands below

@@ -33,8 +33,8 @@ from hvdllm import sums
 from hvdllm.checkpoint.whole import MANIFEST, broken, steps
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
+from hvdllm.flat import Flat
 from hvdllm.runs import no_longer_ours, sync_folder, write_whole
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import World, first_problem
 
 # safetensors reports a full disk in an error class of its own.

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
 CHUNK = 2**18  # words that share one table of weights

@@ -12,7 +12,7 @@ from torch import nn
 
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, NotFinite
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
 NOTHING = torch.zeros((), dtype=torch.float64)

@@ -35,6 +35,7 @@ from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
 from hvdllm.exchange.wire import make as make_wire
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Flat
 from hvdllm.lock import Lock
 from hvdllm.models import size
 from hvdllm.models.generate import generate
@@ -54,7 +55,6 @@ from hvdllm.trainer.backward import Loss, explain
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.due import Due, Show
 from hvdllm.trainer.evaluate import Evaluation, evaluate
-from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.resume import Start, decide, folder_of
 from hvdllm.trainer.slow import Simulated, Slow

@@ -20,11 +20,11 @@ from hvdllm.checkpoint.read import alike
 from hvdllm.config.schema import Config
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Exchange, Report, Settled, Update
+from hvdllm.flat import Flat
 from hvdllm.runs import Folder
 from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.evaluate import Evaluation
-from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.straggler import Straggler, waited_for
 from hvdllm.world.base import World
 

@@ -16,7 +16,7 @@ from hvdllm.checkpoint import read
 from hvdllm.config import schema
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world.base import World, from_first
 
 

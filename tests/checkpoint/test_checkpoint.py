@@ -13,8 +13,8 @@ from torch import nn
 from hvdllm.checkpoint import read, write
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import State
+from hvdllm.flat import Flat
 from hvdllm.runs import write_whole
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.single import SingleWorld
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from torch import nn
 from hvdllm.checkpoint import read, write
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import State
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world.single import SingleWorld
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from hvdllm.checkpoint import read, write
 from hvdllm.errors import PeerError, RunError, UserError
 from hvdllm.exchange.base import State
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
 

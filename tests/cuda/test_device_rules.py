@@ -12,7 +12,7 @@ import torch
 from hvdllm import device
 from hvdllm.checkpoint import read
 from hvdllm.errors import PeerError
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
 

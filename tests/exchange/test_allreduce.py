@@ -17,8 +17,8 @@ from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.meta import MetaPost
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld
 

@@ -17,8 +17,8 @@ from hvdllm.config.schema import AllReduce as Settings
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import State
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld
 

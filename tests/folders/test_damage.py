@@ -18,9 +18,9 @@ from hvdllm.cli import main
 from hvdllm.config import compose
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
+from hvdllm.flat import Flat
 from hvdllm.report.read import Run
 from hvdllm.report.read import read as read_run
-from hvdllm.trainer.flat import Flat
 from hvdllm.trainer.restore import restore
 from hvdllm.world.single import SingleWorld
 

@@ -169,7 +169,7 @@ def test_parameters_are_registered_in_the_order_of_the_forward() -> None:
 
 @BOTH
 def test_weights_live_on_as_views_of_one_vector(shape: dict) -> None:
-    """What trainer/flat.py does: tied weights stay tied, and the vector alone decides the logits."""
+    """What flat.py does: tied weights stay tied, and the vector alone decides the logits."""
     model, (inputs_BT, targets_BT) = build(shape), draw()
     before = model(inputs_BT)
     flat = torch.zeros(sum(p.numel() for p in model.parameters()))

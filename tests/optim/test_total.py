@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hvdllm.config.schema import SGD, AdamW, Constant, Cosine, WarmupStableDecay
+from hvdllm.flat import Span
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Span
 
 SETTINGS = [AdamW(lr=0.02, clip=1.0), SGD(lr=0.02, clip=1.0, weight_decay=0.1)]
 SPANS = [[Span(0, 24, True), Span(24, 32, False)], [Span(32, 48, True), Span(48, 64, False)]]

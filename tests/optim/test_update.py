@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hvdllm.config.schema import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
+from hvdllm.flat import Span
 from hvdllm.optim import by_hand
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Span
 
 N, DECAYED, TOKENS = 96, 64, 10.0
 SETTINGS = [

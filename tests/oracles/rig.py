@@ -28,8 +28,8 @@ from hvdllm.exchange.local_sgd import LocalSGD
 from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
 from hvdllm.exchange.wire import make
+from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 
 EXCHANGES: dict[type, Any] = {

@@ -14,8 +14,8 @@ from torch import nn
 from hvdllm.config.schema import ParameterServer as Settings
 from hvdllm.exchange.base import Milestones
 from hvdllm.exchange.parameter_server import ParameterServer
+from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 from hvdllm.world.base import Asks
 from hvdllm.world.virtual_mail import VirtualMail

@@ -17,8 +17,8 @@ from hvdllm.config.schema import SGD, AdamW
 from hvdllm.config.schema import ParameterServer as Settings
 from hvdllm.exchange.base import Milestones, NotFinite
 from hvdllm.exchange.server_shard import Shard
+from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import Flat
 from hvdllm.world import virtual
 
 OPTIMS = [

@@ -14,7 +14,7 @@ from launch import BATCH, curve, records, runs, same_bits, words_of
 from torch import nn
 
 from hvdllm.config import schema
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world.virtual import Links
 
 SGD = schema.SGD(lr=0.02, momentum=0.5, clip=0)

@@ -13,7 +13,7 @@ from hvdllm.config import compose
 from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.trainer.resume import MAY_DIFFER, Start, asked, decide, refuse_differences
 from hvdllm.world.single import SingleWorld
 

@@ -17,12 +17,12 @@ from hvdllm.config import compose
 from hvdllm.config.schema import Model
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Report, Settled, State
+from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.trainer import clock as clocks
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.due import Due
 from hvdllm.trainer.evaluate import Evaluation, evaluate
-from hvdllm.trainer.flat import Flat
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from hvdllm.config.schema import SGD, AdamW, Model
 from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import ALIGN_BYTES, Flat
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.optim.update import Update
-from hvdllm.trainer.flat import ALIGN_BYTES, Flat
 from hvdllm.world.single import SingleWorld
 
 

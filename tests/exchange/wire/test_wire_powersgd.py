@@ -11,7 +11,7 @@ from wire_kit import NOMINAL, Rig, run
 from hvdllm.config.schema import Fp32, PowerSGD
 from hvdllm.errors import UserError
 from hvdllm.exchange import wire as wires
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world import virtual
 
 SETTINGS = PowerSGD(rank=3, warmup_tokens=0)

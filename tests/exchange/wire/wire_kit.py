@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hvdllm.exchange import wire as wires
-from hvdllm.trainer.flat import Flat
+from hvdllm.flat import Flat
 from hvdllm.world import virtual
 
 NOMINAL = 3000

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hvdllm.config.schema import Model
+from hvdllm.flat import ALIGN_BYTES, Flat, Part
 from hvdllm.models.gpt import GPT, init_weights
-from hvdllm.trainer.flat import ALIGN_BYTES, Flat, Part
 
 
 def model() -> GPT:
