@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from hvdllm.checkpoint import write
 from hvdllm.checkpoint.read import alike
 from hvdllm.config.schema import Config
+from hvdllm.device import wait_for_stream
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Exchange, Report, Settled, Update
 from hvdllm.flat import Flat
@@ -162,6 +163,7 @@ class Due:
         if evaluate or sample or save or audit:
             seconds = self.clock.seconds()
             with self.clock.act():
+                wait_for_stream(self.flat.x.device)  # acts read from the GPU at once, and such a read hears no peer
                 if audit:  # first: nothing is said or kept of replicas that have come apart
                     self.audit(seconds)
                 if evaluate:

@@ -26,17 +26,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hvdllm.device import pool, used_here
+from hvdllm.device import be_patient, pool, used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
 from hvdllm.world.launches import Launches
 from hvdllm.world.mail import too_long
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
+from hvdllm.world.watch import AGES, Watch
 
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
 SLICE = timedelta(seconds=1)  # of a wait in C++, between which Python hears signals
 IFACE = "GLOO_SOCKET_IFNAME"
+NEWS_S = 2.0  # that a collective waits, once it has failed, to hear which rank has gone
 
 
 class Channel:
@@ -105,6 +107,7 @@ class TorchRanks(Ranks):
         self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
         self.members = tuple(members)
         self.launches: Launches = parent.launches if isinstance(parent, TorchRanks) else Launches()
+        self.watch: Watch | None = parent.watch if isinstance(parent, TorchRanks) else None
 
     def drive(self, work: Callable[[], Any]) -> Flight:
         place = self.launches.place()
@@ -206,7 +209,7 @@ class TorchRanks(Ranks):
     def lost(self, error: Exception) -> PeerError | None:
         """Gloo's errors have no class of their own, but the name of its source, NCCL's have one."""
         theirs = isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
-        return _gone(error) if isinstance(error, RuntimeError) and theirs else None
+        return self._gone(error) if isinstance(error, RuntimeError) and theirs else None
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
@@ -216,6 +219,8 @@ class TorchRanks(Ranks):
         end = time.monotonic() + self.timeout_s
         while not future.done():
             wait([future], SLICE.total_seconds())
+            if not future.done() and self.watch is not None and (rank := self.watch.gone()) is not None:
+                raise PeerError(f"`{name}` waits for rank {rank}, which is gone")
             if time.monotonic() > end and not future.done():
                 raise self._late(name)
         return future.result()
@@ -232,7 +237,12 @@ class TorchRanks(Ranks):
         try:
             work.wait()
         except RuntimeError as error:
-            raise _gone(error) from None
+            raise self._gone(error) from None
+
+    def _gone(self, error: RuntimeError) -> PeerError:
+        rank = self.watch.gone(NEWS_S) if self.watch is not None else None
+        who = "most likely because another rank is gone" if rank is None else f"because rank {rank} is gone"
+        return PeerError(f"a collective failed, {who} ({_first_line(error)})")
 
     def _late(self, name: str) -> PeerError:
         return PeerError(too_long(self.timeout_s, f"`{name}`"))
@@ -260,10 +270,6 @@ class TorchRanks(Ranks):
         return TorchFlight(future, x, name, self, finish, made)
 
 
-def _gone(error: RuntimeError) -> PeerError:
-    return PeerError(f"a collective failed, most likely because another rank is gone ({_first_line(error)})")
-
-
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0]  # a trace of C++ may follow
 
@@ -287,10 +293,14 @@ class TorchWorld(TorchRanks):
                     self._backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout
                 )
             groups = [self._group() for _ in CHANNELS]
+            ring = dist.new_group(timeout=AGES, backend="gloo") if place.size > 1 else None
         except RuntimeError as error:
             raise PeerError(f"the ranks did not find each other ({_first_line(error)})") from None
         where = (place.rank, place.size, place.local_rank, place.local_size)
         super().__init__(groups, range(place.size), where, timeout_s)
+        if ring is not None:
+            self.watch = Watch(ring, place.rank, place.size)
+            be_patient(timeout_s, self.watch.gone)
         if not on_gpu:
             self.no_cuda = "this torch was built without NCCL and carries no CUDA tensors between ranks"
         self._parts: list[TorchRanks] = []
@@ -317,6 +327,8 @@ class TorchWorld(TorchRanks):
             part.close()
         super().close()
         self.launches.close()
+        if self.watch is not None:
+            self.watch.close()
         dist.destroy_process_group()
 
 
