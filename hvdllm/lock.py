@@ -183,10 +183,10 @@ def _text(path: str) -> str:
 
 def _ended(job: str) -> bool:
     """Has this Slurm job ended? False where Slurm does not say."""
-    from hvdllm.launch import slurm
+    from hvdllm import squeue
 
     try:
-        state = slurm.ask(job)
+        state = squeue.ask(job)
     except UserError:
         return False
-    return state is None or state.state in slurm.ENDED
+    return state is None or state.state in squeue.ENDED

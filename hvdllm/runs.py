@@ -24,9 +24,9 @@ from typing import Any
 
 from hvdllm import screen, sums, untrusted
 from hvdllm.config import compose
-from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 from hvdllm.lock import Lock
+from hvdllm.settings import Config
 
 MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
 Say = Callable[[str], None]  # takes one sentence for a person

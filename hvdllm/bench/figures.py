@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from hvdllm.bench.lab import FRAME
+from hvdllm.launch.lab import FRAME
 
 
 @dataclass(frozen=True)

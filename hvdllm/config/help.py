@@ -6,10 +6,11 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from hvdllm import screen
-from hvdllm.config import compose, schema
+from hvdllm import registry, screen
+from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
+from hvdllm.settings import LARGEST
 
 # What a first screen shows of settings that belong to no group.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
@@ -56,9 +57,9 @@ def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
 
     console.print("groups (chosen), the options of each; their settings are GROUP.SETTING=VALUE")
     for group in groups:
-        now = "" if group == "experiment" else f" ({schema.name_of(group, getattr(config, group))})"
+        now = "" if group == "experiment" else f" ({registry.name_of(group, getattr(config, group))})"
         line(group + now, " ".join(compose.options(group)))
-    if set(groups) >= set(schema.SCHEMAS):
+    if set(groups) >= set(registry.GROUPS):
         console.print("\nsettings of no group, some of them")
         for f in dataclasses.fields(config):
             if f.name in OFTEN:
@@ -78,7 +79,7 @@ def _group(console: Any, config: Any, group: str) -> None:
     known = frozenset(f.name for f in dataclasses.fields(chosen))
     title = f"{group}=..., one of: {', '.join(compose.options(group))}\n{_about(chosen)}"
     _table(console, title, chosen, f"{group}.")
-    for name, kind in schema.SCHEMAS[group].items():
+    for name, kind in registry.kinds(group).items():
         if kind is not type(chosen):
             _table(console, f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
 
@@ -86,7 +87,7 @@ def _group(console: Any, config: Any, group: str) -> None:
 def _one(console: Any, config: Any, key: str) -> None:
     """Of each option that has it: the value it begins with; where it differs, what it is."""
     group, _, name = key.rpartition(".")
-    kinds = {"": config} if not group else {option: kind() for option, kind in schema.SCHEMAS[group].items()}
+    kinds = {"": config} if not group else {option: kind() for option, kind in registry.kinds(group).items()}
     said = ""
     for option, settings in kinds.items():
         for f in dataclasses.fields(settings):
@@ -101,7 +102,7 @@ def _bounds(about: Any) -> str:
     if about["choices"]:
         return f"; one of {', '.join(about['choices'])}"
     least = f"at least {about['least']:g}" if about["least"] is not None else ""
-    most = f"at most {about['most']:,.12g}" if least and about["most"] != schema.LARGEST else ""
+    most = f"at most {about['most']:,.12g}" if least and about["most"] != LARGEST else ""
     return f"; {', '.join(filter(None, (least, most)))}" if least else ""
 
 

@@ -6,15 +6,13 @@ the run prints to `launch.log` in the point's folder, and returns its exit code.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# What we start finds what we found, and nothing by the folder that it stands in: -P, and `found()` in its environment.
-PYTHON = (sys.executable, "-P", "-m")
+from hvdllm.interpreter import PYTHON
+
 TERMINAL = "HVDLLM_TERMINAL"  # in the environment of ranks that are started here: where a person looks on
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
 
@@ -39,11 +37,6 @@ class Launcher(Protocol):
     a person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
 
     def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Any) -> int: ...
-
-
-def found() -> dict[str, str]:
-    """This interpreter's path, for the environment of another."""
-    return {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
 
 
 def command(point: Point) -> list[str]:

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hvdllm.bench import lab
 from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
-from hvdllm.launch import local, meeting
-from hvdllm.launch.base import PYTHON, Point, command
+from hvdllm.interpreter import PYTHON
+from hvdllm.launch import lab, local, meeting
+from hvdllm.launch.base import Point, command
 from hvdllm.world.detect import LINK
 
 RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
@@ -39,7 +39,7 @@ def ready(settings: Any) -> None:
     if settings.hosts is not None:
         if not re.fullmatch(r"[^\s,:]+:\d+(,[^\s,:]+:\d+)*", settings.hosts):
             raise UserError(f"launch.hosts={settings.hosts}: give host:slots, several with commas between, in quotes")
-        if (slots := sum(slots_of(settings))) != settings.np:
+        if (slots := sum(settings.slots())) != settings.np:
             raise UserError(
                 f"launch.hosts={settings.hosts} has {slots} slots and launch.np={settings.np}: make them equal "
                 "(horovodrun --gloo starts a rank for each slot)"
@@ -58,13 +58,6 @@ def ready(settings: Any) -> None:
         raise UserError(f"launch.link={settings.link}: {error}") from None
     if why := lab.missing():
         raise UserError(f"launch.link={settings.link}: {why}; null trains over the network as it is")
-
-
-def slots_of(settings: Any) -> list[int]:
-    """Ranks on each host, in order."""
-    if settings.link is not None:
-        return [1] * int(settings.np)
-    return [int(part.rpartition(":")[2]) for part in settings.hosts.split(",")] if settings.hosts else [settings.np]
 
 
 def program() -> str:

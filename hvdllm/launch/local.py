@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.launch.base import PYTHON, found
+from hvdllm.interpreter import PYTHON, found
 from hvdllm.lock import cannot_write
 
 MARK = "HVDLLM_FAMILY"

@@ -15,36 +15,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import re
 import shlex
-import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvdllm import runs
 from hvdllm.errors import UserError
-from hvdllm.launch.base import PYTHON, Point, command, found
-from hvdllm.launch.inside import said
+from hvdllm.interpreter import PYTHON
+from hvdllm.launch.base import Point, command
+from hvdllm.squeue import ENDED, ask, said, slurm
 
 POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longest; each costs its controller a little
 REQUEUE_S = 60  # before the time limit, in which a run saves
-ENDED = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class State:
-    """What Slurm says of a job. code: of its script, or 128 + the signal that ended it."""
-
-    name: str
-    state: str
-    reason: str
-    code: int
 
 
 def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
@@ -134,30 +119,6 @@ def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
         lines += ["type module >/dev/null 2>&1 || . /etc/profile", f"module load {shlex.join(modules)} || exit 1"]
     lines.append(f"exec {shlex.join([*inside, '--', *command(point)])}")
     return "\n".join(lines) + "\n"
-
-
-def ask(job: str) -> State | None:
-    """None: Slurm knows no such job (any more). Waits out a controller that does not answer."""
-    done = slurm(["scontrol", "--oneliner", "show", "job", job])
-    if done.returncode:
-        return None if "Invalid job id" in done.stderr else State("", "UNKNOWN", said(done.stderr), 0)
-    fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
-    exited, killed = map(int, fields.get("ExitCode", "0:0").split(":"))
-    code = exited or (128 + killed if killed else 0)
-    return State(fields.get("JobName", ""), fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), code)
-
-
-def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of Slurm. What an allocation around us says is not the job's: sbatch would hand it on."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
-    env |= found()
-    try:
-        return subprocess.run(words, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(
-            f"launch=slurm needs {words[0]}, which is not on PATH: start this on a login node of the cluster, or take "
-            "launch=horovodrun"
-        ) from None
 
 
 def finished(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hvdllm.config.schema import Model
+from hvdllm.models.parts import Model
 
 # TokenLoss takes as many tokens at a time as have CHUNK logits (2 MiB of fp32: a core's cache), but not so few that
 # the products become slow. On a GPU there is no cache to fit, and each chunk costs launches.

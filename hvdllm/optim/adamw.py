@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from hvdllm.config.schema import AdamW
 from hvdllm.optim import by_hand
+from hvdllm.optim.parts import AdamW
 
 VECTORS = ("m", "v")  # means of gradients and of their squares
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from hvdllm.config.schema import Adam
+from hvdllm.optim.parts import Adam
 
 CHUNK = 2**20  # elements of a slice that are stepped at a time: what is made on the way is no whole vector
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hvdllm.config.schema import NAdam
 from hvdllm.optim import by_hand
+from hvdllm.optim.parts import NAdam
 
 VECTORS = ("m", "v")  # means of gradients and of their squares
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.sgd import sgd
 
-from hvdllm.config.schema import SGD
+from hvdllm.optim.parts import SGD
 
 VECTORS = ("m",)  # velocity
 

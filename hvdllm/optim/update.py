@@ -15,11 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from hvdllm.config.schema import SGD, AdamW, NAdam
+from hvdllm import registry
 from hvdllm.device import Later
-from hvdllm.optim import adamw, nadam, sgd
+from hvdllm.optim.parts import SGD, AdamW, NAdam
 
-OPTIMIZERS: dict[type, Any] = {AdamW: adamw, SGD: sgd, NAdam: nadam}
 Total = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -46,7 +45,7 @@ class Update:
 
     def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
-        self.optimizer = OPTIMIZERS[type(settings)]
+        self.optimizer = registry.built(registry.of("optim", settings))
         self.steps = 0
         self.frozen_at: int | None = None  # steps that v has seen, once it stays as it is
 
@@ -127,7 +126,7 @@ class Update:
             torch._foreach_div_(grad, divisor)
         step = self.optimizer.step
         if self._freezes(meta):
-            step = partial(adamw.frozen, self.steps if self.frozen_at is None else self.frozen_at)
+            step = partial(self.optimizer.frozen, self.steps if self.frozen_at is None else self.frozen_at)
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:

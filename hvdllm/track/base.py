@@ -17,9 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from hvdllm.config.schema import Config, TensorBoard, Wandb
+from hvdllm.settings import Config
 
-MODULES: dict[type, str] = {Wandb: "hvdllm.track.wandb", TensorBoard: "hvdllm.track.tensorboard"}
 PREFIXES = {"commit": "train"}  # of a record's names, where it is not the record's kind
 UPLOAD_S = 10.0  # that a tracker may take at the end for what is still to be sent
 END_S = 15.0  # from the end of the run to the end of the tracker, whatever it does

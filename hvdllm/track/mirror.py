@@ -8,27 +8,26 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from hvdllm import untrusted
-from hvdllm.config.schema import Config, NoTracker
+from hvdllm import registry, untrusted
+from hvdllm.interpreter import PYTHON, found
+from hvdllm.settings import Config
 from hvdllm.track.base import END_S, Say
 
 STOP_S = 2.0  # that a run which was stopped or failed gives its tracker: launchers kill soon
 SLACK_S = 20.0  # for the start of the process, and what wandb.init takes longer than its timeout
-PROCESS = (sys.executable, "-P", "-m", "hvdllm.track.process")
+PROCESS = (*PYTHON, "hvdllm.track.process")
 
 
 def start(config: Config, folder: Path, say: Say) -> Mirror | None:
     """The tracker that the settings name; folder: of the run, whose first record is written. On rank 0 only."""
-    if isinstance(config.track, NoTracker):
+    if registry.of("track", config.track).made is None:
         return None
-    # This interpreter's path, so that the process finds what the run found, and nothing by the folder it stands in.
-    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
-    return Mirror([*PROCESS, str(folder)], folder, say, os.environ | {"PYTHONPATH": path})
+    plugins = [config.plugins] if isinstance(config.plugins, str) else config.plugins or []
+    return Mirror([*PROCESS, str(folder), *plugins], folder, say, {**os.environ, **found()})
 
 
 class Mirror:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from hvdllm.device import be_patient, pool, used_here
 from hvdllm.errors import PeerError, UserError
+from hvdllm.settings import Setup
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
 from hvdllm.world.launches import Launches
@@ -412,3 +413,8 @@ def through_mpi(address: tuple[str, int] | None, place: Place) -> tuple[str, int
         )
     met: tuple[str, int] = MPI.COMM_WORLD.bcast(address, root=0)
     return met
+
+
+def opened(setup: Setup, place: Place) -> TorchWorld:
+    """This process's rank among those of its launcher."""
+    return TorchWorld(place, setup.config.world.timeout_s, setup.config.device.kind)

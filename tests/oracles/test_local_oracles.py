@@ -19,12 +19,12 @@ from rig import EXCHANGES, NOMINAL, Plain, loss, net, own_examples, put, steps_n
 from rig import own_gradient as gradient
 from torch import nn
 
-from hvdllm.config.bounds import outer_rate_below
-from hvdllm.config.schema import SGD, AdamW, DiLoCo, LocalSGD, StreamingDiLoCo
 from hvdllm.exchange import diloco as exchanges
 from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.local_rounds import steps_by_speed
+from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo, outer_rate_below
+from hvdllm.optim.parts import SGD, AdamW
 
 OPTIMS = [
     SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),
@@ -375,7 +375,7 @@ def test_a_bad_number_in_one_group_ends_the_run_on_every_rank_alike(exchange: An
 def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Groups that make so many steps a round, as exchange.by_speed comes to."""
 
-    class Uneven(exchanges.DiLoCo):
+    class Uneven(diloco.DiLoCo):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
             self._steps_of = steps

@@ -91,8 +91,6 @@ def test_who_imports_a_trackers_library() -> None:
             if any(name.split(".")[0] in ("wandb", "tensorboard") for name in names):
                 users.add(path.relative_to(ROOT).as_posix())
     assert users == {"track/wandb.py", "track/tensorboard.py", "cli/track.py"}
-    loaded = (
-        "import sys, hvdllm.trainer.build; print({m.split('.')[0] for m in sys.modules} & {'wandb', 'tensorboard'})"
-    )
+    loaded = "import sys, hvdllm.trainer.life; print({m.split('.')[0] for m in sys.modules} & {'wandb', 'tensorboard'})"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout == "set()\n"
