@@ -67,7 +67,7 @@ GRAPH = {
 
 
 def room_of(name: str) -> str:
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -132,6 +132,5 @@ def test_nothing_heavy_is_loaded(words: str) -> None:
     ],
 )
 def test_no_torch(code: str) -> None:
-    assert (
-        subprocess.run([sys.executable, "-c", f"{code}; import sys; sys.exit('torch' in sys.modules)"]).returncode == 0
-    )
+    code = f"{code}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from rig import EXCHANGES, NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
+from rig import NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
 from rig import own_gradient as gradient
 from torch import nn
 
@@ -375,13 +375,13 @@ def test_a_bad_number_in_one_group_ends_the_run_on_every_rank_alike(exchange: An
 def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Groups that make so many steps a round, as exchange.by_speed comes to."""
 
-    class Uneven(diloco.DiLoCo):
+    class Uneven(exchanges.DiLoCo):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
             self._steps_of = steps
             return module
 
-    monkeypatch.setitem(EXCHANGES, DiLoCo, Uneven)
+    monkeypatch.setattr("hvdllm.exchange.diloco.DiLoCo", Uneven)
 
 
 @pytest.mark.parametrize("pulses", [1, 2])
