@@ -17,6 +17,8 @@ import torch
 
 from hvdllm import registry
 from hvdllm.device import Later
+from hvdllm.optim import adamw
+from hvdllm.optim.base import Optimizer, Slices
 from hvdllm.optim.parts import SGD, AdamW, NAdam
 
 Total = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +47,7 @@ class Update:
 
     def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
-        self.optimizer = registry.built(registry.of("optim", settings))
+        self.optimizer: Optimizer = registry.built(registry.of("optim", settings))
         self.steps = 0
         self.frozen_at: int | None = None  # steps that v has seen, once it stays as it is
 
@@ -126,12 +128,11 @@ class Update:
             torch._foreach_div_(grad, divisor)
         step = self.optimizer.step
         if self._freezes(meta):
-            step = partial(self.optimizer.frozen, self.steps if self.frozen_at is None else self.frozen_at)
+            step = partial(adamw.frozen, self.steps if self.frozen_at is None else self.frozen_at)
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:
-                step(
-                    self.settings,
+                on = Slices(
                     share * self.rate(meta.committed),
                     decayed,
                     [pieces[i] for i in chosen],
@@ -141,6 +142,7 @@ class Update:
                     scale,
                     slots.bad,
                 )
+                step(self.settings, on)
         return read_later
 
     def _freezes(self, meta: Meta) -> bool:
