@@ -100,7 +100,7 @@ def parsed_yaml(text: bytes) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
+        def compose_node(self, parent: object, index: object) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise Unfit("has a YAML alias, which no configuration needs")
             return super().compose_node(parent, index)
@@ -146,7 +146,7 @@ def _check(mode: int) -> None:
         raise Unfit("is no regular file")
 
 
-def _check_depth(value: Any, what: str) -> None:
+def _check_depth(value: object, what: str) -> None:
     level, depth = [value], 0
     while level:
         level = [

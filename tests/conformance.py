@@ -1,4 +1,5 @@
-"""What mypy proves of every registered part: that it satisfies its protocol. test_registry.py sees that none is missing.
+"""What mypy proves of every registered part: that it satisfies its protocol. test_registry.py sees that none is
+missing.
 
 Each list is typed by the protocol's own maker, so that a class without a method, or with one of other parameters, does
 not pass `mypy`.

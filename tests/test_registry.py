@@ -47,7 +47,7 @@ def test_a_name_is_taken_once() -> None:
     class Other(Settings):
         pass
 
-    with pytest.raises(UserError, match="exchange=acco, which hvdllm.exchange.parts has"):
+    with pytest.raises(UserError, match=r"exchange=acco, which hvdllm\.exchange\.parts has"):
         registry.part("exchange", "acco", "x:Y", ExchangeFacts())(Other)
 
 

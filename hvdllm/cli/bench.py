@@ -11,6 +11,7 @@ from typing import Any
 from hvdllm import registry, screen
 from hvdllm.errors import RunError, UserError
 from hvdllm.paths import argument
+from hvdllm.plain import Json
 
 LAB = """examples:
   hvdllm bench exchange --link 200mbit --exchanges allreduce,delayed,acco+exchange.timed=true
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> int:
     return int(any(case["failed"] for case in figures.get("cases", {}).values()))
 
 
-def bench_step(given: argparse.Namespace) -> dict[str, Any]:
+def bench_step(given: argparse.Namespace) -> Json:
     from hvdllm import device as devices
     from hvdllm.bench import step
     from hvdllm.cli.train import set_threads
@@ -111,7 +112,7 @@ def bench_step(given: argparse.Namespace) -> dict[str, Any]:
     return figures | {"device": devices.name(device), "versions": versions(), "settings": given.settings}
 
 
-def bench_start(given: argparse.Namespace) -> dict[str, Any]:
+def bench_start(given: argparse.Namespace) -> Json:
     from hvdllm.bench import start
 
     figures = start.measure(given.ranks, given.tokens)
@@ -123,7 +124,7 @@ def bench_start(given: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def bench_exchange(given: argparse.Namespace) -> dict[str, Any]:
+def bench_exchange(given: argparse.Namespace) -> Json:
     from hvdllm.bench import exchange, plot
     from hvdllm.launch import lab
 
@@ -195,7 +196,7 @@ def ask(given: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+def exchange_tables(figures: Json) -> list[list[tuple[str, ...]]]:
     """Time, traffic and learning of what was measured; the last two of cases with an exchange only."""
     found = {label: case["figures"] for label, case in figures["cases"].items() if "figures" in case}
     joined = {label: f for label, f in found.items() if figures["cases"][label]["kind"] == "together"}
@@ -223,7 +224,7 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     return [times, traffic, learning, *uneven_tables(figures, joined)]
 
 
-def uneven_tables(figures: dict[str, Any], joined: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+def uneven_tables(figures: Json, joined: Json) -> list[list[tuple[str, ...]]]:
     """With --slow: what the ranks could do, and what each exchange keeps of it."""
     from hvdllm.bench.exchange import ALONE, SLOWED
 

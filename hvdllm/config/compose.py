@@ -22,6 +22,7 @@ from hvdllm import registry
 from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
+from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Config
 
 CONFIG_DIR = "--config-dir="
@@ -107,9 +108,9 @@ def config_folder(path: str) -> str:
     return f"{CONFIG_DIR}{folder.resolve()}"
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """Plain values, each group with the `name` of the option whose settings it holds."""
-    out: dict[str, Any] = {}
+    out: Json = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -118,7 +119,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
-def from_dict(values: dict[str, Any], where: str = "the configuration of this run") -> Config:
+def from_dict(values: Json, where: str = "the configuration of this run") -> Config:
     """The inverse of to_dict, for a run folder's config.yaml: types, choices and bounds are those of the command line.
     Text stays as it is, nothing in it is looked up. Raises UserError where it does not fit this version."""
     try:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hvdllm import registry, screen
 from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
-from hvdllm.settings import LARGEST
+from hvdllm.settings import LARGEST, Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What a first screen shows of settings that belong to no group.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
 ALL, OWN = "all", "settings"  # topics beside the groups: everything; the settings of no group
 
 
-def print_help(usage: str, config: Any, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
+def print_help(usage: str, config: Config, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
     """usage: what stands on top. config: the composed one, whose values are shown as they are now. topic: a group, a
     setting, or one of ALL and OWN; None: one screen. groups: those that the command reads. Raises UserError for another
     topic."""
@@ -43,7 +47,7 @@ def print_help(usage: str, config: Any, topic: str | None = None, groups: tuple[
 
 
 # ------------------------------------------------------------------ inside
-def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
+def _screen(console: Console, config: Config, groups: tuple[str, ...]) -> None:
     """Groups with their options, and the settings that are needed most."""
 
     def line(left: str, right: str, cut: bool = False) -> None:
@@ -71,7 +75,7 @@ def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
-def _group(console: Any, config: Any, group: str) -> None:
+def _group(console: Console, config: Config, group: str) -> None:
     if group == "experiment":
         console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
         return
@@ -84,7 +88,7 @@ def _group(console: Any, config: Any, group: str) -> None:
             _table(console, f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
 
 
-def _one(console: Any, config: Any, key: str) -> None:
+def _one(console: Console, config: Config, key: str) -> None:
     """Of each option that has it: the value it begins with; where it differs, what it is."""
     group, _, name = key.rpartition(".")
     kinds = {"": config} if not group else {option: kind() for option, kind in registry.kinds(group).items()}
@@ -98,7 +102,7 @@ def _one(console: Any, config: Any, key: str) -> None:
                     console.print(f"  {(said := f.metadata['doc'])}{_bounds(f.metadata)}", soft_wrap=True)
 
 
-def _bounds(about: Any) -> str:
+def _bounds(about: Mapping[str, Any]) -> str:
     if about["choices"]:
         return f"; one of {', '.join(about['choices'])}"
     least = f"at least {about['least']:g}" if about["least"] is not None else ""
@@ -106,7 +110,9 @@ def _bounds(about: Any) -> str:
     return f"; {', '.join(filter(None, (least, most)))}" if least else ""
 
 
-def _table(console: Any, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:
+def _table(
+    console: Console, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()
+) -> None:
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
@@ -121,9 +127,9 @@ def _table(console: Any, title: str, settings: Any, prefix: str = "", without: f
     console.print()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _about(settings: Any) -> str:
+def _about(settings: object) -> str:
     return " ".join((type(settings).__doc__ or "").split())

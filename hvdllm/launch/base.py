@@ -7,6 +7,7 @@ the run prints to `launch.log` in the point's folder, and returns its exit code.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from hvdllm.interpreter import PYTHON
 
 TERMINAL = "HVDLLM_TERMINAL"  # in the environment of ranks that are started here: where a person looks on
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
+
+Say = Callable[[str], None]  # takes one sentence for a person
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Launcher(Protocol):
     (under Slurm they stay queued or running: the job outlives this process), and it returns soon. say: one sentence for
     a person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
 
-    def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Any) -> int: ...
+    def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Say) -> int: ...
 
 
 def command(point: Point) -> list[str]:

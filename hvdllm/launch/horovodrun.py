@@ -15,25 +15,25 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
 from hvdllm.interpreter import PYTHON
 from hvdllm.launch import lab, local, meeting
-from hvdllm.launch.base import Point, command
+from hvdllm.launch.base import Point, Say, command
+from hvdllm.launch.parts import Horovodrun
 from hvdllm.world.detect import LINK
 
 RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
-def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
+def launch(point: Point, settings: Horovodrun, stop: threading.Event, say: Say) -> int:
     with network(settings) as hosts:
         words = [*launcher(settings, hosts), *command(point)]
         return local.run(words, environment(settings, hosts), point.folder / "launch.log", stop, ask_ranks)
 
 
-def ready(settings: Any) -> None:
+def ready(settings: Horovodrun) -> None:
     """Raises UserError where these settings cannot start anything."""
     program()
     if settings.hosts is not None:
@@ -74,7 +74,7 @@ def starter(controller: str) -> list[str]:
     return [sys.executable, "-P", meeting.__file__] if controller == "gloo" else [program()]
 
 
-def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
+def launcher(settings: Horovodrun, hosts: lab.Lab | None) -> list[str]:
     """The words before those of a rank."""
     words = [*starter(settings.controller), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
     if hosts is not None:
@@ -84,7 +84,7 @@ def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
     return words + (["--network-interfaces", settings.interface] if settings.interface else [])
 
 
-def environment(settings: Any, hosts: lab.Lab | None) -> dict[str, str]:
+def environment(settings: Horovodrun, hosts: lab.Lab | None) -> dict[str, str]:
     """This process's; what the user has set of Open MPI stays."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     interface = lab.INTERFACE if hosts is not None else settings.interface
@@ -120,7 +120,7 @@ def ask_ranks(pid: int, mark: str) -> None:
 
 
 @contextlib.contextmanager
-def network(settings: Any) -> Iterator[lab.Lab | None]:
+def network(settings: Horovodrun) -> Iterator[lab.Lab | None]:
     """The lab, one host a rank, where launch.link asks for it; gone at the end, whatever happens."""
     if settings.link is None:
         yield None

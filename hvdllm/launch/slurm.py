@@ -20,19 +20,20 @@ import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from hvdllm import runs
 from hvdllm.errors import UserError
 from hvdllm.interpreter import PYTHON
-from hvdllm.launch.base import Point, command
+from hvdllm.launch.base import Point, Say, command
+from hvdllm.launch.parts import Slurm
 from hvdllm.squeue import ENDED, ask, said, slurm
 
 POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longest; each costs its controller a little
 REQUEUE_S = 60  # before the time limit, in which a run saves
 
 
-def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
+def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> int:
     """Submits the point, or joins its job, and waits for its end. 130: Ctrl-C; the job goes on.
 
     Raises UserError where Slurm takes no job, with its own message.
@@ -58,7 +59,7 @@ def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
     return 130
 
 
-def submit_once(point: Point, settings: Any) -> tuple[str, bool]:
+def submit_once(point: Point, settings: Slurm) -> tuple[str, bool]:
     """The number of this point's job, and whether it was submitted now. Of two processes one submits."""
     with locked(beside(point, "job")) as file:
         job = file.read().strip()
@@ -74,7 +75,7 @@ def submit_once(point: Point, settings: Any) -> tuple[str, bool]:
         return job, True
 
 
-def submit(point: Point, settings: Any) -> str:
+def submit(point: Point, settings: Slurm) -> str:
     """Writes the script and gives it to sbatch. Returns the job's number."""
     script = beside(point, "sbatch")
     words = ["sbatch", "--parsable", *options(point, settings), str(script.absolute())]
@@ -88,7 +89,7 @@ def submit(point: Point, settings: Any) -> str:
     return done.stdout.strip().split(";")[0]  # with several clusters NUMBER;CLUSTER
 
 
-def options(point: Point, settings: Any) -> list[str]:
+def options(point: Point, settings: Slurm) -> list[str]:
     """Of sbatch. The user's own come last and win."""
     log = str((point.folder / "launch.log").absolute()).replace("\\", "\\\\").replace("%", "%%")
     chosen = {
@@ -109,7 +110,7 @@ def options(point: Point, settings: Any) -> list[str]:
     return [*words, "--requeue", *(word for option in several(settings.options) for word in shlex.split(option))]
 
 
-def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
+def text_of(point: Point, settings: Slurm, submitted: list[str]) -> str:
     """The batch script. It ends as launch/inside.py, which hears of the time limit and starts the ranks."""
     inside = [*PYTHON, "hvdllm.launch.inside", "--how", settings.how]
     inside += ["--interface", settings.interface] if settings.interface else []
@@ -137,7 +138,7 @@ def beside(point: Point, what: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[Any]:
+def locked(path: Path) -> Iterator[IO[str]]:
     """The file, open to read and write, and to one process at a time."""
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -145,7 +146,7 @@ def locked(path: Path) -> Iterator[Any]:
         yield file
 
 
-def several(value: Any) -> list[str]:
+def several(value: str | list[str] | None) -> list[str]:
     """A setting that is null, one or a list."""
     if value is None:
         return []

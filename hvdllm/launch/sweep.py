@@ -27,7 +27,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hvdllm import registry, runs, untrusted
 from hvdllm.config import compose
@@ -36,7 +35,7 @@ from hvdllm.config.words import expand, is_text, key_of, last, of, plain, typed,
 from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import TERMINAL, Launcher, Point
-from hvdllm.launch.parts import Local
+from hvdllm.launch.parts import Launch, Local
 from hvdllm.launch.progress import Display, duration, pass_on
 from hvdllm.launch.watched import Task
 from hvdllm.paths import check_name
@@ -376,12 +375,12 @@ def prepare(config: Config) -> None:
     check(config, config.launch.place())
 
 
-def launcher_of(launch: Any) -> Launcher:
+def launcher_of(launch: Launch) -> Launcher:
     found: Launcher = registry.built(registry.of("launch", launch))
     return found
 
 
-def queues(launch: Any) -> bool:
+def queues(launch: Launch) -> bool:
     """Does what it starts go on without this process?"""
     return bool(registry.of("launch", launch).facts.queues)
 

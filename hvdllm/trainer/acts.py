@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hvdllm.checkpoint import write
 from hvdllm.checkpoint.read import alike
 from hvdllm.device import wait_for_stream
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Settled
+from hvdllm.plain import Json
 from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.evaluate import Evaluation, evaluate_run
 from hvdllm.trainer.run import Run
@@ -172,11 +172,11 @@ class Acts:
             )
 
     # ------------------------------------------------------------------ checkpoint
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         last_eval = asdict(self.last_eval) if self.last_eval else None
         return {"tokens": self.tokens, "step": self.step, "last_eval": last_eval, **self.run.ledger.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Json) -> None:
         """Raises ValueError where it is none of state()."""
         if not alike(self.state(), state):
             raise ValueError("what is due is not said in the form of this version")

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.lock import Lock
 from hvdllm.models import size
+from hvdllm.plain import Json
 from hvdllm.runs import new_name
 from hvdllm.settings import Config
 from hvdllm.text import overlap, shards
@@ -37,7 +37,7 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
     named = replace(config, name=config.name or new_name())
     lock: Lock | None = None
 
-    def first() -> dict[str, Any]:
+    def first() -> Json:
         nonlocal lock
         try:
             lock = held.enter_context(closing(Lock(folder_of(named))))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
-from typing import Any
 
 from hvdllm.exchange.base import Commit, Report
+from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.show import Show
@@ -74,7 +74,7 @@ class Ledger:
         self.folder, self.world, self.clock, self.show = folder, world, clock, show
         self.window = Window()
         self.straggler = Straggler()
-        self.pending: dict[str, Any] | None = None  # a `commit` record that waits for its loss
+        self.pending: Json | None = None  # a `commit` record that waits for its loss
         self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
         self.bytes_before = 0.0  # sent in earlier lives of this run
         self.blocked_s = 0.0  # of all commits that are booked, mean over ranks; earlier lives included
@@ -87,7 +87,7 @@ class Ledger:
         """That of the newest record; before there is one, of what it will hold."""
         return self.window.loss if self.recorded_loss is None else self.recorded_loss
 
-    def record(self, kind: str, tokens: int, seconds: float, values: dict[str, Any], sync: bool = False) -> None:
+    def record(self, kind: str, tokens: int, seconds: float, values: Json, sync: bool = False) -> None:
         """With what every record has: how far the run is, in any unit that a curve may be drawn over."""
         if self.folder is not None:
             self.folder.record(kind, {"tokens": tokens, **self.totals(seconds), **values}, sync=sync)
@@ -157,7 +157,7 @@ class Ledger:
         self.window, self.pending = Window(), None
 
     # ------------------------------------------------------------------ checkpoint
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
@@ -165,7 +165,7 @@ class Ledger:
             "recorded_loss": self.recorded_loss,
         }  # fmt: skip
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Json) -> None:
         """Raises ValueError where it is none of state()."""
         pending = state["pending"] or {}
         if not all(isinstance(each, int | float) for each in pending.values()):

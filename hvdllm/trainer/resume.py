@@ -20,6 +20,7 @@ from hvdllm.config import compose
 from hvdllm.config.words import expand, key_of, last, of
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.text import shards
 
@@ -176,8 +177,8 @@ def unused(folder: Path) -> bool:
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:
     """Raises UserError naming the settings that differ and may not."""
 
-    def flat(values: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
+    def flat(values: Json) -> Json:
+        out: Json = {}
         for key, value in values.items():
             if key not in MAY_DIFFER:
                 inner = dict(value) if isinstance(value, dict) else {"": value}

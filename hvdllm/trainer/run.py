@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from hvdllm.errors import UserError
 from hvdllm.lock import Lock
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
+from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.settings import Config
 from hvdllm.text.shards import Corpus
@@ -34,7 +34,7 @@ from hvdllm.trainer.show import Show
 from hvdllm.trainer.trunk import Trunk, begin
 from hvdllm.world.base import World, from_first
 
-Saved = dict[str, Any]  # the plain values of a checkpoint
+Saved = Json  # the plain values of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
     show: Show
     start: Start
     device: torch.device
-    hosts: list[dict[str, Any]]
+    hosts: list[Json]
     corpus: Corpus
     model: GPT
     loss: Loss

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
+
+from hvdllm.plain import Json
 
 
 class Show(Protocol):
     """What a person sees (cli/display.py); silent on all ranks but 0."""
 
-    def progress(self, values: dict[str, Any]) -> None:
+    def progress(self, values: Json) -> None:
         """Called at every commit: tokens, budget, seconds; loss of the newest `commit` record (before there is one, of
         what it will hold); blocked (a share) of the commit before."""
 
@@ -18,5 +20,5 @@ class Show(Protocol):
     def header(self, lines: dict[str, str]) -> None:
         """What is trained, how and where; before the first round."""
 
-    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+    def finish(self, end: Json, run: str, sample: str) -> None:
         """The summary: the `end` record, where the files are, the last sample."""

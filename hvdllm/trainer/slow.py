@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from hvdllm import device as devices
 from hvdllm.config import pace
 from hvdllm.device import now
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.trainer.backward import Loss
 from hvdllm.world.base import World
@@ -98,7 +98,7 @@ def paced(
     config: Config,
     module: torch.nn.Module,
     loss: Loss,
-    hosts: list[dict[str, Any]],
+    hosts: list[Json],
     device: torch.device,
     world: World,
 ) -> torch.nn.Module:
@@ -111,7 +111,7 @@ def paced(
     return Slow(module, loss, factor, crowded(hosts, world.rank, device)) if factor > 1 else module
 
 
-def crowded(hosts: list[dict[str, Any]], rank: int, device: torch.device) -> bool:
+def crowded(hosts: list[Json], rank: int, device: torch.device) -> bool:
     """Would more compute on this rank slow others? Hosts of the network lab share one machine and its name."""
     here = sum(one["host"] == hosts[rank]["host"] for one in hosts)
     return device.type == "cpu" and here > devices.usable_cores()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from hvdllm import device as devices
 from hvdllm import registry
 from hvdllm.config import compose, pace
 from hvdllm.models import size
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.trainer import account
 from hvdllm.trainer.acts import Acts
@@ -19,7 +19,7 @@ from hvdllm.trainer.run import Run
 from hvdllm.trainer.slow import crowded
 
 
-def run_record(run: Run, overrides: list[str]) -> dict[str, Any]:
+def run_record(run: Run, overrides: list[str]) -> Json:
     """What a life of the run begins with: enough to do it again."""
     config, corpus = run.config, run.corpus
     vocab = size.pad_vocab(corpus.tokenizer.vocab)
@@ -72,7 +72,7 @@ def header(run: Run) -> dict[str, str]:
     }
 
 
-def speed_lines(config: Config, hosts: list[dict[str, Any]]) -> dict[str, str]:
+def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
     """Of the header, where ranks are not as fast as they are."""
     world, out = config.world, dict[str, str]()
     by = pace.slowed(world.slow, len(hosts))
@@ -102,7 +102,7 @@ def exchange_name(config: Config) -> str:
     return ", ".join(parts + [f"world {config.world.kind}"] * (config.world.kind not in ("auto", "horovod")))
 
 
-def end_record(run: Run, acts: Acts, reason: str) -> dict[str, Any]:
+def end_record(run: Run, acts: Acts, reason: str) -> Json:
     """reason: budget, stop or failed. loss: of the last `commit` record. mfu: share of the peak, where it is known."""
     config, ledger, clock = run.config, run.ledger, run.clock
     seconds, here = clock.seconds(), clock.seconds_here()

@@ -6,12 +6,12 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from hvdllm import device
 from hvdllm.errors import PeerError
+from hvdllm.world.base import Letter
 from hvdllm.world.ranks import add
 
 POLL_S = 1e-5  # simulated, of a poll in vain
@@ -66,8 +66,8 @@ class Hub:
         self.busy: dict[tuple[int, str], float] = {}  # (rank, up or down): until when
         self.lanes: list[Lane] = []
         self.holder: Lane | None = None
-        self.open: dict[Any, Box] = {}  # collectives that some rank has not joined yet
-        self.letters: dict[tuple[int, str], list[Any]] = {}  # by rank and box, as they arrive; see virtual_mail.py
+        self.open: dict[object, Box] = {}  # collectives that some rank has not joined yet
+        self.letters: dict[tuple[int, str], list[tuple[float, int, Letter]]] = {}  # by rank and box, as they arrive
         self.posted = 0  # letters
         self.random: dict[int, torch.Tensor] = {}
         self.failure: BaseException | None = None
@@ -178,7 +178,7 @@ class Box:
     """A collective. parts: what each rank sends, copied; result: of the sum, made once. sent: bytes, the most of any
     rank; at: when it arrives, once all have joined."""
 
-    def __init__(self, what: tuple[Any, ...], size: int) -> None:
+    def __init__(self, what: tuple[object, ...], size: int) -> None:
         self.what, self.size = what, size
         self.sent = self.at = 0.0
         self.parts: dict[int, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from hvdllm.world.mail import OwnMail, Threads
 class Landed:
     """A flight that has arrived."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
     def landed(self) -> bool:
@@ -61,7 +61,7 @@ class SingleWorld:
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> SingleWorld:
         return self
 
-    def drive(self, work: Callable[[], Any]) -> Landed:
+    def drive(self, work: Callable[[], object]) -> Landed:
         return Landed(work())
 
     def mail(self) -> OwnMail:

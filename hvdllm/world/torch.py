@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,14 +45,14 @@ class Channel:
     """One process group. Its collectives are launched in the order of the calls: at once, or by a thread of its own
     behind one that must first wait for the others' sizes."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._pool: ThreadPoolExecutor | None = None
-        self._last: Future[Any] | None = None
+        self._last: Future[dist.Work] | None = None
 
-    def launch(self, start: Callable[[], Any], waits: bool = False) -> Future[Any]:
+    def launch(self, start: Callable[[], dist.Work], waits: bool = False) -> Future[dist.Work]:
         if not waits and (self._last is None or self._last.done()):
-            future: Future[Any] = Future()
+            future: Future[dist.Work] = Future()
             future.set_result(start())
             return future
         if self._pool is None:
@@ -72,7 +71,7 @@ class TorchFlight:
 
     def __init__(
         self,
-        future: Future[Any],
+        future: Future[dist.Work],
         x: torch.Tensor,
         name: str,
         world: TorchRanks,
@@ -102,7 +101,12 @@ class TorchRanks(Ranks):
     """The collectives of one process group a channel. members: ranks in the whole world, ascending."""
 
     def __init__(
-        self, groups: Sequence[Any], members: Sequence[int], where: Where, timeout_s: float, parent: Ranks | None = None
+        self,
+        groups: Sequence[dist.ProcessGroup],
+        members: Sequence[int],
+        where: Where,
+        timeout_s: float,
+        parent: Ranks | None = None,
     ) -> None:
         super().__init__(where, timeout_s, parent)
         self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
@@ -110,12 +114,12 @@ class TorchRanks(Ranks):
         self.launches: Launches = parent.launches if isinstance(parent, TorchRanks) else Launches()
         self.watch: Watch | None = parent.watch if isinstance(parent, TorchRanks) else None
 
-    def drive(self, work: Callable[[], Any]) -> Flight:
+    def drive(self, work: Callable[[], object]) -> Flight:
         place = self.launches.place()
         if place is None:
             return self._driver(work)
 
-        def placed() -> Any:
+        def placed() -> object:
             with self.launches.at(place):
                 return work()
 
@@ -173,7 +177,7 @@ class TorchRanks(Ranks):
         rows: list[int] = []
         made: list[torch.Tensor] = []
 
-        def start(group: Any) -> Any:
+        def start(group: dist.ProcessGroup) -> dist.Work:
             own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
             self.wait(dist.all_gather_single(sizes, own, group=group, async_op=True), name)
             rows.extend(sizes.tolist())
@@ -215,7 +219,7 @@ class TorchRanks(Ranks):
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 
-    def launched(self, future: Future[Any], name: str) -> Any:
+    def launched(self, future: Future[dist.Work], name: str) -> dist.Work:
         """The work, once its thread has launched it: NCCL's first collective waits for all ranks."""
         end = time.monotonic() + self.timeout_s
         while not future.done():
@@ -226,7 +230,7 @@ class TorchRanks(Ranks):
                 raise self._late(name)
         return future.result()
 
-    def wait(self, work: Any, name: str, on_host: bool = True) -> None:
+    def wait(self, work: dist.Work, name: str, on_host: bool = True) -> None:
         """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
         end = time.monotonic() + self.timeout_s
         while on_host and not work.is_completed():
@@ -257,7 +261,7 @@ class TorchRanks(Ranks):
         self,
         x: torch.Tensor,
         name: str,
-        start: Callable[[Any], Any],
+        start: Callable[[dist.ProcessGroup], dist.Work],
         finish: Callable[[], torch.Tensor],
         made: Sequence[torch.Tensor] = (),
         waits: bool = False,
@@ -317,7 +321,7 @@ class TorchWorld(TorchRanks):
         self._parts.append(part)
         return part
 
-    def _group(self, ranks: list[int] | None = None) -> Any:
+    def _group(self, ranks: list[int] | None = None) -> dist.ProcessGroup:
         # Longer than ours, so that `wait` is the one that says which collective it was.
         return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s + 60), backend=self._backend)
 

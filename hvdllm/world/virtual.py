@@ -26,7 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,14 +37,16 @@ from hvdllm.world.hub import Box, Hub, Lane, Links
 from hvdllm.world.ranks import Ranks, Where, adasum, broadcast_sends, group_of, must_be_power_of_two
 from hvdllm.world.virtual_mail import VirtualMail, spawn
 
+T = TypeVar("T")
+
 
 class VirtualFlight:
     """One collective of one rank. finish: makes what lands, once all ranks have joined."""
 
-    def __init__(self, hub: Hub, box: Box, x: torch.Tensor, rank: int, name: str, finish: Callable[[], Any]) -> None:
+    def __init__(self, hub: Hub, box: Box, x: torch.Tensor, rank: int, name: str, finish: Callable[[], object]) -> None:
         self.hub, self.box, self.x, self.rank, self.name, self.finish = hub, box, x, rank, name, finish
         self.seen = False  # to have landed, by this rank
-        self.value: Any = None
+        self.value: object = None
 
     def landed(self) -> bool:
         self.seen = self.seen or self.hub.poll(self.box.full, self._at)
@@ -75,10 +77,10 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 class Driven:
     """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks."""
 
-    def __init__(self, hub: Hub, work: Callable[[], Any]) -> None:
+    def __init__(self, hub: Hub, work: Callable[[], object]) -> None:
         self.hub, self.work = hub, work
         self.done = False
-        self.value: Any = None
+        self.value: object = None
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -107,7 +109,7 @@ class Driver:
         self.begun = self.closed = False
         self.thread = 0
 
-    def __call__(self, work: Callable[[], Any]) -> Driven:
+    def __call__(self, work: Callable[[], object]) -> Driven:
         flight = Driven(self.hub, work)
         if threading.get_ident() == self.thread:  # a stage of what is being driven
             flight.run()
@@ -152,7 +154,7 @@ class VirtualWorld(Ranks):
         where: Where,
         parent: VirtualWorld | None = None,
         driver: Driver | None = None,
-        path: tuple[Any, ...] = (),
+        path: tuple[object, ...] = (),
         members: tuple[int, ...] = (),
     ) -> None:
         super().__init__(where, math.inf, parent, driver)
@@ -213,7 +215,13 @@ class VirtualWorld(Ranks):
         return x.chunk(self.size)[self.rank]
 
     def _post(
-        self, kind: str, x: torch.Tensor, name: str, sent: float, finish: Callable[[Box], Any], root: int | None = None
+        self,
+        kind: str,
+        x: torch.Tensor,
+        name: str,
+        sent: float,
+        finish: Callable[[Box], object],
+        root: int | None = None,
     ) -> VirtualFlight:
         self.count(sent)
         last = self._flights.get(name)
@@ -236,11 +244,11 @@ class VirtualWorld(Ranks):
 
 def run(
     size: int,
-    body: Callable[[VirtualWorld], Any],
+    body: Callable[[VirtualWorld], T],
     asks: Asks | None = None,
     hosts: int = 1,
     links: Links | None = None,
-) -> list[Any]:
+) -> list[T]:
     """What `body` returns on each of `size` logical ranks, in rank order.
 
     asks: rank 0's, for signals. hosts: logical ones; ranks are numbered host by host, equally many on each; links join
@@ -254,7 +262,7 @@ def run(
     worlds = [VirtualWorld(hub, (rank, size, rank % local, local), driver=Driver(hub, rank)) for rank in range(size)]
     if asks is not None:
         worlds[0].asks = asks
-    results: list[Any] = [None] * size
+    results: dict[int, T] = {}
 
     def live(world: VirtualWorld, lane: Lane) -> None:
         hub.tell_time()
@@ -285,4 +293,4 @@ def run(
         torch.set_rng_state(state)
     if hub.failure is not None:
         raise hub.failure
-    return results
+    return [results[rank] for rank in range(size)]

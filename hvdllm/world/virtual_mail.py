@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
+from hvdllm.plain import Json
 from hvdllm.world.base import Asks, Letter
 from hvdllm.world.hub import Hub, Lane
 from hvdllm.world.mail import copied
@@ -38,7 +39,7 @@ class VirtualMail:
         self.world, self.hub = world, world.hub
         self.links = world.hub.links
 
-    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+    def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
         letter = copied(self.world.rank, head, body)
         if to != self.world.rank and letter.body is not None:
             self.world.count(letter.body.nbytes)

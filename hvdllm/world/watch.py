@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ AGES = timedelta(days=3650)  # the group's own limit: a run that trains for mont
 class Watch:
     """The ring of a world of two ranks or more. group: a process group of Gloo that nobody else uses."""
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
         self._group, self._before, self._after = group, (rank - 1) % size, (rank + 1) % size
         self._gone: int | None = None
         self._heard = threading.Event()
