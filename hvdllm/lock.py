@@ -164,7 +164,7 @@ def _lives(pid: int, since: Any) -> bool:
         return False
     except (OSError, OverflowError):
         pass
-    return started(pid) == since
+    return bool(started(pid) == since)
 
 
 def _pids() -> str:

@@ -99,7 +99,7 @@ def parsed_yaml(text: bytes) -> Any:
     """The value of a YAML text of plain values without aliases. Raises Unfit."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
         def compose_node(self, parent: object, index: object) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise Unfit("has a YAML alias, which no configuration needs")

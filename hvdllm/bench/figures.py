@@ -130,7 +130,7 @@ def rank_speeds(repetitions: Sequence[Repetition]) -> list[float]:
 
 def pooled(repetitions: Sequence[Repetition], name: str) -> float:
     """Median over all steps of all repetitions, in milliseconds."""
-    return 1e3 * median(value for rep in repetitions for value in getattr(rep, name))
+    return 1e3 * float(median(value for rep in repetitions for value in getattr(rep, name)))
 
 
 def sent_a_step(repetitions: Sequence[Repetition]) -> float:

@@ -19,7 +19,7 @@ from hvdllm.world.detect import Place, place
 
 if TYPE_CHECKING:
     from hvdllm.world.base import World
-    from hvdllm.world.virtual import Links
+    from hvdllm.world.hub import Links
 
 SWEEP = ("-m", "--multirun")
 SHORT = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help [GROUP]]
@@ -171,7 +171,7 @@ def open_world(setup: Setup, here: Place) -> World:
 def simulated_links(config: Config) -> Links | None:
     """Of world=virtual with a simulated clock; None without one."""
     from hvdllm.config import pace
-    from hvdllm.world.virtual import Links
+    from hvdllm.world.hub import Links
 
     world = config.world
     return Links(pace.bandwidth(world), world.latency_ms / 1e3) if world.tokens_per_s is not None else None

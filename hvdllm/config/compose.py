@@ -144,7 +144,7 @@ def to_yaml(config: Config) -> str:
     """What --cfg job prints and what a run folder's config.yaml holds."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # it has no types
         def ignore_aliases(self, data: Any) -> bool:  # which nobody reads who reads what may be a stranger's
             return True
 

@@ -36,7 +36,7 @@ class MeetingPoint:
         self.secret = secrets.token_hex(16)
         within = f"/{self.secret}:0/"
 
-        class Handler(RendezvousHandler):
+        class Handler(RendezvousHandler):  # type: ignore[misc]  # it has no types
             path: str
 
             def parse_request(self) -> bool:

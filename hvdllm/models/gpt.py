@@ -146,7 +146,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TE2)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD
 
 
 class TokenLoss(torch.autograd.Function):
@@ -238,7 +239,8 @@ class GPT(nn.Module):
                 )
             else:
                 x_BTD = block(x_BTD, rope_2TE2)
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return x_BTD
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token after each of ids [B, T] (integers below V; T <= context)."""
@@ -253,7 +255,7 @@ class GPT(nn.Module):
         x_ND = self.features(inputs_BT).flatten(0, 1)
         # Inside its forward autograd is always off, and needs_input_grad is true under no_grad too: tell it.
         graded = torch.is_grad_enabled()
-        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)
+        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)  # type: ignore[no-untyped-call]
         return total
 
 

@@ -103,7 +103,7 @@ def least_memory(config: Config, vocab: int, ranks: int) -> int:
     sequences = max(1, min(config.micro_batch, config.batch_tokens // config.model.context // ranks))
     blocks = 1 if config.model.checkpointing else 2
     activations = 4 * sequences * config.model.context * config.model.width * config.model.layers * blocks
-    return int(one * (1 + exchange.gradients + anchors + optim.vectors / shares)) + activations
+    return int(one * (1 + exchange.gradients + anchors + optim.vectors / shares) + activations)
 
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each precision of ours

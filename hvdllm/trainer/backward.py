@@ -56,7 +56,7 @@ def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
     if batch.tokens == 0:
         return NOTHING
     loss = model(batch.inputs, batch.targets, (batch.round, batch.index))
-    value = loss.detach()
+    value: torch.Tensor = loss.detach()
     (loss * (1 + 0 * value)).backward()
     return value
 

@@ -172,7 +172,8 @@ class HorovodRanks(Ranks):
 
 def _tensor(out: Any) -> torch.Tensor:
     """hvd.alltoall returns what arrived and how much of it came from whom."""
-    return out[0] if isinstance(out, tuple) else out
+    arrived: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return arrived
 
 
 def tell_horovod(timeout_s: float, groups: bool, fuse: bool) -> None:

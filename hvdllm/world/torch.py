@@ -24,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from hvdllm.device import be_patient, pool, used_here
 from hvdllm.errors import PeerError, UserError
@@ -187,7 +188,8 @@ class TorchRanks(Ranks):
             padded = x.new_empty(self.size * most, *x.shape[1:])
             made.extend([padded, sent])
             self.count((self.size - 1) * (own.nbytes + sent.nbytes))
-            return dist.all_gather_single(padded, sent, group=group, async_op=True)
+            work: dist.Work = dist.all_gather_single(padded, sent, group=group, async_op=True)
+            return work
 
         def finish() -> torch.Tensor:
             padded = made[0]
@@ -323,7 +325,9 @@ class TorchWorld(TorchRanks):
 
     def _group(self, ranks: list[int] | None = None) -> dist.ProcessGroup:
         # Longer than ours, so that `wait` is the one that says which collective it was.
-        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s + 60), backend=self._backend)
+        timeout = timedelta(seconds=self.timeout_s + 60)
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=self._backend)
+        return group
 
     def close(self) -> None:
         self._driver.close()
@@ -338,7 +342,7 @@ class TorchWorld(TorchRanks):
 
 
 # ------------------------------------------------------------------ how ranks meet
-def meet(place: Place, timeout: timedelta) -> dist.Store:
+def meet(place: Place, timeout: timedelta) -> Store:
     """A store of rank 0's that all ranks reach. Its address travels through what the launcher offers: Horovod's own
     key-value server, or a broadcast over MPI."""
     if "HOROVOD_GLOO_IFACE" in os.environ:
@@ -347,7 +351,7 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
     address: tuple[str, int] | None = None
     if place.rank == 0:
         host = own_address(place)
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         address = (host, store.port)
     if place.launcher == "horovodrun":
         address = through_horovodrun(address, timeout)
@@ -355,7 +359,7 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
         address = through_mpi(address, place)
     if store is None:
         assert address is not None, "a process alone is rank 0"
-        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
     return store
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.wire import parts as wires
 from hvdllm.optim import parts as optims
-from hvdllm.world.virtual import Links
+from hvdllm.world.hub import Links
 
 PLAIN = optims.SGD(lr=0.02, momentum=0.0, weight_decay=0.0, clip=0.0)
 ADAM = optims.AdamW(lr=0.01)

@@ -16,7 +16,7 @@ from torch import nn
 from hvdllm.exchange import parts as exchanges
 from hvdllm.flat import Flat
 from hvdllm.optim import parts as optims
-from hvdllm.world.virtual import Links
+from hvdllm.world.hub import Links
 
 SGD = optims.SGD(lr=0.02, momentum=0.5, clip=0)
 TIMED = exchanges.Acco(timed=True)
