@@ -239,8 +239,8 @@ class GPT(nn.Module):
                 )
             else:
                 x_BTD = block(x_BTD, rope_2TE2)
-        x_BTD = self.norm(x_BTD)
-        return x_BTD
+        features: Tensor = self.norm(x_BTD)
+        return features
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the token after each of ids [B, T] (integers below V; T <= context)."""

@@ -63,8 +63,9 @@ def train(world: str, size: int, words: list[str]) -> None:
     config = compose.compose([*BASE, *words])
     if world == "virtual":
         from hvdllm.world import virtual
+        from hvdllm.world.hub import Links
 
-        links = virtual.Links(1e9) if config.world.tokens_per_s else None
+        links = Links(1e9) if config.world.tokens_per_s else None
         virtual.run(size, lambda one: life.run(config, words, Place(), one, Show()), links=links)
         return
     if world == "single":
