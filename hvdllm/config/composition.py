@@ -1,4 +1,4 @@
-"""Which exchange, wire, reduction, optimizer and world go together: the one table that the check and README read.
+"""Which exchange, wire, reduction, optimizer and world go together: the one table that the check and the pages read.
 
 A pair that is not refused here is run by tests/oracles/test_composition.py, references by test_exchange_ranks.py.
 """
@@ -186,7 +186,7 @@ def _virtual(config: Config, world: str) -> str | None:
 
 
 def matrix() -> str:
-    """The table of exchanges and wires as README shows it, in Markdown."""
+    """The table of exchanges and wires as hvdllm/exchange/wire/README.md shows it, in Markdown."""
     wires = list(schema.SCHEMAS["wire"].items())
     notes: dict[str, int] = {}
     lines = ["| | " + " | ".join(f"`{name}`" for name, _ in wires) + " |", "|---" * (len(wires) + 1) + "|"]
