@@ -281,10 +281,7 @@ def test_a_command_that_could_not_work_is_found(line: str, monkeypatch: pytest.M
 
 # ------------------------------------------------------------------ for real
 FIRST = "hvdllm train name=first budget_tokens=200000"
-PAIR = (
-    "hvdllm train -m launch=horovodrun launch.np=2 exchange=allreduce,delayed seed=0,1,2 launch.sweep=pair "
-    "budget_tokens=100k"
-)
+PAIR = "hvdllm train -m launch=horovodrun exchange=allreduce,delayed seed=0,1,2 launch.sweep=pair budget_tokens=100k"
 LAB = (
     "hvdllm bench exchange --link 200mbit --exchanges "
     "allreduce,sharded,delayed,acco,acco+exchange.timed=true,ddp,horovod --steps 8 --repetitions 2"
