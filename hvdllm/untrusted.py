@@ -3,7 +3,7 @@
 Only regular files are opened (a pipe would be waited for, a device has no end); of a folder only what lies inside it
 once links are followed; no more is read than `most` bytes; JSON and YAML are no deeper than DEPTH, and YAML has no
 aliases, which multiply. Nothing here imports or starts anything. What a folder's files may decide is written
-down in settings.py (`setting(ours=...)`) and, for people, in README's "Folders of others".
+down in settings.py (`setting(ours=...)`) and, for people, in hvdllm/checkpoint/README.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`hvdllm train`: compose, check, and let trainer/build.py run, or launch/ start ranks that do."""
+"""`hvdllm train`: compose, check, and let trainer/life.py run it, or launch/ start ranks that do."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _fresh(config: Config, exchange: Part) -> str | None:
 
 
 def matrix() -> str:
-    """The table of exchanges and wires as a page shows it, in Markdown."""
+    """The table of exchanges and wires as hvdllm/exchange/wire/README.md shows it, in Markdown."""
     wires = registry.parts("wire")
     notes: dict[str, int] = {}
     lines = ["| | " + " | ".join(f"`{name}`" for name in wires) + " |", "|---" * (len(wires) + 1) + "|"]

@@ -20,7 +20,7 @@ run cannot be repeated bit for bit, but on logical ranks with a simulated clock 
 Everything behind a launch runs on the driver thread: land, peek or step, spread. Bytes a rank and update: two rounds of
 (N-1)/N P (b_gradients + 4). Memory: two gradient vectors, and by pieces (1/N) the master weights, S~, the update's
 vectors and, for a moment, a second set of them; and the weights that have arrived, until the loop takes them. In flight
-at a commit: G~, in a checkpoint landed as S~ and n~. Source: EXCHANGES.md, sections 3 and 3b.
+at a commit: G~, in a checkpoint landed as S~ and n~. More in hvdllm/exchange/README.md, `acco`.
 """
 
 from __future__ import annotations

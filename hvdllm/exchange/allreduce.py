@@ -12,7 +12,8 @@ by tensor, and nothing is divided afterwards: equal gradients give their mean, o
 few tokens counts like the others. The result depends on the order of ranks.
 
 State: the update's. Bytes a rank and step: 2 (N-1)/N P b (ring) and meta. Staleness 0. Every rank waits for
-the slowest and for the network, less what the backward still hides. Source: EXCHANGES.md, sections 1 and 8.
+the slowest and for the network, less what the backward still hides. More in
+hvdllm/exchange/README.md, `allreduce`.
 """
 
 from __future__ import annotations

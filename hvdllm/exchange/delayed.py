@@ -18,7 +18,7 @@ compensation λ (DC-ASGD, Zheng et al., 2017, arXiv 1609.08326): G += λ G*G*(x 
 G*G/n in the place of the mean loss's Hessian. Costs a copy of the weights.
 
 State: a second gradient vector, the sum that flies (landed, not applied, in a checkpoint) and, compensated, the weights
-that it was taken at. Bytes as all-reduce. Source: EXCHANGES.md, sections 2 and 4d.
+that it was taken at. Bytes as all-reduce. More in hvdllm/exchange/README.md, `delayed`.
 """
 
 from __future__ import annotations

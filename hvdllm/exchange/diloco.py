@@ -13,7 +13,8 @@ during the next round and are applied after it; the bound is .253 at .9, .562 at
 refused.
 
 Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: anchor and momentum, 2 P (host_memory puts them
-on the host of a GPU), overlap two vectors more. Staleness: 0; overlap 1 round. Source: EXCHANGES.md, section 5.
+on the host of a GPU), overlap two vectors more. Staleness: 0; overlap 1 round. More in
+hvdllm/exchange/README.md, `diloco`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ the same world size; at another one that round begins anew, with the same client
 
 Bytes a group and round: 2 (N-1)/N P b, however many its clients are, and meta for each pulse. Memory: the anchor and a
 sum of deltas, 2 P, and up to 2 P of the server. Groups wait for each other where the clients do not divide by them.
-Source: EXCHANGES.md, section 5.
+More in hvdllm/exchange/README.md, `fedavg`.
 """
 
 from __future__ import annotations

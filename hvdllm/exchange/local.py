@@ -24,7 +24,8 @@ A local step whose gradient is not finite is masked, as are those behind it; onl
 says so and all ranks stop at the same mark.
 
 A checkpoint has the anchor and the outer optimizer's state once, and what each rank has of its own: weights, moments,
-clocks. At another world size all begin with the anchor. Source: EXCHANGES.md, section 5.
+clocks. At another world size all begin with the anchor. More in
+hvdllm/exchange/README.md, "Local steps".
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ no normalised step of the mean). With the same curvature everywhere a round is H
 differs the fixed point does too (client drift), which fewer steps make smaller. Evaluation and samples use the mean of
 the ranks' weights.
 
-Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: the anchor, P. Source: EXCHANGES.md, section 5.
+Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: the anchor, P.
+More in hvdllm/exchange/README.md, `local_sgd`.
 """
 
 from __future__ import annotations

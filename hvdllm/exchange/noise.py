@@ -1,7 +1,7 @@
 """The gradient noise scale, from what travels anyway (McCandlish et al., 2018, arXiv 1812.06162).
 
 B_simple = tr S / |G|², in tokens: batches far below it waste little, far above it little is gained. With rank means
-g_i over n_i tokens, g = sum n_i g_i / n and N ranks, without bias for unequal counts too (EXCHANGES.md, section 9):
+g_i over n_i tokens, g = sum n_i g_i / n and N ranks, without bias for unequal counts too (hvdllm/exchange/README.md):
 
     tr S = (sum n_i |g_i|² - n |g|²) / (N - 1)          |G|² = |g|² - tr S / n
 """

@@ -2,7 +2,7 @@
 
     delta = mean of (anchor - weights), which points uphill like a gradient
 
-Functions on slices, in place; their state is handed in. Source: EXCHANGES.md, section 5.
+Functions on slices, in place; their state is handed in. More in hvdllm/exchange/README.md, `diloco` and `fedavg`.
 """
 
 from __future__ import annotations

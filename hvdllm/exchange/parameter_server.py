@@ -35,7 +35,8 @@ train, rank for rank larger parts. The first server keeps the log. Servers serve
 Bytes a worker and push: P b there and P b back, nothing of it hidden. Memory: the pieces once more and the update's
 vectors / servers, a copy of each body that travels. A checkpoint has the pieces, and of each rank the gradient that had
 no ticket; at another world size clocks begin at 0 and these gradients are dropped (`end` counts them).
-CUDA: bodies travel through the host; not run on a GPU by the tests. Source: EXCHANGES.md, section 4.
+CUDA: bodies travel through the host; not run on a GPU by the tests. More in
+hvdllm/exchange/README.md, `parameter_server`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ commit, because every rank gets each piece of the weights from its one owner.
 
 Bytes a rank and step: (N-1)/N P b for the gradients and as much for the weights, what a ring all-reduce sends; one
 number more for the norm. Memory: the update's vectors / N. Staleness 0. The weights' way back is not hidden.
-Source: EXCHANGES.md, section 6.
+More in hvdllm/exchange/README.md, `sharded`.
 """
 
 from __future__ import annotations

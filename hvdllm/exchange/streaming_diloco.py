@@ -9,7 +9,8 @@ time, in the same order on every rank, so τ < H / K. A mark is a join: its meta
 
 Peak bytes: those of DiLoCo / K, in K times as many meetings; on average the same. Nothing waits for the network where
 a part arrives within τ steps. Memory: as DiLoCo, and a vector for what travels. Settling joins what flies, then lets
-every part meet once more, so that the weights to keep have all steps. Source: EXCHANGES.md, section 5.
+every part meet once more, so that the weights to keep have all steps. More in
+hvdllm/exchange/README.md, `streaming_diloco`.
 """
 
 from __future__ import annotations

@@ -280,6 +280,6 @@ def init_weights(model: GPT, seed: int) -> None:
 
 def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile each block in place. Never the whole model: its backward would be one graph, and all
-    gradient hooks would fire in its last half millisecond (DESIGN rule 13)."""
+    gradient hooks would fire in its last half millisecond."""
     for block in model.blocks:
         block.compile(backend=backend)

@@ -1,13 +1,16 @@
-"""Clients of a federation: whose a document is, and what a client reads; a function of text and seed, not of ranks.
+"""The clients of a federation: which client owns a document, and what a client reads.
+
+Both are functions of the text and the seed alone, so they are the same for any number of ranks.
 
 document  tokens up to and with an end token; it belongs wholly to one client
 share     of the text that a client should have: drawn from Dirichlet(alpha, ..., alpha), or 1 / clients
-window    of the client of the document in which it begins
-position  how many windows of its own a client has taken: position k of its W is k % W of the order of epoch k // W
+window    belongs to the client that owns the document in which the window begins
+position  how many of its own windows a client has taken: with W windows, position k is window k % W in the order of
+          epoch k // W
 
-Documents are dealt in a drawn order, each to the client that it leaves least full for its share. A small alpha makes
-few clients large (.1: some have nearly nothing), a large one all alike. (Splitting by Dirichlet: Hsu et al., 2019,
-arXiv 1909.06335, there over labels.)
+Documents are dealt in a random order. Each goes to the client that then is least full, measured by its share. A small
+alpha makes a few clients large (at .1 some have nearly nothing), a large alpha makes all clients alike. Hsu et al.,
+2019, arXiv 1909.06335, split by Dirichlet's distribution too, but over labels.
 """
 
 from __future__ import annotations
@@ -18,21 +21,35 @@ import numpy as np
 
 from hvdllm.errors import UserError
 
-SCAN = 2**24  # tokens looked at for documents' ends at a time
-DEAL, ROUND, EPOCH = range(3)  # what is drawn: keys of seeds that nothing else shares
+SCAN = 2**24  # tokens that are searched for the ends of documents at a time
+DEAL, ROUND, EPOCH = range(3)  # keys of seeds, one for each kind of draw
 
 
 class Clients:
-    """tokens: of each client's text, those of its windows; 0: it has none, and is never sampled."""
+    """The windows of a text, dealt to clients.
+
+    `tokens` lists how many tokens the windows of each client hold. A client with 0 has no text and is never sampled.
+    """
 
     def __init__(
         self, tokens: np.ndarray, context: int, end: int | None, count: int, alpha: float | None, seed: int
     ) -> None:
-        """end: the token between documents; None: the text is one. Raises UserError where one of several clients has
-        all windows."""
+        """Deals the documents.
+
+        Args:
+            tokens: the training text, unsigned [n].
+            context: tokens in a window, without the last target.
+            end: the token between documents; None if the text is one document.
+            count: the number of clients.
+            alpha: the parameter of Dirichlet's distribution; None for equal shares.
+            seed: the run's seed.
+
+        Raises UserError if one of several clients would own every window.
+        """
         self.seed = seed
         starts = np.arange(max(0, (len(tokens) - 1) // context)) * context
-        documents = np.searchsorted(_ends(tokens, end), starts)  # of each window; an end token is of what it ends
+        # The document of each window. An end token belongs to the document before it.
+        documents = np.searchsorted(_ends(tokens, end), starts)
         draw = drawn(seed, DEAL)
         shares = np.full(count, 1 / count) if alpha is None else draw.dirichlet(np.full(count, alpha))
         owner = owners(np.bincount(documents), shares, draw)[documents]
@@ -49,20 +66,26 @@ class Clients:
         )
 
     def sample(self, round: int, count: int | None) -> list[int]:
-        """The clients of a round, in order: `count` of those that have text, or all."""
+        """The clients of a round in ascending order: `count` of those that have text, or all of them if it is None."""
         if count is None:
             return self.known
         return sorted(drawn(self.seed, ROUND, round).permutation(self.known)[:count].tolist())
 
     def windows(self, client: int, positions: np.ndarray) -> np.ndarray:
-        """Numbers of the text's windows at these positions of a client."""
+        """Which windows of the text stand at these positions of a client, int64 [positions]."""
         epochs, places = np.divmod(positions, len(self._windows[client]))
         orders = [self._order(client, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate([np.empty(0, np.int64), *orders])
 
 
 def owners(sizes: np.ndarray, shares: np.ndarray, draw: np.random.RandomState) -> np.ndarray:
-    """The client of each document. sizes: windows that begin in it; shares: of each client, they sum to 1."""
+    """Which client owns each document, int64 [documents].
+
+    Args:
+        sizes: how many windows begin in each document.
+        shares: the share of each client; they add up to 1.
+        draw: the random numbers that decide the order of dealing.
+    """
     owner, got = np.zeros(len(sizes), np.int64), np.zeros(len(shares))
     with np.errstate(divide="ignore"):  # a share may be 0 to the last digit
         for document in draw.permutation(np.flatnonzero(sizes)):
@@ -72,17 +95,20 @@ def owners(sizes: np.ndarray, shares: np.ndarray, draw: np.random.RandomState) -
 
 
 def drawn(seed: int, *key: int) -> np.random.RandomState:
+    """Random numbers that depend on the seed and on a key, such as (ROUND, 7)."""
     return frozen(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def frozen(seeds: np.random.SeedSequence) -> np.random.RandomState:
-    """RandomState, whose stream NumPy has frozen (NEP 19): a run resumed under another NumPy reads on in the same
-    order, which Generator does not promise."""
+    """A RandomState, because NumPy has frozen its stream (NEP 19).
+
+    A run that is resumed under another version of NumPy reads on in the same order. Generator does not promise that.
+    """
     return np.random.RandomState(np.random.MT19937(seeds))
 
 
 def _ends(tokens: np.ndarray, end: int | None) -> np.ndarray:
-    """Where documents end, in order."""
+    """The places of the end tokens, in ascending order."""
     if end is None:
         return np.empty(0, np.int64)
     parts = [np.flatnonzero(tokens[at : at + SCAN] == end) + at for at in range(0, len(tokens), SCAN)]

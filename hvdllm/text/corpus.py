@@ -1,12 +1,12 @@
-"""What is read: the documents of a text, in one order, each with the side (training or validation) it is on.
+"""The documents of a text, in one fixed order, each on one side: training or validation.
 
-A file is a document, a line of a .jsonl file too. A document of more than 64 KiB is cut into pieces that
-concatenate to it again, so that memory stays bounded and one long book can still be held out in part. Where it is cut
-depends on the text there alone, so that copies of a part of it, wherever they stand, are cut at the same places and are
-on the same side.
+A file is a document, and so is a line of a .jsonl file. A document of more than 64 KiB is cut into pieces that
+concatenate to it again. This bounds the memory, and it lets a part of one long book be held out. Where a document is
+cut depends on the text around the cut alone. Two copies of a long passage are therefore cut at the same places, and
+their pieces are on the same side.
 
-Text is UTF-8; a byte that is not becomes U+FFFD, the replacement character, and nothing else is changed:
-line ends and byte order marks are text.
+Text is read as UTF-8. A byte that is not valid UTF-8 becomes U+FFFD, the replacement character. Nothing else is
+changed: line ends and byte order marks are part of the text.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from hvdllm.text.parts import Files, Stdlib, Text
 
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
 SHORTEST = 1024  # bytes of a piece that ends where its content says
-LOOK = 64  # bytes before the end of a line, which say whether a piece ends there
-ONE_IN = 256  # lines
+LOOK = 64  # bytes before the end of a line, whose hash decides whether a piece ends there
+ONE_IN = 256  # lines end a piece, on average
 READ = (".txt", ".md", ".py", ".jsonl")  # endings, each also followed by .gz
 # Folders of the standard library that hold other people's text, or tests (half of it all, and odd encodings).
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -41,23 +41,27 @@ NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text: at most 64 KiB as UTF-8, never empty (U+FFFD for bad bytes may make it longer)."""
+    """One piece of text: at most 64 KiB as it was read, and never empty.
+
+    Bytes that were replaced by U+FFFD may make it longer than that.
+    """
 
     name: str  # the file, with ":line" for .jsonl
     text: str
     held_out: bool  # belongs to the validation text
-    joins: bool  # goes on where the last document of the same side stopped: no end token between them
+    joins: bool  # continues the last document of the same side, so no end token stands between them
 
 
 def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]:
-    """All documents: those of the training text in order, then those of text.validation where it is given.
+    """All documents: first those of the training text in order, then those of text.validation, if it is given.
 
-    Without text.validation, a piece is held out when the hash of its content falls under
-    text.validation_share; where none does and there are two or more, those with the smallest hash are.
-    A share of 0 holds nothing out. Equal pieces are on the same side: with text.validation those of the training text
-    that it has too are left out, and `copies` gets their names.
+    Without text.validation a piece is held out if the hash of its content is below text.validation_share. If no piece
+    is, and there are two or more, the one with the smallest hash is held out. A share of 0 holds nothing out.
 
-    Raises UserError where something cannot be read, naming the file.
+    Equal pieces are on the same side. With text.validation, pieces of the training text that it contains too are left
+    out of the training text, and their names are added to `copies`.
+
+    Raises UserError, which names the file, if something cannot be read.
     """
     training, validation = sources(text)
     limit = 0 if validation else _limit(text, training)
@@ -77,9 +81,12 @@ def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]
 
 
 def encoding_note(text: Text) -> str | None:
-    """What a person should know of bytes that are no UTF-8; .jsonl is JSON, which is checked line by line.
+    """A sentence about bytes that are not valid UTF-8, or None if there are none.
 
-    Raises UserError where a file begins with the byte order mark of UTF-16 or UTF-32: none of it would be its text.
+    Files of .jsonl are left out: they are JSON, which is checked line by line.
+
+    Raises UserError if a file begins with the byte order mark of UTF-16 or UTF-32, because nothing of it would be read
+    as its text.
     """
     bad = total = 0
     first = None
@@ -99,7 +106,7 @@ def encoding_note(text: Text) -> str | None:
 
 
 def _not_utf8(path: Path) -> tuple[int, int]:
-    """Bytes of a file that are no UTF-8, and all of them."""
+    """How many bytes of a file are not valid UTF-8, and how many bytes it has."""
     bad = total = 0
     with _opened(path) as stream:
         rest = b""
@@ -120,7 +127,7 @@ def _not_utf8(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file to read, unpacked where its name says so; what fails in reading names it, as UserError."""
+    """Opens a file, and unpacks it if its name ends in .gz. Whatever fails becomes a UserError that names the file."""
     try:
         with untrusted.opened(path) as file:
             packed = path.suffix.lower() == ".gz"
@@ -136,9 +143,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def sources(text: Text) -> tuple[list[Path], list[Path]]:
-    """The files of the training text and those of text.validation (empty where that is null).
+    """The files of the training text, and those of text.validation (none if that is null).
 
-    A file named by both is validation text only. Raises UserError where there is no such file.
+    A file that both name is validation text only. Raises UserError if a file does not exist.
     """
     validation = [] if text.validation is None else _resolve(text.validation, "text.validation")
     training: list[Path] = registry.built(registry.of("text", text))(text)
@@ -163,7 +170,7 @@ def stdlib(text: Stdlib) -> list[Path]:
 
 
 def _resolve(paths: object, setting: str) -> list[Path]:
-    """The files that a path, a glob or a list of them names, in order, without repeats."""
+    """The files that a path, a glob or a list of these names, in order and each once."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, Iterable) or not all(isinstance(path, str | os.PathLike) for path in paths):
@@ -195,7 +202,10 @@ def _resolve(paths: object, setting: str) -> list[Path]:
 
 
 def _regular(path: Path) -> Path:
-    """The file itself, behind all links. Raises UserError for what is none: a pipe would never end."""
+    """The file that a path leads to once all links are followed.
+
+    Raises UserError if it is no regular file: reading a pipe would never end.
+    """
     try:
         found = path.resolve(strict=True)
         if not found.is_file():
@@ -208,13 +218,15 @@ def _regular(path: Path) -> Path:
 
 
 def _walk(root: Path, endings: tuple[str, ...], without: Iterable[str] = ()) -> Iterator[Path]:
-    """Files below `root` in sorted order, links followed; hidden ones, folders in `without` and other endings are left
-    out."""
+    """The files below `root` in sorted order; links are followed.
+
+    Hidden files, folders named in `without`, and files with other endings are left out.
+    """
 
     def refuse(error: OSError) -> None:
         raise unreadable(error.filename, error)
 
-    seen: set[tuple[int, int]] = set()  # a folder that several links lead to is read once, and no circle has an end
+    seen: set[tuple[int, int]] = set()  # reads a folder once that several links lead to, and ends circles of links
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         try:
             stat = os.stat(folder)
@@ -241,7 +253,10 @@ def _ending(path: Path) -> str:
 
 
 def _limit(text: Text, files: list[Path]) -> int:
-    """Pieces whose hash is smaller are held out. Reads no further than the first that qualifies."""
+    """The bound below which the hash of a piece means that it is held out.
+
+    Reads no further than the first piece that qualifies.
+    """
     limit = int(text.validation_share * 2**64)
     if limit == 0:
         return 0
@@ -254,14 +269,16 @@ def _limit(text: Text, files: list[Path]) -> int:
 
 
 def _hash(text: str) -> int:
-    """64 bits that depend on the content alone, the same on every machine; line ends and blanks at its end, in which
-    copies differ, are not content."""
+    """64 bits that depend on the content alone and are the same on every machine.
+
+    The kind of line ends, and blanks at the end of the text, are ignored, because copies often differ in them.
+    """
     content = text.replace("\r\n", "\n").rstrip() + "\n"
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
 def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]:
-    """(name of the document, number of the piece in it, piece) of every file; what fails in reading names it."""
+    """(name of the document, number of the piece in it, piece) for all pieces of these files."""
     for path in files:
         with _opened(path) as stream:
             for name, document in _documents(path, stream, text):
@@ -301,7 +318,7 @@ def _field(name: str, line: bytes, column: str) -> bytes:
 
 
 def _cut(stream: BinaryIO) -> Iterator[str]:
-    """The text whole, where it has at most 64 KiB; else in pieces of at most that, which concatenate to it."""
+    """The whole text if it has at most 64 KiB; else pieces of at most that size, which concatenate to it."""
     rest = stream.read(PIECE + 1)
     if len(rest) <= PIECE:
         if rest:
@@ -316,8 +333,11 @@ def _cut(stream: BinaryIO) -> Iterator[str]:
 
 
 def _end(data: bytes) -> int:
-    """Where the piece ends that begins here: behind the first line whose last bytes say so (one in ONE_IN does), else
-    behind the last line end of 64 KiB, or before a character."""
+    """Where the piece ends that begins at the start of `data`.
+
+    It ends after the first line whose last LOOK bytes have a hash that one in ONE_IN lines has. If there is none within
+    64 KiB, it ends after the last line end there, and if there is no line end, before the last character.
+    """
     at = data.find(b"\n", SHORTEST, PIECE)
     while at >= 0:
         if zlib.crc32(data[at + 1 - LOOK : at + 1]) % ONE_IN == 0:
@@ -329,7 +349,7 @@ def _end(data: bytes) -> int:
 
 
 def _border(data: bytes) -> int:
-    """The last place up to PIECE before which a character begins; a character has at most 3 further bytes."""
+    """The last place up to PIECE at which a character begins; a character has at most 3 bytes behind its first."""
     for at in range(PIECE, PIECE - 4, -1):
         if data[at] & 0xC0 != 0x80:
             return at

@@ -1,8 +1,9 @@
-"""How much of the validation text also stands in the training text, by runs of RUN tokens.
+"""How much of the validation text also occurs in the training text, measured by runs of RUN tokens.
 
-Documents are told apart by a hash of their content, so what two different documents share (a license, a copied
-function, an edition of the same book) may be on both sides; a loss on it shows memory, not learning. Runs are compared
-by a 64-bit polynomial hash, so a false match is out of the question, and the training text is read once, in blocks.
+Whole documents are held out by a hash of their content. What two different documents share (a licence, a copied
+function, another edition of a book) may therefore be on both sides, and a low loss on it shows memory, not learning.
+Runs are compared by a 64-bit polynomial hash, by which a false match is practically impossible. The training text is
+read once, in blocks.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import numpy as np
 
 RUN = 50  # tokens
-MOST = 4_000_000  # tokens of validation text that are looked for; evaluations read a prefix
+MOST = 4_000_000  # tokens of validation text that are looked for; an evaluation reads a prefix of it
 BLOCK = 1_000_000  # tokens of training text at a time
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
 
 
 def repeated(train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """For each place of the validation tokens at which RUN of them begin (of the first MOST): do the same RUN stand in
-    a row in the training tokens? bool [places], empty where the text is shorter."""
+    """Which runs of the validation text occur in the training text, bool [places].
+
+    A place is one at which RUN tokens begin, among the first MOST tokens. The result is empty if the validation text is
+    shorter than a run.
+    """
     wanted = _hashes(validation[:MOST])
     if not len(wanted):
         return np.zeros(0, dtype=bool)
@@ -31,9 +35,15 @@ def repeated(train: np.ndarray, validation: np.ndarray) -> np.ndarray:
 
 
 def share(seen: np.ndarray, context: int, windows: int) -> float:
-    """Share of the first `windows` evaluated windows of context + 1 tokens that hold a run which is `seen`."""
+    """The share of evaluated windows that contain a run which the training text has too.
+
+    Args:
+        seen: what repeated() returned.
+        context: tokens in a window, without the last target.
+        windows: how many windows, from the first on, are evaluated.
+    """
     begins = np.arange(windows) * context
-    last = begins + max(1, context + 2 - RUN)  # a shorter window: the run that begins with it
+    last = begins + max(1, context + 2 - RUN)  # a window shorter than a run counts the run that begins with it
     sums = np.concatenate([[0], np.cumsum(seen)])
     inside = begins < len(seen)
     if not inside.any():
@@ -43,7 +53,7 @@ def share(seen: np.ndarray, context: int, windows: int) -> float:
 
 
 def _hashes(tokens: np.ndarray) -> np.ndarray:
-    """uint64 [places], one for each run of RUN tokens."""
+    """The hash of each run of RUN tokens, uint64 [places]."""
     count = len(tokens) - RUN + 1
     if count <= 0:
         return np.zeros(0, dtype=np.uint64)

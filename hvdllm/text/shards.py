@@ -1,10 +1,11 @@
-"""prepared text: `data_dir/<key>/` with train.bin, validation.bin and tokenizer.json, made once, never changed.
+"""Prepared text: the folder `data_dir/<key>/` with train.bin, validation.bin and tokenizer.json.
 
-The key is a hash of everything that shaped it: settings, files with sizes and times, versions. A folder of that
-name is whole, because it is built beside and renamed. One run builds, under a file lock that a kill releases;
-others wait for it.
+It is made once and never changed. The key is a hash of everything that shaped it: the settings, the files with their
+sizes and times, and the versions of what made it. A folder with its final name is complete, because it is built under
+another name and then renamed. One process builds it, under a file lock that is released even if the process is killed;
+the others wait.
 
-A shard is a header of 1,024 bytes (8 of magic, then JSON, then spaces) and the tokens, little-endian.
+A shard is a header of 1,024 bytes (8 bytes of magic, then JSON, then spaces), followed by the tokens, little-endian.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 FORMAT = 2  # 1: pieces of large documents ended at 64 KiB, whatever they held
 MAGIC = b"hvdllm\x00\x01"
 HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
-VERIFY = 256 * 2**20  # bytes; a shard up to this size is hashed by every rank, a larger one by one rank of a host
+VERIFY = 256 * 2**20  # bytes; every rank hashes a shard up to this size, and one rank of a host a larger one
 NOTES = "notes.json"  # sentences for a person, beside the shards
-LONGEST = 2**16  # bytes that are read of them
-LOOKED = 2**20  # bytes of text in which a tokenizer of the user's is checked
-SEEN = "seen.bits"  # of each place of the validation text: does the run that begins there stand in the training text?
+LONGEST = 2**16  # bytes of the notes that are read
+LOOKED = 2**20  # bytes of text on which a tokenizer of the user's is checked
+SEEN = "seen.bits"  # what overlap.repeated found, one bit for each place of the validation text
 ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
 
 
@@ -50,11 +51,11 @@ class Shard:
     dtype: str  # "<u2" or "<u4"
     tokens: int
     bytes: int  # of the text as UTF-8; the end tokens between documents stand for none
-    documents: int  # pieces that go on where the last stopped not counted
+    documents: int  # pieces that continue a document are not counted
     vocab: int
     tokenizer: str  # hash of its tokenizer.json
     content: str  # sha256 of the tokens
-    spelled: int | None = None  # bytes that its tokens stand for; not of text that an older version prepared
+    spelled: int | None = None  # bytes that its tokens stand for; None if an older version prepared the text
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ class Corpus:
 
     folder: Path
     train: np.ndarray  # uint16 or uint32 [tokens], a memory map
-    validation: np.ndarray  # the same; empty where nothing could be held out
+    validation: np.ndarray  # the same; empty if nothing could be held out
     tokenizer: Tokenizer
-    data_hash: str  # of tokens and tokenizer, no path or time in it: equal on all machines with the same data
+    data_hash: str  # of tokens and tokenizer, not of paths or times: equal on all machines with the same data
     train_shard: Shard
     validation_shard: Shard
     notes: list[str]  # one sentence each, for a person
-    seen: np.ndarray | None = None  # text/overlap.py; None: an older version prepared it
+    seen: np.ndarray | None = None  # see text/overlap.py; None if an older version prepared the text
 
     @property
     def train_bytes(self) -> int:
@@ -77,8 +78,11 @@ class Corpus:
         return self.train_shard.bytes
 
     def repeated(self, context: int, eval_tokens: int) -> float | None:
-        """Share of the evaluated windows (eval_tokens; 0: all) that hold a run of overlap.RUN tokens which stands in
-        the training text too. None: not known, or nothing to evaluate."""
+        """The share of evaluated windows with overlap.RUN tokens in a row that the training text has too.
+
+        eval_tokens is the setting: how many tokens are evaluated, 0 for all. Returns None if the share is not known, or
+        if there is nothing to evaluate.
+        """
         windows = max(0, (len(self.validation) - 1) // context)
         if eval_tokens:
             windows = min(windows, max(1, eval_tokens // context))
@@ -86,7 +90,7 @@ class Corpus:
 
 
 def data_folder(data_dir: str | None) -> Path:
-    """Where shards live: the setting, or hvdllm's folder in the user's cache."""
+    """The folder of all prepared texts: the setting, or hvdllm's folder in the user's cache."""
     if data_dir is not None:
         return Path(data_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdllm"
@@ -95,13 +99,21 @@ def data_folder(data_dir: str | None) -> Path:
 def prepare(
     text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bool = True, wanted: str | None = None
 ) -> Corpus:
-    """Opens the prepared text, after preparing it where it is missing. whole: large shards are hashed too, which takes
-    a second for each GB or two; of the ranks of a host one does it. wanted: the data hash of a run that goes on; where
-    an older version has prepared that from these files, it is taken as it is.
+    """Opens the prepared text; prepares it first if it is missing.
 
-    Safe to call in several processes at the same time (one prepares, the others wait) and to kill at any moment
-    (the next call starts afresh and removes what was left). `say` gets a sentence where it takes time.
-    Raises UserError: text or tokenizer that cannot be read, a folder that cannot be written, a damaged shard.
+    Several processes may call this at the same time: one prepares the text and the others wait. It may be killed at any
+    moment: the next call starts afresh and removes what was left.
+
+    Args:
+        text: the settings of the group `text`.
+        data_dir: the folder of all prepared texts.
+        say: gets a sentence before anything that takes time.
+        whole: whether large shards are hashed too, which takes a second for each GB or two. One rank of a host does it.
+        wanted: the data hash of the run that is resumed. If an older version of hvdllm has prepared the text with this
+            hash from these files, that text is taken as it is.
+
+    Raises UserError if the text or the tokenizer cannot be read, if the folder cannot be written, or if a shard is
+    damaged.
     """
     if text.prepared is not None:
         found = find(data_dir, text.prepared)
@@ -145,7 +157,10 @@ def _key(recipe: dict[str, Any]) -> str:
 
 
 def find(data_dir: Path, data_hash: str | None, name: str = "*") -> Path | None:
-    """The folder (of this name) of the prepared text that has this data hash, by the headers of its shards alone."""
+    """The folder of the prepared text that has this data hash; None if there is none.
+
+    Only the headers of the shards are read. `name` limits the search to folders of this name.
+    """
     for folder in sorted(data_dir.glob(f"{name}/train.bin")) if data_dir.is_dir() else ():
         with contextlib.suppress(OSError, ValueError, TypeError):
             heads = [_head(folder.with_name(f"{side}.bin")) for side in ("train", "validation")]
@@ -155,7 +170,7 @@ def find(data_dir: Path, data_hash: str | None, name: str = "*") -> Path | None:
 
 
 def _head(path: Path) -> Shard:
-    """Raises OSError, ValueError or TypeError."""
+    """The header of a token file. Raises OSError, ValueError or TypeError if it has none."""
     with untrusted.opened(path) as file:
         data = file.read(HEADER)
     if data[: len(MAGIC)] != MAGIC:
@@ -168,7 +183,7 @@ def _data_hash(tokenizer: str, heads: list[Shard]) -> str:
 
 
 def _recipe(text: Text) -> dict[str, Any]:
-    """Everything that shapes the tokens, as JSON."""
+    """Everything that shapes the tokens, as plain values for JSON."""
     training, validation = sources(text)
     settings = dataclasses.asdict(text)
     del settings["validation"], settings["tokenizer"], settings["vocab"], settings["prepared"]
@@ -206,7 +221,7 @@ def _stat(path: Path) -> tuple[str, int, int]:
 
 
 def _users(text: Text) -> Path:
-    """The tokenizer.json that text.tokenizer names."""
+    """The user's tokenizer.json, which text.tokenizer names."""
     path = Path(text.tokenizer).expanduser()
     if not path.is_file():
         raise UserError(f"text.tokenizer={text.tokenizer} is neither bytes nor bpe nor a file: correct it")
@@ -215,7 +230,10 @@ def _users(text: Text) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds an exclusive lock on a file, which stays. The kernel gives it back when the process ends, however."""
+    """Holds an exclusive lock on a file, which is left in place.
+
+    The kernel releases the lock when the process ends, whatever ends it.
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +244,10 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _sweep(data_dir: Path) -> None:
-    """Removes what killed runs left half built: the .part folders whose lock nobody holds (ours we hold)."""
+    """Removes what killed processes left half built: the .part folders whose lock nobody holds.
+
+    The lock of our own folder is held by us.
+    """
     for part in data_dir.glob("*.part"):
         with part.with_suffix(".lock").open("w") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,7 +255,10 @@ def _sweep(data_dir: Path) -> None:
 
 
 def _mode(text: Text) -> int:
-    """Who may read all files of the text may read what is made of it: 0600 where one of them is 0600."""
+    """The mode of the prepared files: they may be read by those who may read all files of the text.
+
+    If one file of the text is 0600, so are the prepared files.
+    """
     training, validation = sources(text)
     tokenizer = [] if text.tokenizer in ("bytes", "bpe") else [_users(text)]
     mode = 0o666
@@ -247,8 +271,10 @@ def _mode(text: Text) -> int:
 
 
 def _build(text: Text, part: Path, mode: int) -> None:
-    """Makes the three files in the folder `part`, which those may read that `mode` says. Reads the text twice where a
-    BPE is trained, and never holds more of it than a few MB."""
+    """Makes the files of a prepared text in the folder `part`, with the given mode.
+
+    The text is read twice if a BPE is trained. No more than a few MB of it are in memory at a time.
+    """
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(0o700)
     if text.tokenizer == "bytes":
@@ -274,10 +300,10 @@ def _build(text: Text, part: Path, mode: int) -> None:
     sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
     np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
     for file in part.iterdir():
-        mode &= file.stat().st_mode  # as the user's umask made it
+        mode &= file.stat().st_mode  # the user's umask may take away more
         file.chmod(mode)
         _sync(file)
-    part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read may enter
+    part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read the files may enter the folder
     _sync(part)
 
 
@@ -285,19 +311,21 @@ EMPTY = "the text is empty: text.path names files without a character"
 
 
 def everything_held_out(text: Text) -> str:
+    """The sentence for a text of which nothing is left to train on."""
     if text.validation is not None:
         return "text.path names nothing but the text of text.validation: give it other text to train on"
     return "all of the text is held out for validation: lower text.validation_share, or set text.validation"
 
 
 def copies_note(names: list[str]) -> str:
+    """The sentence about documents that were left out because text.validation has them too."""
     files = list(dict.fromkeys(names))
     what = f"{files[0]} has" if len(files) == 1 else f"{len(files)} documents of text.path, first {files[0]}, have"
     return f"{what} text that text.validation has too; it was left out of the training text"
 
 
 class Lost:
-    """Does a tokenizer of the user's keep the text? LOOKED bytes of it are spelled and read again."""
+    """Checks whether a tokenizer of the user's keeps the text: LOOKED bytes are encoded and decoded again."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.bytes, self.spelled = tokenizer, 0, 0
@@ -322,7 +350,7 @@ class Lost:
 
 
 def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about ENCODE characters."""
+    """The documents in lists of about ENCODE characters each."""
     batch: list[Document] = []
     size = 0
     for each in texts:
@@ -336,7 +364,7 @@ def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _Writer:
-    """Writes a shard; the header last, so that a file cut short has none."""
+    """Writes a shard. The header is written last, so that a file that was cut short has none."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self._file = path.open("wb")
@@ -381,7 +409,7 @@ class _Writer:
 
 
 def _sync(path: Path) -> None:
-    """Until a file or a folder is on the disk."""
+    """Waits until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -390,7 +418,7 @@ def _sync(path: Path) -> None:
 
 
 def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> Corpus:
-    """The prepared text in `folder`, checked."""
+    """Opens and checks the prepared text in `folder`."""
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     size = sum(file.stat().st_size for file in folder.glob("*.bin"))
     if whole and size > 8 * VERIFY:
@@ -416,7 +444,7 @@ def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> 
 
 
 def _notes(path: Path) -> list[str]:
-    """What was found when the text was prepared; nothing where an older version did it."""
+    """The sentences that were written when the text was prepared; none if an older version prepared it."""
     try:
         found = untrusted.read_json(path, LONGEST)
     except (OSError, untrusted.Unfit):
@@ -425,7 +453,7 @@ def _notes(path: Path) -> list[str]:
 
 
 def _seen(path: Path, tokens: int) -> np.ndarray | None:
-    """bool [places], as overlap.repeated made it; None where an older version prepared the text."""
+    """What overlap.repeated found, bool [places]; None if an older version prepared the text."""
     places = max(0, min(tokens, overlap.MOST) - overlap.RUN + 1)
     try:
         bits = np.frombuffer(untrusted.read(path, overlap.MOST // 8 + 1), dtype=np.uint8)
@@ -435,10 +463,12 @@ def _seen(path: Path, tokens: int) -> np.ndarray | None:
 
 
 def open_shard(path: Path, tokenizer: Tokenizer, whole: bool = True) -> tuple[np.ndarray, Shard]:
-    """(tokens [n] as a memory map, header) of a token file made with `tokenizer`.
+    """Opens a token file that was made with `tokenizer`.
 
-    Raises UserError where the file is not what its header says (size always; content where `whole`, or small), or
-    the header does not go with the tokenizer.
+    Returns the tokens [n] as a memory map, and the header.
+
+    Raises UserError if the file is not what its header says, or if the header does not go with the tokenizer. The size
+    is always compared; the content is compared if `whole` is true or the file is small.
     """
     try:
         untrusted.opened(path).close()  # a regular file

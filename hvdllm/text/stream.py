@@ -1,14 +1,14 @@
 """batch = f(seed, position): the samples of a run and their order are the same for any number of ranks.
 
-window    context + 1 consecutive tokens, at stride context; W = (tokens - 1) // context of them
+window    context + 1 consecutive tokens; windows begin `context` tokens apart, so there are W = (tokens - 1) // context
 epoch     every window once, in the order permutation(seed, epoch)
-position  how many windows were taken: position k is window k % W of the order of epoch k // W
-round     `batch` windows, position round x batch and on, dealt to the ranks as evenly as it goes:
-          each rank a consecutive share, the first `batch % size` ranks one window more
-lane      what one rank walks where rounds have no fixed size: lane i of n takes the windows at positions i, i + n, ...
-group     ranks that train on their own together: it walks a lane in rounds, its share of `batch`, dealt to its ranks
-client    owner of whole documents, trained on by whichever ranks it is dealt to (clients.py)
-batch     (a micro-batch) at most `micro_batch` sequences of a rank's share: one forward pass
+position  how many windows were taken: position k is window k % W in the order of epoch k // W
+round     `batch` windows, from position round x batch on, dealt to the ranks as evenly as possible: each rank gets a
+          consecutive share, and the first `batch % size` ranks get one window more
+lane      what a rank walks where rounds have no fixed size: lane i of n has the windows at positions i, i + n, ...
+group     ranks that train together, apart from other groups: it walks a lane in rounds of its share of `batch`
+client    owner of whole documents (clients.py); the ranks that it is dealt to train on its text
+batch     a micro-batch: at most `micro_batch` sequences of a rank's share, for one forward pass
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch of one rank. An empty one (a rank without a share) has no tensors and runs no graph."""
+    """One micro-batch of one rank. A rank without a share gets an empty one, which has no tensors and runs no graph."""
 
     inputs: torch.Tensor | None  # int64 [sequences, context], on the device
     targets: torch.Tensor | None  # int64 [sequences, context]: inputs one token later
-    tokens: int  # sequences x context: the targets counted in the loss
+    tokens: int  # sequences x context: the targets that the loss counts
     last: bool  # closes this rank's share of the round
-    round: int = 0  # that share() takes: with `index` and the rank the place that dropout is seeded by
-    index: int = 0  # number of this micro-batch in the rank's share
+    round: int = 0  # as share() takes it; with `index` and the rank it seeds the dropout
+    index: int = 0  # of this micro-batch in the rank's share
 
 
 def deal(count: int, rank: int, size: int) -> tuple[int, int]:
-    """(first, count) of one rank's consecutive share when `count` things are dealt to `size` ranks."""
+    """(first, count): the consecutive share of one rank if `count` things are dealt to `size` ranks."""
     each, more = divmod(count, size)
     return rank * each + min(rank, more), each + (rank < more)
 
@@ -57,10 +57,10 @@ def permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Stream:
-    """One rank's micro-batches, read ahead by a thread of its own.
+    """The micro-batches of one rank, read ahead by a thread of its own.
 
-    rounds() moves the stream and share() does not; state() is a few integers. `waited_s` says for how long
-    the loop stood waiting for data, in seconds, the first round (which nothing could hide) left out.
+    rounds() moves the stream, share() does not, and state() is a few integers. `waited_s` is the time in seconds that
+    the loop has waited for data. The first round is left out, because nothing could hide it.
     """
 
     def __init__(
@@ -77,10 +77,20 @@ class Stream:
         ahead: int = 2,
         end: int | None = None,
     ) -> None:
-        """tokens: unsigned [n]; context: tokens a sequence has; batch: sequences a round has, over all ranks;
-        micro_batch: sequences at most in one Batch; ahead: rounds kept ready; end: the token between documents.
+        """Opens the stream at position 0.
 
-        Raises UserError where the text has fewer windows than one round takes.
+        Args:
+            tokens: the training text, unsigned [n].
+            context: tokens in a sequence.
+            batch: sequences in a round, over all ranks.
+            micro_batch: the most sequences in one Batch.
+            seed: of the order of windows.
+            rank, size: this rank, and the number of ranks.
+            device: where the tensors go.
+            ahead: how many rounds are kept ready.
+            end: the token between documents; None if the text is one document.
+
+        Raises UserError if the text has fewer windows than one round takes.
         """
         self.windows = count_windows(tokens, context)
         if self.windows < batch:
@@ -96,23 +106,28 @@ class Stream:
         self._tokens = tokens
         self._federation: tuple[tuple[int, float | None], Federation] | None = None
         self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
-        # A round touches at most two epochs, for windows >= batch; lanes may be a little apart.
+        # A round touches at most two epochs, since windows >= batch. Lanes may be a little apart.
         self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
         self._pool: ThreadPoolExecutor | None = None
-        self._lanes: dict[int, int] = {}  # lane: windows handed out of it
-        self._rest: list[int] = []  # positions that come first, dealt to the lanes in turn; behind them the lanes
-        self._from = 0  # begin, each at this place of its own
+        self._lanes: dict[int, int] = {}  # lane: how many of its windows were handed out
+        self._rest: list[int] = []  # positions that come before the lanes, dealt to them in turn
+        self._from = 0  # each lane goes on from this place of its own once its part of the rest is done
         self._walked: list[int] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def share(self, round: int, parts: int = 1) -> list[Batch]:
-        """This rank's micro-batches of one round (of one part of `batch / parts` windows, where parts > 1:
-        round then counts parts). Pure: any round, as often as asked, whatever rounds() has done."""
+        """This rank's micro-batches of one round.
+
+        With parts > 1 a round is cut into parts of `batch / parts` windows, and `round` counts parts. The function is
+        pure: it gives any round, as often as asked, whatever rounds() has done.
+        """
         return self._arrive(self._load(round, self._part(parts)), round)
 
     def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
-        """share(t, parts) of every t from the position on, without end. state() counts a round from its yield
-        on: saved after the last micro-batch of round t, it resumes with round t + 1.
+        """share(t, parts) for every t from the position on, without end.
+
+        state() counts a round as soon as it is yielded: saved after the last micro-batch of round t, the stream resumes
+        with round t + 1.
 
         Raises what the thread raised, at the round that it could not make.
         """
@@ -138,25 +153,31 @@ class Stream:
             pool.shutdown(cancel_futures=True)
 
     def lane(self, index: int, of: int, most: int) -> Iterator[Batch]:
-        """Micro-batches without end, of walker `index` among `of`; `last` is left to the caller. most: tokens that one
-        should have at most; it has `micro_batch` windows where these are fewer, and at least one.
+        """Micro-batches without end, for walker `index` among `of`. The caller sets `last`.
 
-        The lanes are as many as the walkers were when the run began; a walker of fewer takes, each time, whichever of
-        its lanes is least far on. What was read ahead and not handed out does not count.
+        A micro-batch has `micro_batch` windows, or as many as fit into `most` tokens if these are fewer, but at least
+        one.
+
+        There are as many lanes as there were walkers when the run began. If there are fewer walkers now, each has
+        several lanes and takes the next micro-batch from the one that is least far on. Windows that were read ahead and
+        not handed out do not count as taken.
         """
         each = max(1, min(self.micro_batch, most // (self._windows.shape[1] - 1)))
         for lane, at, loaded in self._walk(index, of, each, self._places):
             (batch,) = self._arrive(loaded, at)
-            batch.index = lane  # with its place in the lane: what dropout is seeded by
+            batch.index = lane  # with the place in the lane it seeds the dropout
             yield batch
 
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
-        """The rounds of group `index` among `of`, as rank `rank` of the group's `size` has them."""
+        """The rounds of group `index` among `of`, for rank `rank` of the `size` ranks in the group."""
         return Group(self, index, of, rank, size)
 
     def clients(self, count: int, alpha: float | None) -> Federation:
-        """The text dealt to so many clients; alpha: how unevenly, see Clients. Raises UserError where all of it falls
-        to one of several. Dealt once: it reads the whole text."""
+        """The text dealt to `count` clients, as unevenly as `alpha` says (see Clients).
+
+        It is dealt once, because that reads the whole text. Raises UserError if one of several clients would get all of
+        the text.
+        """
         if self._federation is None or self._federation[0] != (count, alpha):
             clients = Clients(self._tokens, self._windows.shape[1] - 1, self.end, count, alpha, self.seed)
             self._federation = (count, alpha), Federation(self, clients)
@@ -165,8 +186,10 @@ class Stream:
     def _walk(
         self, index: int, of: int, each: int, rows: Callable[[int, int, int], np.ndarray]
     ) -> Iterator[tuple[int, int, _Loaded]]:
-        """(lane, windows handed out of it before, what was loaded) of every `each` windows, without end. rows: which
-        positions this rank loads of them, given lane, place and count."""
+        """(lane, place in it, what was loaded) for every `each` windows, without end.
+
+        rows(lane, place, count) gives the positions of those that this rank loads.
+        """
         if len(self._lanes) < of:
             self._add_lanes(of)
         mine = [lane for lane in self._lanes if lane % of == index]
@@ -184,7 +207,7 @@ class Stream:
             yield lane, at, loaded
 
     def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], _Loaded]]]) -> Iterator[tuple[T, _Loaded]]:
-        """What each job loads, in order, beside what it is called; some are under way in the thread."""
+        """The name of each job and what it has loaded, in order. Some jobs are always under way in the thread."""
         self.close()
         pool = self._pool = devices.pool("stream")
         ready = deque((called, pool.submit(job)) for called, job in islice(jobs, max(1, 2 * self.ahead)))
@@ -202,8 +225,11 @@ class Stream:
             pool.shutdown(cancel_futures=True)
 
     def _add_lanes(self, of: int) -> None:
-        """At the start, or where there are more walkers than there were: so many lanes. What the old ones have left
-        below the furthest of them comes first, so that no window is skipped and none is read twice."""
+        """Makes `of` lanes, at the start or if there are more walkers than before.
+
+        What the old lanes have not read, up to the furthest place that one of them has reached, comes first. So no
+        window is skipped and none is read twice.
+        """
         old, top = self._lanes, 0
         if old:
             top = 1 + max((self._place(lane, at - 1) for lane, at in old.items() if at), default=-1)
@@ -213,13 +239,13 @@ class Stream:
         self._lanes = dict.fromkeys(range(of), 0)
 
     def _left(self, lane: int, at: int, top: int) -> Iterator[int]:
-        """Positions of a lane, from its place `at` on, below `top`."""
+        """The positions of a lane from its place `at` on, as long as they are below `top`."""
         while (place := self._place(lane, at)) < top:
             yield place
             at += 1
 
     def _place(self, lane: int, at: int) -> int:
-        """Position in the epochs' order of window `at` of a lane."""
+        """The position in the order of the epochs of window `at` of a lane."""
         of = len(self._lanes)
         first = len(range(lane, len(self._rest), of))  # of the rest
         return self._rest[lane + of * at] if at < first else lane + of * (self._from + at - first)
@@ -228,20 +254,21 @@ class Stream:
         return np.array([self._place(lane, k) for k in range(at, at + count)], dtype=np.int64)
 
     def lanes(self) -> dict[str, Any]:
-        """How many lanes there are, where they began, and how far on those are that this rank walks; {} where it walks
-        none."""
+        """How many lanes there are, where they began, and how far this rank has walked its own; {} without lanes."""
         if not self._lanes:
             return {}
         begun = {"rest": self._rest, "from": self._from} if self._from or self._rest else {}
         return {"of": len(self._lanes), "at": {str(k): self._lanes[k] for k in self._walked}, **begun}
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands: rounds handed out, and the same place as epoch and window (of so many) in it."""
+        """Where the stream stands: how many rounds were handed out, and the same place as epoch and window."""
         epoch, window = divmod(self.position, self.windows)
         return {"round": self.position // self.batch, "epoch": epoch, "window": window, "windows": self.windows}
 
     def load(self, state: dict[str, int], lanes: Sequence[dict[str, Any]] = ()) -> None:
-        """Goes to the place that state(), and lanes() of all ranks, named, for any world size. Ends what is under way.
+        """Goes to the place that state() and the lanes() of all ranks described, for any number of ranks.
+
+        Ends what is under way.
 
         Raises UserError where the place does not exist with this text and this batch.
         """
@@ -292,33 +319,34 @@ class Stream:
         if self._copies is None:
             return inputs, targets, None
         with torch.cuda.stream(self._copies):
-            # Pinned memory is not given away again before the copy out of it has run: the allocator sees to it.
+            # The allocator does not give pinned memory away again before the copy out of it has run.
             on_device = [x.pin_memory().to(self.device, non_blocking=True) for x in (inputs, targets)]
             return *on_device, self._copies.record_event()
 
     def _arrive(self, loaded: _Loaded, round: int) -> list[Batch]:
-        """The micro-batches of a share, as views of its one pair of tensors. Runs in the loop's thread."""
+        """The micro-batches of a share, as views of one pair of tensors. Runs in the loop's thread."""
         if loaded is None:
             return [Batch(None, None, 0, last=True, round=round)]
         inputs, targets, copied = loaded
         if copied is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(copied)  # the device waits, the host does not
-            inputs.record_stream(here)  # the memory came from the side stream: not to be reused under our feet
+            # The memory belongs to the side stream, which must not reuse it while we read.
+            inputs.record_stream(here)
             targets.record_stream(here)
         pairs = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
         return [Batch(x, y, x.numel(), i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
 
 
 class Group:
-    """One rank's micro-batches where groups of ranks train on their own; see Stream.group.
+    """The micro-batches of one rank if groups of ranks train apart; see Stream.group.
 
-    A round's number is the position of its first window, so that share() is pure.
+    The number of a round is the position of its first window, so that share() is pure.
     """
 
     def __init__(self, stream: Stream, index: int, of: int, rank: int, size: int) -> None:
         self.stream, self.index, self.of, self.rank, self.size = stream, index, of, rank, size
-        self.windows = deal(stream.batch, index, of)[1]  # of all the group's ranks a round
+        self.windows = deal(stream.batch, index, of)[1]  # that all ranks of the group take in a round
 
     def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
         if parts != 1:
@@ -339,7 +367,7 @@ class Group:
 
 
 class Federation:
-    """The text dealt to clients; see Stream.clients."""
+    """A text that was dealt to clients; see Stream.clients."""
 
     def __init__(self, stream: Stream, clients: Clients) -> None:
         self.stream, self.clients, self.tokens = stream, clients, clients.tokens
@@ -352,10 +380,15 @@ class Federation:
 
 
 class Turns:
-    """One rank's micro-batches where clients are trained one after the other, as rank `rank` of `size` that share
-    them. plan: client and number of its step, of each round; windows: of a client's step.
+    """The micro-batches of one rank if clients are trained one after the other.
 
-    A round's number is that of the step, then the client's, so that share() is pure.
+    Args:
+        federation: the clients and their text.
+        plan: for each round the client, and which of its steps this is.
+        windows: in a step of a client.
+        rank, size: this rank among those that share the clients' steps.
+
+    The number of a round holds the number of the step and the client, so that share() is pure.
     """
 
     def __init__(self, federation: Federation, plan: Iterator[tuple[int, int]], windows: int, rank: int, size: int):
@@ -379,11 +412,12 @@ class Turns:
         return self.federation.stream._copy(self.federation.clients.windows(client, positions))
 
 
-# inputs, targets and, on CUDA, the event after their copies; None: this rank has no share.
+# Inputs, targets and, on CUDA, the event after their copies. None if this rank has no share.
 _Loaded = tuple[torch.Tensor, torch.Tensor, Any] | None
 
 
 def count_windows(tokens: np.ndarray, context: int) -> int:
+    """How many windows of context + 1 tokens a text has."""
     return max(0, (len(tokens) - 1) // context)
 
 
@@ -397,11 +431,13 @@ def validation(
     size: int,
     device: torch.device,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's (inputs, targets), int64 [sequences, context] on the device, of the first eval_tokens of
-    the validation text: always the same windows, in their order in the text, dealt to the ranks like a batch.
+    """This rank's (inputs, targets) of an evaluation, int64 [sequences, context] on the device.
 
-    eval_tokens is rounded down to whole windows, at least one; 0: all. A rank may get none.
-    Raises UserError, at the call, where the text has not one window.
+    These are always the same windows, the first `eval_tokens` tokens of the validation text in their order, dealt to
+    the ranks like a batch. eval_tokens is rounded down to whole windows, but to no less than one; 0 means all. A rank
+    may get none.
+
+    Raises UserError, at the call, if the text has not a single window.
     """
     windows = count_windows(tokens, context)
     if windows == 0:
@@ -423,6 +459,6 @@ def validation(
 
 
 def _pair(windows: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, each contiguous int64 [rows, context], of some windows."""
+    """The inputs and the targets of these windows, each contiguous int64 [rows, context]."""
     picked = windows[rows].astype(np.int64)
     return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in (picked[:, :-1], picked[:, 1:]))  # type: ignore[return-value]

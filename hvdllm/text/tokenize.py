@@ -1,7 +1,7 @@
 """Text to tokens and back: bytes, a byte-level BPE trained on the corpus, or the user's own tokenizer.json.
 
-Invariant: decode(encode(text)) == text for any text, with bytes and bpe. Text never makes an end token, even
-where it spells one: only the borders of documents do.
+Invariant: with bytes and bpe, decode(encode(text)) == text for any text. A text that spells the end token does not
+produce it: only the borders between documents do.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from hvdllm import untrusted
 from hvdllm.errors import UserError
 
 END = "<|end|>"
-# What the end of a document is called in the tokenizer.json of others, looked for in this order.
+# Names of the end of a document in other people's tokenizer.json, in the order in which they are looked for.
 ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 MOST = 2**28  # bytes of a tokenizer.json; those of large models have 10 to 35 MB
 BYTES = json.dumps({"hvdllm": "bytes"}) + "\n"  # the tokenizer.json of tokenizer=bytes: 256 values, then the end
 
 
 class Tokenizer:
-    """A tokenizer as its tokenizer.json says it.
+    """A tokenizer as its tokenizer.json describes it.
 
-    json: str, all there is to know about it: what is saved and hashed
-    hash: str, sha256 of json in hex
-    vocab: int, tokens; every id is smaller
-    end: int, id of the token between documents
-    dtype: np.uint16 where every id fits, else np.uint32
+    Attributes:
+        json: str, the whole description, which is saved and hashed.
+        hash: str, the sha256 of json in hex.
+        vocab: int, the number of tokens; every id is smaller.
+        end: int, the id of the token between documents.
+        dtype: np.uint16 if every id fits, else np.uint32.
     """
 
     def __init__(self, json: str) -> None:
-        """Raises ValueError (or what `tokenizers` raises: Exception) where `json` describes no tokenizer,
-        UserError where that has no end token."""
+        """Raises ValueError, or Exception from `tokenizers`, if `json` describes no tokenizer.
+
+        Raises UserError if the tokenizer has no end token.
+        """
         self.json = json
         self.hash = hashlib.sha256(json.encode()).hexdigest()
         self._bpe: Any = None  # None: bytes
@@ -61,7 +64,7 @@ class Tokenizer:
         self.dtype = np.uint16 if self.vocab <= 2**16 else np.uint32
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The tokens of each text, [tokens] of self.dtype. Batches of 100 kB and more use all cores."""
+        """The tokens of each text, [tokens] of self.dtype. Batches of 100 kB and more are encoded on all cores."""
         if self._bpe is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
         return [
@@ -70,8 +73,11 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; a broken character becomes U+FFFD. The end, and ids from vocab on (a model's
-        vocabulary may be padded), stand for no text."""
+        """The text of these tokens. A broken character becomes U+FFFD.
+
+        The end token stands for no text. Neither do ids from `vocab` on, which a model may produce because its
+        vocabulary is padded.
+        """
         known = [int(id) for id in ids if id < self.vocab and id != self.end]
         if self._bpe is None:
             return bytes(known).decode(errors="replace")
@@ -79,16 +85,16 @@ class Tokenizer:
 
     @property
     def exact(self) -> bool:
-        """Is it one of ours, which keeps every text?"""
+        """Whether it is one of ours, which keep every text exactly."""
         return self._bpe is None or self.ours
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 each token stands for: int64 [vocab], 0 for the end.
+        """How many bytes of UTF-8 each token stands for, int64 [vocab]; 0 for the end token.
 
-        Exact for bytes and every byte-level tokenizer (GPT-2, Llama 3): over an encoded text they sum to its
-        bytes. For others approximate: "▁" counts as one space, <0x0A> as one byte, "##" as nothing, and what a
-        normalizer drops or adds is not seen.
+        This is exact for bytes and for every byte-level tokenizer (GPT-2, Llama 3): summed over an encoded text it
+        gives the size of the text. For other tokenizers it is approximate: "▁" counts as one space, <0x0A> as one byte,
+        "##" as nothing, and what a normalizer drops or adds is not seen.
         """
         sizes = np.zeros(self.vocab, np.int64)
         if self._bpe is None:
@@ -110,15 +116,22 @@ class Tokenizer:
         return sizes
 
     def save(self, path: Path) -> None:
-        """Writes tokenizer.json, which load() reads; a link that stands there is replaced, not written through."""
+        """Writes tokenizer.json, which load() reads. A link at `path` is replaced, not written through."""
         if path.is_symlink():
             path.unlink()
         path.write_text(self.json, encoding="utf-8", newline="")
 
     @staticmethod
     def load(path: Path, inside: Path | None = None, sha256: str | None = None) -> Tokenizer:
-        """Reads what save() wrote, or a tokenizer.json of the library `tokenizers`. inside: the folder that it must lie
-        in; sha256: what was written. Raises UserError."""
+        """Reads what save() wrote, or a tokenizer.json of the library `tokenizers`.
+
+        Args:
+            path: the file.
+            inside: the folder that the file must lie in once links are followed; None for anywhere.
+            sha256: the hash that the file must have; None for any.
+
+        Raises UserError if the file cannot be read, describes no tokenizer, or has another hash.
+        """
         try:
             text = untrusted.read(path, MOST, inside).decode()
             untrusted.parsed(text)
@@ -139,10 +152,10 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab` tokens: the end, 256 bytes, then merges, the most frequent first.
+    """Trains a byte-level BPE of at most `vocab` tokens: the end token, 256 bytes, then merges, most frequent first.
 
-    Every text can be spelled in it, and the same texts give the same tokenizer, whatever the number of threads.
-    A small corpus yields fewer tokens: see Tokenizer.vocab.
+    It can encode every text. The same texts give the same tokenizer, whatever the number of threads. A small corpus
+    yields fewer tokens than asked for: see Tokenizer.vocab.
     """
     bpe: Any = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,7 +173,7 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
 
 
 def _types(part: Any) -> set[str]:
-    """Every "type" in a part of a tokenizer.json."""
+    """Every value of "type" in a part of a tokenizer.json."""
     if isinstance(part, dict):
         return {str(part.get("type"))}.union(*map(_types, part.values()))
     return set[str]().union(*map(_types, part)) if isinstance(part, list) else set()

@@ -1,8 +1,9 @@
 """Letters between real ranks, point to point over MPI, on a communicator of its own beside Horovod's.
 
 Two-sided, with one thread a rank that sends, and sorts what arrives into boxes: one-sided windows make no progress
-while their target computes outside MPI, and Open MPI 4 has none over TCP for several threads (EXCHANGES.md, 10b). It
-looks with short sleeps, 0.1 to 2 ms, and never waits inside MPI, which would spin on a core.
+while their target computes outside MPI, and Open MPI 4 has none over TCP for several threads (the last section of
+hvdllm/exchange/README.md). It looks with short sleeps, 0.1 to 2 ms, and never waits inside MPI, which would spin on a
+core.
 
 A letter is its head as JSON bytes (tag 0) and its body as raw bytes (tag 1), in parts that MPI's int can count; the
 messages of one sender under one tag do not overtake each other. CUDA bodies travel through pinned host memory (not run

@@ -17,7 +17,7 @@ from rig import NOMINAL, train
 from torch import nn
 
 from hvdllm import registry
-from hvdllm.config import compose, composition
+from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.errors import UserError
 from hvdllm.exchange import parts as exchanges
@@ -285,9 +285,3 @@ def test_what_cannot_be_says_why_before_the_start(words: list[str], place: Place
     with pytest.raises(UserError) as error:
         check(compose.compose(words), place)
     assert says in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_readme_shows_the_table_that_the_check_reads() -> None:
-    from pathlib import Path
-
-    assert composition.matrix() in (Path(__file__).parents[2] / "README.md").read_text()

@@ -13,7 +13,7 @@ e_own. The rank's own piece is coded like the others.
 Bytes a rank: 2 (N-1)/N P b' with b' bytes an element: of fp32's 0.50 (16 bit), 0.254 (int8), 0.032 (sign). Memory: the
 residual (P), the owner's (P/N), and one chunk. Chunk k + 1 is encoded while chunk k travels. Alone (N = 1), before
 `warmup_tokens`, and for vectors where a code is too coarse for them, the sum is exact and takes what was kept along.
-Source: EXCHANGES.md, section 7.
+More in hvdllm/exchange/wire/README.md, "The coded sum".
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ ranks and [H, k]: its residuals are P/L, those of this rank's place.
 
 At the checkpoint they are spans of the map. On load each host adds up what its ranks were given and hands it to the
 ranks of the place: nothing moves at the same world size, and at another rank 0's total finds its owners.
-Source: EXCHANGES.md, section 8.
+More in hvdllm/exchange/wire/README.md, "Two levels".
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ of rank r. All ranks orthogonalise the same numbers themselves: replicas are bit
 What would shrink by less than min_compression travels as it is, and so does everything before warmup_tokens. Bytes a
 rank: two sums of r (rows + columns) elements a matrix. State: residual (P elements a rank), Q (equal on all ranks; from
 a fixed seed at first). The orthogonal factor is Householder's, so a matrix that is zero or of low rank does no harm.
-Source: EXCHANGES.md, section 7.
+More in hvdllm/exchange/wire/README.md, `powersgd`.
 """
 
 from __future__ import annotations
