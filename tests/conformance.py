@@ -50,7 +50,7 @@ SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files]
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld
-LAUNCHERS: list[Launcher] = [local.launch, horovodrun.launch, slurm.launch]
+LAUNCHERS: list[Launcher] = [local, horovodrun, slurm]
 TRACKERS: list[Make] = [wandb.make, tensorboard.make]
 
 ALL: dict[str, list[Any]] = {

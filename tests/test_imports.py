@@ -15,9 +15,21 @@ FILES = {
 }
 # What stands outside the rooms, from the ground up; each may import what stands before it, and the ground of a room.
 GROUND = (
-    "errors", "canvas", "screen", "interpreter", "flat", "untrusted", "sums", "settings", "registry", "paths", "device",
-    "squeue",
-)  # fmt: skip
+    *(
+        "errors",
+        "plain",
+        "canvas",
+        "screen",
+        "interpreter",
+        "flat",
+        "untrusted",
+        "sums",
+        "settings",
+        "registry",
+        "paths",
+    ),
+    *("device", "squeue"),
+)
 # room: the rooms, or files of them, that it may import beside the ground and itself
 MAY = {
     "world": (),

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hvdllm import registry, screen
 from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
 from hvdllm.settings import LARGEST, Config
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # What a first screen shows of settings that belong to no group.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
@@ -47,7 +44,7 @@ def print_help(usage: str, config: Config, topic: str | None = None, groups: tup
 
 
 # ------------------------------------------------------------------ inside
-def _screen(console: Console, config: Config, groups: tuple[str, ...]) -> None:
+def _screen(console: screen.Console, config: Config, groups: tuple[str, ...]) -> None:
     """Groups with their options, and the settings that are needed most."""
 
     def line(left: str, right: str, cut: bool = False) -> None:
@@ -75,7 +72,7 @@ def _screen(console: Console, config: Config, groups: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
-def _group(console: Console, config: Config, group: str) -> None:
+def _group(console: screen.Console, config: Config, group: str) -> None:
     if group == "experiment":
         console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
         return
@@ -88,7 +85,7 @@ def _group(console: Console, config: Config, group: str) -> None:
             _table(console, f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
 
 
-def _one(console: Console, config: Config, key: str) -> None:
+def _one(console: screen.Console, config: Config, key: str) -> None:
     """Of each option that has it: the value it begins with; where it differs, what it is."""
     group, _, name = key.rpartition(".")
     kinds = {"": config} if not group else {option: kind() for option, kind in registry.kinds(group).items()}
@@ -111,7 +108,7 @@ def _bounds(about: Mapping[str, Any]) -> str:
 
 
 def _table(
-    console: Console, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()
+    console: screen.Console, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()
 ) -> None:
     from rich.table import Table
 

@@ -35,11 +35,18 @@ class Point:
 
 
 class Launcher(Protocol):
-    """A function. stop: set by Ctrl-C or SIGTERM of the sweep; then the point's ranks are asked to save and to end
-    (under Slurm they stay queued or running: the job outlives this process), and it returns soon. say: one sentence for
-    a person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
+    """A module. settings: those that it is registered with."""
 
-    def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Say) -> int: ...
+    def ready(self, settings: Any) -> None:
+        """Raises UserError where these settings cannot start anything on this machine."""
+
+    def launch(self, point: Point, settings: Any, stop: threading.Event, say: Say) -> int:
+        """Starts the point and waits for its end. Raises UserError where nothing could be started (and why, in a
+        sentence, before any rank ran).
+
+        stop: set by Ctrl-C or SIGTERM of the sweep; then the point's ranks are asked to save and to end (under Slurm
+            they stay queued or running: the job outlives this process), and it returns soon.
+        """
 
 
 def command(point: Point) -> list[str]:

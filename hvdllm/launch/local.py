@@ -35,6 +35,10 @@ PDEATHSIG = 1  # linux/prctl.h
 _marks: set[str] = set()  # of what runs now
 
 
+def ready(settings: Launch) -> None:
+    """Nothing need be there."""
+
+
 def launch(point: Point, settings: Launch, stop: threading.Event, say: Say) -> int:
     """The point as one process; asked by SIGTERM to save and to end."""
     from hvdllm.launch.base import command

@@ -30,16 +30,13 @@ class Launch(Settings):
         """Where rank 0 of what it starts will stand."""
         return Place()
 
-    def ready(self) -> None:
-        """Raises UserError where these settings cannot start anything on this machine."""
-
     @property
     def ranks_here(self) -> int:
         """The ranks of a run that compute on this machine; 0: they compute elsewhere."""
         return 0
 
 
-@part("launch", "local", "hvdllm.launch.local:launch", LauncherFacts())
+@part("launch", "local", "hvdllm.launch.local", LauncherFacts())
 @dataclass
 class Local(Launch):
     """Here: this process is the run, or a rank of it where a launcher started it; a sweep's points are processes."""
@@ -49,7 +46,7 @@ class Local(Launch):
         return 1
 
 
-@part("launch", "horovodrun", "hvdllm.launch.horovodrun:launch", LauncherFacts())
+@part("launch", "horovodrun", "hvdllm.launch.horovodrun", LauncherFacts())
 @dataclass
 class Horovodrun(Launch):
     """Each run is a horovodrun job of its own, started from here."""
@@ -73,11 +70,6 @@ class Horovodrun(Launch):
     def place(self) -> Place:
         return Place("horovodrun", 0, self.np, 0, self.slots()[0])
 
-    def ready(self) -> None:
-        from hvdllm.launch.horovodrun import ready
-
-        ready(self)
-
     def slots(self) -> list[int]:
         """Ranks on each host, in order."""
         if self.link is not None:
@@ -89,7 +81,7 @@ class Horovodrun(Launch):
         return self.np if self.hosts is None else 0
 
 
-@part("launch", "slurm", "hvdllm.launch.slurm:launch", LauncherFacts(queues=True))
+@part("launch", "slurm", "hvdllm.launch.slurm", LauncherFacts(queues=True))
 @dataclass
 class Slurm(Launch):
     """Each run is a Slurm job, submitted by sbatch; this process waits for it and tells how it ended."""

@@ -33,6 +33,10 @@ POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longe
 REQUEUE_S = 60  # before the time limit, in which a run saves
 
 
+def ready(settings: Slurm) -> None:
+    """Nothing need be there."""
+
+
 def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> int:
     """Submits the point, or joins its job, and waits for its end. 130: Ctrl-C; the job goes on.
 

@@ -102,7 +102,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
 
     def launch() -> None:
         try:
-            codes.append(launcher_of(config.launch)(task.point, config.launch, stop, show))
+            codes.append(launcher_of(config.launch).launch(task.point, config.launch, stop, show))
         except Exception as error:
             codes.append(error)
 
@@ -277,7 +277,7 @@ class Sweep:
         log = task.point.folder / "launch.log"
         at, before = log.stat().st_size if log.exists() else 0, lives(task.point.folder)
         try:
-            code = launcher_of(task.config.launch)(task.point, task.config.launch, self.stop, self.show)
+            code = launcher_of(task.config.launch).launch(task.point, task.config.launch, self.stop, self.show)
             judge(task, code, self.stop.is_set() or stopped_since(task.point.folder, before), last_sentence(log, at))
         except (UserError, RunError) as error:
             task.state, task.why = "failed", str(error)
@@ -371,7 +371,7 @@ def point_of(config: Config, words: Sequence[str]) -> Point:
 
 def prepare(config: Config) -> None:
     """Raises UserError for what could not be started, or would end at once."""
-    config.launch.ready()
+    launcher_of(config.launch).ready(config.launch)
     check(config, config.launch.place())
 
 

@@ -67,7 +67,7 @@ def test_each_setting_is_taken_or_is_ours(tmp_path: Path) -> None:
     """One list: what is marked `ours` keeps its default, everything else is the folder's."""
     ours = {f.name for f in dataclasses.fields(Config) if f.metadata["ours"]}
     assert ours == {
-        "name", "runs_dir", "data_dir", "resume", "init_from", "world", "device", "launch", "track",
+        "name", "runs_dir", "data_dir", "resume", "init_from", "plugins", "world", "device", "launch", "track",
     }  # fmt: skip
     files = {f.name for f in dataclasses.fields(texts.Files) if f.metadata["ours"]}
     assert files == {"tokenizer", "validation", "path", "prepared"}
