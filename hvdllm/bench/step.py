@@ -20,7 +20,7 @@ import torch
 from hvdllm.bench.paired import Ratio, ratio
 from hvdllm.config.schema import Config
 from hvdllm.exchange.allreduce import AllReduce
-from hvdllm.exchange.rounds import Counts
+from hvdllm.exchange.base import Divisor
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT
@@ -106,7 +106,7 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
             pass
 
     def update_only() -> None:
-        update.step(exchange.pieces, exchange.gradients, Counts(1.0, 1), lambda sums: sums)
+        update.step(exchange.pieces, exchange.gradients, Divisor(1.0, 1), lambda sums: sums)
         flat.g.zero_()
 
     return step, update_only

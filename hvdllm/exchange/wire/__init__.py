@@ -3,8 +3,8 @@
 plain.py         as it is
 coded.py         fp16, bf16, int8, top-k, sign: one mechanism, codecs.py holds their codes
 powersgd.py      products of thin matrices
-feedback.py      what the lossy ones keep
-hierarchical.py  around any of the others but powersgd: only one rank's share crosses hosts
+feedback.py      what the lossy wires leave out and keep for the next sum
+hierarchical.py  around any of the others but powersgd: only one rank's share of a host's sum crosses hosts
 """
 
 from __future__ import annotations
@@ -13,25 +13,29 @@ from typing import Any
 
 from hvdllm.config import schema
 from hvdllm.exchange.base import Wire
-from hvdllm.exchange.wire.coded import Bf16, Fp16, Int8, Sign, TopK
+from hvdllm.exchange.wire.coded import Bf16Wire, Fp16Wire, Int8Wire, SignWire, TopKWire
 from hvdllm.exchange.wire.hierarchical import Hierarchical
 from hvdllm.exchange.wire.plain import Plain
-from hvdllm.exchange.wire.powersgd import PowerSGD
+from hvdllm.exchange.wire.powersgd import PowerSGDWire
+from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
-WIRES: dict[type, type[Plain]] = {
+WIRES: dict[type[schema.Wire], type[Plain[Any]]] = {
     schema.Fp32: Plain,
-    schema.Fp16: Fp16,
-    schema.Bf16: Bf16,
-    schema.Int8: Int8,
-    schema.TopK: TopK,
-    schema.Sign: Sign,
-    schema.PowerSGD: PowerSGD,
+    schema.Fp16: Fp16Wire,
+    schema.Bf16: Bf16Wire,
+    schema.Int8: Int8Wire,
+    schema.TopK: TopKWire,
+    schema.Sign: SignWire,
+    schema.PowerSGD: PowerSGDWire,
 }
 
 
-def make(settings: Any, world: World, flat: Any, nominal: int) -> Wire:
-    """flat: the one map; nominal: tokens of a global batch. Collective where hierarchical."""
+def make(settings: schema.Wire, world: World, flat: Flat, nominal: int) -> Wire:
+    """nominal: tokens of a global batch. Collective where the wire is hierarchical. Raises TypeError where there is no
+    wire for such settings."""
+    if type(settings) not in WIRES:
+        raise TypeError(f"there is no wire for settings of {type(settings).__name__}: enter it in WIRES")
     kind = WIRES[type(settings)]
     if settings.hierarchical:
         return Hierarchical(world, settings, flat, nominal, kind)
