@@ -45,6 +45,7 @@ def test_the_files_outside_the_rooms_stand_on_little() -> None:
         "errors.py": (),
         "device.py": ("hvdllm.errors",),
         "canvas.py": (),
+        "flat.py": (),
         "screen.py": (),
         "untrusted.py": (),
         "sums.py": ("hvdllm.untrusted",),
