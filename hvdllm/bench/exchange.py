@@ -39,6 +39,7 @@ from hvdllm.errors import UserError
 from hvdllm.interpreter import PYTHON
 from hvdllm.launch import group, lab
 from hvdllm.launch.horovodrun import mpi, starter
+from hvdllm.plain import Json
 from hvdllm.world.detect import Place
 
 MODEL = (
@@ -231,7 +232,7 @@ def environment(case: Case, network: lab.Lab | None) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------ measuring
-def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, Any]:
+def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
     """Everything, as the JSON file has it. keep: run folders and logs stay in a temporary folder.
 
     Raises UserError for a request that cannot work at all; a case that fails or is refused is part of the result.
@@ -247,7 +248,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     # What the others are held against is measured for as long as a commit of theirs takes, not for a few updates.
     least = max(batches_a_commit(compose.merged(base, case.words), False) for case in todo)
     words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo}
-    results: dict[str, dict[str, Any]] = {
+    results: dict[str, Json] = {
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
     }
     for case in todo:
@@ -257,7 +258,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
         raise UserError(asked_for[0])
     shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)  # once, not by each rank
     raws: dict[str, list[Repetition]] = {case.label: [] for case in todo}
-    seen: dict[str, Any] = {}
+    seen: Json = {}
     with ended_by_signals(), folder_of(keep) as folder, network_of(asked) as network:
         for turn in range(1, asked.repetitions + 1):
             for number, case in enumerate(todo):
@@ -289,9 +290,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     }  # fmt: skip
 
 
-def run(
-    case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path
-) -> Repetition | dict[str, Any]:
+def run(case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path) -> Repetition | Json:
     """One repetition of a case; else why there is none: {"refused": ...} or {"failed": ..., "tail": [...]}."""
     folder.mkdir()
     slow = pace.slowed(asked.slow, asked.ranks) if case.slowed and case.kind == "alone" else {}
@@ -323,7 +322,7 @@ def read(folder: Path, ranks: int) -> Raw:
 
 def _conclude(
     todo: Sequence[Case],
-    results: dict[str, dict[str, Any]],
+    results: dict[str, Json],
     raws: Mapping[str, Sequence[Repetition]],
     asked: Asked,
     batch_tokens: int,

@@ -27,6 +27,7 @@ from statistics import fmean, median
 from typing import Any
 
 from hvdllm.launch.lab import FRAME
+from hvdllm.plain import Json
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Raw:
     """marks: [rank][commit]; records: [rank or 1][commit]. sums: rank 0's of bench/rank.py, None without any."""
 
     marks: list[list[list[Any]]]
-    records: list[list[dict[str, Any]]]
-    sums: dict[str, Any] | None = None
+    records: list[list[Json]]
+    sums: Json | None = None
 
 
 @dataclass(frozen=True)

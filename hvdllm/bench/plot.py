@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.report.draw import check_file
 
 KINDS = (".png", ".svg", ".pdf")
@@ -23,7 +23,7 @@ def check(path: Path) -> None:
     check_file("--plot", path, KINDS)
 
 
-def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]]:
+def bars(figures: Json) -> list[tuple[str, float, float, float, float]]:
     """(label, compute with nothing travelling, compute while gradients travel, blocked, the rest of the step), in ms:
     together the step, whose number stands behind the bar.
 
@@ -46,7 +46,7 @@ def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]
     return out
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def draw(figures: Json, path: Path) -> None:
     """Raises UserError where the file cannot be written."""
     rows = bars(figures)
     labels, parts = [row[0] for row in rows], list(zip(*(row[1:] for row in rows), strict=True))
@@ -82,7 +82,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         plain.close(figure)
 
 
-def note(figures: dict[str, Any], label: str) -> str:
+def note(figures: Json, label: str) -> str:
     """What stands behind a bar; the tokens where they are not those of the title (an exchange that closes by time)."""
     case, batch = figures["cases"][label], figures["batch_tokens"]
     f = case["figures"]
@@ -94,7 +94,7 @@ def note(figures: dict[str, Any], label: str) -> str:
     return ", ".join(parts)
 
 
-def title(figures: dict[str, Any]) -> str:
+def title(figures: Json) -> str:
     asked = figures["asked"]
     link = "loopback of one machine"
     if asked["link"]:

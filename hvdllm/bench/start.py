@@ -6,12 +6,12 @@ import re
 import subprocess
 import tempfile
 import time
-from typing import Any
 
 from hvdllm.errors import RunError, UserError
+from hvdllm.plain import Json
 
 
-def measure(ranks: int, tokens: int) -> dict[str, Any]:
+def measure(ranks: int, tokens: int) -> Json:
     """Two runs of model=tiny under horovodrun --gloo: the first with the text prepared before, for the seconds to
     the first step; the second prepares it anew in an empty folder and trains `tokens`.
     """

@@ -20,6 +20,7 @@ from hvdllm.checkpoint.whole import broken, newest, steps
 from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat, Part
+from hvdllm.plain import Json
 from hvdllm.world.base import World, from_first
 
 __all__ = ["broken", "newest", "steps"]  # and what stands below
@@ -31,7 +32,7 @@ MOST_STATE = 2**28  # bytes of a state.json: some hundred a rank, and some a lan
 T = TypeVar("T")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> Json:
     """state.json of a whole checkpoint. Raises UserError."""
     try:
         values = untrusted.read_json(path / "state.json", MOST_STATE, path)
@@ -44,7 +45,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> Json:
     """state.json of a whole checkpoint, with all that a run needs to go on. Raises UserError."""
     values = read_state(path)
     tokens_of(values, path)
@@ -78,7 +79,7 @@ def fitting(path: Path) -> Iterator[None]:
         ) from None
 
 
-def tokens_of(state: dict[str, Any], path: Path) -> int:
+def tokens_of(state: Json, path: Path) -> int:
     """Committed at the checkpoint of this state. Raises UserError where it does not say."""
     tokens = state["shared"].get("tokens")
     if not isinstance(tokens, int):
@@ -86,7 +87,7 @@ def tokens_of(state: dict[str, Any], path: Path) -> int:
     return tokens
 
 
-def saved_ranks(state: dict[str, Any]) -> int:
+def saved_ranks(state: Json) -> int:
     """How many ranks wrote the checkpoint of this state.json."""
     return len(state["mine"])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.report.figures import Figures, Line, Reach
 from hvdllm.report.read import Point, Run
 from hvdllm.report.table import BYTES, unit
@@ -92,7 +93,7 @@ def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:
     return out
 
 
-def looks(f: Figures) -> dict[str, dict[str, Any]]:
+def looks(f: Figures) -> dict[str, Json]:
     """Of each group, the same in every picture; no two alike among the first 168, in grey 24."""
     order = [group.label for group in f.comparison.groups]
     found = zip(*(islice(cycle(one), len(order)) for one in (COLOURS, DASHES, MARKERS)), strict=True)
@@ -144,9 +145,7 @@ def loss(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _curves(
-    axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: dict[str, Any]
-) -> None:
+def _curves(axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: Json) -> None:
     curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
     if not curves:
         return
@@ -218,7 +217,7 @@ def target(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: dict[str, Any]) -> None:
+def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: Json) -> None:
     values = [value / scale for value in reach.by_seed.values()]
     colour, marker = style["color"], style["marker"]
     if len(values) > 1 or not line.all_reached:

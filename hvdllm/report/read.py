@@ -21,6 +21,7 @@ from typing import Any
 
 from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl; six million `commit` records
 MOST_POINTS = 100_000  # of a curve over tokens; of a longer one every second point goes, as often as need be
@@ -212,7 +213,7 @@ def _reason(error: Exception) -> str:
 def read(folder: Path) -> Run | Skipped:
     run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
     digest = hashlib.sha256()
-    lives: list[dict[str, Any]] = []
+    lives: list[Json] = []
     try:
         begun = _fill(run, _records(folder / "metrics.jsonl", run, digest), lives)
     except (OSError, ValueError) as error:
@@ -232,7 +233,7 @@ def read(folder: Path) -> Run | Skipped:
     return run
 
 
-def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
+def _records(path: Path, run: Run, digest: Any) -> Iterator[Json]:
     """JSON objects of a plain file. Raises OSError or ValueError where there is none to read."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
@@ -257,7 +258,7 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         run.note(f"metrics.jsonl {problem}")
 
 
-def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, str]:
+def _settings(folder: Path, lives: list[Json], run: Run) -> dict[str, str]:
     """Flat settings of the last life, and what was found where the run ran; what changed between lives says so."""
     values = next((r["config"] for r in reversed(lives) if isinstance(r.get("config"), dict)), None)
     if values is None:
@@ -273,7 +274,7 @@ def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, 
     return out
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(path: Path) -> Json:
     if not path.exists():
         raise ValueError("neither a `run` record nor a config.yaml")
     try:
@@ -306,7 +307,7 @@ def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
             yield key, plain(value)
 
 
-def _found(life: dict[str, Any]) -> dict[str, str]:
+def _found(life: Json) -> dict[str, str]:
     """What a `run` record says of the place where the run ran, in the groups of the settings they go with."""
     ranks = [one for one in _list(life.get("ranks")) if isinstance(one, dict)]
     out = {
@@ -345,11 +346,11 @@ class Curve:
             self._every *= 2
 
 
-def _fill(run: Run, records: Iterator[dict[str, Any]], lives: list[dict[str, Any]]) -> bool:
+def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
     """Evaluations and sums; the `run` records go to `lives`. A record that goes back in tokens is left out, but for an
     evaluation made again. False: there is no evaluation and no commit."""
     sums, odd, begun = run.sums, 0, False
-    evals: list[tuple[int, dict[str, Any], float, float]] = []  # life, record, tokens, loss
+    evals: list[tuple[int, Json, float, float]] = []  # life, record, tokens, loss
     begins: list[float] = []  # tokens at which each life begins
     clock, sent, made = Curve(), Curve(), Curve()
     no_bytes = False
@@ -417,7 +418,7 @@ def _fill(run: Run, records: Iterator[dict[str, Any]], lives: list[dict[str, Any
     return begun
 
 
-def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
+def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
     """None, and nothing added, where what every `commit` record has is not there."""
     needed = [number(record.get(key)) for key in ("seconds", "compute_s", "blocked_s", "flight_s")]
     seconds, compute, blocked, flight = needed

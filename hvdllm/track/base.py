@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 
 PREFIXES = {"commit": "train"}  # of a record's names, where it is not the record's kind
@@ -32,21 +33,21 @@ class Tracker(Protocol):
     say: one sentence for a person. What it raises is said once, and it gets the next record all the same.
     """
 
-    def record(self, number: int, record: dict[str, Any]) -> None:
+    def record(self, number: int, record: Json) -> None:
         """number: counts the records of all lives, so it only ever grows, while a record's `tokens` may go back."""
 
     def close(self, failed: bool) -> None:
         """failed: the run raised, or was killed."""
 
 
-Make = Callable[[Config, Path, dict[str, Any], list[dict[str, Any]], Say], Tracker]
+Make = Callable[[Config, Path, Json, list[Json], Say], Tracker]
 
 
 class Refused(Exception):
     """The tracker cannot do what its settings ask for; one sentence."""
 
 
-def named(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named(record: Json) -> Iterator[tuple[str, Any]]:
     """`train/loss`, `eval/loss`, ... with their values, no `kind`, no `tokens`; of what is a number a rank, however
     many ranks there are, `train/micro_batches_by_rank/min`, `/mean` and `/max`."""
     prefix = PREFIXES.get(record["kind"], record["kind"])

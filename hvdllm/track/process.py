@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdllm import registry, runs, untrusted
+from hvdllm.plain import Json
 from hvdllm.track.base import END_S, Make, Refused
 
 EVERY_S = 0.5
@@ -55,7 +56,7 @@ def main(folder: Path, plugins: list[str]) -> int:
     return int(failed)
 
 
-def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[dict[str, Any]]], tell: Any) -> bool:
+def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[Json]], tell: Any) -> bool:
     """Makes the tracker and hands it what it has not had. Whether the run failed, or was killed."""
     state = read_state(folder)
     kept = state.setdefault(name, {})
@@ -84,21 +85,21 @@ def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[li
     return failed
 
 
-def chain(first: list[dict[str, Any]], rest: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+def chain(first: list[Json], rest: Iterator[list[Json]]) -> Iterator[list[Json]]:
     yield first
     yield from rest
 
 
-def split(records: list[dict[str, Any]], tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split(records: list[Json], tokens: int) -> tuple[list[Json], list[Json]]:
     """Of all records of a run: what was sent, up to `tokens`; and what was not, or is of this life, since its `run`."""
     life = max((i for i, record in enumerate(records) if record.get("kind") == "run"), default=0)
-    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    parts: tuple[list[Json], list[Json]] = [], []
     for i, record in enumerate(records):
         parts[i >= life or record.get("tokens", -1) > tokens].append(record)
     return parts
 
 
-def follow(file: TextIO, run: int) -> Iterator[list[dict[str, Any]]]:
+def follow(file: TextIO, run: int) -> Iterator[list[Json]]:
     """The records of a file that grows, in batches, the first at once, until the pipe `run` ends. The file stays open:
     a run's next life replaces it, and what is read here is still this one's."""
     rest, ended, first = "", False, True
@@ -113,7 +114,7 @@ def follow(file: TextIO, run: int) -> Iterator[list[dict[str, Any]]]:
         first = False
 
 
-def parsed(line: str) -> dict[str, Any]:
+def parsed(line: str) -> Json:
     try:
         record = untrusted.parsed(line)
     except ValueError:
@@ -124,7 +125,7 @@ def parsed(line: str) -> dict[str, Any]:
     return record
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> Json:
     """What track.json has of a form that this version writes; a stranger's folder may say anything."""
     try:
         state = untrusted.read_json(folder / "track.json", MOST_STATE, folder)
