@@ -192,6 +192,9 @@ class Job:
             self.process.poll()
             time.sleep(0.01)
         self.process.wait()
+        end = time.monotonic() + 10.0
+        while any(Path("/proc", str(pid)).exists() for pid in self.forks().values()) and time.monotonic() < end:
+            time.sleep(0.01)  # until the fork server has reaped them: their number is in the lock of a run
 
     def until_gone(self, limit_s: float = 60.0) -> None:
         """Polls until none of its processes lives."""
