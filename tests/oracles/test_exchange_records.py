@@ -157,6 +157,13 @@ def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> 
     assert step < 12, "soon, not at the end"
 
 
+@pytest.mark.parametrize("exchange", [schema.AllReduce(), schema.Sharded(), schema.Delayed(warmup_tokens=0)], ids=str)
+def test_a_norm_that_overflows_stops_all_ranks(exchange: Any) -> None:
+    """Every gradient is a number and so is the loss; only the sum of their squares is infinite."""
+    out = train(exchange, 2, 4, optim=PLAIN, cost=lambda model, x, t: 1e300 * slope(model, x, t), catch=True)
+    assert [each.bad is not None and each.bad.norm for each in out] == [math.inf] * 2
+
+
 @pytest.mark.parametrize("exchange", [
     schema.AllReduce(), schema.Delayed(warmup_tokens=0), schema.Acco(), schema.LocalSGD(local_steps=6, pulses=3),
     schema.DiLoCo(local_steps=6, pulses=3), schema.DiLoCo(local_steps=6, pulses=3, overlap=True),
