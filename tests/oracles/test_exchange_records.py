@@ -116,6 +116,17 @@ def test_each_local_step_counts_once_wherever_a_run_ends(exchange: Any, steps: i
         torch.testing.assert_close(moved, torch.full_like(moved, float(each.taken)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("exchange", [
+    schema.LocalSGD(local_steps=4, pulses=4), schema.DiLoCo(local_steps=4, pulses=4),
+    schema.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
+], ids=["local_sgd", "diloco", "streaming"])  # fmt: skip
+def test_the_norm_that_is_reported_is_that_of_one_group_and_not_of_all_together(exchange: Any) -> None:
+    """Every group's gradient is 1 in each of P places, so sqrt(P) is the root mean square over any number of them."""
+    out = train(exchange, 3, 7, optim=PLAIN, cost=slope, data=steady())
+    norms = [commit.before.grad_norm for commit in out[0].commits if commit.before]
+    assert norms == pytest.approx([math.sqrt(out[0].begun.numel())] * len(norms)) and norms
+
+
 STREAMING = schema.StreamingDiLoCo(local_steps=6, fragments=4, delay=1, outer_lr=0.5, outer_momentum=0.5)
 
 
