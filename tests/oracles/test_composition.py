@@ -242,7 +242,7 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
         (["world=virtual", "model.compile=true"], Place(), "and what is compiled with it"),
         (["exchange=acco", "batch_tokens=1920"], Place(), "takes them in 2 equal parts: 2048 would do"),
         (["exchange=acco", "batch_tokens=256"], Place("horovodrun", 0, 2, 0, 2), "at least 512"),
-        (["exchange=horovod", "exchange.bucket_mb=1"], Place("horovodrun", 0, 2, 0, 2), "no buckets of ours, leave it at null"),
+        (["exchange=horovod", "exchange.bucket_mb=1"], Place("horovodrun", 0, 2, 0, 2), "no buckets of ours, leave it"),
         (
             ["exchange=ddp", "wire=powersgd", "exchange.bucket_mb=1"], Place("torchrun", 0, 2, 0, 2),
             "torch's hook takes one bucket",
