@@ -31,7 +31,16 @@ from hvdllm.errors import PeerError, UserError
 
 _told = threading.local()
 T = TypeVar("T")
+LAST_S = 10.0  # that a GPU may still need, once a rank has gone, for work that did not wait for that rank
 _patience_s = math.inf  # of a wait for a GPU that may itself wait for another rank's
+
+
+def nobody() -> int | None:
+    """The rank that has gone, in a world that watches none."""
+    return None
+
+
+_gone = nobody  # or what `be_patient` was given
 
 
 def now() -> float:
@@ -91,18 +100,25 @@ class Mark:
 
 
 # ------------------------------------------------------------------ waiting, streams and threads
-def be_patient(seconds: float) -> None:
-    """From here on no wait for a GPU is longer: world.timeout_s, where there are other ranks."""
-    global _patience_s
-    _patience_s = seconds
+def be_patient(seconds: float, gone: Callable[[], int | None] = nobody) -> None:
+    """From here on no wait for a GPU is longer: world.timeout_s, where there are other ranks. gone: says which of them
+    has ended, None: none that is known of; then a wait ends at once."""
+    global _patience_s, _gone
+    _patience_s, _gone = seconds, gone
 
 
 def wait_for(event: torch.cuda.Event) -> None:
     """The host waits until what the event marks is done, by poll and sleeps of 20 µs to 1 ms, so that it hears signals.
-    Raises PeerError after `be_patient`'s seconds: a kernel of NCCL whose peer is gone runs for ever."""
-    pause, begin = 2e-5, time.monotonic()
+    Raises PeerError after `be_patient`'s seconds, or when a rank has gone: a kernel of NCCL that waits for it runs for
+    ever."""
+    pause, begin, due = 2e-5, time.monotonic(), 0.1
     while not event.query():
-        if time.monotonic() - begin > _patience_s:
+        waited = time.monotonic() - begin
+        if waited > due:  # rarely, and late enough for work that the others had finished before
+            due = waited + 0.1
+            if (rank := _gone()) is not None and not _done_within(event, LAST_S):
+                raise PeerError(f"the GPU waits for rank {rank}, which is gone")
+        if waited > _patience_s:
             raise PeerError(
                 f"the GPU has been busy for {_patience_s:.0f} s (world.timeout_s), most likely because it waits for a "
                 "rank that is gone or stands still"
@@ -111,9 +127,19 @@ def wait_for(event: torch.cuda.Event) -> None:
         pause = min(1.5 * pause, 1e-3)
 
 
+def _done_within(event: torch.cuda.Event, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1e-3)
+    return True
+
+
 def wait_for_stream(device: torch.device) -> None:
-    """The host waits for all that the current stream of a CUDA device holds."""
-    wait_for(torch.cuda.current_stream(device).record_event())
+    """The host waits for all that the current stream of a CUDA device holds; on a CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        wait_for(torch.cuda.current_stream(device).record_event())
 
 
 def used_here(value: T) -> T:

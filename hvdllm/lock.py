@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.world.detect import started
 
 NAME = "lock"
@@ -99,7 +100,7 @@ class Lock:
                     os.utime(self.path)
 
 
-def here() -> dict[str, Any]:
+def here() -> Json:
     """This process, as a lock names it."""
     return {
         "host": socket.gethostname(), "boot": _text("/proc/sys/kernel/random/boot_id"), "pids": _pids(),
@@ -109,7 +110,7 @@ def here() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stale(said: dict[str, Any], age: float) -> bool:
+def stale(said: Json, age: float) -> bool:
     """Is the holder gone? age: seconds since it last touched its lock."""
     me = here()
     if all(said.get(key) == me[key] for key in ("host", "boot", "pids")) and isinstance(said.get("pid"), int):
@@ -128,7 +129,7 @@ def cannot_write(folder: Path, error: OSError) -> str:
     return f"cannot write to {folder} ({error.strerror or error}): choose another runs_dir, or make it writable"
 
 
-def in_use(folder: Path, said: dict[str, Any]) -> str:
+def in_use(folder: Path, said: Json) -> str:
     """The sentence for whoever comes second."""
     job = f" (job {said['job']})" if str(said.get("job")).isdecimal() else ""
     pid, since = (json.dumps(said.get(key, "?")).strip('"') for key in ("pid", "since"))
@@ -139,7 +140,7 @@ def in_use(folder: Path, said: dict[str, Any]) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     """What a lock says; nothing where that is no JSON (yet)."""
     with open(path, "rb") as file:
         text = file.read(LONGEST)
@@ -163,7 +164,7 @@ def _lives(pid: int, since: Any) -> bool:
         return False
     except (OSError, OverflowError):
         pass
-    return started(pid) == since
+    return bool(started(pid) == since)
 
 
 def _pids() -> str:
@@ -183,10 +184,10 @@ def _text(path: str) -> str:
 
 def _ended(job: str) -> bool:
     """Has this Slurm job ended? False where Slurm does not say."""
-    from hvdllm.launch import slurm
+    from hvdllm import squeue
 
     try:
-        state = slurm.ask(job)
+        state = squeue.ask(job)
     except UserError:
         return False
-    return state is None or state.state in slurm.ENDED
+    return state is None or state.state in squeue.ENDED

@@ -24,9 +24,10 @@ from typing import Any
 
 from hvdllm import screen, sums, untrusted
 from hvdllm.config import compose
-from hvdllm.config.schema import Config
 from hvdllm.errors import RunError, UserError
 from hvdllm.lock import Lock
+from hvdllm.plain import Json
+from hvdllm.settings import Config
 
 MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
 Say = Callable[[str], None]  # takes one sentence for a person
@@ -58,7 +59,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def records(folder: Path, say: Say | None = None) -> Iterator[dict[str, Any]]:
+def records(folder: Path, say: Say | None = None) -> Iterator[Json]:
     """The records of metrics.jsonl; a last line that a kill cut short is left out. say: hears, at its end, of lines
     that were changed or lost."""
     log = sums.Log()
@@ -87,7 +88,7 @@ def tokenizer_sum(folder: Path) -> str | None:
     return _config_text(folder, None)[1].get("tokenizer.json")
 
 
-def _config_text(folder: Path, say: Say | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _config_text(folder: Path, say: Say | None) -> tuple[Json, dict[str, str]]:
     """The settings of config.yaml, unchecked, and the sums that it has of other files."""
     path = folder / "config.yaml"
     try:
@@ -157,7 +158,7 @@ class Folder:
             write_whole(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
         return problems
 
-    def record(self, kind: str, values: dict[str, Any], *, sync: bool = False) -> None:
+    def record(self, kind: str, values: Json, *, sync: bool = False) -> None:
         """Appends a record. sync: it must survive a power cut."""
         self.check()
         with self._guard():

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console as Console
 
 # C0 (but \t and \n), DEL and C1; marks that turn the direction of writing; line ends that are none; lone surrogates.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -38,7 +41,7 @@ class Guarded:
         self.behind.write(clean(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -65,13 +68,13 @@ def guarded() -> Iterator[None]:
             sys.stderr = before[1]
 
 
-def console(out: Any = None, **settings: Any) -> Any:
+def console(out: Any = None, **settings: Any) -> Console:
     """A console of rich on standard output (or `out`), which cleans what it is given before it adds colours and
     movements."""
-    from rich.console import Console
+    from rich.console import Console as Console
     from rich.segment import Segment
 
-    class Cleaned(Console):
+    class Cleaned(Theirs):
         def _render_buffer(self, buffer: Any) -> str:  # all that rich writes passes here, tables and live lines too
             return super()._render_buffer(
                 one if one.control else Segment(clean(one.text), one.style, one.control) for one in buffer

@@ -11,8 +11,8 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
+from hvdllm.plain import Json
 from hvdllm.untrusted import Unfit, opened, parsed, read
 
 ABOVE = "# sha256 of the lines above: "
@@ -89,7 +89,7 @@ class Log:
         self._changed: list[int] = []
         self._open: int | None = None  # the last line, where it is cut short
 
-    def record(self, raw: bytes) -> dict[str, Any] | None:
+    def record(self, raw: bytes) -> Json | None:
         """The record of the next line, without its sum; None where it is none."""
         self._lines += 1
         if self._open is not None:  # only the very last one is cut short by a kill

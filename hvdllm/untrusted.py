@@ -3,7 +3,7 @@
 Only regular files are opened (a pipe would be waited for, a device has no end); of a folder only what lies inside it
 once links are followed; no more is read than `most` bytes; JSON and YAML are no deeper than DEPTH, and YAML has no
 aliases, which multiply. Nothing here imports or starts anything. What a folder's files may decide is written
-down in config/schema.py (`setting(ours=...)`) and, for people, in hvdllm/checkpoint/README.md.
+down in settings.py (`setting(ours=...)`) and, for people, in hvdllm/checkpoint/README.md.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def parsed_yaml(text: bytes) -> Any:
     """The value of a YAML text of plain values without aliases. Raises Unfit."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+        def compose_node(self, parent: object, index: object) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise Unfit("has a YAML alias, which no configuration needs")
             return super().compose_node(parent, index)
@@ -146,7 +146,7 @@ def _check(mode: int) -> None:
         raise Unfit("is no regular file")
 
 
-def _check_depth(value: Any, what: str) -> None:
+def _check_depth(value: object, what: str) -> None:
     level, depth = [value], 0
     while level:
         level = [

@@ -1,6 +1,17 @@
 """Real ranks for tests: starts them, waits within a generous limit, ends what is left, and reads what they wrote.
 
-Every process of a job carries a mark in its environment, so that also what lost its parent is found and ended.
+How they are started is a word or two:
+
+    alone              without a launcher
+    gloo, two hosts    by the fork server as horovodrun --gloo does, the second as on two machines
+    mpi, mpirun        by horovodrun --mpi, and by Open MPI's launcher
+    torchrun           by that of PyTorch
+
+In each of these the ranks are forks of a process that has imported everything (ranks/pool.py). With `real ` before it
+nothing is: the launcher is horovodrun where it is Gloo, and every rank is a command of its own.
+
+Every process of a job carries a mark in its environment, or has the session of one that the job started, so that also
+what lost its parent is found and ended.
 """
 
 from __future__ import annotations
@@ -19,15 +30,20 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ranks.pool import ADDRESS, Forked, address, forkable
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from hvdllm.launch.meeting import MeetingPoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = ROOT / "tests" / "ranks"
 LIMIT_S = 120.0  # a hang guard, many times what any of these jobs takes
 HVDLLM = [sys.executable, "-m", "hvdllm"]
 MARK = "HVDLLM_TEST_JOB"
+TOLD = "HVDLLM_TEST_PIDS"
 CONTEXT, SEQUENCES = 32, 22  # 22 sequences on 3 ranks: 8, 7 and 7; in micro-batches of 3: 3, 3 and 3, the last ragged
 BATCH = CONTEXT * SEQUENCES
 TINY = [
@@ -39,15 +55,39 @@ CURVE = ("step", "tokens", "loss", "lr", "grad_norm")
 
 
 def launcher(how: str, n: int) -> list[str]:
+    """The words before those of the program; none for what needs no launcher."""
     horovodrun = [sys.executable, str(RANKS / "horovodrun")]
+    gloo = [*horovodrun, "--gloo", "-np", str(n)]
     return {
         "alone": [],
-        "gloo": [*horovodrun, "--gloo", "-np", str(n)],
-        "two hosts": [*horovodrun, "--gloo", "-np", str(n), "-H", f"localhost:{n // 2},127.0.0.1:{n // 2}"],
+        "gloo": gloo,
+        "two hosts": [*gloo, "-H", hosts("two hosts", n)],
         "torchrun": ["torchrun", f"--nproc-per-node={n}", "--no-python"],
         "mpi": [*horovodrun, "--mpi", "-np", str(n)],
         "mpirun": ["mpirun", "--oversubscribe", "-np", str(n)],
     }[how]
+
+
+def hosts(how: str, n: int) -> str:
+    """As horovodrun's -H has them: this machine, by one name or by two."""
+    return f"localhost:{n // 2},127.0.0.1:{n // 2}" if how == "two hosts" else f"localhost:{n}"
+
+
+def slots(how: str, n: int) -> tuple[MeetingPoint, list[dict[str, str]]]:
+    """Where n ranks will meet over Gloo, and what the environment of each says of that and of its place, as
+    horovodrun puts it. Close the meeting point once they have ended."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_slot_env_vars
+
+    from hvdllm.launch.meeting import MeetingPoint
+
+    plan = get_host_assignments(parse_hosts(hosts(how, n)), n)
+    point = MeetingPoint("127.0.0.1", plan)
+    shared = {
+        **point.variables("127.0.0.1"), "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_IFACE": "lo", "NCCL_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    return point, [{**shared, **create_slot_env_vars(slot)} for slot in plan]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -72,12 +112,27 @@ class Job:
 
     def __init__(self, words: list[str], how: str = "alone", n: int = 1, **env: str) -> None:
         self.mark = uuid.uuid4().hex
-        self.file = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in __exit__
-        self.words = [*launcher(how, n), *words]
-        self.process = subprocess.Popen(
-            self.words, stdin=subprocess.DEVNULL, stdout=self.file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment(**{MARK: self.mark, **env}), cwd=ROOT,
-        )  # fmt: skip
+        self.file = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 - closed in __exit__
+        self.words = words
+        self.point: MeetingPoint | None = None
+        self.told = Path(tempfile.gettempdir(), f"hvdllm-test-{self.mark}")  # by stand-ins: whom they stand for
+        env = environment(**{MARK: self.mark, **env})
+        self.process: Forked | subprocess.Popen[bytes]
+        kind, forked = how.removeprefix("real "), not how.startswith("real ") and forkable(words)
+        if forked and kind == "alone":
+            self.process = Forked(words, [env], self.file.fileno(), alone=True)
+        elif forked and kind in ("gloo", "two hosts"):
+            self.point, places = slots(kind, n)
+            self.process = Forked(words, [{**env, **place} for place in places], self.file.fileno(), alone=False)
+        else:
+            if forked:
+                words = [sys.executable, "-S", str(RANKS / "stand_in.py"), *words]
+                env |= {ADDRESS: address(), TOLD: str(self.told)}
+            self.words = [*launcher(kind, n), *words]
+            self.process = subprocess.Popen(
+                self.words, stdin=subprocess.DEVNULL, stdout=self.file, stderr=subprocess.STDOUT, env=env, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
 
     def __enter__(self) -> Job:
         return self
@@ -85,6 +140,9 @@ class Job:
     def __exit__(self, *error: object) -> None:
         self.kill()
         self.file.close()
+        self.told.unlink(missing_ok=True)
+        if self.point:
+            self.point.close()
 
     @property
     def out(self) -> str:
@@ -92,21 +150,34 @@ class Job:
         return self.file.read()
 
     def pids(self) -> dict[int, dict[str, str]]:
-        """Living processes of this job, the launcher included, with the environment each was started with."""
+        """Living processes of this job, the launcher included, with the environment each was started with (that of the
+        fork server for its forks)."""
+        sessions = {self.process.pid, *self.forks().values()}
         found = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 env = (entry / "environ").read_bytes()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if f"{MARK}={self.mark}".encode() in env and state not in "ZX":
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if (int(session) in sessions or f"{MARK}={self.mark}".encode() in env) and state not in "ZX":
                     pairs = (word.partition("=") for word in env.decode(errors="replace").split("\0"))
                     found[int(entry.name)] = {key: value for key, _, value in pairs}
         return found
 
+    def forks(self) -> dict[int, int]:
+        """Pid of each rank that is a fork."""
+        if isinstance(self.process, Forked):
+            return dict(enumerate(self.process.ranks))
+        if not self.told.exists():
+            return {}
+        return {int(rank): int(pid) for rank, pid in (line.split() for line in self.told.read_text().splitlines())}
+
     def rank(self, rank: int) -> int:
-        """The process that is this rank."""
+        """The process that is this rank. Raises ValueError if there is none, or none any more."""
+        living = self.pids()
+        if forks := self.forks():
+            return max(pid for each, pid in forks.items() if each == rank and pid in living)
         names = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
-        return max(pid for pid, env in self.pids().items() if str(rank) in (env.get(name) for name in names))
+        return max(pid for pid, env in living.items() if str(rank) in (env.get(name) for name in names))
 
     def signal(self, number: int) -> None:
         """As a terminal's Ctrl-C does: to the launcher and what shares its process group, not to its ranks."""

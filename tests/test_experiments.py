@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launch import BATCH, HVDLLM, launch, records, words_of
 
-from hvdllm.bench import lab
+from hvdllm.launch import lab
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {file.stem: file.read_text() for file in (ROOT / "conf" / "experiment").glob("*.yaml")}

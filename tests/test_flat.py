@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hvdllm.config.schema import Model
 from hvdllm.flat import ALIGN_BYTES, Flat, Part
 from hvdllm.models.gpt import GPT, init_weights
+from hvdllm.models.parts import Model
 
 
 def model() -> GPT:

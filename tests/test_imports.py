@@ -1,47 +1,62 @@
-"""Imports point one way, and importing hvdllm costs nothing."""
+"""Imports point one way, between rooms and between files, and importing hvdllm costs nothing."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "hvdllm"
 FILES = {
-    path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")
+    path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
 }
-# room: what it may import of hvdllm, besides errors, flat, screen, sums, untrusted, config.schema and itself
+# What stands outside the rooms, from the ground up; each may import what stands before it, and the ground of a room.
+GROUND = (
+    *(
+        "errors",
+        "plain",
+        "canvas",
+        "screen",
+        "interpreter",
+        "flat",
+        "untrusted",
+        "sums",
+        "settings",
+        "registry",
+        "paths",
+    ),
+    *("device", "squeue"),
+)
+# room: the rooms, or files of them, that it may import beside the ground and itself
 MAY = {
-    "text": ("config.paths", "device"),
+    "world": (),
+    "text": (),
     "models": (),
-    "config": ("models.size", "world.detect"),  # both without torch
-    "world": ("device",),
-    "exchange": ("world", "device"),
-    "optim": ("device",),
+    "optim": (),
+    "exchange": ("world",),
+    "config": ("models.size", "world.detect", "world.parts"),  # all without torch
+    "lock": ("world.detect",),
+    "runs": ("config", "lock"),
+    "track": ("config", "runs"),
     "checkpoint": ("exchange.base", "world.base", "runs"),
     "trainer": (
-        "exchange.base",
-        "world",
-        "device",
-        "runs",
-        "lock",
-        "checkpoint",
-        "config.compose",
-        "config.paths",
-        "config.words",
-        "text.shards",
+        *("world", "text", "models", "config", "lock", "runs", "checkpoint", "track.mirror"),
+        *("exchange.base", "exchange.wire.build", "exchange.wire.plain", "optim.update", "optim.schedule"),
     ),
-    "report": ("canvas",),  # reads folders that this version may not have written
-    "launch": ("config", "runs", "lock", "world.detect", "trainer.resume", "bench.lab", "bench.group", "device"),
-    "track": ("config.compose", "runs"),
+    "report": (),  # reads folders that this version may not have written
+    "launch": ("config", "runs", "lock", "world.detect", "trainer.resume"),
     "bench": ("",),
     "cli": ("",),
+    "__main__": ("cli",),
+    "__init__": (),
 }
-MAKE_OBJECTS = ("hvdllm.trainer.build", "hvdllm.trainer.restore")  # the files of trainer that know concrete parts
 
 
 def imports(path: Path) -> set[str]:
+    """Modules and names that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,19 +66,64 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def file_of(module: str) -> str:
+    while module not in FILES:
+        module = module.rpartition(".")[0]
+    return module
+
+
+GRAPH = {
+    name: {file_of(module) for module in imports(path) if module.split(".")[0] == "hvdllm"} - {name, "hvdllm"}
+    for name, path in FILES.items()
+}
+
+
+def room_of(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_direction(name: str) -> None:
-    room = name.split(".")[1] if "." in name else ""
-    for module in imports(FILES[name]):
-        if module.split(".")[0] == "horovod":
-            # These run the server by which ranks meet; that initialises nothing.
-            meets = name in ("hvdllm.launch.inside", "hvdllm.launch.meeting") and module.startswith("horovod.runner.")
-            assert name == "hvdllm.world.hvd" or meets, f"{name} imports {module}"
-        if not module.startswith("hvdllm.") or room not in MAY or name in MAKE_OBJECTS:
-            continue
-        allowed = ("errors", "flat", "config.schema", "screen", "sums", "untrusted", room, *MAY[room])
+    room = room_of(name)
+    for module in GRAPH[name]:
         inner = module.removeprefix("hvdllm.")
-        assert any(inner.startswith(prefix) for prefix in allowed), f"{name} imports {module}"
+        if room in GROUND:
+            assert inner in GROUND[: GROUND.index(room)], f"{name} imports {module}"
+        else:
+            allowed = (*GROUND, room, *MAY[room])
+            assert any(inner == each or inner.startswith(f"{each}.".lstrip(".")) for each in allowed), (
+                f"{name} imports {module}"
+            )
+
+
+def test_there_is_no_circle() -> None:
+    """Neither between files, types included, nor between rooms."""
+    rooms: dict[str, set[str]] = {}
+    for name, used in GRAPH.items():
+        rooms.setdefault(room_of(name), set()).update({room_of(each) for each in used} - {room_of(name)})
+    for graph in (GRAPH, rooms):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_who_imports_horovod() -> None:
+    """One file initialises it. Two run the server by which ranks meet, which initialises nothing."""
+    for name, path in FILES.items():
+        for module in imports(path):
+            if module.split(".")[0] == "horovod":
+                meets = name in ("hvdllm.launch.inside", "hvdllm.launch.meeting")
+                assert name == "hvdllm.world.hvd" or (meets and module.startswith("horovod.runner.")), name
+
+
+def test_settings_and_sizes_do_not_name_torch() -> None:
+    light = ("registry", "settings", "runs", "models.size", "world.detect", "cli.main")
+    for name, path in FILES.items():
+        inner = name.removeprefix("hvdllm.")
+        if inner.startswith("config.") or inner.endswith("parts") or inner in light:
+            heavy = {module.split(".")[0] for module in imports(path)} & {"torch", "horovod", "numpy"}
+            assert not heavy, f"{name} imports {heavy}"
 
 
 @pytest.mark.parametrize("words", ["import hvdllm", "import hvdllm.cli.main; hvdllm.cli.main.main([])"])
@@ -74,14 +134,15 @@ def test_nothing_heavy_is_loaded(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module",
+    "code",
     [
-        *["models.size", "config.compose", "config.check", "world.detect", "runs"],
-        "report.page",
-        "report.draw",
-        "cli.report",
+        "import hvdllm.models.size, hvdllm.config.check, hvdllm.world.detect, hvdllm.runs",
+        "import hvdllm.report.page, hvdllm.report.draw, hvdllm.cli.report",
+        "from hvdllm import registry; [registry.parts(group) for group in (*registry.GROUPS, 'transport')]",
+        "from hvdllm.cli.main import main; main(['train', '--help'])",
+        "from hvdllm.cli.main import main; main(['train', '--cfg', 'job', 'exchange=acco'])",
     ],
 )
-def test_no_torch(module: str) -> None:
-    code = f"import hvdllm.{module}, sys; sys.exit('torch' in sys.modules)"
+def test_no_torch(code: str) -> None:
+    code = f"{code}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -181,7 +181,7 @@ def test_a_finished_run_needs_no_lock(tmp_path: Path) -> None:
     from contextlib import ExitStack
 
     from hvdllm.cli.display import Silent
-    from hvdllm.trainer.build import agreed_start
+    from hvdllm.trainer.agree import agreed_start
     from hvdllm.world.single import SingleWorld
 
     config = compose([f"runs_dir={tmp_path}", "name=a"])

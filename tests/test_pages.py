@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 
 import pytest
 
+from hvdllm import registry
 from hvdllm.cli import bench, flags
 from hvdllm.cli import main as cli
-from hvdllm.config import compose, composition, schema
+from hvdllm.config import compose, composition
 from hvdllm.config.check import check
 from hvdllm.launch import hydra, sweep
+from hvdllm.launch import parts as launchers
 from hvdllm.world.detect import Place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,10 +102,10 @@ def test_tables_fit_the_column(page: str) -> None:
 
 def test_every_exchange_has_its_section_with_all_headings_and_settings() -> None:
     found = sections(EXCHANGES)
-    assert [name for name in found if name in schema.SCHEMAS["exchange"]] == list(
+    assert [name for name in found if name in registry.kinds("exchange")] == list(
         name for name in re.findall(r"^\| \[`(\w+)`\]", PAGES[EXCHANGES], re.M)
     )
-    for name, kind in schema.SCHEMAS["exchange"].items():
+    for name, kind in registry.kinds("exchange").items():
         assert re.findall(r"^\*\*(.+?)\.\*\*", found[name], re.M) == HEADINGS, name
         for f in dataclasses.fields(kind):
             assert f"exchange.{f.name}`" in found[name] or f"exchange.{f.name}=" in found[name], (name, f.name)
@@ -112,7 +114,7 @@ def test_every_exchange_has_its_section_with_all_headings_and_settings() -> None
 def test_every_wire_has_its_section_with_all_settings() -> None:
     found = sections(WIRES)
     without = [heading for heading in HEADINGS if heading != "Stability"]
-    for name, kind in schema.SCHEMAS["wire"].items():
+    for name, kind in registry.kinds("wire").items():
         text = next(body for title, body in found.items() if name in title.split(" and "))
         assert re.findall(r"^\*\*(.+?)\.\*\*", text, re.M) == without, name
         for f in dataclasses.fields(kind):
@@ -168,7 +170,7 @@ def start_of(words: list[str]) -> tuple[Place, list[str]]:
 
 def check_settings(words: Sequence[str], place: Place) -> None:
     config = compose.compose(words)
-    if isinstance(config.launch, schema.Local):
+    if isinstance(config.launch, launchers.Local):
         check(config, place)
     else:
         sweep.prepare(config)

@@ -64,7 +64,7 @@ def test_every_kind_trains_and_staleness_0_is_its_virtual_twin(tmp_path: Path) -
 @pytest.mark.parametrize("how", ["mpi", pytest.param("mpirun", marks=pytest.mark.thorough)])
 def test_a_killed_worker_ends_the_job_and_the_run_goes_on(how: str, tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", 12, *SERVER, f"save_every={3 * BATCH}")
-    done = launch(meddled(words, kill=[1, 24]), how, 3, code=None)  # steps are pushes, about three a batch
+    done = launch(meddled(words, kill=[1, 24]), f"real {how}", 3, code=None)  # steps are pushes, about three a batch
     assert "signal 9" in done.out and "bug in hvdllm" not in done.out
     assert records(tmp_path / "runs" / "a", "save")
     launch([*HVDLLM, "train", *words], how, 3)
@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(how: str, kind: str, tmp_path: Path) -
     """By the launcher's SIGTERM to every rank. The second life has fewer ranks."""
     run = tmp_path / "runs" / "a"
     words = words_of(tmp_path, "a", 10_000, *SERVER, *KINDS[kind])
-    with Job(meddled(words, slow_s=0.02), how, 3, **PATIENT) as job:
+    with Job(meddled(words, slow_s=0.02), f"real {how}", 3, **PATIENT) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         job.signal(signal.SIGINT)
         job.wait()

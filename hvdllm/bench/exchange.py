@@ -30,14 +30,14 @@ from types import FrameType
 from typing import Any
 
 from hvdllm import runs
-from hvdllm.bench import figures, group, lab
+from hvdllm.bench import figures
 from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose, pace
 from hvdllm.config.check import check
-from hvdllm.config.schema import FedAvg, LocalRounds, StreamingDiLoCo
 from hvdllm.config.words import expand, value_of
 from hvdllm.errors import UserError
-from hvdllm.launch.base import PYTHON
+from hvdllm.interpreter import PYTHON
+from hvdllm.launch import group, lab
 from hvdllm.launch.horovodrun import mpi, starter
 from hvdllm.world.detect import Place
 
@@ -188,13 +188,9 @@ def batches_a_commit(words: Sequence[str], slowed: bool) -> int:
         exchange = compose.compose(words).exchange
     except UserError:
         return 1
-    if isinstance(exchange, LocalRounds | FedAvg):
-        return -(-exchange.local_steps // max(1, (exchange.pulses or 1) - 1))
-    if isinstance(exchange, StreamingDiLoCo):
-        return -(-exchange.local_steps // exchange.fragments)
     if getattr(exchange, "timed", False):
         return MORE_IF_TIMED * (MORE_IF_SLOW if slowed else 1)
-    return 1
+    return int(exchange.batches_a_commit)
 
 
 def refusal(words: Sequence[str], place: Place) -> str | None:

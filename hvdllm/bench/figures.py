@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from hvdllm.bench.lab import FRAME
+from hvdllm.launch.lab import FRAME
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def rank_speeds(repetitions: Sequence[Repetition]) -> list[float]:
 
 def pooled(repetitions: Sequence[Repetition], name: str) -> float:
     """The median over all steps of all repetitions, in milliseconds."""
-    return 1e3 * median(value for rep in repetitions for value in getattr(rep, name))
+    return 1e3 * float(median(value for rep in repetitions for value in getattr(rep, name)))
 
 
 def sent_a_step(repetitions: Sequence[Repetition]) -> float:

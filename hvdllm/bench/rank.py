@@ -1,4 +1,4 @@
-"""One rank of `hvdllm bench exchange`: an ordinary run of trainer/build.py, watched at every commit.
+"""One rank of `hvdllm bench exchange`: an ordinary run of trainer/assemble.py, watched at every commit.
 
 It sees, on every rank, what `hvdllm train` shows a person, and writes what it noted when the run is over. At a commit
 the run does no more than read a file and two clocks.
@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 from hvdllm import device as devices
-from hvdllm.config.schema import Config
+from hvdllm import registry
 from hvdllm.flat import Flat
+from hvdllm.settings import Config
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer import account, build
+from hvdllm.trainer import account, assemble
+from hvdllm.trainer.life import run as train
 from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 
@@ -73,8 +75,9 @@ def run(
     `place` and `world` are those of the ranks that train together. `interface` is the one whose counters are read.
     """
     watch = Watch(world, interface)
-    build.run(config, words, place, world, watch)
-    sums = sums_alone(config, world, folder) if world.size > 1 and not build.is_reference(config) else None
+    train(config, words, place, world, watch)
+    reference = registry.of("exchange", config.exchange).facts.carries in registry.LIBRARIES
+    sums = sums_alone(config, world, folder) if world.size > 1 and not reference else None
     seen = {
         "sums": sums,
         "marks": watch.marks,
@@ -90,9 +93,9 @@ def sums_alone(config: Config, world: World, folder: Path) -> dict[str, Any]:
     """The seconds of each sum over all buckets of the run's model, and the bytes that one sum sends. Collective."""
     device = devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)
     tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")
-    model = build.build_model(config, Tokenizer(tokenizer).vocab, device)
-    flat = Flat(model, world.size, build.bucket_bytes(config, model))
-    wire = build.build_wire(config, world, flat)
+    model = assemble.build_model(config, Tokenizer(tokenizer).vocab, device)
+    flat = Flat(model, world.size, assemble.bucket_bytes(config, model))
+    wire = assemble.build_wire(config, world, flat)
     values = torch.randn(len(flat.g), generator=torch.Generator().manual_seed(world.rank)).to(flat.g)
     seconds, sent = [], 0.0
     for turn in range(SUMS + 1):

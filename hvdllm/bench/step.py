@@ -13,22 +13,21 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hvdllm.bench.paired import Ratio, ratio
-from hvdllm.config.schema import Config
-from hvdllm.exchange.allreduce import AllReduce
+from hvdllm.exchange.parts import AllReduce
 from hvdllm.exchange.rounds import Counts
-from hvdllm.exchange.wire.plain import Plain
-from hvdllm.flat import Flat
+from hvdllm.exchange.wire.parts import Fp32
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
-from hvdllm.optim.update import Update
+from hvdllm.settings import Config
 from hvdllm.text.shards import Corpus
+from hvdllm.trainer.assemble import assemble, build_model, make_stream
 from hvdllm.trainer.backward import Loss, autocast, backward
-from hvdllm.trainer.build import bucket_bytes, build_model, make_stream
 from hvdllm.world.single import SingleWorld
 
 EVERY_S = 5.0
@@ -101,20 +100,20 @@ def timed(step: Callable[[], object], times: int, device: torch.device) -> float
 def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two functions: one makes a commit, the other makes the update alone."""
     world = SingleWorld()
+    config = replace(config, exchange=AllReduce(bucket_mb=config.exchange.bucket_mb), wire=Fp32())
     model = build_model(config, corpus.tokenizer.vocab, device)
-    flat = Flat(model, 1, bucket_bytes(config, model))
-    update = Update(config.optim, factor(config.schedule, config.budget_tokens))
-    exchange = AllReduce(config.exchange, config.batch_tokens)
     loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)
-    module = exchange.attach(loss, flat, update, Plain(world), world)
+    parts = assemble(config, model, loss, world, factor(config.schedule, config.budget_tokens))
+    exchange, flat = parts.exchange, parts.flat
+    pieces, gradients = ([vector[span.start : span.stop] for span in flat.pieces(0, 1)] for vector in (flat.x, flat.g))
     feed = exchange.feed(make_stream(config, corpus, device, world))
 
     def step() -> None:
-        while exchange.advance(batch := next(feed), backward(module, batch)) is None:
+        while exchange.advance(batch := next(feed), backward(parts.module, batch)) is None:
             pass
 
     def update_only() -> None:
-        update.step(exchange.pieces, exchange.gradients, Counts(1.0, 1), lambda sums: sums)
+        parts.update.step(pieces, gradients, Counts(1.0, 1), lambda sums: sums)
         flat.g.zero_()
 
     return step, update_only

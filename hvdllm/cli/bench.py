@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvdllm import screen
-from hvdllm.config.paths import argument
+from hvdllm import registry, screen
 from hvdllm.errors import RunError, UserError
+from hvdllm.paths import argument
+from hvdllm.plain import Json
 
 LAB = """examples:
   hvdllm bench exchange --link 200mbit --exchanges allreduce,delayed,acco+exchange.timed=true
@@ -77,20 +78,19 @@ def run(argv: list[str]) -> int:
     return int(any(case["failed"] for case in figures.get("cases", {}).values()))
 
 
-def bench_step(given: argparse.Namespace) -> dict[str, Any]:
+def bench_step(given: argparse.Namespace) -> Json:
     from hvdllm import device as devices
     from hvdllm.bench import step
     from hvdllm.cli.train import set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
-    from hvdllm.config.schema import AdamW
     from hvdllm.text import shards
     from hvdllm.trainer.account import versions
     from hvdllm.world.detect import Place
 
     config = compose(given.settings)
     check(config, Place())
-    if not isinstance(config.optim, AdamW):
+    if registry.name_of("optim", config.optim) != "adamw":
         raise UserError("bench step compares with torch.optim.AdamW: leave optim at adamw")
     set_threads(config, Place())
     device = devices.choose(config.device.kind, 0)
@@ -112,7 +112,7 @@ def bench_step(given: argparse.Namespace) -> dict[str, Any]:
     return figures | {"device": devices.name(device), "versions": versions(), "settings": given.settings}
 
 
-def bench_start(given: argparse.Namespace) -> dict[str, Any]:
+def bench_start(given: argparse.Namespace) -> Json:
     from hvdllm.bench import start
 
     figures = start.measure(given.ranks, given.tokens)
@@ -124,8 +124,9 @@ def bench_start(given: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def bench_exchange(given: argparse.Namespace) -> dict[str, Any]:
-    from hvdllm.bench import exchange, lab, plot
+def bench_exchange(given: argparse.Namespace) -> Json:
+    from hvdllm.bench import exchange, plot
+    from hvdllm.launch import lab
 
     given.settings += [f"model={given.model}"] * (given.model is not None)
     asked = ask(given)
@@ -159,10 +160,10 @@ def bench_exchange(given: argparse.Namespace) -> dict[str, Any]:
 
 def ask(given: argparse.Namespace) -> Any:
     """The request, checked. Raises UserError."""
-    from hvdllm.bench import lab
     from hvdllm.bench.exchange import Asked
     from hvdllm.config.pace import bits_per_second, slowed
     from hvdllm.config.words import split
+    from hvdllm.launch import lab
 
     link = None if given.link == "none" or lab.missing() else given.link
     if given.link != "none":
@@ -195,7 +196,7 @@ def ask(given: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+def exchange_tables(figures: Json) -> list[list[tuple[str, ...]]]:
     """Time, traffic and learning of what was measured; the last two of cases with an exchange only."""
     found = {label: case["figures"] for label, case in figures["cases"].items() if "figures" in case}
     joined = {label: f for label, f in found.items() if figures["cases"][label]["kind"] == "together"}
@@ -223,7 +224,7 @@ def exchange_tables(figures: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     return [times, traffic, learning, *uneven_tables(figures, joined)]
 
 
-def uneven_tables(figures: dict[str, Any], joined: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+def uneven_tables(figures: Json, joined: Json) -> list[list[tuple[str, ...]]]:
     """With --slow: what the ranks could do, and what each exchange keeps of it."""
     from hvdllm.bench.exchange import ALONE, SLOWED
 
@@ -249,6 +250,7 @@ def bench_rank(argv: list[str]) -> int:
     from hvdllm.cli.train import open_world, set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
+    from hvdllm.config.composition import setup_of
     from hvdllm.config.words import of
     from hvdllm.world import signals
     from hvdllm.world.detect import Place, place
@@ -269,7 +271,7 @@ def bench_rank(argv: list[str]) -> int:
         config = compose(words)
         check(config, trains)
         set_threads(config, here)
-        world = open_world(config, here)
+        world = open_world(setup_of(config, here), here)
         signals.watch_launcher(world.asks)
         own: Any = world if together else SingleWorld()
         rank.run(config, words, trains, own, spec["interface"], folder, index)

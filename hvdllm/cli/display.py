@@ -19,6 +19,7 @@ from rich.table import Table
 
 from hvdllm import screen, untrusted
 from hvdllm.cli.spared import of_launcher
+from hvdllm.plain import Json
 
 PLAIN_EVERY_S = 5.0
 
@@ -32,7 +33,7 @@ class Silent:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def progress(self, values: dict[str, Any]) -> None:
+    def progress(self, values: Json) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -41,7 +42,7 @@ class Silent:
     def header(self, lines: dict[str, str]) -> None:
         pass
 
-    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+    def finish(self, end: Json, run: str, sample: str) -> None:
         pass
 
 
@@ -84,7 +85,7 @@ class Screen:
             with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self._log) as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {screen.one_line(text)}\n")
 
-    def progress(self, values: dict[str, Any]) -> None:
+    def progress(self, values: Json) -> None:
         now = time.monotonic()
         if math.isnan(self._blocked):
             self._blocked = values["blocked"]
@@ -113,7 +114,7 @@ class Screen:
             self._task = self._progress.add_task("", total=budget, line="")
         self._progress.update(self._task, completed=min(tokens, budget), description=f"{tokens:,} tokens", line=line)
 
-    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+    def finish(self, end: Json, run: str, sample: str) -> None:
         self._progress.stop()
         if end["reason"] == "stop":
             self.say(

@@ -18,10 +18,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from hvdllm import screen
 from hvdllm.launch import network
+from hvdllm.plain import Json
 
 SECONDS = 60
 """How long a probe may take; a cold import of torch from a network disk can take half of it."""
@@ -148,7 +148,7 @@ def show(rows: list[Row], able: bool) -> None:
     console.print(f"{verdict}: horovodrun --gloo -np 2 hvdllm train", style="green" if able else "red", highlight=False)
 
 
-def torch_rows(torch: dict[str, Any]) -> list[Row]:
+def torch_rows(torch: Json) -> list[Row]:
     gpu = Path("/dev/nvidia0").exists()
     if "error" in torch:
         return [Row("torch", why(torch, "torch"), setup())]
@@ -167,7 +167,7 @@ def library_rows() -> list[Row]:
     return [Row("libraries", found, f"pip install {' '.join(missing)}" if missing else "")]
 
 
-def horovod_rows(horovod: dict[str, Any]) -> list[Row]:
+def horovod_rows(horovod: Json) -> list[Row]:
     if "error" in horovod:
         return [Row("Horovod", why(horovod, "horovod"), setup())]
     found = f"{horovod['version']} with {', '.join(horovod['built'])}"
@@ -176,7 +176,7 @@ def horovod_rows(horovod: dict[str, Any]) -> list[Row]:
     return [Row("Horovod", found)]
 
 
-def mpi_rows(horovod: dict[str, Any], mpi4py: dict[str, Any]) -> list[Row]:
+def mpi_rows(horovod: Json, mpi4py: Json) -> list[Row]:
     if "mpi" not in horovod.get("built", ["mpi"]):
         mend = setup("--nccl" if "nccl" in horovod["built"] else "--cpu")
         return [Row("MPI", "not built into Horovod: horovodrun --gloo only", mend, needed=False)]
@@ -203,7 +203,7 @@ def mpi_rows(horovod: dict[str, Any], mpi4py: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def gpu_rows(torch: dict[str, Any], horovod: dict[str, Any]) -> list[Row]:
+def gpu_rows(torch: Json, horovod: Json) -> list[Row]:
     """CUDA and NCCL. What torch and Horovod lack as such their own rows say."""
     built = "nccl" in horovod.get("built", [])
     parts = [f"torch built for {torch['cuda']}"] if torch.get("cuda") else []
@@ -243,7 +243,7 @@ def slurm_rows() -> list[Row]:
     return [*rows, Row("PMIx", "unknown to srun", "hvdllm train launch=slurm launch.how=gloo", needed=False)]
 
 
-def wandb_row(wandb: dict[str, Any]) -> Row:
+def wandb_row(wandb: Json) -> Row:
     if "error" in wandb:
         return Row("W&B", why(wandb, "wandb"), "pip install wandb", needed=False)
     mode = os.environ.get("WANDB_MODE", "online")
@@ -254,7 +254,7 @@ def wandb_row(wandb: dict[str, Any]) -> Row:
     return Row("W&B", f"{wandb['version']}, without a key: runs stay offline", "wandb login", needed=False)
 
 
-def two_ranks(horovod: dict[str, Any]) -> Row:
+def two_ranks(horovod: Json) -> Row:
     controller = "gloo" if "gloo" in horovod["built"] else "mpi"
     command = [launcher(), f"--{controller}", "-np", "2", sys.executable, "-P", "-c", TWO_RANKS]
     try:
@@ -268,21 +268,21 @@ def two_ranks(horovod: dict[str, Any]) -> Row:
     return Row("two ranks", found, "horovodrun --network-interfaces lo --gloo -np 2 hvdllm train")
 
 
-def probe(code: str) -> dict[str, Any]:
+def probe(code: str) -> Json:
     """What `code` prints as JSON in a process of its own, or {"error": why it did not}."""
     try:
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {SECONDS} s"}
     if done.returncode == 0:
-        facts: dict[str, Any] = json.loads(last_line(done.stdout))
+        facts: Json = json.loads(last_line(done.stdout))
         return facts
     if done.returncode < 0:
         return {"error": f"killed by signal {-done.returncode}"}
     return {"error": last_line(done.stderr) or f"exit code {done.returncode}"}
 
 
-def why(facts: dict[str, Any], module: str) -> str:
+def why(facts: Json, module: str) -> str:
     missing = facts["error"].endswith(f"No module named '{module}'")
     return "missing" if missing else f"does not load: {facts['error']}"
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from hvdllm.config.paths import argument
+from hvdllm.paths import argument
 
 
 def run(argv: list[str]) -> int:
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     from hvdllm.config.words import of
     from hvdllm.errors import UserError
     from hvdllm.text import shards
-    from hvdllm.trainer.build import evaluate_run
+    from hvdllm.trainer.evaluate import evaluate_run
     from hvdllm.trainer.restore import restore
     from hvdllm.trainer.resume import asked
     from hvdllm.world.single import SingleWorld

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hvdllm.config.compose import CONFIG_DIR, config_folder, meant
+from hvdllm import registry
+from hvdllm.config.compose import CONFIG_DIR, config_folder, meant, plugins
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
 
@@ -43,6 +44,12 @@ def settings_only(
         print(to_yaml(compose(words)), end="")
         return None
     return words
+
+
+def plugged(argv: list[str]) -> list[str]:
+    """The words without `plugins=MODULES`, which are imported: for commands whose words are no settings."""
+    registry.load(plugins(argv))
+    return [word for word in argv if not word.startswith("plugins=")]
 
 
 def _with_folders(argv: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ COMMANDS = {
     "track": "send to W&B what was tracked offline",
     "doctor": "what this machine has, and what to do about what it has not",
 }
+FOLDERS = ("sample", "evaluate", "report", "track")  # of runs, made with parts that a module of the user's may have
 WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0's sentence is not lost
 
 
@@ -62,7 +63,12 @@ def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
             hint = f", did you mean {near[0]}?" if near else "; `hvdllm --help` says what each does"
             raise UserError(f"there is no command {words[0]}: choose one of {', '.join(COMMANDS)}{hint}")
         given = parser.parse_args(words[:1])
-        code: int = importlib.import_module(f"hvdllm.cli.{given.command}").run(words[1:])
+        rest = words[1:]
+        if given.command in FOLDERS and any(word.startswith("plugins=") for word in rest):
+            from hvdllm.cli.flags import plugged
+
+            rest = plugged(rest)
+        code: int = importlib.import_module(f"hvdllm.cli.{given.command}").run(rest)
         return code
     except UserError as error:
         return _end(str(error), 2, once=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hvdllm.cli.flags import settings_only
 from hvdllm.config.compose import compose
-from hvdllm.config.schema import Config
+from hvdllm.settings import Config
 from hvdllm.text.overlap import RUN
 from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import screen
-from hvdllm.config.paths import argument
 from hvdllm.errors import UserError
+from hvdllm.paths import argument
 
 EXAMPLES = """examples:
   hvdllm report runs/race

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hvdllm.config.paths import argument
+from hvdllm.paths import argument
 
 
 def run(argv: list[str]) -> int:
@@ -22,8 +22,8 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
-    from hvdllm.trainer.build import continue_text
     from hvdllm.trainer.restore import restore
+    from hvdllm.trainer.sample import continue_text
 
     found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
     text = continue_text(

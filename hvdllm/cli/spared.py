@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from hvdllm.launch.base import TERMINAL
@@ -29,7 +29,7 @@ class Spared:
             self._stream.write(text)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -74,7 +74,7 @@ def spared() -> Iterator[Spared]:
         sys.stdout, sys.stderr = before
 
 
-def of_launcher(launcher: Sequence[int]) -> Any | None:
+def of_launcher(launcher: Sequence[int]) -> Spared | None:
     """The standard output of horovodrun or mpirun, where that is on this machine and a terminal or a pipe: it puts a
     prefix before every line of its ranks, and gives them no terminal. launcher: the processes up to it, the nearest
     first. TERMINAL is that of `train launch=horovodrun`, which keeps what the launcher prints. None: write to our

@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hvdllm import untrusted
-from hvdllm.config.paths import argument
 from hvdllm.errors import RunError, UserError
+from hvdllm.paths import argument
 
 ANSWER_S = 10.0  # that a server may take to accept a connection
 

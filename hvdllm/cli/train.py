@@ -1,4 +1,4 @@
-"""`hvdllm train`: compose, check, and let trainer/build.py run, or launch/ start ranks that do."""
+"""`hvdllm train`: compose, check, and let trainer/life.py run it, or launch/ start ranks that do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from hvdllm import registry
 from hvdllm.config import compose
 from hvdllm.config.check import check
-from hvdllm.config.composition import transport
-from hvdllm.config.schema import Config, Horovod, Local, name_of
+from hvdllm.config.composition import setup_of
 from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import sweep as sweeps
+from hvdllm.settings import Config, Setup
 from hvdllm.world.detect import Place, place
+
+if TYPE_CHECKING:
+    from hvdllm.world.base import World
+    from hvdllm.world.hub import Links
 
 SWEEP = ("-m", "--multirun")
 SHORT = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help [GROUP]]
@@ -63,10 +68,10 @@ the same command goes on; 1 the run failed; 2 the request cannot work; 130 ended
 
 def run(argv: list[str]) -> int:
     from hvdllm.cli.flags import settings_only
-    from hvdllm.trainer.resume import asked
 
     here = place()
     sweep = any(flag in argv for flag in SWEEP)
+    registry.load(compose.plugins(argv))
     words = settings_only([word for word in argv if word not in SWEEP], USAGE, compose.compose, SHORT)
     if words is None:
         return 0
@@ -74,11 +79,12 @@ def run(argv: list[str]) -> int:
         if here.launcher != "none":
             raise UserError(f"train -m under {here.launcher}: it starts ranks itself, see launch= in --help")
         return sweeps.run(words)
+    from hvdllm.trainer.resume import asked
+
     config, words = asked(words, say_first if here.rank == 0 else lambda text: None)
     if sweeps.LAUNCHED in os.environ:
         config = sweeps.obeyed(config)
-    if not isinstance(config.launch, Local):
-        kind = name_of("launch", config.launch)
+    if (kind := registry.name_of("launch", config.launch)) != "local":
         if here.launcher != "none":
             raise UserError(f"launch={kind} under {here.launcher}: one of them starts the ranks, leave launch at local")
         return sweeps.one(config, words)
@@ -114,30 +120,32 @@ def cores_of_task(here: Place) -> int | None:
 def train(config: Config, words: list[str], here: Place) -> int:
     """This process's rank, or all logical ones. Returns the exit code: 0, or STOPPED."""
     from hvdllm.cli.display import make_show
-    from hvdllm.trainer import build
+    from hvdllm.trainer import life
     from hvdllm.world import signals
 
     stopped: list[int] = []
 
-    def live(world: Any) -> None:
+    def live(world: World) -> None:
         launcher = list(signals.up_to_launcher()) if here.launcher in ("horovodrun", "mpirun") else []
         with make_show(world.rank, here.launcher == "none", launcher) as show:
-            tokens = build.run(config, words, here, world, show)
+            tokens = life.run(config, words, here, world, show)
         if tokens is not None and world.rank == 0:
             tell_of_stop(tokens)
         if tokens is not None:
             stopped.append(tokens)
         world.close()
 
-    if config.world.kind == "virtual":
-        from hvdllm.world import virtual
+    setup = setup_of(config, here)
+    transport = registry.parts("transport")[setup.transport]
+    if transport.facts.logical:
         from hvdllm.world.base import Asks
 
         asks = Asks()
         signals.listen(asks, alone=True)
-        virtual.run(config.world.size, live, asks, hosts=config.world.hosts, links=simulated_links(config))
+        run_all = registry.built(transport)
+        run_all(config.world.size, live, asks, hosts=config.world.hosts, links=simulated_links(config))
         return STOPPED if stopped else 0
-    world = open_world(config, here)
+    world = open_world(setup, here)
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
@@ -154,27 +162,16 @@ def tell_of_stop(tokens: int) -> None:
             Path(path).write_text(f"{tokens}\n")
 
 
-def simulated_links(config: Config) -> Any:
+def open_world(setup: Setup, here: Place) -> World:
+    """This process's rank among those of the launcher."""
+    world: World = registry.built(registry.parts("transport")[setup.transport])(setup, here)
+    return world
+
+
+def simulated_links(config: Config) -> Links | None:
     """Of world=virtual with a simulated clock; None without one."""
     from hvdllm.config import pace
-    from hvdllm.world.virtual import Links
+    from hvdllm.world.hub import Links
 
     world = config.world
     return Links(pace.bandwidth(world), world.latency_ms / 1e3) if world.tokens_per_s is not None else None
-
-
-def open_world(config: Config, here: Place) -> Any:
-    """This process's rank among those of the launcher. Alone: no Horovod is imported; world=torch: none either."""
-    kind = transport(config, here)
-    if kind == "single":
-        from hvdllm.world.single import SingleWorld
-
-        return SingleWorld()
-    if kind == "torch":
-        from hvdllm.world.torch import TorchWorld
-
-        return TorchWorld(here, config.world.timeout_s, config.device.kind)
-    from hvdllm.world.hvd import HorovodWorld
-
-    groups = config.wire.hierarchical or getattr(config.exchange, "inner", "none") != "none"
-    return HorovodWorld(here, config.world.timeout_s, groups=groups, fuse=isinstance(config.exchange, Horovod))

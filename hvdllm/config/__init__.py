@@ -1,1 +1,1 @@
-"""Settings: schema.py says what there is, compose.py reads it from files and words, check.py what fits together."""
+"""Settings: compose.py reads them from files and words, check.py what fits together."""

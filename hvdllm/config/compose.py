@@ -18,13 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdllm.config import schema
-from hvdllm.config.paths import path_of
-from hvdllm.config.schema import Config
-from hvdllm.config.words import expand, key_of, typed, value_of
+from hvdllm import registry
+from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
+from hvdllm.paths import path_of
+from hvdllm.plain import Json
+from hvdllm.settings import MODULES, Config
 
 CONFIG_DIR = "--config-dir="
+NOT_OPTIONS = ("model", "world", "device")  # groups with one class of settings, which presets choose among
 
 
 def conf_dir() -> Path:
@@ -38,14 +40,15 @@ def conf_dir() -> Path:
 
 def options(group: str) -> list[str]:
     """The names that `group=name` takes."""
-    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    presets = {file.stem for file in (conf_dir() / group).glob("*.yaml")}
+    return sorted(presets | ({*registry.kinds(group)} if group not in NOT_OPTIONS else set()))
 
 
 def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
     """The configuration of the defaults and these overrides. Raises UserError with one sentence.
 
     A word `--config-dir=DIR` adds a folder of the user's own, whose launch/site.yaml is `launch=site`. beneath: that of
-    a run's folder, which takes the defaults' place in what a folder may say (schema.setting) and no word does.
+    a run's folder, which takes the defaults' place in what a folder may say (settings.setting) and no word does.
     """
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
@@ -76,6 +79,7 @@ def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    registry.load(plugins(words))
     _register()
     overrides = [typed(word, sweep) for word in words if not word.startswith(CONFIG_DIR)]
     if folders := [f"file://{word.removeprefix(CONFIG_DIR)}" for word in words if word.startswith(CONFIG_DIR)]:
@@ -83,6 +87,17 @@ def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield overrides
+
+
+def plugins(words: Sequence[str]) -> list[str]:
+    """The modules that the word `plugins=` names. Raises UserError for what is no name of a module."""
+    text = last(words, "plugins", "null").strip()
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    names = [] if text == "null" else [unquoted(part.strip()) for part in split(inner) if part.strip()]
+    for name in names:
+        if not re.fullmatch(MODULES[0], name):
+            raise UserError(f"plugins={name}: give {MODULES[1]}")
+    return names
 
 
 def config_folder(path: str) -> str:
@@ -93,28 +108,31 @@ def config_folder(path: str) -> str:
     return f"{CONFIG_DIR}{folder.resolve()}"
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """Plain values, each group with the `name` of the option whose settings it holds."""
-    out: dict[str, Any] = {}
+    out: Json = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            value = {"name": schema.name_of(f.name, value), **dataclasses.asdict(value)}  # type: ignore[arg-type]
+            value = {"name": registry.name_of(f.name, value), **dataclasses.asdict(value)}  # type: ignore[arg-type]
         out[f.name] = value
     return out
 
 
-def from_dict(values: dict[str, Any], where: str = "the configuration of this run") -> Config:
+def from_dict(values: Json, where: str = "the configuration of this run") -> Config:
     """The inverse of to_dict, for a run folder's config.yaml: types, choices and bounds are those of the command line.
     Text stays as it is, nothing in it is looked up. Raises UserError where it does not fit this version."""
     try:
         # A later version's settings are at their defaults in an earlier one's file; a group none lacks.
         plain = dataclasses.asdict(Config()) | values
-        for group, kinds in schema.SCHEMAS.items():
+        for group, kinds in registry.all_kinds().items():
             inner = values.get(group)
             kind = kinds.get(str(inner.get("name"))) if isinstance(inner, dict) else None
             if not isinstance(inner, dict) or kind is None:
-                raise UserError(f"it names an unknown {group}: {str(inner)[:80]!r}")
+                raise UserError(
+                    f"it names an unknown {group}: {str(inner)[:80]!r}; where a module of yours has it, name that, "
+                    "plugins=[MODULE]"
+                )
             whole = dataclasses.asdict(kind()) | {key: value for key, value in inner.items() if key != "name"}
             plain[group] = kind(**{f.name: value for f, value in _fields(kind, whole, f"{group}.")})
         return Config(**{f.name: value for f, value in _fields(Config, plain, "")})
@@ -126,7 +144,7 @@ def to_yaml(config: Config) -> str:
     """What --cfg job prints and what a run folder's config.yaml holds."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # it has no types
         def ignore_aliases(self, data: Any) -> bool:  # which nobody reads who reads what may be a stranger's
             return True
 
@@ -137,7 +155,7 @@ def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
     """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once). Where
     another option of a group is chosen, what the old words said of the one before is left behind."""
     old, new = ([each for word in words for each in expand(word)] for words in (old, new))
-    was, now = ({key_of(word): word for word in words if key_of(word) in schema.SCHEMAS} for words in (old, new))
+    was, now = ({key_of(word): word for word in words if key_of(word) in registry.GROUPS} for words in (old, new))
     left = {group for group in now.keys() & was.keys() if value_of(now[group]) != value_of(was[group])}
     kept = [word for word in old if key_of(word).partition(".")[0] not in left or key_of(word) not in settings()]
     return list({key_of(word): word for word in (*kept, *new)}.values())
@@ -145,13 +163,16 @@ def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 # ------------------------------------------------------------------ inside
 def _register() -> None:
+    """Tells Hydra of every part: as an option of its group, and as schema/GROUP/NAME for presets to begin with."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Config, package="_global_")
-    for group, kinds in schema.SCHEMAS.items():
+    for group, kinds in registry.all_kinds().items():
         for name, kind in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=kind)
+            if group not in NOT_OPTIONS:
+                store.store(group=group, name=name, node=kind)
 
 
 def _typed(node: Any) -> Config:
@@ -159,8 +180,8 @@ def _typed(node: Any) -> Config:
 
     config = Config()
     for f, value in _fields(Config, node, ""):
-        if f.name in schema.SCHEMAS:
-            kinds = schema.SCHEMAS[f.name].values()
+        if f.name in registry.GROUPS:
+            kinds = registry.kinds(f.name).values()
             kind = OmegaConf.get_type(node, f.name)
             if kind is None or kind not in kinds:
                 raise UserError(f"{f.name} has no settings: choose one with {f.name}={'|'.join(options(f.name))}")
@@ -172,7 +193,7 @@ def _typed(node: Any) -> Config:
 def _groups(beneath: Config, given: dict[str, str]) -> list[str]:
     """The words that choose its options, of the groups that no word chooses."""
     names = {
-        group: schema.name_of(group, getattr(beneath, group)) for group in schema.SCHEMAS if _theirs(beneath, group)
+        group: registry.name_of(group, getattr(beneath, group)) for group in registry.GROUPS if _theirs(beneath, group)
     }
     return [f"{group}={name}" for group, name in names.items() if group not in given and name in options(group)]
 
@@ -183,11 +204,11 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
         if not _theirs(beneath, f.name):
             continue
         theirs = getattr(beneath, f.name)
-        if f.name not in schema.SCHEMAS:
+        if f.name not in registry.GROUPS:
             if f.name not in given:
                 setattr(config, f.name, theirs)
             continue
-        name = schema.name_of(f.name, theirs)
+        name = registry.name_of(f.name, theirs)
         if (
             type(theirs) is type(getattr(config, f.name)) and given.get(f.name, name) == name
         ):  # else a preset was asked for
@@ -219,7 +240,7 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
         if name not in node:
             raise UserError(f"{where}{name} was taken away: every setting has a value, leave it at its default")
         value = node[name]
-        if where == "" and name in schema.SCHEMAS:
+        if where == "" and name in registry.GROUPS:
             yield f, value
             continue
         if isinstance(value, (DictConfig, ListConfig)):
@@ -271,7 +292,7 @@ def _unknown(key: str) -> str:
     names = settings()
     if key in names:
         group, _, name = key.partition(".")
-        kinds = schema.SCHEMAS.get(group, {})
+        kinds = registry.kinds(group)
         of = [option for option, kind in kinds.items() if name in {f.name for f in dataclasses.fields(kind)}]
         if name and len(of) < len(kinds):
             return (
@@ -288,7 +309,7 @@ def _unknown(key: str) -> str:
 def settings() -> list[str]:
     """The keys of all settings, of all options."""
     names = [f.name for f in dataclasses.fields(Config)]
-    for group, kinds in schema.SCHEMAS.items():
+    for group, kinds in registry.all_kinds().items():
         names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
     return list(dict.fromkeys(names))
 
@@ -316,7 +337,7 @@ def sentence(error: Exception, words: Sequence[str], sweep: bool = False) -> str
     if found := re.search(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires", text):
         return f"`{found.group(1) or found.group(2)}` gives several values: `hvdllm train -m` trains with each of them"
     if "Config group override must be" in text:  # model=null, or a word without a key
-        groups = ("", "experiment", *schema.SCHEMAS)
+        groups = ("", "experiment", *registry.GROUPS)
         parsed = {word: OverridesParser.create().parse_override(word) for word in words}
         odd = [w for w, p in parsed.items() if p.key_or_group in groups and not isinstance(p.value(), str)]
         word = odd[0] if odd else " ".join(words)

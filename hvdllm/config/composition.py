@@ -1,199 +1,123 @@
-"""Which exchange, wire, reduction, optimizer and world go together: the one table that the check and the pages read.
+"""Which parts go together, by their facts (registry.py): the one place that the check and the pages read.
 
 A pair that is not refused here is run by tests/oracles/test_composition.py, references by test_exchange_ranks.py.
 """
 
 from __future__ import annotations
 
-from hvdllm.config import schema
-from hvdllm.config.schema import Config
+from hvdllm import registry
+from hvdllm.registry import HOROVOD, LETTERS, LIBRARIES, PIECES, SUMS, TORCH, Part
+from hvdllm.settings import Config, Setup
 from hvdllm.world.detect import Place
 
-WHOLE_MATRICES = "PowerSGD needs whole matrices, this exchange hands out slices of sums: take allreduce or delayed"
-TORCH_HOOKS = "torch has hooks of its own for fp16, bf16 and powersgd alone: take one of these, or allreduce"
-HOROVOD_COMPRESSION = "Horovod's own optimizer compresses to fp16 alone: take fp32 or fp16, or allreduce"
-
-PUSHES = "a push is one rank's and goes to the servers as it is, no sum of ranks that a wire could code: take fp32"
-
-# exchange: {wire: why not}
-REFUSED: dict[type, dict[type, str]] = {
-    schema.AllReduce: {},
-    schema.Delayed: {},
-    schema.Sharded: {schema.PowerSGD: WHOLE_MATRICES},
-    schema.Acco: {schema.PowerSGD: WHOLE_MATRICES},
-    schema.LocalSGD: {},
-    schema.DiLoCo: {},
-    schema.StreamingDiLoCo: {},
-    schema.ParameterServer: dict.fromkeys(
-        (schema.Fp16, schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), PUSHES
-    ),
-    schema.FedAvg: {},
-    schema.Ddp: dict.fromkeys((schema.Int8, schema.TopK, schema.Sign), TORCH_HOOKS),
-    schema.Horovod: dict.fromkeys(
-        (schema.Bf16, schema.Int8, schema.TopK, schema.PowerSGD, schema.Sign), HOROVOD_COMPRESSION
-    ),
+# Why a wire that cannot carry what an exchange asks for is refused.
+CANNOT = {
+    SUMS: "this wire carries no whole sums: take another",
+    PIECES: "this wire needs whole matrices, and this exchange hands out slices of sums: take allreduce or delayed",
+    LETTERS: "a push is one rank's and goes to the servers as it is, no sum of ranks that a wire could code: take fp32",
+    TORCH: "torch has hooks of its own for fp16, bf16 and powersgd alone: take one of these, or allreduce",
+    HOROVOD: "Horovod's own optimizer compresses to fp16 alone: take fp32 or fp16, or allreduce",
 }
-REFERENCES = {schema.Ddp: "torch", schema.Horovod: "horovod"}  # and the world that each needs
-START = {"torch": "torchrun --nproc-per-node 2 -m hvdllm train", "horovod": "horovodrun -np 2 hvdllm train"}
+START = {TORCH: "torchrun --nproc-per-node 2 -m hvdllm train", HOROVOD: "horovodrun -np 2 hvdllm train"}
 
 
-def transport(config: Config, place: Place) -> str:
-    """The world that these settings come to: single, horovod, torch or virtual."""
+def setup_of(config: Config, place: Place) -> Setup:
+    """The ranks that these settings come to, and what carries their bytes."""
+    exchange = registry.of("exchange", config.exchange).facts
     if config.world.kind != "auto":
-        return str(config.world.kind)
-    if place.launcher == "none":
-        return "single"
-    return "torch" if place.launcher == "torchrun" or isinstance(config.exchange, schema.Ddp) else "horovod"
+        transport = str(config.world.kind)
+    elif place.launcher == "none":
+        transport = "single"
+    else:
+        transport = "torch" if place.launcher == "torchrun" or exchange.carries == TORCH else "horovod"
+    ranks, local = place.size, place.local_size
+    if config.world.kind == "virtual":
+        ranks, local = config.world.size, config.world.size // config.world.hosts
+    return Setup(config, ranks, local, place.launcher, transport)
 
 
-def ranks(config: Config, place: Place) -> int:
-    """How many will train together."""
-    return int(config.world.size if config.world.kind == "virtual" else place.size)
+def refusal(setup: Setup) -> str | None:
+    """Why these parts do not go together, or cannot be as their settings say, in one sentence; None where they do."""
+    config = setup.config
+    exchange, wire = registry.of("exchange", config.exchange), registry.of("wire", config.wire)
+    why = unfit(exchange, wire) or _library(setup, exchange, wire) or _letters(setup, exchange) or _hierarchy(config)
+    why = why or _fresh(config, exchange)
+    for group in registry.GROUPS if why is None else ():
+        if (why := getattr(config, group).refusal(setup)) is not None:
+            return str(why)
+    return why
 
 
-def group_size(config: Config, place: Place) -> int:
-    """Ranks that are one replica, where the exchange has local steps."""
-    exchange, world = config.exchange, config.world
-    if exchange.inner == "none":
-        return 1
-    host = world.size // world.hosts if world.kind == "virtual" else place.local_size
-    return int(exchange.group or host)
+def unfit(exchange: Part, wire: Part) -> str | None:
+    """Why this wire does not carry what this exchange asks of it."""
+    if exchange.facts.carries in wire.facts.carries:
+        return None
+    return f"exchange={exchange.name} with wire={wire.name}: {CANNOT[exchange.facts.carries]}"
 
 
-def refusal(config: Config, place: Place) -> str | None:
-    """Why these parts do not go together, in one sentence; None where they do."""
-    world = transport(config, place)
+def _library(setup: Setup, exchange: Part, wire: Part) -> str | None:
+    """A reference exchange lets its library move the sums."""
+    library, settings = exchange.facts.carries, setup.config.wire
+    if not exchange.facts.buckets and setup.config.exchange.bucket_mb is not None:
+        return f"exchange.bucket_mb with exchange={exchange.name}: it sends no buckets of ours, leave it at null"
+    if library not in LIBRARIES:
+        return None
+    if setup.transport != library:
+        return f"exchange={exchange.name} runs on world={library} alone: {START[library]} exchange={exchange.name}"
+    if settings.hierarchical:
+        return f"wire.hierarchical=true with exchange={exchange.name}: its library moves the sums, take allreduce"
+    if not wire.facts.hooked and settings != type(settings)():
+        return (
+            f"wire settings with exchange={exchange.name}: its library casts by itself and reads none of them, leave "
+            "them out"
+        )
+    return None
+
+
+def _letters(setup: Setup, exchange: Part) -> str | None:
+    """Under Gloo mpi4py would see, in every rank, a world of one."""
+    if exchange.facts.carries != LETTERS:
+        return None
+    transport = registry.parts("transport")[setup.transport]
+    if setup.transport == "single" or setup.launcher in transport.facts.letters:
+        return None
+    started = "torch.distributed" if setup.transport == "torch" else "Gloo"
     return (
-        _exchange_and_wire(config, world)
-        or _adasum(config, ranks(config, place))
-        or _groups(config, place)
-        or _letters(config, place, world)
-        or _wire_and_optimizer(config)
-        or _virtual(config, world)
+        f"exchange={exchange.name} sends letters between two ranks over MPI, and ranks that {started} joins have none: "
+        f"start them with horovodrun --mpi -np 3 hvdllm train exchange={exchange.name} (or mpirun), or take "
+        "world=virtual"
     )
 
 
-def _exchange_and_wire(config: Config, world: str) -> str | None:
-    exchange, wire = config.exchange, config.wire
-    name = schema.name_of("exchange", exchange)
-    if why := REFUSED[type(exchange)].get(type(wire)):
-        return f"exchange={name} with wire={schema.name_of('wire', wire)}: {why}"
-    needs = REFERENCES.get(type(exchange))
-    if needs and world != needs:
-        return f"exchange={name} runs on world={needs} alone: {START[needs]} exchange={name}"
-    if needs and wire.hierarchical:
-        return f"wire.hierarchical=true with exchange={name}: its library moves the sums, take allreduce"
-    if needs and isinstance(wire, schema.Coded) and wire != type(wire)():
-        return f"wire settings with exchange={name}: its library casts by itself and reads none of them, leave them out"
-    if isinstance(exchange, schema.Ddp) and isinstance(wire, schema.PowerSGD) and exchange.bucket_mb is not None:
-        return "exchange.bucket_mb with exchange=ddp wire=powersgd: torch's hook takes one bucket, leave it at null"
-    if isinstance(exchange, schema.Horovod) and exchange.bucket_mb is not None:
-        return "exchange.bucket_mb with exchange=horovod: Horovod fuses as it comes and reads none, leave it at null"
-    if wire.hierarchical and isinstance(wire, schema.PowerSGD):
-        return "wire.hierarchical=true with wire=powersgd: a host's share is a slice, PowerSGD needs whole matrices"
+def _hierarchy(config: Config) -> str | None:
+    if not config.wire.hierarchical:
+        return None
+    exchange, wire = registry.of("exchange", config.exchange), registry.of("wire", config.wire)
+    if exchange.facts.carries not in (SUMS, PIECES):
+        return f"wire.hierarchical=true with exchange={exchange.name}: {CANNOT[exchange.facts.carries]}"
+    if PIECES not in wire.facts.carries:
+        return f"wire.hierarchical=true with wire={wire.name}: a host's share is a slice, and it needs whole matrices"
     return None
 
 
-def _groups(config: Config, place: Place) -> str | None:
-    exchange = config.exchange
-    if not isinstance(exchange, schema.LocalSteps):
-        return None
-    if exchange.inner == "none":
-        if exchange.group is not None:
-            return "exchange.group needs exchange.inner=allreduce or sharded: else a group is one rank"
-        if exchange.inner_wire != "fp32":
-            return "exchange.inner_wire needs exchange.inner=allreduce or sharded: alone nothing travels"
-        return None
-    size, all_ = group_size(config, place), ranks(config, place)
-    if config.wire.hierarchical:
-        return "wire.hierarchical=true with exchange.inner: groups are a hierarchy already, leave one of them out"
-    if size < 2 or all_ % size or all_ == size:
+def _fresh(config: Config, exchange: Part) -> str | None:
+    if exchange.facts.fresh_optimizer and getattr(config.optim, "freeze_tokens", None) is not None:
         return (
-            f"exchange.inner={exchange.inner} makes groups of {size} of {all_} ranks: it takes at least two groups of "
-            "at least two, all equal; give exchange.group"
-        )
-    return None
-
-
-def _letters(config: Config, place: Place, world: str) -> str | None:
-    """Letters between two ranks need MPI; under Gloo mpi4py would see, in every rank, a world of one."""
-    exchange = config.exchange
-    if not isinstance(exchange, schema.ParameterServer):
-        return None
-    name = "exchange=parameter_server"
-    if config.wire.hierarchical:
-        return f"wire.hierarchical=true with {name}: {PUSHES}"
-    if exchange.bucket_mb is not None:
-        return f"exchange.bucket_mb with {name}: gradients travel by servers, not by buckets, leave it at null"
-    if world == "torch" or (world == "horovod" and place.launcher == "horovodrun"):
-        started = "torch.distributed" if world == "torch" else "Gloo"
-        return (
-            f"{name} sends letters between two ranks over MPI, and ranks that {started} joins have none: start them "
-            f"with horovodrun --mpi -np 3 hvdllm train {name} (or mpirun), or take world=virtual"
-        )
-    return None
-
-
-def _adasum(config: Config, size: int) -> str | None:
-    if getattr(config.exchange, "reduction", "sum") != "adasum":
-        return None
-    if not isinstance(config.wire, schema.Fp32) or config.wire.hierarchical:
-        return "exchange.reduction=adasum needs wire=fp32, not hierarchical: it works on whole tensors"
-    if size & (size - 1):
-        return f"exchange.reduction=adasum adds up ranks in pairs: {size} ranks are no power of two"
-    return None
-
-
-def _wire_and_optimizer(config: Config) -> str | None:
-    wire, optim = config.wire, config.optim
-    if isinstance(config.exchange, schema.FedAvg) and getattr(optim, "freeze_tokens", None) is not None:
-        return (
-            "optim.freeze_tokens with exchange=fedavg: each client begins with a fresh optimizer, whose second moments "
-            "have learnt nothing that could be kept; leave it at null"
-        )
-    local = isinstance(config.exchange, schema.LocalSteps)
-    if local and isinstance(wire, schema.TopK) and wire.momentum:
-        return "wire.momentum is that of gradients; this exchange sends what local steps have made: leave it at 0"
-    if local:  # no optimizer sees the sums
-        return None
-    if isinstance(wire, schema.TopK) and wire.momentum:
-        if not isinstance(optim, schema.SGD) or optim.momentum:
-            return "wire.momentum is that of SGD, moved before the selection: it needs optim=sgd optim.momentum=0"
-        if isinstance(config.exchange, schema.Acco):
-            return "wire.momentum with exchange=acco: an update takes two halves, the momentum would decay twice"
-    frozen = isinstance(optim, schema.AdamW) and optim.freeze_tokens == getattr(wire, "warmup_tokens", None)
-    if isinstance(wire, schema.Sign) and isinstance(optim, schema.Adam) and not frozen:
-        if not wire.warmup_tokens:
-            return "wire=sign with adamw needs exact sums first: give wire.warmup_tokens and optim.freeze_tokens alike"
-        return (
-            "wire=sign: signs say nothing of second moments, so as in 1-bit Adam these come from exact sums and are "
-            f"then frozen: give optim=adamw optim.freeze_tokens={wire.warmup_tokens} (wire.warmup_tokens), or optim=sgd"
-        )
-    return None
-
-
-def _virtual(config: Config, world: str) -> str | None:
-    if world != "virtual":
-        return None
-    if config.model.compile:
-        return "world=virtual with model.compile=true: logical ranks share a process, they would share what is compiled"
-    if getattr(config.exchange, "timed", False) and config.world.tokens_per_s is None:
-        return (
-            "world=virtual with exchange.timed=true: logical ranks have no times to end a half by; give "
-            "world.tokens_per_s, which simulates a clock, or take timed=false"
+            f"optim.freeze_tokens with exchange={exchange.name}: its optimizer begins anew within the run, with second "
+            "moments that have learnt nothing which could be kept; leave it at null"
         )
     return None
 
 
 def matrix() -> str:
     """The table of exchanges and wires as hvdllm/exchange/wire/README.md shows it, in Markdown."""
-    wires = list(schema.SCHEMAS["wire"].items())
+    wires = registry.parts("wire")
     notes: dict[str, int] = {}
-    lines = ["| | " + " | ".join(f"`{name}`" for name, _ in wires) + " |", "|---" * (len(wires) + 1) + "|"]
-    for name, exchange in schema.SCHEMAS["exchange"].items():
+    lines = ["| | " + " | ".join(f"`{name}`" for name in wires) + " |", "|---" * (len(wires) + 1) + "|"]
+    for name, exchange in registry.parts("exchange").items():
         cells = []
-        for _, wire in wires:
-            why = REFUSED[exchange].get(wire)
-            cells.append("yes" if why is None else f"no ({notes.setdefault(why, len(notes) + 1)})")
+        for wire in wires.values():
+            why = CANNOT[exchange.facts.carries]
+            cells.append("yes" if unfit(exchange, wire) is None else f"no ({notes.setdefault(why, len(notes) + 1)})")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"({number}) {why}." for why, number in notes.items())])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from hvdllm import screen
-from hvdllm.config import compose, schema
+from hvdllm import registry, screen
+from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
+from hvdllm.settings import LARGEST, Config
 
 # What a first screen shows of settings that belong to no group.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
 ALL, OWN = "all", "settings"  # topics beside the groups: everything; the settings of no group
 
 
-def print_help(usage: str, config: Any, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
+def print_help(usage: str, config: Config, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
     """usage: what stands on top. config: the composed one, whose values are shown as they are now. topic: a group, a
     setting, or one of ALL and OWN; None: one screen. groups: those that the command reads. Raises UserError for another
     topic."""
@@ -42,7 +44,7 @@ def print_help(usage: str, config: Any, topic: str | None = None, groups: tuple[
 
 
 # ------------------------------------------------------------------ inside
-def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
+def _screen(console: screen.Console, config: Config, groups: tuple[str, ...]) -> None:
     """Groups with their options, and the settings that are needed most."""
 
     def line(left: str, right: str, cut: bool = False) -> None:
@@ -56,9 +58,9 @@ def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
 
     console.print("groups (chosen), the options of each; their settings are GROUP.SETTING=VALUE")
     for group in groups:
-        now = "" if group == "experiment" else f" ({schema.name_of(group, getattr(config, group))})"
+        now = "" if group == "experiment" else f" ({registry.name_of(group, getattr(config, group))})"
         line(group + now, " ".join(compose.options(group)))
-    if set(groups) >= set(schema.SCHEMAS):
+    if set(groups) >= set(registry.GROUPS):
         console.print("\nsettings of no group, some of them")
         for f in dataclasses.fields(config):
             if f.name in OFTEN:
@@ -70,7 +72,7 @@ def _screen(console: Any, config: Any, groups: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
-def _group(console: Any, config: Any, group: str) -> None:
+def _group(console: screen.Console, config: Config, group: str) -> None:
     if group == "experiment":
         console.print(f"experiment=..., whole experiments, one of: {', '.join(compose.options('experiment'))}")
         return
@@ -78,15 +80,15 @@ def _group(console: Any, config: Any, group: str) -> None:
     known = frozenset(f.name for f in dataclasses.fields(chosen))
     title = f"{group}=..., one of: {', '.join(compose.options(group))}\n{_about(chosen)}"
     _table(console, title, chosen, f"{group}.")
-    for name, kind in schema.SCHEMAS[group].items():
+    for name, kind in registry.kinds(group).items():
         if kind is not type(chosen):
             _table(console, f"{group}={name}: {_about(kind())}", kind(), f"{group}.", known)
 
 
-def _one(console: Any, config: Any, key: str) -> None:
+def _one(console: screen.Console, config: Config, key: str) -> None:
     """Of each option that has it: the value it begins with; where it differs, what it is."""
     group, _, name = key.rpartition(".")
-    kinds = {"": config} if not group else {option: kind() for option, kind in schema.SCHEMAS[group].items()}
+    kinds = {"": config} if not group else {option: kind() for option, kind in registry.kinds(group).items()}
     said = ""
     for option, settings in kinds.items():
         for f in dataclasses.fields(settings):
@@ -97,15 +99,17 @@ def _one(console: Any, config: Any, key: str) -> None:
                     console.print(f"  {(said := f.metadata['doc'])}{_bounds(f.metadata)}", soft_wrap=True)
 
 
-def _bounds(about: Any) -> str:
+def _bounds(about: Mapping[str, Any]) -> str:
     if about["choices"]:
         return f"; one of {', '.join(about['choices'])}"
     least = f"at least {about['least']:g}" if about["least"] is not None else ""
-    most = f"at most {about['most']:,.12g}" if least and about["most"] != schema.LARGEST else ""
+    most = f"at most {about['most']:,.12g}" if least and about["most"] != LARGEST else ""
     return f"; {', '.join(filter(None, (least, most)))}" if least else ""
 
 
-def _table(console: Any, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()) -> None:
+def _table(
+    console: screen.Console, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()
+) -> None:
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
@@ -120,9 +124,9 @@ def _table(console: Any, title: str, settings: Any, prefix: str = "", without: f
     console.print()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _about(settings: Any) -> str:
+def _about(settings: object) -> str:
     return " ".join((type(settings).__doc__ or "").split())

@@ -7,8 +7,8 @@ import re
 from random import Random
 from typing import Any
 
-from hvdllm.config.schema import World
 from hvdllm.errors import UserError
+from hvdllm.world.parts import World
 
 
 def slowed(value: Any, size: int) -> dict[int, float]:

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import cache
 
-from hvdllm.config import schema
+from hvdllm import registry
+from hvdllm.settings import Config
 
-GROUPS = ("experiment", *schema.SCHEMAS)
+GROUPS = ("experiment", *registry.GROUPS)
 FUNCTION = re.compile(r"(choice|range|interval|glob|tag|shuffle|sort|int|float|str|bool|json_str)\(.*\)", re.S)
 NUMBER = re.compile(r"(?<![\w.+-])([0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE]\+?([0-9]+))?([kKmMbBgG]?)(?![\w.])")
 TIMES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}  # powers of ten
@@ -146,11 +147,18 @@ def _written_out(value: str) -> str:
     return NUMBER.sub(digits, value)
 
 
-@cache
 def _kinds() -> dict[str, str]:
-    """Of each setting: int, text, text? (or null), texts (or a list of them); choices and others are Hydra's."""
-    fields = [("", f) for f in dataclasses.fields(schema.Config) if f.name not in schema.SCHEMAS]
-    for group, kinds in schema.SCHEMAS.items():
+    return _kinds_of(sum(len(kinds) for kinds in registry.all_kinds().values()))
+
+
+@cache
+def _kinds_of(parts: int) -> dict[str, str]:
+    """Of each setting: int, text, text? (or null), texts (or a list of them); choices and others are Hydra's.
+
+    parts: how many are registered, since plugins may add some.
+    """
+    fields = [("", f) for f in dataclasses.fields(Config) if f.name not in registry.GROUPS]
+    for group, kinds in registry.all_kinds().items():
         fields += [(f"{group}.", f) for kind in kinds.values() for f in dataclasses.fields(kind)]
     out: dict[str, str] = {}
     for prefix, f in fields:

@@ -253,6 +253,9 @@ class Exchange(Protocol):
     anchored: bool
     resized: str
     unlike: bool  # told before `attach`: do the ranks compute on several models of processor?
+    marks_on_ask: bool
+    milestones: Milestones
+    watch: Any
 
     def between(self, world: World) -> World:
         """The ranks that its wire joins. Collective; called once, before `attach`."""

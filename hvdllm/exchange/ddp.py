@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.config import schema
 from hvdllm.device import Mark
 from hvdllm.exchange.base import Batch, State, Stream, Update, Wire
 from hvdllm.exchange.reference import Reference
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.world.base import World
 
 
@@ -90,7 +90,7 @@ class Ddp(Reference):
 def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
     """PowerSGD's hook goes on from callbacks, which Gloo runs in any order: with two buckets ranks would wait for each
     other for ever, so everything is one."""
-    if isinstance(wire, schema.PowerSGD):
+    if isinstance(wire, wires.PowerSGD):
         return 2 * size / 2**20 + 1
     return float(exchange.bucket_mb or max(1.0, min(25.0, size / 2**23)))
 
@@ -136,14 +136,14 @@ def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, _Powe
 
     parameters = list(flat.parameters.values())
     whole = float(sum(p.nbytes for p in parameters))
-    if isinstance(wire, schema.Fp16):
+    if isinstance(wire, wires.Fp16):
         module.register_comm_hook(None, default_hooks.fp16_compress_hook)
         return whole / 2, None
-    if isinstance(wire, schema.Bf16):
+    if isinstance(wire, wires.Bf16):
         # By a name of its own: torch refuses its hook but with NCCL, though Gloo adds bfloat16 as well.
         module.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         return whole / 2, None
-    if isinstance(wire, schema.PowerSGD):
+    if isinstance(wire, wires.PowerSGD):
         power = _Power(flat, wire, nominal)
         module.register_comm_hook(None, lambda state, bucket: power(state, bucket))
         return float(sum(_power_bytes(p, wire) for p in parameters)), power

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.config import schema
 from hvdllm.exchange.base import Batch, Update, Wire
 from hvdllm.exchange.reference import Reference
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.world.base import World
 
 NEVER = 2**30
@@ -24,7 +24,7 @@ NEVER = 2**30
 class Horovod(Reference):
     def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
         super().attach(model, flat, update, wire, world)
-        self._half = isinstance(wire.settings, schema.Fp16)  # type: ignore[attr-defined]
+        self._half = isinstance(wire.settings, wires.Fp16)  # type: ignore[attr-defined]
         optimizer = torch.optim.SGD(self.parameters, lr=0.0)  # never stepped
         named = list(flat.parameters.items())
         self.optimizer = world.distributed_optimizer(optimizer, named, "fp16" if self._half else "none")  # type: ignore[attr-defined]

@@ -39,8 +39,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hvdllm.config import schema
+from hvdllm import registry
 from hvdllm.device import Mark, wait_for_stream
+from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import (
     Batch,
@@ -59,16 +60,16 @@ from hvdllm.exchange.base import (
 from hvdllm.exchange.meta import SLOT, MetaPost, MetaSum
 from hvdllm.exchange.rounds import Rounds
 from hvdllm.exchange.sharded import Sharded
-from hvdllm.exchange.wire import make as make_wire
+from hvdllm.exchange.wire.build import build as make_wire
 from hvdllm.world.base import Asks, Flight, World
 from hvdllm.world.single import Landed, SingleWorld
 
 INNER: dict[str, tuple[type[Rounds], Any]] = {
-    "none": (AllReduce, schema.AllReduce()),
-    "allreduce": (AllReduce, schema.AllReduce()),
-    "sharded": (Sharded, schema.Sharded()),
+    "none": (AllReduce, exchanges.AllReduce()),
+    "allreduce": (AllReduce, exchanges.AllReduce()),
+    "sharded": (Sharded, exchanges.Sharded()),
 }
-INNER_WIRES = {"fp32": schema.Fp32, "fp16": schema.Fp16, "bf16": schema.Bf16, "int8": schema.Int8}
+INNER_WIRES = {name: registry.kinds("wire")[name] for name in ("fp32", "fp16", "bf16", "int8")}
 
 
 @dataclass
@@ -121,6 +122,7 @@ class LocalSteps:
     copies = 1
     identical = False
     anchored = True
+    marks_on_ask = False
     unlike = False  # as of Rounds: of the ranks of a group
     resized = (
         "what each rank had of its own (weights since they last met, moments) has no place, all begin with the shared "

@@ -89,6 +89,7 @@ class ParameterServer:
     copies = 1
     identical = False
     anchored = False
+    marks_on_ask = True
     unlike = False  # it makes no difference: the servers' norms are all ranks'
     resized = ""
 

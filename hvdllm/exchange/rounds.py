@@ -85,6 +85,7 @@ class Rounds:
     copies = 1
     identical = True
     anchored = False
+    marks_on_ask = False
     resized = ""
     parts = 1  # rounds a global batch
     hooks = True  # does it launch buckets of the map itself?

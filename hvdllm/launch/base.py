@@ -6,17 +6,18 @@ the run prints to `launch.log` in the point's folder, and returns its exit code.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# What we start finds what we found, and nothing by the folder that it stands in: -P, and `found()` in its environment.
-PYTHON = (sys.executable, "-P", "-m")
+from hvdllm.interpreter import PYTHON
+
 TERMINAL = "HVDLLM_TERMINAL"  # in the environment of ranks that are started here: where a person looks on
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
+
+Say = Callable[[str], None]  # takes one sentence for a person
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,18 @@ class Point:
 
 
 class Launcher(Protocol):
-    """A function. stop: set by Ctrl-C or SIGTERM of the sweep; then the point's ranks are asked to save and to end
-    (under Slurm they stay queued or running: the job outlives this process), and it returns soon. say: one sentence for
-    a person. Raises UserError where nothing could be started (and why, in a sentence, before any rank ran)."""
+    """A module. settings: those that it is registered with."""
 
-    def __call__(self, point: Point, settings: Any, stop: threading.Event, say: Any) -> int: ...
+    def ready(self, settings: Any) -> None:
+        """Raises UserError where these settings cannot start anything on this machine."""
 
+    def launch(self, point: Point, settings: Any, stop: threading.Event, say: Say) -> int:
+        """Starts the point and waits for its end. Raises UserError where nothing could be started (and why, in a
+        sentence, before any rank ran).
 
-def found() -> dict[str, str]:
-    """This interpreter's path, for the environment of another."""
-    return {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
+        stop: set by Ctrl-C or SIGTERM of the sweep; then the point's ranks are asked to save and to end (under Slurm
+            they stay queued or running: the job outlives this process), and it returns soon.
+        """
 
 
 def command(point: Point) -> list[str]:

@@ -15,31 +15,31 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from hvdllm.bench import lab
 from hvdllm.config.pace import bits_per_second
 from hvdllm.errors import UserError
-from hvdllm.launch import local, meeting
-from hvdllm.launch.base import PYTHON, Point, command
+from hvdllm.interpreter import PYTHON
+from hvdllm.launch import lab, local, meeting
+from hvdllm.launch.base import Point, Say, command
+from hvdllm.launch.parts import Horovodrun
 from hvdllm.world.detect import LINK
 
 RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
-def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
+def launch(point: Point, settings: Horovodrun, stop: threading.Event, say: Say) -> int:
     with network(settings) as hosts:
         words = [*launcher(settings, hosts), *command(point)]
         return local.run(words, environment(settings, hosts), point.folder / "launch.log", stop, ask_ranks)
 
 
-def ready(settings: Any) -> None:
+def ready(settings: Horovodrun) -> None:
     """Raises UserError where these settings cannot start anything."""
     program()
     if settings.hosts is not None:
         if not re.fullmatch(r"[^\s,:]+:\d+(,[^\s,:]+:\d+)*", settings.hosts):
             raise UserError(f"launch.hosts={settings.hosts}: give host:slots, several with commas between, in quotes")
-        if (slots := sum(slots_of(settings))) != settings.np:
+        if (slots := sum(settings.slots())) != settings.np:
             raise UserError(
                 f"launch.hosts={settings.hosts} has {slots} slots and launch.np={settings.np}: make them equal "
                 "(horovodrun --gloo starts a rank for each slot)"
@@ -60,13 +60,6 @@ def ready(settings: Any) -> None:
         raise UserError(f"launch.link={settings.link}: {why}; null trains over the network as it is")
 
 
-def slots_of(settings: Any) -> list[int]:
-    """Ranks on each host, in order."""
-    if settings.link is not None:
-        return [1] * int(settings.np)
-    return [int(part.rpartition(":")[2]) for part in settings.hosts.split(",")] if settings.hosts else [settings.np]
-
-
 def program() -> str:
     """horovodrun of this environment. Raises UserError where there is none."""
     beside = Path(sys.executable).with_name("horovodrun")
@@ -81,7 +74,7 @@ def starter(controller: str) -> list[str]:
     return [sys.executable, "-P", meeting.__file__] if controller == "gloo" else [program()]
 
 
-def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
+def launcher(settings: Horovodrun, hosts: lab.Lab | None) -> list[str]:
     """The words before those of a rank."""
     words = [*starter(settings.controller), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
     if hosts is not None:
@@ -91,7 +84,7 @@ def launcher(settings: Any, hosts: lab.Lab | None) -> list[str]:
     return words + (["--network-interfaces", settings.interface] if settings.interface else [])
 
 
-def environment(settings: Any, hosts: lab.Lab | None) -> dict[str, str]:
+def environment(settings: Horovodrun, hosts: lab.Lab | None) -> dict[str, str]:
     """This process's; what the user has set of Open MPI stays."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     interface = lab.INTERFACE if hosts is not None else settings.interface
@@ -127,7 +120,7 @@ def ask_ranks(pid: int, mark: str) -> None:
 
 
 @contextlib.contextmanager
-def network(settings: Any) -> Iterator[lab.Lab | None]:
+def network(settings: Horovodrun) -> Iterator[lab.Lab | None]:
     """The lab, one host a rank, where launch.link asks for it; gone at the end, whatever happens."""
     if settings.link is None:
         yield None

@@ -47,11 +47,13 @@ from pathlib import Path
 from types import FrameType
 
 from hvdllm import screen
-from hvdllm.config.schema import INTERFACES
 from hvdllm.errors import STOPPED, RunError, UserError
+from hvdllm.interpreter import PYTHON, found
 from hvdllm.launch import horovodrun, local, meeting, network
-from hvdllm.launch.base import PYTHON, STOP_FILE, found
+from hvdllm.launch.base import STOP_FILE
 from hvdllm.launch.task import MEETING
+from hvdllm.settings import INTERFACES
+from hvdllm.squeue import said
 from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
@@ -295,12 +297,6 @@ def requeue(job: str) -> None:
         raise UserError(
             f"Slurm does not queue job {job} again ({said(done.stderr)}): submit the same file again, it goes on"
         )
-
-
-def said(text: str) -> str:
-    """Slurm's own message, as part of a sentence: without the programs' names before its lines."""
-    lines = (line.removeprefix("error: ") for line in (part.partition(": ")[2] or part for part in text.splitlines()))
-    return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) or "it does not say why"
 
 
 def main(argv: list[str]) -> int:

@@ -18,11 +18,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.launch.base import PYTHON, found
+from hvdllm.interpreter import PYTHON, found
+from hvdllm.launch.base import Point, Say
+from hvdllm.launch.parts import Launch
 from hvdllm.lock import cannot_write
 
 MARK = "HVDLLM_FAMILY"
@@ -33,7 +35,11 @@ PDEATHSIG = 1  # linux/prctl.h
 _marks: set[str] = set()  # of what runs now
 
 
-def launch(point: Any, settings: Any, stop: threading.Event, say: Any) -> int:
+def ready(settings: Launch) -> None:
+    """Nothing need be there."""
+
+
+def launch(point: Point, settings: Launch, stop: threading.Event, say: Say) -> int:
     """The point as one process; asked by SIGTERM to save and to end."""
     from hvdllm.launch.base import command
 

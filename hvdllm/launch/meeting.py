@@ -24,6 +24,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvdllm.plain import Json
+
 
 class MeetingPoint:
     """The server, and the two values by which ranks find it. address: to listen at, "" for all interfaces."""
@@ -34,7 +36,7 @@ class MeetingPoint:
         self.secret = secrets.token_hex(16)
         within = f"/{self.secret}:0/"
 
-        class Handler(RendezvousHandler):
+        class Handler(RendezvousHandler):  # type: ignore[misc]  # it has no types
             path: str
 
             def parse_request(self) -> bool:
@@ -110,8 +112,8 @@ def guard(gloo_run: Any) -> None:
     gloo_run.RendezvousServer, gloo_run.launch_gloo = Rendezvous, launch_gloo
 
 
-def _variables(original: Callable[..., dict[str, Any]], here: bool) -> Callable[..., dict[str, Any]]:
-    def create_run_env_vars(server_ip: str, nics: Any, port: int, elastic: bool = False) -> dict[str, Any]:
+def _variables(original: Callable[..., Json], here: bool) -> Callable[..., Json]:
+    def create_run_env_vars(server_ip: str, nics: Any, port: int, elastic: bool = False) -> Json:
         ours = Rendezvous.point.variables(server_ip)
         rest = {name: value for name, value in original(server_ip, nics, port, elastic).items() if name not in ours}
         if here:

@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hvdllm import screen, untrusted
-
-if TYPE_CHECKING:
-    from hvdllm.launch.sweep import Sweep, Task
+from hvdllm.launch.watched import Task
 
 PLAIN_EVERY_S = 10.0
 PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>:", re.M)  # of rank 0's lines, by horovodrun; others keep theirs
 
 
-class Watched:
-    """The newest commit of a run that another process writes; reads only what is new."""
+class Swept(Protocol):
+    """What is shown of a sweep. total: its points, of which `tasks` are those that are known so far, by name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.at = folder / "metrics.jsonl", 0
-        self.tokens, self.loss = 0, float("nan")
-        self.began = 0  # tokens when this command took it up
+    tasks: dict[str, Task]
+    show: Callable[[str], None]
 
-    def look(self) -> None:
-        try:
-            with untrusted.opened(self.path, self.path.parent) as file:
-                if os.fstat(file.fileno()).st_size < self.at:  # cut, by a run that goes on
-                    self.at = 0
-                file.seek(self.at)
-                new = file.read(untrusted.MOST_LINE)  # the rest at the next look
-        except (OSError, untrusted.Unfit):
-            new = b""
-        whole = new[: new.rfind(b"\n") + 1]
-        self.at += len(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                record = untrusted.parsed(line)
-                if record.get("kind") == "commit":
-                    self.tokens, self.loss = int(record["tokens"]), float(record["loss"])
+    @property
+    def total(self) -> int: ...
+
+    def place(self, task: Task) -> str:
+        """`3/12`."""
 
 
 class Display:
     """Live on a terminal: a line for each point that runs, and one for the sweep. Elsewhere plain lines."""
 
-    def __init__(self, sweep: Sweep, todo: Sequence[Task]) -> None:
+    def __init__(self, sweep: Swept, todo: Sequence[Task]) -> None:
         self.sweep, self.todo = sweep, todo
         self.states = {task.point.name: task.state for task in todo}
         self.began = self.shown = time.monotonic()

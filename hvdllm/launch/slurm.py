@@ -15,39 +15,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import re
 import shlex
-import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from hvdllm import runs
 from hvdllm.errors import UserError
-from hvdllm.launch.base import PYTHON, Point, command, found
-from hvdllm.launch.inside import said
+from hvdllm.interpreter import PYTHON
+from hvdllm.launch.base import Point, Say, command
+from hvdllm.launch.parts import Slurm
+from hvdllm.squeue import ENDED, ask, said, slurm
 
 POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longest; each costs its controller a little
 REQUEUE_S = 60  # before the time limit, in which a run saves
-ENDED = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class State:
-    """What Slurm says of a job. code: of its script, or 128 + the signal that ended it."""
-
-    name: str
-    state: str
-    reason: str
-    code: int
+def ready(settings: Slurm) -> None:
+    """Nothing need be there."""
 
 
-def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
+def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> int:
     """Submits the point, or joins its job, and waits for its end. 130: Ctrl-C; the job goes on.
 
     Raises UserError where Slurm takes no job, with its own message.
@@ -73,7 +63,7 @@ def launch(point: Point, settings: Any, stop: threading.Event, say: Any) -> int:
     return 130
 
 
-def submit_once(point: Point, settings: Any) -> tuple[str, bool]:
+def submit_once(point: Point, settings: Slurm) -> tuple[str, bool]:
     """The number of this point's job, and whether it was submitted now. Of two processes one submits."""
     with locked(beside(point, "job")) as file:
         job = file.read().strip()
@@ -89,7 +79,7 @@ def submit_once(point: Point, settings: Any) -> tuple[str, bool]:
         return job, True
 
 
-def submit(point: Point, settings: Any) -> str:
+def submit(point: Point, settings: Slurm) -> str:
     """Writes the script and gives it to sbatch. Returns the job's number."""
     script = beside(point, "sbatch")
     words = ["sbatch", "--parsable", *options(point, settings), str(script.absolute())]
@@ -103,7 +93,7 @@ def submit(point: Point, settings: Any) -> str:
     return done.stdout.strip().split(";")[0]  # with several clusters NUMBER;CLUSTER
 
 
-def options(point: Point, settings: Any) -> list[str]:
+def options(point: Point, settings: Slurm) -> list[str]:
     """Of sbatch. The user's own come last and win."""
     log = str((point.folder / "launch.log").absolute()).replace("\\", "\\\\").replace("%", "%%")
     chosen = {
@@ -124,7 +114,7 @@ def options(point: Point, settings: Any) -> list[str]:
     return [*words, "--requeue", *(word for option in several(settings.options) for word in shlex.split(option))]
 
 
-def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
+def text_of(point: Point, settings: Slurm, submitted: list[str]) -> str:
     """The batch script. It ends as launch/inside.py, which hears of the time limit and starts the ranks."""
     inside = [*PYTHON, "hvdllm.launch.inside", "--how", settings.how]
     inside += ["--interface", settings.interface] if settings.interface else []
@@ -134,30 +124,6 @@ def text_of(point: Point, settings: Any, submitted: list[str]) -> str:
         lines += ["type module >/dev/null 2>&1 || . /etc/profile", f"module load {shlex.join(modules)} || exit 1"]
     lines.append(f"exec {shlex.join([*inside, '--', *command(point)])}")
     return "\n".join(lines) + "\n"
-
-
-def ask(job: str) -> State | None:
-    """None: Slurm knows no such job (any more). Waits out a controller that does not answer."""
-    done = slurm(["scontrol", "--oneliner", "show", "job", job])
-    if done.returncode:
-        return None if "Invalid job id" in done.stderr else State("", "UNKNOWN", said(done.stderr), 0)
-    fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
-    exited, killed = map(int, fields.get("ExitCode", "0:0").split(":"))
-    code = exited or (128 + killed if killed else 0)
-    return State(fields.get("JobName", ""), fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), code)
-
-
-def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of Slurm. What an allocation around us says is not the job's: sbatch would hand it on."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
-    env |= found()
-    try:
-        return subprocess.run(words, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(
-            f"launch=slurm needs {words[0]}, which is not on PATH: start this on a login node of the cluster, or take "
-            "launch=horovodrun"
-        ) from None
 
 
 def finished(folder: Path) -> bool:
@@ -176,7 +142,7 @@ def beside(point: Point, what: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[Any]:
+def locked(path: Path) -> Iterator[IO[str]]:
     """The file, open to read and write, and to one process at a time."""
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -184,7 +150,7 @@ def locked(path: Path) -> Iterator[Any]:
         yield file
 
 
-def several(value: Any) -> list[str]:
+def several(value: str | list[str] | None) -> list[str]:
     """A setting that is null, one or a list."""
     if value is None:
         return []

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -26,22 +25,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from hvdllm import runs, untrusted
-from hvdllm.config import compose, schema
+from hvdllm import registry, runs, untrusted
+from hvdllm.config import compose
 from hvdllm.config.check import check
-from hvdllm.config.paths import check_name
-from hvdllm.config.schema import Config, Horovodrun, Local, Slurm
 from hvdllm.config.words import expand, is_text, key_of, last, of, plain, typed, value_of
 from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import TERMINAL, Launcher, Point
-from hvdllm.launch.progress import Display, Watched, duration, pass_on
-from hvdllm.world.detect import Place
+from hvdllm.launch.parts import Launch, Local
+from hvdllm.launch.progress import Display, duration, pass_on
+from hvdllm.launch.watched import Task
+from hvdllm.paths import check_name
+from hvdllm.settings import Config
 
 LAUNCHED = "HVDLLM_LAUNCHED"  # in the environment of what is started here: its group launch has been obeyed
 MOST_SWEEP = 64 * 2**20  # bytes of a sweep.json
@@ -53,29 +51,6 @@ NOT_OF_THE_SWEEP = re.compile(
 )
 FIXED = ("runs_dir", "name", "resume", "launch.sweep", "launch.parallel")  # the same for all points
 SAID = re.compile(r"(?:\[[\d,]+\]<std(?:err|out)>:\s?)?hvdllm: (.*)")
-
-
-@dataclass
-class Task:
-    """A point, how it is started, and what became of it.
-
-    state: waiting, running, done, stopped, queued (a Slurm job that goes on without us) or failed. seconds: training
-    time. loss: the last validation loss. why: it failed.
-    """
-
-    point: Point
-    config: Config
-    differs: tuple[str, ...]
-    state: str = "waiting"
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    why: str = ""
-    again: bool = False  # there was something of it before
-    watched: Watched = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.watched = Watched(self.point.folder)
 
 
 def each_once(words: list[str]) -> list[str]:
@@ -127,7 +102,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
 
     def launch() -> None:
         try:
-            codes.append(launcher_of(config.launch)(task.point, config.launch, stop, show))
+            codes.append(launcher_of(config.launch).launch(task.point, config.launch, stop, show))
         except Exception as error:
             codes.append(error)
 
@@ -257,7 +232,7 @@ class Sweep:
         if not tasks:
             return 1
         launch = tasks[0].config.launch
-        count = int(launch.parallel or (len(tasks) if isinstance(launch, Slurm) else 1))
+        count = int(launch.parallel or (len(tasks) if queues(launch) else 1))
         if count > 1 and any(getattr(task.config.launch, "link", None) for task in tasks):
             raise UserError(
                 "launch.link with launch.parallel: this machine has one network lab, points take turns there"
@@ -302,7 +277,7 @@ class Sweep:
         log = task.point.folder / "launch.log"
         at, before = log.stat().st_size if log.exists() else 0, lives(task.point.folder)
         try:
-            code = launcher_of(task.config.launch)(task.point, task.config.launch, self.stop, self.show)
+            code = launcher_of(task.config.launch).launch(task.point, task.config.launch, self.stop, self.show)
             judge(task, code, self.stop.is_set() or stopped_since(task.point.folder, before), last_sentence(log, at))
         except (UserError, RunError) as error:
             task.state, task.why = "failed", str(error)
@@ -394,32 +369,20 @@ def point_of(config: Config, words: Sequence[str]) -> Point:
     return Point(str(config.name), config.runs_dir, (*rest, *(of(key, str(value)) for key, value in own.items())))
 
 
-def place_of(launch: Any) -> Place:
-    """Where rank 0 will stand."""
-    if isinstance(launch, Horovodrun):
-        from hvdllm.launch.horovodrun import slots_of
-
-        return Place("horovodrun", 0, launch.np, 0, slots_of(launch)[0])
-    if isinstance(launch, Slurm):
-        launcher = "srun" if launch.how == "srun" else "horovodrun"
-        ranks = launch.nodes * launch.ranks_per_node
-        if ranks > 1 or launch.how != "srun":  # srun with one task is a run alone
-            return Place(launcher, 0, ranks, 0, launch.ranks_per_node)
-    return Place()
-
-
 def prepare(config: Config) -> None:
     """Raises UserError for what could not be started, or would end at once."""
-    if isinstance(config.launch, Horovodrun):
-        from hvdllm.launch.horovodrun import ready
-
-        ready(config.launch)
-    check(config, place_of(config.launch))
+    launcher_of(config.launch).ready(config.launch)
+    check(config, config.launch.place())
 
 
-def launcher_of(launch: Any) -> Launcher:
-    found: Launcher = importlib.import_module(f"hvdllm.launch.{schema.name_of('launch', launch)}").launch
+def launcher_of(launch: Launch) -> Launcher:
+    found: Launcher = registry.built(registry.of("launch", launch))
     return found
+
+
+def queues(launch: Launch) -> bool:
+    """Does what it starts go on without this process?"""
+    return bool(registry.of("launch", launch).facts.queues)
 
 
 def share_of_cores(config: Config) -> list[str]:
@@ -428,11 +391,10 @@ def share_of_cores(config: Config) -> list[str]:
     from hvdllm.device import usable_cores
 
     launch = config.launch
-    here = isinstance(launch, Local) or (isinstance(launch, Horovodrun) and launch.hosts is None)
-    parallel, link = launch.parallel or 1, getattr(launch, "link", None)
-    if not here or (parallel == 1 and link is None) or config.device.threads is not None:
+    ranks, parallel, link = launch.ranks_here, launch.parallel or 1, getattr(launch, "link", None)
+    if not ranks or (parallel == 1 and link is None) or config.device.threads is not None:
         return []
-    return [f"device.threads={max(1, usable_cores() // (parallel * getattr(launch, 'np', 1)))}"]
+    return [f"device.threads={max(1, usable_cores() // (parallel * ranks))}"]
 
 
 def judge(task: Task, code: int, stopped: bool, said: str) -> None:
@@ -447,7 +409,7 @@ def judge(task: Task, code: int, stopped: bool, said: str) -> None:
     if finished:
         task.state = "done"
     elif stopped:
-        task.state = "queued" if isinstance(task.config.launch, Slurm) and code != STOPPED else "stopped"
+        task.state = "queued" if queues(task.config.launch) and code != STOPPED else "stopped"
     else:
         task.state = "failed"
         task.why = said or (f"it ended with code {code}" if code else f"it was stopped at {task.tokens:,} tokens")
@@ -478,7 +440,7 @@ def read_end(task: Task) -> None:
 
 def last_sentence(log: Path, at: int) -> str:
     """Of what was printed from `at` on: the last `hvdllm: ...`, else the last line that says something."""
-    from hvdllm.bench.group import last_lines
+    from hvdllm.launch.group import last_lines
 
     try:
         with untrusted.opened(log) as file:
@@ -509,7 +471,7 @@ def terminal(config: Config) -> Iterator[None]:
         path = os.ttyname(sys.stdout.fileno())
     except (OSError, ValueError):
         path = ""
-    if path and isinstance(config.launch, Horovodrun) and config.launch.hosts is None:
+    if path and config.launch.ranks_here > 1:
         os.environ[TERMINAL] = path
     try:
         yield

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hvdllm.config.schema import Model
+from hvdllm.models.parts import Model
 
 # TokenLoss takes so many tokens at a time that they have CHUNK logits (2 MiB in fp32, which fit into a core's cache),
 # but not so few that the products become slow. A GPU has no such cache, and each chunk costs kernel launches.
@@ -150,7 +150,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TE2)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD
 
 
 class TokenLoss(torch.autograd.Function):
@@ -244,7 +245,8 @@ class GPT(nn.Module):
                 )
             else:
                 x_BTD = block(x_BTD, rope_2TE2)
-        return self.norm(x_BTD)
+        features: Tensor = self.norm(x_BTD)
+        return features
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """The logits [B, T, V] of the token after each of ids [B, T], integers below V; T is at most `context`."""
@@ -259,7 +261,7 @@ class GPT(nn.Module):
         x_ND = self.features(inputs_BT).flatten(0, 1)
         # It must be told: inside its forward autograd is always off, and needs_input_grad is true under no_grad too.
         graded = torch.is_grad_enabled()
-        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)
+        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)  # type: ignore[no-untyped-call]
         return total
 
 

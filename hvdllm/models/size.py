@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hvdllm.config.schema import Acco, Adam, Config, Delayed, LocalSteps, Model, Sharded
+from hvdllm import registry
 from hvdllm.errors import UserError
+from hvdllm.models.parts import Model
+from hvdllm.settings import Config
 
 PAD = 64  # rows: matrix kernels like their sizes divisible by 64
 
@@ -95,15 +97,13 @@ def least_memory(config: Config, vocab: int, ranks: int) -> int:
     weights, gradients (twice where one vector travels), the optimizer's state, anchors, and of the activations of one
     micro-batch the residual stream and the MLP's input of each block."""
     one = count_parameters(config.model, vocab) * (8 if config.precision == "fp64" else 4)
-    exchange, optim = config.exchange, config.optim
-    moments = 2 if isinstance(optim, Adam) else int(bool(optim.momentum))
-    shares = ranks if isinstance(exchange, Sharded | Acco) else 1
-    gradients = 2 if isinstance(exchange, Delayed | Acco) else 1
-    anchors = 0 if getattr(exchange, "host_memory", False) else int(isinstance(exchange, LocalSteps))
+    exchange, optim = registry.of("exchange", config.exchange).facts, registry.of("optim", config.optim).facts
+    shares = ranks if exchange.shares_state else 1
+    anchors = int(exchange.local and not getattr(config.exchange, "host_memory", False))
     sequences = max(1, min(config.micro_batch, config.batch_tokens // config.model.context // ranks))
     blocks = 1 if config.model.checkpointing else 2
     activations = 4 * sequences * config.model.context * config.model.width * config.model.layers * blocks
-    return int(one * (1 + gradients + anchors + moments / shares)) + activations
+    return int(one * (1 + exchange.gradients + anchors + optim.vectors / shares) + activations)
 
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each precision of ours

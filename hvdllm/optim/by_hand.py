@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from hvdllm.config.schema import Adam
+from hvdllm.optim.base import Slices
+from hvdllm.optim.parts import Adam
 
 CHUNK = 2**20  # elements of a slice that are stepped at a time: what is made on the way is no whole vector
 
@@ -14,36 +15,22 @@ CHUNK = 2**20  # elements of a slice that are stepped at a time: what is made on
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def step(
-    rule: Rule,
-    settings: Adam,
-    lr: float,
-    decayed: bool,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    vectors: dict[str, list[torch.Tensor]],
-    steps: list[torch.Tensor],
-    scale: torch.Tensor | None,
-    found_inf: torch.Tensor,
-    *,
-    seen: int | None = None,
-) -> None:
-    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes, `steps` included. seen: steps
-    that v has had, where these are not all.
+def step(rule: Rule, settings: Adam, on: Slices, *, seen: int | None = None) -> None:
+    """In place. seen: steps that v has had, where these are not all.
 
     m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^seen)) + eps))
     """
-    keep = found_inf.bool()
-    for t, *whole in zip(steps, params, grads, vectors["m"], vectors["v"], strict=True):
-        t.add_(1 - found_inf)
+    keep = on.found_inf.bool()
+    for t, *whole in zip(on.steps, on.params, on.grads, on.vectors["m"], on.vectors["v"], strict=True):
+        t.add_(1 - on.found_inf)
         count = t.to(whole[0].dtype)
         for x, g, m, v in zip(*(vector.split(CHUNK) for vector in whole), strict=True):
-            if scale is not None:
-                g = g / scale
+            if on.scale is not None:
+                g = g / on.scale
             new_m = torch.lerp(m, g, 1 - settings.beta1)
             new_v, ahead = rule(g, v, new_m, count)
             ahead /= (new_v / (1 - settings.beta2 ** (count if seen is None else seen))).sqrt_().add_(settings.eps)
-            if decayed:
+            if on.decayed:
                 ahead.add_(x, alpha=settings.weight_decay)
-            for old, new in ((m, new_m), (v, new_v), (x, x - lr * ahead)):
+            for old, new in ((m, new_m), (v, new_v), (x, x - on.lr * ahead)):
                 old.copy_(torch.where(keep, old, new))

@@ -7,17 +7,16 @@ same is optim=sgd optim.nesterov=true optim.momentum=.99, at the paper's rate ti
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from hvdllm.config.schema import NAdam
 from hvdllm.optim import by_hand
+from hvdllm.optim.base import Slices
+from hvdllm.optim.parts import NAdam
 
-VECTORS = ("m", "v")  # means of gradients and of their squares
+VECTORS: tuple[str, ...] = ("m", "v")  # means of gradients and of their squares
 
 
-def step(settings: NAdam, *rest: Any) -> None:
+def step(settings: NAdam, on: Slices) -> None:
     """By hand (by_hand.py), with
 
     v = b2 v + (1-b2) g²;  ahead = b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)
@@ -28,4 +27,4 @@ def step(settings: NAdam, *rest: Any) -> None:
     def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.lerp(v, g * g, 1 - b2), m * (b1 / (1 - b1 ** (t + 1))) + g * ((1 - b1) / (1 - b1**t))
 
-    by_hand.step(rule, settings, *rest)
+    by_hand.step(rule, settings, on)

@@ -1,33 +1,53 @@
-"""The learning rate's factor as a pure function of committed tokens: lr(tokens) = optim.lr x factor(tokens)."""
+"""The learning rate's factor as a pure function of committed tokens: lr(tokens) = optim.lr x factor(tokens).
+
+A schedule is a function of its settings, the tokens that an update commits, and three points on the way: the end of the
+warm-up, the horizon, and the end, which lies one update behind the horizon where the floor is 0 (else the last update
+would change nothing). It says the factor after the warm-up; past the end the last value holds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from hvdllm.config.schema import Constant, Cosine, Schedule, WarmupStableDecay
+from hvdllm import registry
+from hvdllm.optim.parts import Constant, Cosine, Schedule, WarmupStableDecay
+
+
+@dataclass(frozen=True)
+class Way:
+    """Tokens at which the warm-up, the horizon and the schedule end."""
+
+    warmup: float
+    horizon: int
+    end: int
 
 
 def factor(settings: Schedule, horizon: int, batch: int = 0) -> Callable[[int], float]:
-    """horizon: tokens over which the schedule runs. batch: of an update. The factor of an update includes its own
-    tokens. A floor of 0 lies one update behind the horizon, else the last one would change nothing.
+    """The factor of an update, by committed tokens, its own included. It rises from 0 over the warm-up.
 
-    Linear from 0 over the warm-up; then 1 (constant); or floor + (1 - floor)(1 + cos pi p)/2 with p the
-    progress from the warm-up's end to the horizon (cosine; Loshchilov and Hutter, 2017); or 1 and a linear
-    fall to the floor over the last share (warm-up, stable, decay; Hu et al., 2024). Past the end the last value
-    holds.
+    horizon: tokens over which the schedule runs.
+    batch: tokens of an update.
     """
-    warmup = settings.warmup * horizon
-    end = horizon + batch if getattr(settings, "floor", 1.0) == 0 else horizon
+    way = Way(settings.warmup * horizon, horizon, horizon + batch if getattr(settings, "floor", 1.0) == 0 else horizon)
+    after: Callable[[Schedule, int, Way], float] = registry.built(registry.of("schedule", settings))
+    return lambda tokens: tokens / way.warmup if tokens < way.warmup else after(settings, tokens, way)
 
-    def after(tokens: int) -> float:
-        if isinstance(settings, Cosine):
-            progress = min(1.0, (tokens - warmup) / max(1.0, end - warmup))
-            return settings.floor + (1 - settings.floor) * (1 + math.cos(math.pi * progress)) / 2
-        if isinstance(settings, WarmupStableDecay):
-            left = min(1.0, max(0.0, end - tokens) / max(1.0, end - (1 - settings.decay) * horizon))
-            return settings.floor + (1 - settings.floor) * left
-        assert isinstance(settings, Constant)
-        return 1.0
 
-    return lambda tokens: tokens / warmup if tokens < warmup else after(tokens)
+def constant(settings: Constant, tokens: int, way: Way) -> float:
+    """1."""
+    return 1.0
+
+
+def cosine(settings: Cosine, tokens: int, way: Way) -> float:
+    """floor + (1 - floor)(1 + cos pi p)/2, with p the progress from the warm-up's end to the end (Loshchilov and
+    Hutter, 2017)."""
+    progress = min(1.0, (tokens - way.warmup) / max(1.0, way.end - way.warmup))
+    return settings.floor + (1 - settings.floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def wsd(settings: WarmupStableDecay, tokens: int, way: Way) -> float:
+    """1, and a linear fall to the floor over the last share (warm-up, stable, decay; Hu et al., 2024)."""
+    left = min(1.0, max(0.0, way.end - tokens) / max(1.0, way.end - (1 - settings.decay) * way.horizon))
+    return settings.floor + (1 - settings.floor) * left

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch.optim.sgd import sgd
 
-from hvdllm.config.schema import SGD
+from hvdllm.optim.base import Slices
+from hvdllm.optim.parts import SGD
 
-VECTORS = ("m",)  # velocity
+VECTORS: tuple[str, ...] = ("m",)  # velocity
 
 
-def step(
-    settings: SGD,
-    lr: float,
-    decayed: bool,
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    vectors: dict[str, list[torch.Tensor]],
-    steps: list[torch.Tensor],
-    scale: torch.Tensor | None,
-    found_inf: torch.Tensor,
-) -> None:
-    """In place. scale: the gradients are divided by it. found_inf 1: nothing changes.
+def step(settings: SGD, on: Slices) -> None:
+    """In place.
 
     g += wd x;  v = mu v + g;  x -= lr (g + mu v if nesterov else v)     (torch.optim.SGD, no dampening)
     """
     sgd(
-        params,
-        grads,
-        [m if settings.momentum else None for m in vectors["m"]],
+        on.params,
+        on.grads,
+        [m if settings.momentum else None for m in on.vectors["m"]],
         fused=True,
-        grad_scale=scale,
-        found_inf=found_inf,
-        weight_decay=settings.weight_decay if decayed else 0.0,
+        grad_scale=on.scale,
+        found_inf=on.found_inf,
+        weight_decay=settings.weight_decay if on.decayed else 0.0,
         momentum=settings.momentum,
-        lr=lr,
+        lr=on.lr,
         dampening=0.0,
         nesterov=settings.nesterov,
         maximize=False,

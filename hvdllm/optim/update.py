@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from hvdllm.config.schema import SGD, AdamW, NAdam
+from hvdllm import registry
 from hvdllm.device import Later
-from hvdllm.optim import adamw, nadam, sgd
+from hvdllm.optim import adamw
+from hvdllm.optim.base import Optimizer, Slices
+from hvdllm.optim.parts import SGD, AdamW, NAdam
 
-OPTIMIZERS: dict[type, Any] = {AdamW: adamw, SGD: sgd, NAdam: nadam}
 Total = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -46,7 +47,7 @@ class Update:
 
     def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
-        self.optimizer = OPTIMIZERS[type(settings)]
+        self.optimizer: Optimizer = registry.built(registry.of("optim", settings))
         self.steps = 0
         self.frozen_at: int | None = None  # steps that v has seen, once it stays as it is
 
@@ -131,8 +132,7 @@ class Update:
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:
-                step(
-                    self.settings,
+                on = Slices(
                     share * self.rate(meta.committed),
                     decayed,
                     [pieces[i] for i in chosen],
@@ -142,6 +142,7 @@ class Update:
                     scale,
                     slots.bad,
                 )
+                step(self.settings, on)
         return read_later
 
     def _freezes(self, meta: Meta) -> bool:

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from hvdllm import untrusted
-from hvdllm.config.paths import path_of
-from hvdllm.config.schema import Files, Text
+from hvdllm import registry, untrusted
 from hvdllm.errors import UserError
+from hvdllm.paths import path_of
+from hvdllm.text.parts import Files, Stdlib, Text
 
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
 SHORTEST = 1024  # bytes of a piece that ends where its content says
@@ -91,7 +91,7 @@ def encoding_note(text: Text) -> str | None:
     bad = total = 0
     first = None
     training, validation = sources(text)
-    for path in (*training, *validation) if isinstance(text, Files) else ():
+    for path in (*training, *validation) if text.users else ():
         if _ending(path) == ".jsonl":
             continue
         found, size = _not_utf8(path)
@@ -148,17 +148,25 @@ def sources(text: Text) -> tuple[list[Path], list[Path]]:
     A file that both name is validation text only. Raises UserError if a file does not exist.
     """
     validation = [] if text.validation is None else _resolve(text.validation, "text.validation")
-    if isinstance(text, Files):
-        if text.path is None:
-            raise UserError("text=files reads the files that text.path names: give a file, a folder or a glob")
-        training = _resolve(text.path, "text.path")
-    else:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        training = list(_walk(root, (".py",), NOT_STDLIB))
-        if not training:
-            raise UserError(f"no .py file of the standard library is under {root}: take text=files text.path=…")
+    training: list[Path] = registry.built(registry.of("text", text))(text)
     apart = set(validation)
     return [path for path in training if path not in apart], validation
+
+
+def files(text: Files) -> list[Path]:
+    """The files that text.path names."""
+    if text.path is None:
+        raise UserError("text=files reads the files that text.path names: give a file, a folder or a glob")
+    return _resolve(text.path, "text.path")
+
+
+def stdlib(text: Stdlib) -> list[Path]:
+    """The files of this machine's Python standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = list(_walk(root, (".py",), NOT_STDLIB))
+    if not found:
+        raise UserError(f"no .py file of the standard library is under {root}: take text=files text.path=…")
+    return found
 
 
 def _resolve(paths: object, setting: str) -> list[Path]:
@@ -283,7 +291,7 @@ def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, 
     if _ending(path) != ".jsonl":
         yield str(path), stream
         return
-    column = text.column if isinstance(text, Files) else Files.column
+    column = getattr(text, "column", Files.column)
     for number, line in enumerate(untrusted.lines(stream), start=1):
         if line.strip():
             name = f"{path}:{number}"

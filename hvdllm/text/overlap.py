@@ -66,4 +66,5 @@ def _hashes(tokens: np.ndarray) -> np.ndarray:
         back = np.full(count, np.uint64(pow(int(BASE), -1, 2**64)), dtype=np.uint64)
         back[0] = 1
         sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.add.accumulate(mixed * powers)])
-        return (sums[RUN:] - sums[:-RUN]) * np.multiply.accumulate(back)
+        hashes: np.ndarray = (sums[RUN:] - sums[:-RUN]) * np.multiply.accumulate(back)
+        return hashes

@@ -27,10 +27,10 @@ import numpy as np
 import tokenizers
 
 from hvdllm import untrusted
-from hvdllm.config.schema import Files, Text
 from hvdllm.errors import UserError
 from hvdllm.text import overlap
 from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
+from hvdllm.text.parts import Text
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 
 FORMAT = 2  # 1: pieces of large documents ended at 64 KiB, whatever they held
@@ -195,7 +195,7 @@ def _recipe(text: Text) -> dict[str, Any]:
         "training": [_stat(path) for path in training],
         "validation": [_stat(path) for path in validation],
     }
-    if not isinstance(text, Files):
+    if not text.users:
         recipe["python"] = platform.python_version()
     if text.tokenizer == "bytes":
         recipe["tokenizer"] = BYTES

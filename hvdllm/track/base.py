@@ -17,9 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from hvdllm.config.schema import Config, TensorBoard, Wandb
+from hvdllm.settings import Config
 
-MODULES: dict[type, str] = {Wandb: "hvdllm.track.wandb", TensorBoard: "hvdllm.track.tensorboard"}
 PREFIXES = {"commit": "train"}  # prefixes of names that differ from the kind of the record
 UPLOAD_S = 10.0  # seconds that a tracker may take at the end to send what is left
 END_S = 15.0  # seconds from the end of the run to the end of the tracker, whatever it does

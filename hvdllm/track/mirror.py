@@ -11,18 +11,18 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from hvdllm import untrusted
-from hvdllm.config.schema import Config, NoTracker
+from hvdllm import registry, untrusted
+from hvdllm.interpreter import PYTHON, found
+from hvdllm.settings import Config
 from hvdllm.track.base import END_S, Say
 
 STOP_S = 2.0  # seconds that a stopped or failed run gives its tracker, because launchers kill soon
 SLACK_S = 20.0  # seconds for the start of the process, and for wandb.init beyond its timeout
-PROCESS = (sys.executable, "-P", "-m", "hvdllm.track.process")
+PROCESS = (*PYTHON, "hvdllm.track.process")
 
 
 def start(config: Config, folder: Path, say: Say) -> Mirror | None:
@@ -30,11 +30,10 @@ def start(config: Config, folder: Path, say: Say) -> Mirror | None:
 
     `folder` is that of the run, which has written its first record.
     """
-    if isinstance(config.track, NoTracker):
+    if registry.of("track", config.track).made is None:
         return None
-    # The import path of this interpreter, so that the process finds the same modules, and none in its current folder.
-    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
-    return Mirror([*PROCESS, str(folder)], folder, say, os.environ | {"PYTHONPATH": path})
+    plugins = [config.plugins] if isinstance(config.plugins, str) else config.plugins or []
+    return Mirror([*PROCESS, str(folder), *plugins], folder, say, {**os.environ, **found()})
 
 
 class Mirror:

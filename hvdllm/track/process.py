@@ -9,7 +9,6 @@ not reach it, and it runs at a low priority. Its standard output carries one JSO
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -22,16 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from hvdllm import runs, untrusted
-from hvdllm.config.schema import name_of
-from hvdllm.track.base import END_S, MODULES, Make, Refused
+from hvdllm import registry, runs, untrusted
+from hvdllm.track.base import END_S, Make, Refused
 
 EVERY_S = 0.5  # seconds between two looks at the file
 MOST_STATE = 2**20  # bytes of a track.json
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # the id that a tracker gives to a run
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, plugins: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
@@ -44,11 +42,13 @@ def main(folder: Path) -> int:
         with contextlib.suppress(OSError):  # the run is gone
             words.write(json.dumps({what: value}) + "\n")
 
+    registry.load(plugins)
     config = runs.read_config(folder)
-    make: Make = importlib.import_module(MODULES[type(config.track)]).make
+    part = registry.of("track", config.track)
+    make: Make = registry.built(part)
     with io.TextIOWrapper(untrusted.opened(folder / "metrics.jsonl", folder), "utf-8", "replace") as file:
         try:
-            failed = serve(folder, name_of("track", config.track), config, make, follow(file, run), tell)
+            failed = serve(folder, part.name, config, make, follow(file, run), tell)
         except Refused as refused:
             tell("started", str(refused))
             return 2
@@ -152,4 +152,4 @@ def brief(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hvdllm.config.schema import Config
+from hvdllm.settings import Config
 from hvdllm.track.base import Say, named
 
 FLUSH_S = 5

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import untrusted
-from hvdllm.config import compose, schema
-from hvdllm.config.schema import Config
+from hvdllm.config import compose
+from hvdllm.settings import Config
 from hvdllm.track.base import UPLOAD_S, Refused, Say, named
+from hvdllm.track.parts import Wandb
 
 ROWS = 100  # of the table of samples; W&B stores the whole table each time it is logged
 AXES = ("train", "eval", "audit", "event", "save")
@@ -45,7 +46,7 @@ class Tracker:
     """A run of W&B, which is online if its server answers."""
 
     def __init__(self, config: Config, folder: Path, name: str, before: list[dict[str, Any]], say: Say) -> None:
-        self.settings: schema.Wandb = config.track
+        self.settings: Wandb = config.track
         self.id, self.folder, self.say = name, folder.resolve(), say
         self.rows = [[r["tokens"], r["text"]] for r in before if r.get("kind") == "sample"]
         self.run = self._start(config)

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import hvdllm
 from hvdllm import device as devices
+from hvdllm.plain import Json
 from hvdllm.world.base import World
 from hvdllm.world.detect import LINK
 
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git() -> dict[str, Any]:
+def git() -> Json:
     """Commit of the clone that this code runs from and whether its tree is dirty; nulls outside a clone."""
     root = Path(hvdllm.__file__).resolve().parents[1]
 
@@ -53,7 +53,7 @@ def git() -> dict[str, Any]:
     return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
-def hosts(device: torch.device, world: World) -> list[dict[str, Any]]:
+def hosts(device: torch.device, world: World) -> list[Json]:
     """Of each rank: host, device name and threads. Collective."""
     own = {
         "host": socket.gethostname(),

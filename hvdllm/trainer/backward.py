@@ -13,6 +13,7 @@ from torch import nn
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, NotFinite
 from hvdllm.flat import Flat
+from hvdllm.plain import Json
 from hvdllm.world.base import World
 
 NOTHING = torch.zeros((), dtype=torch.float64)
@@ -55,7 +56,7 @@ def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
     if batch.tokens == 0:
         return NOTHING
     loss = model(batch.inputs, batch.targets, (batch.round, batch.index))
-    value = loss.detach()
+    value: torch.Tensor = loss.detach()
     (loss * (1 + 0 * value)).backward()
     return value
 
@@ -64,7 +65,7 @@ def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: 
     """Replays the bad round on every rank without exchange (a batch is a function of its position, and the
     weights are still those before the round) and says where the first bad number came up. Collective.
     """
-    found: dict[str, Any] = {}
+    found: Json = {}
     source = error.stream or stream
     batches = [batch for number in error.rounds for batch in source.share(number, error.parts)]
     for batch in batches:

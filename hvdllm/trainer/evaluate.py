@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hvdllm.models.gpt import GPT
+from hvdllm.settings import Config
+from hvdllm.text.shards import Corpus
+from hvdllm.text.stream import validation
 from hvdllm.trainer.backward import autocast
 from hvdllm.world.base import World
 
@@ -49,3 +53,19 @@ def evaluate(
     model.train(was)
     total, tokens, size = world.sum(sums, "act.evaluate").land().tolist()
     return Evaluation(total / tokens, total / np.log(2) / max(size, 1.0), int(tokens))
+
+
+def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.device, world: World) -> Evaluation:
+    """The validation loss of these weights, as every evaluation of a run defines it. Collective."""
+    batches = validation(
+        corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens,
+        micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device,
+    )  # fmt: skip
+    return evaluate(model, batches, text_bytes(corpus), config.precision, device, world)
+
+
+def text_bytes(corpus: Corpus) -> np.ndarray:
+    """Bytes of the text that each token stands for; where the tokenizer loses some, or they are known roughly, scaled:
+    over the validation text they add up to its own."""
+    shard = corpus.validation_shard
+    return corpus.tokenizer.token_bytes * (shard.bytes / shard.spelled if shard.spelled else 1.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from hvdllm.exchange.base import Exchange, Stream
+from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.backward import backward
-from hvdllm.trainer.due import Due
 
 
-def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Due, budget: int) -> None:
+def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Acts, budget: int) -> None:
     """Trains until `budget` tokens are committed by all ranks, or a rank asks for a stop."""
     for batch in exchange.feed(stream):  # arms the hooks BEFORE the forward; batch.last closes this rank's share
         loss = backward(model, batch)  # SUM of token losses; gradients add up in place

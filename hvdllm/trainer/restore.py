@@ -11,14 +11,14 @@ import torch
 from hvdllm import device as devices
 from hvdllm import runs, sums, untrusted
 from hvdllm.checkpoint import read
-from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.models import size
 from hvdllm.models.gpt import GPT
 from hvdllm.models.size import check_model
+from hvdllm.settings import Config
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer.build import DTYPES, build_model
+from hvdllm.trainer.assemble import DTYPES, build_model
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Does this run begin, go on, or is it done? Decided by rank 0 from the run's folder, before anything is built.
 
-The folder may be a stranger's. `resume=RUN` takes from its config.yaml what shapes numbers (schema.setting says what
+The folder may be a stranger's. `resume=RUN` takes from its config.yaml what shapes numbers (settings.setting says what
 that is) and nothing of what its records say of words, programs or hosts. Files of text are not taken either: where the
 same text has been prepared on this machine, it is found by its data hash; else the user names the files again.
 """
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdllm import lock, runs, untrusted
+from hvdllm import lock, registry, runs, untrusted
 from hvdllm.checkpoint import read
-from hvdllm.config import compose, schema
-from hvdllm.config.paths import path_of
-from hvdllm.config.schema import Config
+from hvdllm.config import compose
 from hvdllm.config.words import expand, key_of, last, of
 from hvdllm.errors import UserError
+from hvdllm.paths import path_of
+from hvdllm.plain import Json
+from hvdllm.settings import Config
 from hvdllm.text import shards
 
 # What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
@@ -107,11 +108,11 @@ def _is_file(key: str, value: Any) -> bool:
 def _left_behind(theirs: Config, named: set[str]) -> list[str]:
     """What a folder says and may not, as words: of that which a person would miss."""
     words = [] if theirs.data_dir is None else [f"data_dir={theirs.data_dir}"]
-    usual = {"launch": schema.Local, "track": schema.NoTracker}
-    groups = [
-        (group, getattr(theirs, group)) for group, kind in usual.items() if not isinstance(getattr(theirs, group), kind)
+    words += [
+        f"{group}={name}"
+        for group, usual in (("launch", "local"), ("track", "none"))
+        if (name := registry.name_of(group, getattr(theirs, group))) != usual
     ]
-    words += [f"{group}={schema.name_of(group, settings)}" for group, settings in groups]
     return [word for word in words if key_of(word) not in named]
 
 
@@ -176,8 +177,8 @@ def unused(folder: Path) -> bool:
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:
     """Raises UserError naming the settings that differ and may not."""
 
-    def flat(values: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
+    def flat(values: Json) -> Json:
+        out: Json = {}
         for key, value in values.items():
             if key not in MAY_DIFFER:
                 inner = dict(value) if isinstance(value, dict) else {"": value}

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from hvdllm import device as devices
+from hvdllm.config import pace
 from hvdllm.device import now
+from hvdllm.plain import Json
+from hvdllm.settings import Config
+from hvdllm.trainer.backward import Loss
+from hvdllm.world.base import World
+from hvdllm.world.virtual import VirtualWorld
 
 
 class Slow(nn.Module):
@@ -85,3 +92,26 @@ class Simulated(nn.Module):
             return 1.0
         draw = int(np.random.SeedSequence([self.seed, self.rank, *place]).generate_state(1)[0]) / 2**32
         return 1.0 + self.jitter * float((1.0 - draw) ** -0.5 - 1.0)
+
+
+def paced(
+    config: Config,
+    module: torch.nn.Module,
+    loss: Loss,
+    hosts: list[Json],
+    device: torch.device,
+    world: World,
+) -> torch.nn.Module:
+    """What the loop calls, as fast as the settings say that this rank is."""
+    if config.world.tokens_per_s is not None:
+        assert isinstance(world, VirtualWorld)
+        speed = pace.speeds(config.world, config.seed)[world.rank]
+        return Simulated(module, world.spend, speed, config.world.jitter, config.seed, world.rank)
+    factor = pace.slowed(config.world.slow, world.size).get(world.rank, 1.0)
+    return Slow(module, loss, factor, crowded(hosts, world.rank, device)) if factor > 1 else module
+
+
+def crowded(hosts: list[Json], rank: int, device: torch.device) -> bool:
+    """Would more compute on this rank slow others? Hosts of the network lab share one machine and its name."""
+    here = sum(one["host"] == hosts[rank]["host"] for one in hosts)
+    return device.type == "cpu" and here > devices.usable_cores()

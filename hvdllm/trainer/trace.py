@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hvdllm.device import Mark, now, simulated
 from hvdllm.errors import RunError
+from hvdllm.plain import Json
 from hvdllm.runs import write_whole
 from hvdllm.world.base import World
 
@@ -93,10 +93,10 @@ def ahead(clock: list[tuple[float, float]], reference: list[tuple[float, float]]
     return (least + most) / 2
 
 
-def _events(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _events(ranks: list[Json]) -> list[Json]:
     """Of the Trace Event Format: times in microseconds from the first interval, on rank 0's clock."""
-    names: list[dict[str, Any]] = []
-    events: list[dict[str, Any]] = []
+    names: list[Json] = []
+    events: list[Json] = []
     for rank, said in enumerate(ranks):
         names.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
         names.append({"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}})

@@ -11,12 +11,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hvdllm import runs, sums, untrusted
+from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
-from hvdllm.config import schema
-from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
+from hvdllm.settings import Config
 from hvdllm.world.base import World, from_first
 
 
@@ -78,7 +77,7 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
     if config.init_optimizer:
         if not whole:
             raise UserError("there is no optimizer in final/: give a checkpoint, or init_optimizer=false")
-        theirs, ours = (schema.name_of("optim", c.optim) for c in (runs.read_config(folder), config))
+        theirs, ours = (registry.name_of("optim", c.optim) for c in (runs.read_config(folder), config))
         if theirs != ours:
             raise UserError(f"its optimizer is {theirs}, not {ours}: give optim={theirs}, or init_optimizer=false")
         if not isinstance(state["shared"].get("steps"), int):

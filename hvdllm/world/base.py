@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from hvdllm.errors import PeerError, UserError
+from hvdllm.plain import Json
 
 
 class Flight(Protocol):
@@ -53,14 +54,14 @@ class Letter:
     """What one rank sends another, outside all collectives. head: plain JSON values."""
 
     sender: int
-    head: dict[str, Any]
+    head: Json
     body: torch.Tensor | None = None
 
 
 class Mail(Protocol):
     """Letters between two ranks. box: what they are about (`log`, `push`, `weights`); few and fixed."""
 
-    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+    def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
         """Returns at once; `body` may be written to again. Letters of one sender arrive in the order they were sent."""
 
     def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
@@ -110,7 +111,7 @@ class World(Protocol):
         The part counts its bytes into ours as well. Collective.
         """
 
-    def drive(self, work: Callable[[], Any]) -> Flight:
+    def drive(self, work: Callable[[], object]) -> Flight:
         """A flight of several stages: `work` runs on this rank's one driver thread, in the order of the calls, and
         what it returns is what lands. It may wait for collectives, and drive stages of its own, which are walked at
         once; not for work that was driven after it."""
@@ -136,7 +137,7 @@ class World(Protocol):
         """Leaves in good order, when every rank does."""
 
 
-def from_first(world: World, decide: Callable[[], Any], name: str) -> Any:
+def from_first(world: World, decide: Callable[[], object], name: str) -> Any:
     """What `decide` returns on rank 0, plain JSON values, on every rank. Collective. What it raises as UserError there
     is raised everywhere."""
     value, problem = None, None

@@ -15,11 +15,13 @@ import torch
 
 from hvdllm.device import pool, used_here
 
+Arrived = tuple[object, torch.cuda.Event | None]  # what a flight lands, and the event behind which it is there
+
 
 class Driven:
     """A flight of several stages."""
 
-    def __init__(self, future: Future[tuple[Any, Any]]) -> None:
+    def __init__(self, future: Future[Arrived]) -> None:
         self._future = future
 
     def landed(self) -> bool:
@@ -46,9 +48,9 @@ class Driver:
         self._stream: torch.cuda.Stream | None = None
         self._thread = 0
 
-    def __call__(self, work: Callable[[], Any]) -> Driven:
+    def __call__(self, work: Callable[[], object]) -> Driven:
         if threading.get_ident() == self._thread:  # a stage of what is being driven, on its stream: walked at once
-            done: Future[tuple[Any, Any]] = Future()
+            done: Future[Arrived] = Future()
             done.set_result((work(), None))
             return Driven(done)
         if self._pool is None:
@@ -58,12 +60,13 @@ class Driver:
         ready = torch.cuda.current_stream().record_event() if self._stream is not None else None
         return Driven(self._pool.submit(self._run, work, ready))
 
-    def _run(self, work: Callable[[], Any], ready: Any) -> tuple[Any, Any]:
+    def _run(self, work: Callable[[], object], ready: torch.cuda.Event | None) -> Arrived:
         self._thread = threading.get_ident()
         if self._stream is None:
             return work(), None
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
+            if ready is not None:
+                self._stream.wait_event(ready)
             value = work()
             return value, self._stream.record_event()
 

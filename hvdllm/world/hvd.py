@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 
+from hvdllm import registry
 from hvdllm.device import used_here
 from hvdllm.errors import PeerError, UserError
+from hvdllm.settings import Setup
 from hvdllm.world.base import Flight, Mail
 from hvdllm.world.detect import Place
 from hvdllm.world.mail import at_most, too_long
@@ -170,7 +172,8 @@ class HorovodRanks(Ranks):
 
 def _tensor(out: Any) -> torch.Tensor:
     """hvd.alltoall returns what arrived and how much of it came from whom."""
-    return out[0] if isinstance(out, tuple) else out
+    arrived: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return arrived
 
 
 def tell_horovod(timeout_s: float, groups: bool, fuse: bool) -> None:
@@ -243,3 +246,12 @@ class HorovodWorld(HorovodRanks):
         self._driver.close()
         self.sum(torch.zeros(1), "world.close").land()
         hvd.shutdown()
+
+
+def opened(setup: Setup, place: Place) -> HorovodWorld:
+    """This process's rank among those of its launcher."""
+    config = setup.config
+    fuse = registry.of("exchange", config.exchange).facts.carries == registry.HOROVOD
+    return HorovodWorld(
+        place, config.world.timeout_s, groups=config.wire.hierarchical or config.exchange.groups, fuse=fuse
+    )

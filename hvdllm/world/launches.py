@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hvdllm.device import start_thread
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,13 +47,13 @@ class Launches:
         self._begun = self._closed = False
         self._stream: torch.cuda.Stream | None = None
 
-    def launch(self, start: Callable[[], Any], device: torch.device) -> Future[Any]:
+    def launch(self, start: Callable[[], T], device: torch.device) -> Future[T]:
         """What `start` returns, once it was called, behind what the current stream of `device` holds now."""
         if device.type != "cuda":
             return self._enqueue(start)
         ready = torch.cuda.current_stream(device).record_event()
 
-        def behind() -> Any:
+        def behind() -> T:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(device)
             with torch.cuda.stream(self._stream):
@@ -89,8 +91,8 @@ class Launches:
             self._closed = True
             self._changed.notify()
 
-    def _enqueue(self, start: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
+    def _enqueue(self, start: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
         place = getattr(self._here, "place", None)
         with self._changed:
             if place is None:

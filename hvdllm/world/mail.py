@@ -9,12 +9,12 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
+from hvdllm.plain import Json
 from hvdllm.world.base import Letter
 
 PAUSE_S = 0.05  # between two looks at what else may end a wait
@@ -101,7 +101,7 @@ class Boxes:
                 meanwhile()
 
 
-def copied(sender: int, head: dict[str, Any], body: torch.Tensor | None) -> Letter:
+def copied(sender: int, head: Json, body: torch.Tensor | None) -> Letter:
     """As it would arrive from elsewhere: nothing is shared with who wrote it."""
     return Letter(sender, json.loads(json.dumps(head)), None if body is None else body.detach().cpu().clone())
 
@@ -112,7 +112,7 @@ class OwnMail:
     def __init__(self, threads: Threads, rank: int = 0) -> None:
         self.rank, self.boxes = rank, Boxes(threads)
 
-    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+    def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
         assert to == self.rank, f"there is no rank {to} here"
         self.boxes.put(box, copied(self.rank, head, body))
 

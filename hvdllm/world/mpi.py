@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from hvdllm.errors import PeerError, UserError
+from hvdllm.plain import Json
 from hvdllm.world.base import Flight, Letter
 from hvdllm.world.mail import Boxes, Threads, copied
 
@@ -95,7 +96,7 @@ class MpiMail:
         self._drained = threading.Event()
         world.threads.spawn(self._run, "mail")
 
-    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+    def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
         if to == self.world.rank:
             self.boxes.put(box, copied(to, head, body))
             return

@@ -10,7 +10,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -84,7 +84,7 @@ def group_of(rank: int, groups: Sequence[tuple[int, ...]], size: int) -> tuple[i
 class Drives(Protocol):
     """What walks flights of several stages, see world/driver.py."""
 
-    def __call__(self, work: Callable[[], Any]) -> Flight: ...
+    def __call__(self, work: Callable[[], object]) -> Flight: ...
 
     def close(self) -> None: ...
 
@@ -118,7 +118,7 @@ class Ranks(ABC):
         if self.parent is not None:
             self.parent.count(sent)
 
-    def drive(self, work: Callable[[], Any]) -> Flight:
+    def drive(self, work: Callable[[], object]) -> Flight:
         return self._driver(work)
 
     def mail(self) -> Mail:

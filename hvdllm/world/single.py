@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from hvdllm.errors import UserError
+from hvdllm.settings import Setup
 from hvdllm.world.base import Asks
+from hvdllm.world.detect import Place
 from hvdllm.world.mail import OwnMail, Threads
 
 
 class Landed:
     """A flight that has arrived."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
     def landed(self) -> bool:
@@ -59,7 +61,7 @@ class SingleWorld:
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> SingleWorld:
         return self
 
-    def drive(self, work: Callable[[], Any]) -> Landed:
+    def drive(self, work: Callable[[], object]) -> Landed:
         return Landed(work())
 
     def mail(self) -> OwnMail:
@@ -80,3 +82,8 @@ class SingleWorld:
 
     def close(self) -> None:
         pass
+
+
+def opened(setup: Setup, place: Place) -> SingleWorld:
+    """This process alone; no Horovod is imported."""
+    return SingleWorld()

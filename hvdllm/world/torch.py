@@ -21,36 +21,39 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
-from hvdllm.device import pool, used_here
+from hvdllm.device import be_patient, pool, used_here
 from hvdllm.errors import PeerError, UserError
+from hvdllm.settings import Setup
 from hvdllm.world.base import Flight
 from hvdllm.world.detect import Place
 from hvdllm.world.launches import Launches
 from hvdllm.world.mail import too_long
 from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group_of, must_be_power_of_two
+from hvdllm.world.watch import AGES, Watch
 
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
 SLICE = timedelta(seconds=1)  # of a wait in C++, between which Python hears signals
 IFACE = "GLOO_SOCKET_IFNAME"
+NEWS_S = 2.0  # that a collective waits, once it has failed, to hear which rank has gone
 
 
 class Channel:
     """One process group. Its collectives are launched in the order of the calls: at once, or by a thread of its own
     behind one that must first wait for the others' sizes."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._pool: ThreadPoolExecutor | None = None
-        self._last: Future[Any] | None = None
+        self._last: Future[dist.Work] | None = None
 
-    def launch(self, start: Callable[[], Any], waits: bool = False) -> Future[Any]:
+    def launch(self, start: Callable[[], dist.Work], waits: bool = False) -> Future[dist.Work]:
         if not waits and (self._last is None or self._last.done()):
-            future: Future[Any] = Future()
+            future: Future[dist.Work] = Future()
             future.set_result(start())
             return future
         if self._pool is None:
@@ -69,7 +72,7 @@ class TorchFlight:
 
     def __init__(
         self,
-        future: Future[Any],
+        future: Future[dist.Work],
         x: torch.Tensor,
         name: str,
         world: TorchRanks,
@@ -99,19 +102,25 @@ class TorchRanks(Ranks):
     """The collectives of one process group a channel. members: ranks in the whole world, ascending."""
 
     def __init__(
-        self, groups: Sequence[Any], members: Sequence[int], where: Where, timeout_s: float, parent: Ranks | None = None
+        self,
+        groups: Sequence[dist.ProcessGroup],
+        members: Sequence[int],
+        where: Where,
+        timeout_s: float,
+        parent: Ranks | None = None,
     ) -> None:
         super().__init__(where, timeout_s, parent)
         self.channels = {name: Channel(group) for name, group in zip(CHANNELS, groups, strict=True)}
         self.members = tuple(members)
         self.launches: Launches = parent.launches if isinstance(parent, TorchRanks) else Launches()
+        self.watch: Watch | None = parent.watch if isinstance(parent, TorchRanks) else None
 
-    def drive(self, work: Callable[[], Any]) -> Flight:
+    def drive(self, work: Callable[[], object]) -> Flight:
         place = self.launches.place()
         if place is None:
             return self._driver(work)
 
-        def placed() -> Any:
+        def placed() -> object:
             with self.launches.at(place):
                 return work()
 
@@ -169,7 +178,7 @@ class TorchRanks(Ranks):
         rows: list[int] = []
         made: list[torch.Tensor] = []
 
-        def start(group: Any) -> Any:
+        def start(group: dist.ProcessGroup) -> dist.Work:
             own, sizes = torch.tensor([len(x)]), torch.empty(self.size, dtype=torch.int64)
             self.wait(dist.all_gather_single(sizes, own, group=group, async_op=True), name)
             rows.extend(sizes.tolist())
@@ -179,7 +188,8 @@ class TorchRanks(Ranks):
             padded = x.new_empty(self.size * most, *x.shape[1:])
             made.extend([padded, sent])
             self.count((self.size - 1) * (own.nbytes + sent.nbytes))
-            return dist.all_gather_single(padded, sent, group=group, async_op=True)
+            work: dist.Work = dist.all_gather_single(padded, sent, group=group, async_op=True)
+            return work
 
         def finish() -> torch.Tensor:
             padded = made[0]
@@ -206,21 +216,23 @@ class TorchRanks(Ranks):
     def lost(self, error: Exception) -> PeerError | None:
         """Gloo's errors have no class of their own, but the name of its source, NCCL's have one."""
         theirs = isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
-        return _gone(error) if isinstance(error, RuntimeError) and theirs else None
+        return self._gone(error) if isinstance(error, RuntimeError) and theirs else None
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> TorchRanks:
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 
-    def launched(self, future: Future[Any], name: str) -> Any:
+    def launched(self, future: Future[dist.Work], name: str) -> dist.Work:
         """The work, once its thread has launched it: NCCL's first collective waits for all ranks."""
         end = time.monotonic() + self.timeout_s
         while not future.done():
             wait([future], SLICE.total_seconds())
+            if not future.done() and self.watch is not None and (rank := self.watch.gone()) is not None:
+                raise PeerError(f"`{name}` waits for rank {rank}, which is gone")
             if time.monotonic() > end and not future.done():
                 raise self._late(name)
         return future.result()
 
-    def wait(self, work: Any, name: str, on_host: bool = True) -> None:
+    def wait(self, work: dist.Work, name: str, on_host: bool = True) -> None:
         """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
         end = time.monotonic() + self.timeout_s
         while on_host and not work.is_completed():
@@ -232,7 +244,12 @@ class TorchRanks(Ranks):
         try:
             work.wait()
         except RuntimeError as error:
-            raise _gone(error) from None
+            raise self._gone(error) from None
+
+    def _gone(self, error: RuntimeError) -> PeerError:
+        rank = self.watch.gone(NEWS_S) if self.watch is not None else None
+        who = "most likely because another rank is gone" if rank is None else f"because rank {rank} is gone"
+        return PeerError(f"a collective failed, {who} ({_first_line(error)})")
 
     def _late(self, name: str) -> PeerError:
         return PeerError(too_long(self.timeout_s, f"`{name}`"))
@@ -246,7 +263,7 @@ class TorchRanks(Ranks):
         self,
         x: torch.Tensor,
         name: str,
-        start: Callable[[Any], Any],
+        start: Callable[[dist.ProcessGroup], dist.Work],
         finish: Callable[[], torch.Tensor],
         made: Sequence[torch.Tensor] = (),
         waits: bool = False,
@@ -258,10 +275,6 @@ class TorchRanks(Ranks):
             channel = self.channels.get(name.split(".")[0], self.channels["other"])
             future = channel.launch(lambda: start(channel.group), waits)
         return TorchFlight(future, x, name, self, finish, made)
-
-
-def _gone(error: RuntimeError) -> PeerError:
-    return PeerError(f"a collective failed, most likely because another rank is gone ({_first_line(error)})")
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -287,10 +300,14 @@ class TorchWorld(TorchRanks):
                     self._backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout
                 )
             groups = [self._group() for _ in CHANNELS]
+            ring = dist.new_group(timeout=AGES, backend="gloo") if place.size > 1 else None
         except RuntimeError as error:
             raise PeerError(f"the ranks did not find each other ({_first_line(error)})") from None
         where = (place.rank, place.size, place.local_rank, place.local_size)
         super().__init__(groups, range(place.size), where, timeout_s)
+        if ring is not None:
+            self.watch = Watch(ring, place.rank, place.size)
+            be_patient(timeout_s, self.watch.gone)
         if not on_gpu:
             self.no_cuda = "this torch was built without NCCL and carries no CUDA tensors between ranks"
         self._parts: list[TorchRanks] = []
@@ -306,9 +323,11 @@ class TorchWorld(TorchRanks):
         self._parts.append(part)
         return part
 
-    def _group(self, ranks: list[int] | None = None) -> Any:
+    def _group(self, ranks: list[int] | None = None) -> dist.ProcessGroup:
         # Longer than ours, so that `wait` is the one that says which collective it was.
-        return dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s + 60), backend=self._backend)
+        timeout = timedelta(seconds=self.timeout_s + 60)
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=self._backend)
+        return group
 
     def close(self) -> None:
         self._driver.close()
@@ -317,11 +336,13 @@ class TorchWorld(TorchRanks):
             part.close()
         super().close()
         self.launches.close()
+        if self.watch is not None:
+            self.watch.close()
         dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------ how ranks meet
-def meet(place: Place, timeout: timedelta) -> dist.Store:
+def meet(place: Place, timeout: timedelta) -> Store:
     """A store of rank 0's that all ranks reach. Its address travels through what the launcher offers: Horovod's own
     key-value server, or a broadcast over MPI."""
     if "HOROVOD_GLOO_IFACE" in os.environ:
@@ -330,7 +351,7 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
     address: tuple[str, int] | None = None
     if place.rank == 0:
         host = own_address(place)
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         address = (host, store.port)
     if place.launcher == "horovodrun":
         address = through_horovodrun(address, timeout)
@@ -338,7 +359,7 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
         address = through_mpi(address, place)
     if store is None:
         assert address is not None, "a process alone is rank 0"
-        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
     return store
 
 
@@ -400,3 +421,8 @@ def through_mpi(address: tuple[str, int] | None, place: Place) -> tuple[str, int
         )
     met: tuple[str, int] = MPI.COMM_WORLD.bcast(address, root=0)
     return met
+
+
+def opened(setup: Setup, place: Place) -> TorchWorld:
+    """This process's rank among those of its launcher."""
+    return TorchWorld(place, setup.config.world.timeout_s, setup.config.device.kind)

@@ -8,27 +8,38 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 
 from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
-from hvdllm.world.base import Letter
+from hvdllm.plain import Json
+from hvdllm.world.base import Asks, Letter
+from hvdllm.world.hub import Hub, Lane
 from hvdllm.world.mail import copied
 
-if TYPE_CHECKING:
-    from hvdllm.world.virtual import Hub, VirtualWorld
+
+class Logical(Protocol):
+    """What letters need of a logical rank."""
+
+    rank: int
+    asks: Asks
+    hub: Hub
+
+    def count(self, sent: float) -> None: ...
+
+    def texts(self, text: str, name: str) -> list[str]: ...
 
 
 class VirtualMail:
     """`meanwhile` is called where this rank has been asked for something while it waits."""
 
-    def __init__(self, world: VirtualWorld) -> None:
+    def __init__(self, world: Logical) -> None:
         self.world, self.hub = world, world.hub
         self.links = world.hub.links
 
-    def post(self, to: int, box: str, head: dict[str, Any], body: torch.Tensor | None = None) -> None:
+    def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
         letter = copied(self.world.rank, head, body)
         if to != self.world.rank and letter.body is not None:
             self.world.count(letter.body.nbytes)
@@ -74,7 +85,7 @@ def over(hub: Hub) -> bool:
     return not any(lane.number == 0 for lane in hub.lanes)
 
 
-def spawn(hub: Hub, lane: Any, work: Callable[[], None], name: str) -> None:
+def spawn(hub: Hub, lane: Lane, work: Callable[[], None], name: str) -> None:
     """A thread that takes part in passing the baton, from where the calling one stands. lane: its own, a new one."""
     assert hub.holder is not None
     lane.time = hub.holder.time

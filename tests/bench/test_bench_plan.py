@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from hvdllm.bench import exchange, lab
+from hvdllm.bench import exchange
 from hvdllm.bench.exchange import ALONE, IDLE, SLOWED, Asked, Case
-from hvdllm.bench.lab import Lab
 from hvdllm.cli.bench import ask
 from hvdllm.config import compose, pace
 from hvdllm.errors import UserError
+from hvdllm.launch import lab
 from hvdllm.launch.horovodrun import starter
+from hvdllm.launch.lab import Lab
 from hvdllm.world.detect import Place
 
 ASKED = Asked("200mbit", 3, 2, ("allreduce",), (), (), (), 5, 2, 1, 60.0)

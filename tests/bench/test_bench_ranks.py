@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from launch import BATCH, HVDLLM, TINY, Job, launch, write_text
 
-from hvdllm.bench import lab
+from hvdllm.launch import lab
 
 pytestmark = pytest.mark.ranks
 OWN = ("log_every", "eval_every", "sample_every", "schedule")  # which the bench sets itself

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
+from hvdllm import registry, settings
 from hvdllm.cli.flags import settings_only
-from hvdllm.config import compose, schema
+from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.config.help import ALL, print_help
 from hvdllm.errors import UserError
 from hvdllm.world.detect import Place
 
-GROUPS = [(group, option) for group in [*schema.SCHEMAS, "experiment"] for option in compose.options(group)]
+GROUPS = [(group, option) for group in [*registry.GROUPS, "experiment"] for option in compose.options(group)]
 
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
@@ -99,10 +100,10 @@ def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("COLUMNS", "200")
     print_help("usage", compose.compose([]), ALL)
     said = capsys.readouterr().out
-    for f in dataclasses.fields(schema.Config):
-        assert len(f.metadata["doc"]) > 15 or f.name in schema.SCHEMAS
+    for f in dataclasses.fields(settings.Config):
+        assert len(f.metadata["doc"]) > 15 or f.name in registry.GROUPS
         assert f.name in said
-    for group, kinds in schema.SCHEMAS.items():
+    for group, kinds in registry.all_kinds().items():
         for kind in kinds.values():
             assert kind.__doc__
             for f in dataclasses.fields(kind):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hvdllm import registry
 from hvdllm.cli import prepare, train
-from hvdllm.config import compose, schema
+from hvdllm.config import compose
 from hvdllm.errors import UserError
 
 
@@ -18,20 +19,20 @@ def test_without_a_topic_it_is_one_screen(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("COLUMNS", "100")
     out = said(capsys, "--help")
     assert len(out.splitlines()) <= 40, "it fits a terminal"
-    for group in (*schema.SCHEMAS, "experiment"):
+    for group in (*registry.GROUPS, "experiment"):
         assert f"  {group}" in out
     for word in ("diloco", "budget_tokens=1200000", "[--help [GROUP]]", "75 stopped", "hvdllm train -m"):
         assert word in out
     assert len(said(capsys, "--help", run=prepare.run).splitlines()) < 20
 
 
-@pytest.mark.parametrize("group", list(schema.SCHEMAS))
+@pytest.mark.parametrize("group", list(registry.GROUPS))
 def test_a_group_has_all_its_settings_and_no_others(group: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "--help", group)
     for key in compose.settings():
         assert key.partition(".")[0] != group or "." not in key or f"{key} " in out
     assert "sample_prompt" not in out and ("optim.lr " in out) == (group == "optim")
-    assert all(f"{group}={name}" in out or name in out for name in schema.SCHEMAS[group])
+    assert all(f"{group}={name}" in out or name in out for name in registry.kinds(group))
 
 
 def test_a_setting_and_what_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:

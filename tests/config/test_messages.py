@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from hvdllm import registry
 from hvdllm.cli.flags import settings_only
-from hvdllm.config import compose, schema
+from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.errors import UserError
+from hvdllm.settings import Config
 from hvdllm.world.detect import Place
 
 Field = dataclasses.Field[Any]
@@ -23,8 +25,8 @@ def option(group: str, kind: type) -> str:
 
 def settings() -> list[tuple[str, type, Field]]:
     """(group or "", class, field) of all that is no group itself."""
-    found = [("", schema.Config, f) for f in dataclasses.fields(schema.Config) if f.name not in schema.SCHEMAS]
-    for group, kinds in schema.SCHEMAS.items():
+    found = [("", Config, f) for f in dataclasses.fields(Config) if f.name not in registry.GROUPS]
+    for group, kinds in registry.all_kinds().items():
         found += [(group, kind, f) for kind in kinds.values() for f in dataclasses.fields(kind)]
     return found
 

@@ -10,9 +10,9 @@ import pytest
 
 from hvdllm.config import compose, pace
 from hvdllm.config.check import check
-from hvdllm.config.schema import World
 from hvdllm.errors import UserError
 from hvdllm.world.detect import Place
+from hvdllm.world.parts import World
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdllm.config import schema
 from hvdllm.config.compose import compose, merged
 from hvdllm.config.words import expand, of, plain, quoted, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
+from hvdllm.exchange import parts as exchanges
 from hvdllm.launch import sweep
 from hvdllm.launch.base import command
 from hvdllm.runs import Folder
@@ -105,7 +105,7 @@ def test_what_is_no_whole_number_is_refused(text: str) -> None:
 def test_an_option_brings_settings_of_its_own() -> None:
     words = ["exchange=diloco+exchange.local_steps=10+exchange.outer_lr=0.5"]
     config = compose(words)
-    assert isinstance(config.exchange, schema.DiLoCo)
+    assert isinstance(config.exchange, exchanges.DiLoCo)
     assert (config.exchange.local_steps, config.exchange.outer_lr) == (10, 0.5)
     assert expand("optim.lr=1e+3") == ["optim.lr=1e+3"] and expand("name=a+b=c") == ["name=a+b=c"]
     with pytest.raises(UserError, match=r"exchange\.local_steps. belongs to exchange=.*diloco.* alone"):

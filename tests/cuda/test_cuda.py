@@ -20,9 +20,7 @@ import pytest
 import torch
 from bugs import BUGS
 
-from hvdllm.config import schema
-from hvdllm.exchange.wire import WIRES
-from hvdllm.trainer.build import EXCHANGES
+from hvdllm import registry
 
 HERE = Path(__file__).parent
 # Settings that let something happen in the few rounds of a run.
@@ -62,10 +60,6 @@ THOROUGH = [
 ]  # fmt: skip
 
 
-def named(group: str, kinds: Any) -> list[str]:
-    return [schema.name_of(group, kind()) for kind in kinds]
-
-
 def of(group: str, name: str) -> str:
     return f"{group}={name} {MORE.get(name, '')}".strip()
 
@@ -73,8 +67,8 @@ def of(group: str, name: str) -> str:
 def cases() -> Iterator[Any]:
     """(world, words, must): each exchange with the plain wire, each wire below one exchange on either world; all pairs
     by `--all`. must: it may not be refused, as some pairs are."""
-    wires = named("wire", WIRES)
-    for exchange in named("exchange", EXCHANGES):
+    wires = registry.kinds("wire")
+    for exchange in registry.kinds("exchange"):
         for world in ONLY.get(exchange, ("hvd", "torch")):
             for wire in wires:
                 words = " ".join([WORLD.get(world, ""), of("exchange", exchange), of("wire", wire)]).strip()

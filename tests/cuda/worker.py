@@ -3,7 +3,7 @@
 
     python worker.py FOLDER COMPILER
 
-A case is a whole run by trainer/build.py: data, model, exchange, wire, update, evaluation, sample, checkpoint, end; as
+A case is a whole run by trainer/life.py: data, model, exchange, wire, update, evaluation, sample, checkpoint, end; as
 rank 0 of several, on device 1 of two, so that what lies on device 0 by mistake is seen.
 """
 
@@ -30,7 +30,7 @@ from hvdllm.checkpoint import write  # noqa: E402
 from hvdllm.config import compose  # noqa: E402
 from hvdllm.errors import UserError  # noqa: E402
 from hvdllm.exchange.wire import hierarchical  # noqa: E402
-from hvdllm.trainer import build  # noqa: E402
+from hvdllm.trainer import life  # noqa: E402
 from hvdllm.world.detect import Place  # noqa: E402
 from hvdllm.world.single import SingleWorld  # noqa: E402
 
@@ -63,14 +63,15 @@ def train(world: str, size: int, words: list[str]) -> None:
     config = compose.compose([*BASE, *words])
     if world == "virtual":
         from hvdllm.world import virtual
+        from hvdllm.world.hub import Links
 
-        links = virtual.Links(1e9) if config.world.tokens_per_s else None
-        virtual.run(size, lambda one: build.run(config, words, Place(), one, Show()), links=links)
+        links = Links(1e9) if config.world.tokens_per_s else None
+        virtual.run(size, lambda one: life.run(config, words, Place(), one, Show()), links=links)
         return
     if world == "single":
         alone = SingleWorld()
         alone.local_rank = 1
-        build.run(config, words, Place(), alone, Show())
+        life.run(config, words, Place(), alone, Show())
         return
     place = Place("torchrun" if world == "torch" else "horovodrun", 0, size, 1, 2)
     several: Any
@@ -83,7 +84,7 @@ def train(world: str, size: int, words: list[str]) -> None:
 
         groups = config.wire.hierarchical or getattr(config.exchange, "inner", "none") != "none"
         several = HorovodWorld(place, 60.0, groups=groups)
-    build.run(config, words, place, several, Show())
+    life.run(config, words, place, several, Show())
     several.close()
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from hvdllm.config.schema import SGD
-from hvdllm.config.schema import AllReduce as Settings
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.meta import MetaPost
+from hvdllm.exchange.parts import AllReduce as Settings
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
+from hvdllm.optim.parts import SGD
 from hvdllm.optim.update import Update
 from hvdllm.world.base import Asks
 from hvdllm.world.single import Landed, SingleWorld

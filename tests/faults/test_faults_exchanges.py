@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-from launch import BATCH, HVDLLM, Job, launch, meddled, records, runs, same_bits, words_of
-
-from hvdllm.launch.meeting import MeetingPoint
+from launch import BATCH, HVDLLM, Job, launch, meddled, records, runs, same_bits, slots, words_of
 
 pytestmark = pytest.mark.ranks
 STEPS = 10
@@ -43,20 +40,12 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(kind: str, tmp_path: Pat
 def test_who_survives_says_that_a_peer_is_gone(exchange: str, tmp_path: Path) -> None:
     """Of ranks that nobody ends, as under srun: the library that moves the sums has errors of its own."""
     words = words_of(tmp_path, "a", STEPS, f"exchange={exchange}", "exchange.bucket_mb=null")
-    command, hosts = meddled(words, kill=[1, 4]), get_host_assignments(parse_hosts("localhost:2"), 2)
-    point = MeetingPoint("127.0.0.1", hosts)
-    base = {**point.variables("127.0.0.1"), "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
-    base |= {"HOROVOD_GLOO_IFACE": "lo", "HOROVOD_CROSS_RANK": "0", "HOROVOD_CROSS_SIZE": "1"}
-    with closing(point), Job(command, **base, **slot(0)) as survivor, Job(command, **base, **slot(1)) as dead:
+    command, (point, places) = meddled(words, kill=[1, 4]), slots("gloo", 2)
+    with closing(point), Job(command, **places[0]) as survivor, Job(command, **places[1]) as dead:
         assert dead.wait().code == -9
         done = survivor.wait()
     assert done.code == 1 and "rank 0: a collective failed, most likely because another rank is gone" in done.out
     assert "bug in hvdllm" not in done.out and "Traceback" not in done.out
-
-
-def slot(rank: int) -> dict[str, str]:
-    place = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
-    return {"HOROVOD_HOSTNAME": "localhost", **{f"HOROVOD_{name}": str(value) for name, value in place.items()}}
 
 
 @pytest.mark.parametrize("kind", but("delayed-int8"))

@@ -83,7 +83,7 @@ def test_sigusr1_to_any_rank_saves_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
-    with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), "mpirun", 3) as job:
+    with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), "real mpirun", 3) as job:
         job.until(lambda: len(records(run, "commit")) > 5)
         os.kill(job.rank(1), signal.SIGKILL)
         assert job.wait().code != 0
@@ -96,7 +96,7 @@ def test_a_rank_killed_from_outside_ends_the_job(tmp_path: Path) -> None:
 def test_ranks_end_saved_when_their_launcher_is_killed(how: str, tmp_path: Path) -> None:
     """horovodrun --mpi has become `sh -c mpirun` by then, and leaves mpirun behind."""
     run = tmp_path / "runs" / "a"
-    with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), how, 2) as job:
+    with Job(meddled(words_of(tmp_path, "a", 10_000), slow_s=0.02), f"real {how}", 2) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         os.kill(job.process.pid, signal.SIGKILL)
         job.process.wait()

@@ -98,14 +98,14 @@ def test_killed_at_any_moment_it_goes_on_bit_equal(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(tmp_path: Path) -> None:
     runs([{"words": words_of(tmp_path, "a", STEPS, *SAVES)}], 2, tmp_path)
     words = words_of(tmp_path, "b", STEPS, *SAVES)
-    launch(meddled(words, kill=[1, 9]), "gloo", 2, code=None)
+    launch(meddled(words, kill=[1, 9]), "real gloo", 2, code=None)
     done = launch([*HVDLLM, "train", *words], "gloo", 2)
     assert "goes on" in done.out and same_bits(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
 
 
 @pytest.mark.parametrize("how", ["gloo", pytest.param("mpi", marks=pytest.mark.thorough)])
 def test_a_rank_that_fails_shows_its_own_error(how: str, tmp_path: Path) -> None:
-    done = launch(meddled(words_of(tmp_path, "a", STEPS), fail=[1, 3]), how, 2, code=None)
+    done = launch(meddled(words_of(tmp_path, "a", STEPS), fail=[1, 3]), f"real {how}", 2, code=None)
     assert "an apple fell on the fan" in done.out and "rank 1: this is a bug" in done.out
     assert "a collective failed" not in done.out and "HorovodInternalError" not in done.out
 
@@ -139,7 +139,7 @@ def test_interrupted_it_ends_saved(how: str, number: int, tmp_path: Path) -> Non
     words = words_of(tmp_path, "a", steps)
     runs([{"words": words_of(tmp_path, "b", steps)}], n, tmp_path, "gloo")
     more = {"OMPI_MCA_odls_base_sigkill_timeout": "4"} if how == "mpi" else {}
-    with Job(meddled(words, slow_s=0.2 if how == "mpi" else 0.1), how, n, **more) as job:
+    with Job(meddled(words, slow_s=0.2 if how == "mpi" else 0.1), f"real {how}", n, **more) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         job.signal(number)
         done = job.wait()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdllm.config.schema import Files
 from hvdllm.text import shards
+from hvdllm.text.parts import Files
 
 
 def modes(tmp_path: Path, *of: int) -> set[int]:

@@ -9,9 +9,10 @@ import pytest
 
 from hvdllm import runs
 from hvdllm.cli import track
-from hvdllm.config import compose, schema
+from hvdllm.config import compose
 from hvdllm.errors import UserError
-from hvdllm.launch import base, local, progress, sweep
+from hvdllm.launch import base, local, progress, sweep, watched
+from hvdllm.track import parts as trackers
 from hvdllm.track import process, wandb
 
 
@@ -31,7 +32,7 @@ def test_a_checkpoint_that_is_uploaded_is_the_runs_own(tmp_path: Path) -> None:
             sent.append(artifact)
 
     tracker = object.__new__(wandb.Tracker)
-    tracker.settings, tracker.folder, tracker.id = schema.Wandb(checkpoints=True), tmp_path / "run", "abc"
+    tracker.settings, tracker.folder, tracker.id = trackers.Wandb(checkpoints=True), tmp_path / "run", "abc"
     tracker.run, tracker.rows, tracker.say = Run(), [], said.append
     record = {"kind": "save", "tokens": 1, "path": str(tmp_path / "secret")}
     tracker.record(0, {**record, "step": 3})
@@ -64,9 +65,9 @@ def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
 
 def test_a_progress_line_waits_for_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    watched = progress.Watched(tmp_path)
-    watched.look()
-    assert watched.tokens == 0
+    seen = watched.Watched(tmp_path)
+    seen.look()
+    assert seen.tokens == 0
     assert progress.pass_on(tmp_path / "metrics.jsonl", 0) == 0
     assert sweep.last_sentence(tmp_path / "metrics.jsonl", 0) == ""
 

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from hvdllm import runs, sums
+from hvdllm import registry, runs, sums
 from hvdllm.cli import main
-from hvdllm.config import compose, schema
-from hvdllm.config.schema import Config
+from hvdllm.config import compose
 from hvdllm.config.words import of
 from hvdllm.errors import UserError
 from hvdllm.launch import base, horovodrun, slurm, sweep
+from hvdllm.launch import parts as launchers
+from hvdllm.settings import Config
+from hvdllm.text import parts as texts
+from hvdllm.track import parts as trackers
 from hvdllm.trainer.resume import asked
 
 HERE = Path(__file__).parent
@@ -42,8 +45,8 @@ def test_nothing_is_started_and_nobody_is_told(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, *words, "seed=7", "exchange=delayed", "optim.lr=0.5", "data_dir=/somewhere")
     said: list[str] = []
     config, words = asked([f"resume={folder}"], said.append)
-    assert (config.seed, config.optim.lr, schema.name_of("exchange", config.exchange)) == (7, 0.5, "delayed")
-    assert isinstance(config.launch, schema.Local) and isinstance(config.track, schema.NoTracker)
+    assert (config.seed, config.optim.lr, registry.name_of("exchange", config.exchange)) == (7, 0.5, "delayed")
+    assert isinstance(config.launch, launchers.Local) and isinstance(config.track, trackers.NoTracker)
     assert config.data_dir is None and config.device.threads is None
     assert [word.partition("=")[0] for word in words] == ["resume", "name", "runs_dir"]
     assert len(said) == 1 and all(
@@ -57,16 +60,16 @@ def test_records_are_no_words(tmp_path: Path) -> None:
     lines = (folder / "metrics.jsonl").read_text().replace('"seed=7"', '"launch=slurm", "seed=9", "track=wandb"')
     (folder / "metrics.jsonl").write_text(lines)
     config, _ = asked([f"resume={folder}"])
-    assert config.seed == 7 and isinstance(config.launch, schema.Local)
+    assert config.seed == 7 and isinstance(config.launch, launchers.Local)
 
 
 def test_each_setting_is_taken_or_is_ours(tmp_path: Path) -> None:
     """One list: what is marked `ours` keeps its default, everything else is the folder's."""
     ours = {f.name for f in dataclasses.fields(Config) if f.metadata["ours"]}
     assert ours == {
-        "name", "runs_dir", "data_dir", "resume", "init_from", "world", "device", "launch", "track",
+        "name", "runs_dir", "data_dir", "resume", "init_from", "plugins", "world", "device", "launch", "track",
     }  # fmt: skip
-    files = {f.name for f in dataclasses.fields(schema.Files) if f.metadata["ours"]}
+    files = {f.name for f in dataclasses.fields(texts.Files) if f.metadata["ours"]}
     assert files == {"tokenizer", "validation", "path", "prepared"}
     words = ["seed=3", "optim=sgd", "optim.momentum=0.5", "schedule=wsd", "wire=int8", "model.layers=2", "keep=9"]
     folder = folder_of(tmp_path, *words, "exchange=local_sgd", "precision=bf16", "sample_prompt='a,b'", "eval_every=0")

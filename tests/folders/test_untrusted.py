@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from hvdllm import runs, untrusted
-from hvdllm.config.schema import Files
 from hvdllm.errors import RunError, UserError
 from hvdllm.text import corpus
+from hvdllm.text.parts import Files
 from hvdllm.text.tokenize import BYTES, Tokenizer
 from hvdllm.track import process
 

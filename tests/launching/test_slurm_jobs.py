@@ -12,10 +12,10 @@ import slurmd
 from launch import BATCH, CURVE, curve, records, words_of
 
 from hvdllm.cli.main import main
-from hvdllm.config.schema import Slurm
 from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import slurm
 from hvdllm.launch.base import Point
+from hvdllm.launch.parts import Slurm
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(bool(slurmd.missing()), reason=slurmd.missing() or "-")]
 LONG = f"budget_tokens={10**6 * BATCH}"

@@ -13,8 +13,9 @@ import pytest
 
 from hvdllm.cli import train
 from hvdllm.errors import STOPPED, UserError
+from hvdllm.interpreter import PYTHON
 from hvdllm.launch import local, slurm, sweep
-from hvdllm.launch.base import PYTHON, STOP_FILE, Point, command
+from hvdllm.launch.base import STOP_FILE, Point, command
 from hvdllm.launch.progress import pass_on
 from hvdllm.world.detect import Place
 
@@ -32,7 +33,7 @@ def test_a_file_of_the_users_shadows_no_module(tmp_path: Path, monkeypatch: pyte
 
 
 def Slurm() -> Any:
-    from hvdllm.config.schema import Slurm as Settings
+    from hvdllm.launch.parts import Slurm as Settings
 
     return Settings()
 

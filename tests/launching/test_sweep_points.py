@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from hvdllm.bench import lab
 from hvdllm.cli import train
-from hvdllm.config import compose, schema
+from hvdllm.config import compose
 from hvdllm.errors import UserError
-from hvdllm.launch import horovodrun, local, sweep
-from hvdllm.launch.sweep import Sweep, place_of, point_of, safe
+from hvdllm.exchange import parts as exchanges
+from hvdllm.launch import horovodrun, lab, local, sweep
+from hvdllm.launch import parts as launchers
+from hvdllm.launch.sweep import Sweep, point_of, safe
 from hvdllm.world.detect import Place
 
 ALONE = ("HOROVOD_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMIX_RANK", sweep.LAUNCHED)
@@ -70,9 +71,9 @@ def test_a_point_is_named_by_what_differs_and_gets_its_words() -> None:
     assert not any(word.startswith("launch") and not word.startswith("launch.sweep=") for word in task.point.words)
     rank = compose.compose(task.point.words)  # as its ranks will
     assert (rank.name, rank.runs_dir, rank.seed, rank.optim.lr) == (task.point.name, str(folder), 1, 0.01)
-    assert isinstance(rank.exchange, schema.Delayed)
-    assert isinstance(rank.launch, schema.Local) and rank.launch.sweep == folder.name
-    assert isinstance(task.config.launch, schema.Horovodrun) and task.config.launch.np == 3
+    assert isinstance(rank.exchange, exchanges.Delayed)
+    assert isinstance(rank.launch, launchers.Local) and rank.launch.sweep == folder.name
+    assert isinstance(task.config.launch, launchers.Horovodrun) and task.config.launch.np == 3
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_site_file_is_selected_from_the_users_folder(tmp_path: Path, capsys: p
         file.write_text(f"defaults: [{first}, _self_]\npartition: {name}\nmodules: [cuda, mpi]\n")
         where = compose.config_folder("my folder, (grüße)")
         launch = compose.compose([where, f"launch={name}", "launch.nodes=3"]).launch
-        assert isinstance(launch, schema.Slurm)
+        assert isinstance(launch, launchers.Slurm)
         assert (launch.partition, launch.nodes, launch.modules) == (name, 3, ["cuda", "mpi"])
         (point,) = {task.point.words for task in points(where, f"launch={name}", "seed=range(4,5)").values()}
         assert point[0] == f"--config-dir={tmp_path}/my folder, (grüße)"  # wherever a rank stands
@@ -245,7 +246,7 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_points_are_checked_for_where_they_will_run(words: list[str], place: Place) -> None:
-    assert place_of(compose.compose(words).launch) == place
+    assert compose.compose(words).launch.place() == place
 
 
 def test_the_words_of_horovodrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +291,7 @@ def test_points_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_was_started_here_has_obeyed_its_launch() -> None:
     config = compose.compose(["launch=horovodrun", "launch.sweep=s"])
-    assert sweep.obeyed(config).launch == schema.Local(sweep="s")
+    assert sweep.obeyed(config).launch == launchers.Local(sweep="s")
     point = point_of(config := compose.compose(["name=a"]), ["name=b", "runs_dir=c", "+launch.sweep=x", "seed=3"])
     assert point.words == ("seed=3", "runs_dir='runs'", "name='a'")
 

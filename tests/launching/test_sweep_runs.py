@@ -16,10 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from launch import BATCH, HVDLLM, Job, environment, records, words_of
 
-from hvdllm.bench import lab
 from hvdllm.cli import train
 from hvdllm.errors import STOPPED
-from hvdllm.launch import local
+from hvdllm.launch import lab, local
 
 needs_lab = pytest.mark.skipif(lab.missing() is not None, reason=f"the network lab cannot be here: {lab.missing()}")
 

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from hvdllm.config.schema import Model
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, init_weights
+from hvdllm.models.parts import Model
 
 SETTINGS = Model(layers=2, width=32, heads=4, context=16)
 REAL, PADDED = 40, 64

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hvdllm.config.schema import Model
 from hvdllm.models import gpt
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.models.parts import Model
 
 GPT2 = dict(layers=2, width=32, heads=4, context=16)
 LLAMA = dict(GPT2, kv_heads=2, positions="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied=False)

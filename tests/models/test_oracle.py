@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdllm.config.schema import Model
 from hvdllm.models.gpt import GPT
+from hvdllm.models.parts import Model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # classes and random weights are all we want of it: nothing is looked up
 transformers = pytest.importorskip("transformers")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from hvdllm.config.schema import Model
 from hvdllm.errors import UserError
 from hvdllm.models.gpt import GPT
+from hvdllm.models.parts import Model
 from hvdllm.models.size import check_model, count_parameters, flops_per_token, memory, pad_vocab, peak_flops
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hvdllm.config.schema import SGD, AdamW, Constant, Cosine, WarmupStableDecay
 from hvdllm.flat import Span
+from hvdllm.optim.parts import SGD, AdamW, Constant, Cosine, WarmupStableDecay
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hvdllm.config.schema import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
 from hvdllm.flat import Span
 from hvdllm.optim import by_hand
+from hvdllm.optim.parts import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 

@@ -10,32 +10,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from hvdllm.config import schema
-from hvdllm.exchange.acco import Acco
-from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import NotFinite, State
-from hvdllm.exchange.delayed import Delayed
-from hvdllm.exchange.diloco import DiLoCo
-from hvdllm.exchange.fedavg import FedAvg
-from hvdllm.exchange.local_sgd import LocalSGD
-from hvdllm.exchange.sharded import Sharded
-from hvdllm.exchange.streaming_diloco import StreamingDiLoCo
-from hvdllm.exchange.wire import make
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.flat import Flat
+from hvdllm.optim import parts as optims
 from hvdllm.optim.update import Update
+from hvdllm.settings import Config
+from hvdllm.trainer import assemble as trainer_assemble
+from hvdllm.trainer.assemble import assemble
 from hvdllm.world import virtual
 
-EXCHANGES: dict[type, Any] = {
-    schema.AllReduce: AllReduce, schema.Sharded: Sharded, schema.Delayed: Delayed, schema.Acco: Acco,
-    schema.LocalSGD: LocalSGD, schema.DiLoCo: DiLoCo, schema.StreamingDiLoCo: StreamingDiLoCo, schema.FedAvg: FedAvg,
-}  # fmt: skip
 NOMINAL = 24  # examples of a global batch
 MICRO = 2
 Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]  # of a client or group and its step
@@ -197,8 +188,13 @@ def steps_noted(monkeypatch: Any) -> list[int]:
             found.append(meta.committed)
             return super().step(pieces, grad, meta, *more)
 
-    monkeypatch.setitem(globals(), "Update", Noted)
+    monkeypatch.setattr(trainer_assemble, "Update", Noted)
     return found
+
+
+def settings_of(exchange: Any, optim: Any, wire: Any) -> Config:
+    """A run of these parts, with a bucket for each tensor."""
+    return Config(batch_tokens=NOMINAL, exchange=replace(exchange, bucket_mb=2**-20), optim=optim, wire=wire)
 
 
 def flatten(flat: Flat) -> torch.Tensor:
@@ -233,11 +229,9 @@ def train(
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
-        part = EXCHANGES[type(exchange)](exchange, NOMINAL)
-        flat = Flat(net_, world.size, 1, part.copies)
-        update = Update(optim, rate)
-        over = make(wire or schema.Fp32(), part.between(world), flat, NOMINAL)
-        part.attach(net_, flat, update, over, world)
+        config = settings_of(exchange, optim, wire or wires.Fp32())
+        parts = assemble(config, net_, net_, world, rate)
+        part, flat = parts.exchange, parts.flat
         stream = Examples(world.rank, world.size, data)
         if states is not None:
             load(part, flat, states, world, model)
@@ -367,9 +361,9 @@ class Plain:
         decay = [p for p in self.parameters if p.dim() >= 2]
         rest = [p for p in self.parameters if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        if isinstance(optim, schema.SGD):
+        if isinstance(optim, optims.SGD):
             self.torch: Any = torch.optim.SGD(groups, lr=1.0, momentum=optim.momentum, nesterov=optim.nesterov)
-        elif isinstance(optim, schema.NAdam):
+        elif isinstance(optim, optims.NAdam):
             self.torch = ConstantNAdam(groups, optim)
         else:
             self.torch = torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)

@@ -11,9 +11,9 @@ import torch
 from rig import Rig, flatten, freeze, load, loss, net, own_examples
 from torch import nn
 
-from hvdllm.config.schema import ParameterServer as Settings
 from hvdllm.exchange.base import Milestones
 from hvdllm.exchange.parameter_server import ParameterServer
+from hvdllm.exchange.parts import ParameterServer as Settings
 from hvdllm.flat import Flat
 from hvdllm.optim.update import Update
 from hvdllm.world import virtual

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from launch import BATCH, CONTEXT, SEQUENCES, losses, records, runs, same_bits, weights, words_of
 
 from hvdllm.config import compose
-from hvdllm.config.schema import Files
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.size import pad_vocab
 from hvdllm.text import shards
+from hvdllm.text.parts import Files
 from hvdllm.text.stream import Stream
 
 pytestmark = pytest.mark.ranks

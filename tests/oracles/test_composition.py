@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from rig import EXCHANGES, NOMINAL, train
+from rig import NOMINAL, train
 from torch import nn
 
-from hvdllm.config import compose, schema
+from hvdllm import registry
+from hvdllm.config import compose
 from hvdllm.config.check import check
-from hvdllm.config.schema import SGD, AdamW, NAdam
 from hvdllm.errors import UserError
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.wire import parts as wires
+from hvdllm.optim.parts import SGD, AdamW, NAdam
 from hvdllm.world.detect import Place
 
 STEPS, STOP = 6, 3
@@ -30,7 +33,7 @@ SMALL = {  # so that each is at work from the first update, on matrices of a few
 OPTIMS = {
     "adamw": AdamW(lr=0.01), "nadam": NAdam(lr=0.003), "sgd": SGD(lr=0.05, momentum=0.5),
 }  # fmt: skip
-NAMES = {kind: name for name, kind in schema.SCHEMAS["exchange"].items()}
+NAMES = {kind: name for name, kind in registry.kinds("exchange").items()}
 
 
 def wide() -> nn.Module:
@@ -39,14 +42,14 @@ def wide() -> nn.Module:
 
 
 def wire_of(name: str) -> Any:
-    kind = schema.SCHEMAS["wire"][name]
-    chunks = {"chunk_mb": 0.001} if issubclass(kind, schema.Coded) else {}
+    kind = registry.kinds("wire")[name]
+    chunks = {"chunk_mb": 0.001} if issubclass(kind, wires.Coded) else {}
     return kind(**{**chunks, **SMALL.get(name, {})})
 
 
 def optim_of(name: str, wire: Any) -> Any:
     settings = OPTIMS[name]
-    if name == "adamw" and isinstance(wire, schema.Sign):
+    if name == "adamw" and isinstance(wire, wires.Sign):
         return AdamW(lr=0.01, freeze_tokens=wire.warmup_tokens)
     return settings
 
@@ -58,7 +61,7 @@ def refused(exchange: str, wire: str, optim: str) -> str | None:
     """What `hvdllm train` says to the pair, started as it should be."""
     place = Place({"ddp": "torchrun", "parameter_server": "mpirun"}.get(exchange, "horovodrun"), 0, 2, 0, 2)
     exchange_, wire_, optim_ = (
-        schema.SCHEMAS[group][name]() for group, name in (("exchange", exchange), ("wire", wire), ("optim", optim))
+        registry.kinds(group)[name]() for group, name in (("exchange", exchange), ("wire", wire), ("optim", optim))
     )
     if wire == "sign" and optim == "adamw" and exchange != "fedavg":  # whose clients begin with fresh moments
         optim_.freeze_tokens = wire_.warmup_tokens
@@ -69,16 +72,22 @@ def refused(exchange: str, wire: str, optim: str) -> str | None:
     return None
 
 
-PAIRS = list(itertools.product(schema.SCHEMAS["exchange"], schema.SCHEMAS["wire"], OPTIMS))
+PAIRS = list(itertools.product(registry.kinds("exchange"), registry.kinds("wire"), OPTIMS))
+
+
+def carries(exchange: str) -> str:
+    """What it asks its wire to carry."""
+    found: str = registry.parts("exchange")[exchange].facts.carries
+    return found
 
 
 WHY = {pair: refused(*pair) for pair in PAIRS}
-HERE = [pair for pair, why in WHY.items() if why is None and schema.SCHEMAS["exchange"][pair[0]] in EXCHANGES]
+HERE = [pair for pair, why in WHY.items() if why is None and carries(pair[0]) in (registry.SUMS, registry.PIECES)]
 LOCAL = {  # no optimizer sees what a wire brings, so one is enough
-    "local_sgd": schema.LocalSGD(local_steps=2, pulses=2, warmup_tokens=0),
-    "diloco": schema.DiLoCo(local_steps=2, pulses=2),
-    "streaming_diloco": schema.StreamingDiLoCo(local_steps=4, fragments=2, delay=1),
-    "fedavg": schema.FedAvg(clients=5, sampled=3, local_steps=2, pulses=2),
+    "local_sgd": exchanges.LocalSGD(local_steps=2, pulses=2, warmup_tokens=0),
+    "diloco": exchanges.DiLoCo(local_steps=2, pulses=2),
+    "streaming_diloco": exchanges.StreamingDiLoCo(local_steps=4, fragments=2, delay=1),
+    "fedavg": exchanges.FedAvg(clients=5, sampled=3, local_steps=2, pulses=2),
 }
 
 
@@ -105,7 +114,7 @@ IDENTICAL = [pair for pair in HERE if pair[0] not in LOCAL]
     [pytest.param(*p, id="-".join(p), marks=() if p[2] == "adamw" else pytest.mark.thorough) for p in IDENTICAL],
 )
 def test_replicas_agree_and_a_run_goes_on_from_mid_flight(exchange: str, wire: str, optim: str) -> None:
-    kind = schema.SCHEMAS["exchange"][exchange]
+    kind = registry.kinds("exchange")[exchange]
     settings = kind(warmup_tokens=NOMINAL) if exchange == "delayed" else kind()
     how = {"optim": optim_of(optim, wire_of(wire)), "wire": wire_of(wire), "model": wide}
     exact = train(settings, 2, STEPS, optim=how["optim"], model=wide)[0]
@@ -124,15 +133,13 @@ def test_replicas_agree_and_a_run_goes_on_from_mid_flight(exchange: str, wire: s
 
 
 def test_local_steps_are_all_here() -> None:
-    assert set(LOCAL) == {
-        pair[0] for pair in HERE if issubclass(schema.SCHEMAS["exchange"][pair[0]], schema.LocalSteps)
-    }
+    assert set(LOCAL) == {pair[0] for pair in HERE if registry.parts("exchange")[pair[0]].facts.local}
     assert {(pair[0], pair[1]) for pair in HERE if pair[0] in LOCAL} == set(
-        itertools.product(LOCAL, schema.SCHEMAS["wire"])
+        itertools.product(LOCAL, registry.kinds("wire"))
     )
 
 
-@pytest.mark.parametrize("wire", but_alike(schema.SCHEMAS["wire"]))
+@pytest.mark.parametrize("wire", but_alike(registry.kinds("wire")))
 @pytest.mark.parametrize("exchange", LOCAL)
 def test_ranks_on_their_own_keep_the_same_and_go_on_from_mid_flight(exchange: str, wire: str) -> None:
     how = {"optim": OPTIMS["adamw"], "model": wide}
@@ -155,7 +162,7 @@ def test_ranks_on_their_own_keep_the_same_and_go_on_from_mid_flight(exchange: st
 @pytest.mark.parametrize("wire", but_alike(["fp16", "bf16", "int8", "topk", "sign"]))
 @pytest.mark.parametrize("exchange", ["allreduce", "sharded", "delayed", "acco"])
 def test_hierarchical_over_two_hosts(exchange: str, wire: str) -> None:
-    settings = schema.SCHEMAS["exchange"][exchange]()
+    settings = registry.kinds("exchange")[exchange]()
     how = {"optim": OPTIMS["sgd"], "model": wide, "hosts": 2}
     over = wire_of(wire)
     over.hierarchical = True
@@ -168,9 +175,9 @@ def test_hierarchical_over_two_hosts(exchange: str, wire: str) -> None:
 
 @pytest.mark.parametrize("exchange", ["allreduce", "sharded", "delayed", "acco"])
 def test_hierarchical_in_full_precision_is_exact(exchange: str) -> None:
-    settings = schema.SCHEMAS["exchange"][exchange]()
+    settings = registry.kinds("exchange")[exchange]()
     flat = train(settings, 4, STEPS, optim=OPTIMS["adamw"], model=wide)
-    over = train(settings, 4, STEPS, optim=OPTIMS["adamw"], model=wide, hosts=2, wire=schema.Fp32(hierarchical=True))
+    over = train(settings, 4, STEPS, optim=OPTIMS["adamw"], model=wide, hosts=2, wire=wires.Fp32(hierarchical=True))
     torch.testing.assert_close(over[3].weights[-1], flat[0].weights[-1], rtol=0, atol=1e-10)
 
 
@@ -203,7 +210,7 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
             ]
         expected = plain.step(torch.cat(means[0]), 1)
     assert MICRO < NOMINAL // 4
-    rigs = train(schema.AllReduce(reduction="adasum"), size, 4, optim=optim)
+    rigs = train(exchanges.AllReduce(reduction="adasum"), size, 4, optim=optim)
     torch.testing.assert_close(rigs[-1].weights[-1], expected, rtol=0, atol=1e-11)
 
 

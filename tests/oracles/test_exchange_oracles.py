@@ -11,8 +11,9 @@ import torch
 from rig import NOMINAL, Plain, train
 from torch import nn
 
-from hvdllm.config.schema import SGD, Acco, AdamW, AllReduce, Delayed, NAdam, Sharded
 from hvdllm.exchange.base import NotFinite
+from hvdllm.exchange.parts import Acco, AllReduce, Delayed, Sharded
+from hvdllm.optim.parts import SGD, AdamW, NAdam
 
 STEPS = 7
 OPTIMS = [

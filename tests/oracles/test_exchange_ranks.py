@@ -92,7 +92,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
         twins = {name: words for name, words in here.items() if name not in {**EXACT, **CAST}}
         virtual += [spec(f"{name}-{n}-virtual", words, *size) for name, words in twins.items()]
     both = {"hierarchical": [], "hierarchical-acco": ["exchange=acco", "wire=int8"]}
-    runs([spec(f"{name}-4", w, "wire.hierarchical=true") for name, w in both.items()], 4, tmp, "two hosts")
+    runs([spec(f"{name}-4", w, "wire.hierarchical=true") for name, w in both.items()], 4, tmp, "real two hosts")
     size = ["world=virtual", "world.size=4", "world.hosts=2"]
     virtual += [spec(f"{name}-4-virtual", w, "wire.hierarchical=true", *size) for name, w in both.items()]
     runs(virtual, 1, tmp)

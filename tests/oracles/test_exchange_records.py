@@ -13,23 +13,25 @@ import torch
 from rig import NOMINAL, train
 from torch import nn
 
-from hvdllm.config import schema
-from hvdllm.world.virtual import Links
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.wire import parts as wires
+from hvdllm.optim import parts as optims
+from hvdllm.world.hub import Links
 
-PLAIN = schema.SGD(lr=0.02, momentum=0.0, weight_decay=0.0, clip=0.0)
-ADAM = schema.AdamW(lr=0.01)
+PLAIN = optims.SGD(lr=0.02, momentum=0.0, weight_decay=0.0, clip=0.0)
+ADAM = optims.AdamW(lr=0.01)
 
 
 # ------------------------------------------------------------------ the noise scale
 def test_a_rough_wire_has_no_noise_scale_and_an_exact_one_has() -> None:
     """Squares are of gradients as they are, the norm of what arrives: of a likeness it would be another thing's."""
-    for wire, known in ((schema.Fp32(), True), (schema.TopK(density=0.1, warmup_tokens=0), False)):
-        out = train(schema.AllReduce(), 2, 8, optim=PLAIN, wire=wire)
+    for wire, known in ((wires.Fp32(), True), (wires.TopK(density=0.1, warmup_tokens=0), False)):
+        out = train(exchanges.AllReduce(), 2, 8, optim=PLAIN, wire=wire)
         said = [commit.before.noise_scale for commit in out[0].commits if commit.before]
         assert any(value is not None for value in said) == known, wire
 
 
-@pytest.mark.parametrize("exchange", [schema.AllReduce(), schema.Sharded(), schema.Delayed(warmup_tokens=0)])
+@pytest.mark.parametrize("exchange", [exchanges.AllReduce(), exchanges.Sharded(), exchanges.Delayed(warmup_tokens=0)])
 def test_the_noise_scale_goes_on_after_a_resume(exchange: Any) -> None:
     whole = train(exchange, 2, 9, optim=PLAIN)[0]
     states = [out.state for out in train(exchange, 2, 9, optim=PLAIN, stop_at=4, settle=False)]
@@ -39,7 +41,7 @@ def test_the_noise_scale_goes_on_after_a_resume(exchange: Any) -> None:
 
 
 # ------------------------------------------------------------------ seconds
-@pytest.mark.parametrize("exchange", [schema.Delayed(warmup_tokens=0), schema.Acco()], ids=["delayed", "acco"])
+@pytest.mark.parametrize("exchange", [exchanges.Delayed(warmup_tokens=0), exchanges.Acco()], ids=["delayed", "acco"])
 def test_flights_that_overlap_are_booked_once(exchange: Any) -> None:
     """On a link far slower than compute something is always travelling: a second of flight a second, and no more,
     although each round is launched before the one before has landed."""
@@ -52,7 +54,7 @@ def test_flights_that_overlap_are_booked_once(exchange: Any) -> None:
 
 
 # ------------------------------------------------------------------ another world size
-@pytest.mark.parametrize("exchange", [schema.AllReduce(), schema.Sharded()], ids=["allreduce", "sharded"])
+@pytest.mark.parametrize("exchange", [exchanges.AllReduce(), exchanges.Sharded()], ids=["allreduce", "sharded"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_words_of_all_ranks_that_were_are_in_the_next_report(exchange: Any, size: int) -> None:
     """The loss of the last round before a stop is said by the meta of the first one after it."""
@@ -67,7 +69,7 @@ def test_the_words_of_all_ranks_that_were_are_in_the_next_report(exchange: Any, 
 # ------------------------------------------------------------------ delay compensation
 @pytest.mark.parametrize("compensation", [0.0, 3.0])
 def test_a_resumed_delay_is_compensated_from_the_weights_that_its_gradients_were_taken_at(compensation: float) -> None:
-    exchange = schema.Delayed(warmup_tokens=0, compensation=compensation)
+    exchange = exchanges.Delayed(warmup_tokens=0, compensation=compensation)
     whole = train(exchange, 2, 9, optim=ADAM)[0]
     states = [out.state for out in train(exchange, 2, 9, optim=ADAM, stop_at=4, settle=False)]
     on = train(exchange, 2, 9, optim=ADAM, states=states)[0]
@@ -81,10 +83,10 @@ def test_a_timed_half_has_its_share_and_no_more_micro_batches_than_allowed(monke
     micro-batches. A slow one would never: `most` ends it."""
     lane = rig.Lanes.lane
     monkeypatch.setattr(rig.Lanes, "lane", lambda self, index, of, most: lane(self, index, of, most // 3))
-    out = train(schema.Acco(timed=True), 2, 8, optim=PLAIN, links=Links(1e9), speeds=lambda rank: 10.0)[0]
+    out = train(exchanges.Acco(timed=True), 2, 8, optim=PLAIN, links=Links(1e9), speeds=lambda rank: 10.0)[0]
     made = [b.tokens - a.tokens for a, b in zip(out.commits, out.commits[1:], strict=False)]
     assert made == [NOMINAL] * 7, "not a micro-batch more, since nothing travels long, and not one less"
-    slow = schema.Acco(timed=True, most=5)
+    slow = exchanges.Acco(timed=True, most=5)
     out = train(slow, 2, 8, optim=PLAIN, links=Links(200.0), speeds=lambda rank: 100.0)[0]
     said = [report.micro_batches for report in (commit.before for commit in out.commits) if report]
     assert [2 * slow.most] * 2 in said[1:] and max(max(each) for each in said) == 2 * slow.most
@@ -102,9 +104,10 @@ def slope(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("exchange", [
-    schema.LocalSGD(local_steps=4, pulses=4), schema.DiLoCo(local_steps=4, pulses=4, outer_lr=1.0, outer_momentum=0.0),
-    schema.DiLoCo(local_steps=4, pulses=4, outer_lr=1.0, outer_momentum=0.0, overlap=True),
-    schema.StreamingDiLoCo(local_steps=6, fragments=3, delay=0, outer_lr=1.0, outer_momentum=0.0, mixing=0.0),
+    exchanges.LocalSGD(local_steps=4, pulses=4),
+    exchanges.DiLoCo(local_steps=4, pulses=4, outer_lr=1.0, outer_momentum=0.0),
+    exchanges.DiLoCo(local_steps=4, pulses=4, outer_lr=1.0, outer_momentum=0.0, overlap=True),
+    exchanges.StreamingDiLoCo(local_steps=6, fragments=3, delay=0, outer_lr=1.0, outer_momentum=0.0, mixing=0.0),
 ], ids=["local_sgd", "diloco", "overlap", "streaming"])  # fmt: skip
 @pytest.mark.parametrize("steps", [5, 6, 7, 9])
 def test_each_local_step_counts_once_wherever_a_run_ends(exchange: Any, steps: int) -> None:
@@ -116,7 +119,7 @@ def test_each_local_step_counts_once_wherever_a_run_ends(exchange: Any, steps: i
         torch.testing.assert_close(moved, torch.full_like(moved, float(each.taken)), rtol=1e-9, atol=1e-9)
 
 
-STREAMING = schema.StreamingDiLoCo(local_steps=6, fragments=4, delay=1, outer_lr=0.5, outer_momentum=0.5)
+STREAMING = exchanges.StreamingDiLoCo(local_steps=6, fragments=4, delay=1, outer_lr=0.5, outer_momentum=0.5)
 
 
 @pytest.mark.parametrize("stop_at", [None, 2, 4, 6])
@@ -141,8 +144,9 @@ def test_a_streaming_run_looks_its_rate_up_at_the_tokens_there_are(
 
 
 @pytest.mark.parametrize("exchange", [
-    schema.LocalSGD(local_steps=6, pulses=3), schema.DiLoCo(local_steps=6, pulses=3),
-    schema.DiLoCo(local_steps=6, pulses=3, overlap=True), schema.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
+    exchanges.LocalSGD(local_steps=6, pulses=3), exchanges.DiLoCo(local_steps=6, pulses=3),
+    exchanges.DiLoCo(local_steps=6, pulses=3, overlap=True),
+    exchanges.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
 ], ids=["local_sgd", "diloco", "overlap", "streaming"])  # fmt: skip
 def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> None:
     """Only its group sees it, and nobody saves or evaluates meanwhile: the pulse says it."""
@@ -158,9 +162,10 @@ def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> 
 
 
 @pytest.mark.parametrize("exchange", [
-    schema.AllReduce(), schema.Delayed(warmup_tokens=0), schema.Acco(), schema.LocalSGD(local_steps=6, pulses=3),
-    schema.DiLoCo(local_steps=6, pulses=3), schema.DiLoCo(local_steps=6, pulses=3, overlap=True),
-    schema.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
+    exchanges.AllReduce(), exchanges.Delayed(warmup_tokens=0), exchanges.Acco(),
+    exchanges.LocalSGD(local_steps=6, pulses=3),
+    exchanges.DiLoCo(local_steps=6, pulses=3), exchanges.DiLoCo(local_steps=6, pulses=3, overlap=True),
+    exchanges.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
 ], ids=["allreduce", "delayed", "acco", "local_sgd", "diloco", "overlap", "streaming"])  # fmt: skip
 def test_the_rate_of_a_commit_is_that_of_its_tokens(exchange: Any) -> None:
     """A pulse that has landed is older than the last local step, whose rate is another."""

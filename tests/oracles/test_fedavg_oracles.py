@@ -13,8 +13,9 @@ import torch
 from rig import Examples, Plain, loss, own_examples, own_gradient, put, train
 from torch import nn
 
-from hvdllm.config.schema import SGD, AdamW, FedAvg
 from hvdllm.exchange.base import NotFinite
+from hvdllm.exchange.parts import FedAvg
+from hvdllm.optim.parts import SGD, AdamW
 
 OPTIMS = [
     SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),

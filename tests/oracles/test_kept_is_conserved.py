@@ -16,11 +16,13 @@ import rig
 import torch
 from rig import NOMINAL, train
 
-from hvdllm.config import schema
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.wire import parts as wires
+from hvdllm.optim import parts as optims
 
 LR = 0.05
-OPTIM = schema.SGD(lr=LR, momentum=0.0, weight_decay=0.0, clip=0.0)
-WIRES = {"int8": schema.Int8(block=8), "topk": schema.TopK(density=0.05, warmup_tokens=0)}
+OPTIM = optims.SGD(lr=LR, momentum=0.0, weight_decay=0.0, clip=0.0)
+WIRES = {"int8": wires.Int8(block=8), "topk": wires.TopK(density=0.05, warmup_tokens=0)}
 
 
 def rate(tokens: int) -> float:
@@ -58,11 +60,11 @@ def halves(r: int) -> float:
 
 
 CASES: dict[str, tuple[Any, Callable[[int], float], str | None]] = {
-    "allreduce": (schema.AllReduce(), delayed, None),
-    "sharded": (schema.Sharded(), delayed, None),
-    "delayed": (schema.Delayed(warmup_tokens=0), delayed, "flying"),
-    "delayed, warm": (schema.Delayed(warmup_tokens=3 * NOMINAL), delayed, "flying"),
-    "acco": (schema.Acco(), halves, "kept"),
+    "allreduce": (exchanges.AllReduce(), delayed, None),
+    "sharded": (exchanges.Sharded(), delayed, None),
+    "delayed": (exchanges.Delayed(warmup_tokens=0), delayed, "flying"),
+    "delayed, warm": (exchanges.Delayed(warmup_tokens=3 * NOMINAL), delayed, "flying"),
+    "acco": (exchanges.Acco(), halves, "kept"),
 }
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from rig import EXCHANGES, NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
+from rig import NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
 from rig import own_gradient as gradient
 from torch import nn
 
-from hvdllm.config.bounds import outer_rate_below
-from hvdllm.config.schema import SGD, AdamW, DiLoCo, LocalSGD, StreamingDiLoCo
 from hvdllm.exchange import diloco as exchanges
 from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.local_rounds import steps_by_speed
+from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo, outer_rate_below
+from hvdllm.optim.parts import SGD, AdamW
 
 OPTIMS = [
     SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),
@@ -381,7 +381,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
             self._steps_of = steps
             return module
 
-    monkeypatch.setitem(EXCHANGES, DiLoCo, Uneven)
+    monkeypatch.setattr("hvdllm.exchange.diloco.DiLoCo", Uneven)
 
 
 @pytest.mark.parametrize("pulses", [1, 2])

@@ -13,11 +13,11 @@ from rig import Plain, loss, net, own_examples
 from server_rig import NOMINAL, asks_heard, pushes, serve
 from torch import nn
 
-from hvdllm.config.schema import SGD, AdamW
-from hvdllm.config.schema import ParameterServer as Settings
 from hvdllm.exchange.base import Milestones, NotFinite
+from hvdllm.exchange.parts import ParameterServer as Settings
 from hvdllm.exchange.server_shard import Shard
 from hvdllm.flat import Flat
+from hvdllm.optim.parts import SGD, AdamW
 from hvdllm.optim.update import Update
 from hvdllm.world import virtual
 

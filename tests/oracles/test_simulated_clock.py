@@ -13,12 +13,13 @@ import torch
 from launch import BATCH, curve, records, runs, same_bits, words_of
 from torch import nn
 
-from hvdllm.config import schema
+from hvdllm.exchange import parts as exchanges
 from hvdllm.flat import Flat
-from hvdllm.world.virtual import Links
+from hvdllm.optim import parts as optims
+from hvdllm.world.hub import Links
 
-SGD = schema.SGD(lr=0.02, momentum=0.5, clip=0)
-TIMED = schema.Acco(timed=True)
+SGD = optims.SGD(lr=0.02, momentum=0.5, clip=0)
+TIMED = exchanges.Acco(timed=True)
 BYTES = sum(p.numel() for p in rig.net().parameters()) * 8
 
 
@@ -68,7 +69,7 @@ def test_under_timed_acco_a_rank_of_a_quarter_the_speed_does_a_quarter_of_the_mi
 
 
 def test_under_all_reduce_all_wait_for_it() -> None:
-    out = train(4, 12, schema.AllReduce(), slowed(2, 40.0))
+    out = train(4, 12, exchanges.AllReduce(), slowed(2, 40.0))
     blocked, compute = sums(out[0], "blocked_s"), sums(out[0], "compute_s")
     assert blocked[2] < 0.01 * compute[2], "nobody is slower"
     for rank in (0, 1, 3):
@@ -77,8 +78,8 @@ def test_under_all_reduce_all_wait_for_it() -> None:
 
 def test_seconds_of_a_step_are_those_that_one_can_reckon() -> None:
     """Two ranks of one example a second; the sum's bytes over the link, and meta's, one after the other."""
-    out = train(2, 6, schema.AllReduce(), lambda rank: 1.0, links=Links(2 * BYTES))
-    whole = train(1, 6, schema.AllReduce(), lambda rank: 1.0)
+    out = train(2, 6, exchanges.AllReduce(), lambda rank: 1.0, links=Links(2 * BYTES))
+    whole = train(1, 6, exchanges.AllReduce(), lambda rank: 1.0)
     assert sums(whole[0], "compute_s") == [24.0 * 5] and sums(whole[0], "blocked_s") == [0.0]
     compute, blocked = sums(out[0], "compute_s"), sums(out[0], "blocked_s")
     assert sum(compute) == pytest.approx(24.0 * 5, rel=1e-6), "ragged shares of 24 examples a step"
@@ -90,10 +91,10 @@ def test_seconds_of_a_step_are_those_that_one_can_reckon() -> None:
 
 EXCHANGES = {
     "timed": TIMED,
-    "acco": schema.Acco(),
-    "delayed": schema.Delayed(warmup_tokens=0),
-    "by speed": schema.LocalSGD(local_steps=4, warmup_tokens=0, by_speed=True),
-    "streaming": schema.StreamingDiLoCo(local_steps=6, fragments=2, delay=1, outer_lr=0.5),
+    "acco": exchanges.Acco(),
+    "delayed": exchanges.Delayed(warmup_tokens=0),
+    "by speed": exchanges.LocalSGD(local_steps=4, warmup_tokens=0, by_speed=True),
+    "streaming": exchanges.StreamingDiLoCo(local_steps=6, fragments=2, delay=1, outer_lr=0.5),
 }
 
 

@@ -7,15 +7,16 @@ import pytest
 import rig
 import torch
 
-from hvdllm.config import schema
+from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps
 from hvdllm.exchange.rounds import Rounds
+from hvdllm.optim import parts as optims
 
-SGD = schema.SGD(lr=0.02, momentum=0.9, clip=0.1)
+SGD = optims.SGD(lr=0.02, momentum=0.9, clip=0.1)
 EXCHANGES = {
-    "allreduce": schema.AllReduce(),
-    "delayed": schema.Delayed(warmup_tokens=0),
-    "local_sgd": schema.LocalSGD(local_steps=2, inner="allreduce", group=2),
+    "allreduce": exchanges.AllReduce(),
+    "delayed": exchanges.Delayed(warmup_tokens=0),
+    "local_sgd": exchanges.LocalSGD(local_steps=2, inner="allreduce", group=2),
 }
 
 

@@ -14,8 +14,8 @@ from meddle import meddle
 from hvdllm.cli import train as command
 from hvdllm.cli.display import make_show
 from hvdllm.config.check import check
-from hvdllm.config.schema import Config
-from hvdllm.trainer import build
+from hvdllm.settings import Config
+from hvdllm.trainer import life
 from hvdllm.trainer.resume import asked
 from hvdllm.world import virtual
 from hvdllm.world.detect import Place, place
@@ -43,7 +43,7 @@ def main() -> None:
 
 def live(config: Config, words: list[str], here: Place, world: Any) -> None:
     with make_show(world.rank, here.launcher == "none") as show:
-        build.run(config, words, here, world, show)
+        life.run(config, words, here, world, show)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hvdllm.errors import PeerError, UserError
+from hvdllm.errors import UserError
 from hvdllm.world.detect import place
 
 
@@ -133,17 +133,6 @@ def parts(world: Any) -> dict[str, Any]:
         assert part.asks is world.asks
         part.close()
     return out
-
-
-def gone(world: Any) -> dict[str, Any]:
-    """Rank 1 leaves with exit code 0, so that no launcher ends the other."""
-    if world.rank == 1:
-        os._exit(0)
-    try:
-        world.sum(torch.ones(4), "grad.gone").land()
-    except PeerError as error:
-        return {"says": str(error)}
-    return {}
 
 
 def write(world: Any, out: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.server_shard import Shard
+from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.backward import Loss
-from hvdllm.trainer.due import Due
 
 
 @contextmanager
@@ -34,13 +34,13 @@ def meddle(
     serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one
     chaos: Any = None,  # seed: heavy-tailed delays, and asks at random moments
 ) -> Iterator[None]:
-    act, forward, launch_full, apply = Due.act, Loss.forward, Buckets._launch_full, Shard._apply
+    act, forward, launch_full, apply = Acts.act, Loss.forward, Buckets._launch_full, Shard._apply
     draw = random.Random(os.urandom(8) if chaos is None else 1000 * chaos + rank)
     asks: list[Any] = []
 
-    def acting(self: Due, commit: Any) -> None:
+    def acting(self: Acts, commit: Any) -> None:
         act(self, commit)
-        asks[:] = [self.world.asks]
+        asks[:] = [self.run.world.asks]
         time.sleep(slow_s)
 
         def due(what: Any) -> bool:
@@ -48,7 +48,7 @@ def meddle(
             return bool(what) and rank == what[0] and commit.step - commit.updates < what[1] <= commit.step
 
         if due(stop):
-            self.world.asks.stop = True
+            self.run.world.asks.stop = True
         if due(kill):
             os.kill(os.getpid(), signal.SIGKILL)
         if due(hang):
@@ -89,7 +89,7 @@ def meddle(
         apply(self)
 
     with ExitStack() as stack:
-        for owner, name, double in ((Due, "act", acting), (Loss, "forward", forwarding)):
+        for owner, name, double in ((Acts, "act", acting), (Loss, "forward", forwarding)):
             stack.enter_context(patch.object(owner, name, double))
         stack.enter_context(patch.object(Buckets, "_launch_full", launching))
         stack.enter_context(patch.object(Shard, "_apply", applying))

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdllm.config.schema import Files, Stdlib
 from hvdllm.errors import UserError
 from hvdllm.text import corpus
 from hvdllm.text.corpus import Document, documents, sources
+from hvdllm.text.parts import Files, Stdlib
 
 
 def texts(found: list[Document]) -> list[str]:

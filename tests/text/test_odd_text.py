@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hvdllm.config.schema import Files
 from hvdllm.errors import UserError
 from hvdllm.text import corpus, shards
 from hvdllm.text.corpus import encoding_note, sources
+from hvdllm.text.parts import Files
 from hvdllm.text.shards import find, prepare
 
 PLAIN = "red green blue seven eight nine river stone\n" * 200
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_loses_text_is_said(tmp_path: Path, text: str, how: dic
 
 def test_bits_per_byte_are_of_the_texts_own_bytes(tmp_path: Path) -> None:
     """Over the whole validation text the bytes of its tokens are those of the text, whatever the tokenizer lost."""
-    from hvdllm.trainer.build import text_bytes
+    from hvdllm.trainer.evaluate import text_bytes
 
     (tmp_path / "a.txt").write_text(PLAIN)
     (tmp_path / "v.txt").write_text("red é green 漢字 blue\n" * 50)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdllm.config.schema import Files
 from hvdllm.text import overlap, shards
 from hvdllm.text.corpus import documents
 from hvdllm.text.overlap import RUN, repeated, share
+from hvdllm.text.parts import Files
 
 
 def slow(train: np.ndarray, validation: np.ndarray) -> list[bool]:

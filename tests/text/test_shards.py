@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdllm.config.schema import Files, Stdlib, Text
 from hvdllm.errors import UserError
 from hvdllm.text import shards
+from hvdllm.text.parts import Files, Stdlib, Text
 from hvdllm.text.shards import HEADER, MAGIC, Corpus, data_folder, open_shard, prepare
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 
@@ -304,7 +304,7 @@ def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatc
 PROCESS = """
 import sys, time
 from pathlib import Path
-from hvdllm.config.schema import Files
+from hvdllm.text.parts import Files
 from hvdllm.text import shards
 stop = sys.argv[3:]
 if stop:

@@ -60,7 +60,7 @@ def test_a_rank_that_is_killed_takes_the_tracker_along(rank: int, tmp_path: Path
 @pytest.mark.ranks
 def test_ctrl_c_of_the_launcher_ends_all_and_the_run_goes_on_as_the_same(tmp_path: Path) -> None:
     words, run = words_of(tmp_path, "a", 4000, *WORDS), tmp_path / "runs" / "a"
-    with Job(meddled(words, slow_s=0.05), "gloo", 2, **env(tmp_path)) as job:
+    with Job(meddled(words, slow_s=0.05), "real gloo", 2, **env(tmp_path)) as job:
         job.until(lambda: bool(list(run.glob("wandb/offline-run-*/*.wandb"))) and len(records(run, "commit")) > 3)
         job.signal(signal.SIGINT)
         job.wait()
@@ -91,8 +91,6 @@ def test_who_imports_a_trackers_library() -> None:
             if any(name.split(".")[0] in ("wandb", "tensorboard") for name in names):
                 users.add(path.relative_to(ROOT).as_posix())
     assert users == {"track/wandb.py", "track/tensorboard.py", "cli/track.py"}
-    loaded = (
-        "import sys, hvdllm.trainer.build; print({m.split('.')[0] for m in sys.modules} & {'wandb', 'tensorboard'})"
-    )
+    loaded = "import sys, hvdllm.trainer.life; print({m.split('.')[0] for m in sys.modules} & {'wandb', 'tensorboard'})"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout == "set()\n"

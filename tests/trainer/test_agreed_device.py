@@ -9,7 +9,7 @@ import torch
 from hvdllm import device
 from hvdllm.config import compose
 from hvdllm.errors import UserError
-from hvdllm.trainer.build import agreed_device, wrong_gpus
+from hvdllm.trainer.agree import agreed_device, wrong_gpus
 from hvdllm.world import virtual
 
 

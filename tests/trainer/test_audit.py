@@ -8,8 +8,8 @@ from torch import nn
 
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
+from hvdllm.trainer.agree import agree_on_weights
 from hvdllm.trainer.audit import Audit, _table, audit, fingerprint, spread
-from hvdllm.trainer.build import agree_on_weights
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
 

@@ -10,10 +10,10 @@ from torch import nn
 from hvdllm import runs
 from hvdllm.checkpoint import write
 from hvdllm.config import compose
-from hvdllm.config.schema import Config
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
 from hvdllm.flat import Flat
+from hvdllm.settings import Config
 from hvdllm.trainer.resume import MAY_DIFFER, Start, asked, decide, refuse_differences
 from hvdllm.world.single import SingleWorld
 

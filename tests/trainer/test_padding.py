@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hvdllm.config.schema import SGD, AdamW, Model
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import ALIGN_BYTES, Flat
 from hvdllm.models.gpt import GPT, init_weights
+from hvdllm.models.parts import Model
+from hvdllm.optim.parts import SGD, AdamW
 from hvdllm.optim.update import Update
 from hvdllm.world.single import SingleWorld
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from hvdllm import runs
-from hvdllm.config import compose, schema
-from hvdllm.config.schema import Config
+from hvdllm import registry, runs
+from hvdllm.config import compose
 from hvdllm.errors import UserError
+from hvdllm.settings import Config
 from hvdllm.trainer.resume import Start, asked, decide
 
 
@@ -79,7 +79,7 @@ def test_where_and_how_long_may_differ(made: Path) -> None:
 def test_a_runs_own_settings_come_first(tmp_path: Path) -> None:
     runs.Folder(tmp_path / "a").create(config(tmp_path, "optim=sgd", "seed=3"))
     composed, _ = asked([f"resume={tmp_path}/a", "seed=4"])
-    assert composed.name == "a" and composed.seed == 4 and schema.name_of("optim", composed.optim) == "sgd"
+    assert composed.name == "a" and composed.seed == 4 and registry.name_of("optim", composed.optim) == "sgd"
     assert asked(["seed=1", "resume=must"])[1] == ["seed=1", "resume=must"]
     with pytest.raises(UserError, match="not the folder of a run"):
         asked(["resume=/nowhere"])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from hvdllm.cli.main import main
 from hvdllm.models.gpt import GPT
-from hvdllm.trainer import build
+from hvdllm.trainer import words as said
 from hvdllm.trainer.backward import Loss
 
 
@@ -36,7 +36,7 @@ def test_an_evaluation_reads_the_validation_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_mfu_is_of_all_devices(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peak = 1e12
-    monkeypatch.setattr(build.size, "peak_flops", lambda device, precision: peak)
+    monkeypatch.setattr(said.size, "peak_flops", lambda device, precision: peak)
     words = words_of(tmp_path, "a", 4, "world=virtual", f"world.size={ranks}")
     assert main(["train", *words]) == 0
     run = tmp_path / "runs" / "a"
@@ -66,7 +66,7 @@ def test_a_trunks_optimizer_goes_on_counting(tmp_path: Path) -> None:
 
 
 def dropped(seed: int, rank: int, place: tuple[int, int]) -> float:
-    from hvdllm.config.schema import Model
+    from hvdllm.models.parts import Model
 
     torch.manual_seed(3)
     model = GPT(Model(layers=1, width=16, heads=2, context=8, dropout=0.5), 64)

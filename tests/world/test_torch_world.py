@@ -1,5 +1,6 @@
 """A torch world of one, and how ranks find each other."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,8 +161,14 @@ def test_the_address_travels_through_horovodruns_server(server: type[KeyValue]) 
 
 
 def test_an_address_that_never_comes_is_a_peer_error(server: type[KeyValue], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PeerError, match="rank 0 left no address"):
-        through_horovodrun(None, timedelta(seconds=0.1))
+    with (
+        monkeypatch.context() as clock
+    ):  # on which 40 s pass between two looks: no real limit is too short to answer in
+        seconds = itertools.count(0, 40)
+        clock.setattr(world_torch, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda s: None))
+        with pytest.raises(PeerError, match="rank 0 left no address"):
+            through_horovodrun(None, MINUTE)
+        assert next(seconds) == 120, "asked twice: after 40 s, and after 80"
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "9")
     with pytest.raises(PeerError, match="does not answer"):
         through_horovodrun(None, MINUTE)

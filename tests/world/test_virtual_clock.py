@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hvdllm import device
-from hvdllm.world.virtual import POLL_S, Links, VirtualWorld, run
+from hvdllm.world.hub import POLL_S, Links
+from hvdllm.world.virtual import VirtualWorld, run
 
 MB = 250_000  # fp32 elements of one
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from hvdllm.config import schema
 from hvdllm.errors import UserError
 from hvdllm.exchange.wire import codecs
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.feedback import Feedback, Kept, Launch, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work, scatter
 from hvdllm.world.base import Flight, World
@@ -199,9 +199,7 @@ class TopK(Coded):
 
     coarse = rough = True
 
-    def __init__(
-        self, world: World, settings: schema.TopK, flat: Any, nominal: int, spans: Spans | None = None
-    ) -> None:
+    def __init__(self, world: World, settings: wires.TopK, flat: Any, nominal: int, spans: Spans | None = None) -> None:
         super().__init__(world, settings, flat, nominal, spans)
         if not 0 < settings.density <= 1:
             raise UserError(f"wire.density={settings.density} must lie between 0 and 1")

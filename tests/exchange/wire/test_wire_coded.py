@@ -8,8 +8,8 @@ import pytest
 import torch
 from wire_kit import NOMINAL, Rig, run
 
-from hvdllm.config.schema import Bf16, Fp16, Fp32, Int8, Sign, TopK
 from hvdllm.exchange import wire as wires
+from hvdllm.exchange.wire.parts import Bf16, Fp16, Fp32, Int8, Sign, TopK
 
 CODED = [Fp16(), Bf16(), Int8(), TopK(warmup_tokens=0), Sign(warmup_tokens=0), Sign(warmup_tokens=0, scale="l2")]
 NAMES = ["fp16", "bf16", "int8", "topk", "sign", "sign-l2"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from wire_kit import Rig, run
 
-from hvdllm.config.schema import Bf16, Fp16, Fp32, Int8, Sign, TopK
 from hvdllm.errors import UserError
 from hvdllm.exchange.wire.hierarchical import Hierarchical
+from hvdllm.exchange.wire.parts import Bf16, Fp16, Fp32, Int8, Sign, TopK
 
 SHAPES = [(4, 2), (6, 2), (6, 3), (4, 1), (3, 3)]  # ranks, hosts
 shapes = pytest.mark.parametrize(("n", "hosts"), SHAPES)

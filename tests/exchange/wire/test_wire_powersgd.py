@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from wire_kit import NOMINAL, Rig, run
 
-from hvdllm.config.schema import Fp32, PowerSGD
 from hvdllm.errors import UserError
 from hvdllm.exchange import wire as wires
+from hvdllm.exchange.wire.parts import Fp32, PowerSGD
 from hvdllm.flat import Flat
 from hvdllm.world import virtual
 

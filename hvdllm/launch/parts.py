@@ -1,0 +1,113 @@
+"""What starts the ranks of a run: the settings of each launcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hvdllm.registry import LauncherFacts, part
+from hvdllm.settings import HOSTS, INTERFACES, MODULE, NAME, NAMES, TIME, Settings, setting
+from hvdllm.world.detect import Place
+
+
+@dataclass
+class Launch(Settings):
+    """What is common to every way to start ranks."""
+
+    sweep: str | None = setting(
+        None,
+        "of train -m: folder of the sweep under runs_dir; null: named after the experiment and what the sweep varies, "
+        "so that the same command finds it again",
+    )
+    parallel: int | None = setting(
+        None,
+        "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own)",
+        least=1,
+        most=10_000,
+    )
+
+    def place(self) -> Place:
+        """Where rank 0 of what it starts will stand."""
+        return Place()
+
+    @property
+    def ranks_here(self) -> int:
+        """The ranks of a run that compute on this machine; 0: they compute elsewhere."""
+        return 0
+
+
+@part("launch", "local", "hvdllm.launch.local", LauncherFacts())
+@dataclass
+class Local(Launch):
+    """Here: this process is the run, or a rank of it where a launcher started it; a sweep's points are processes."""
+
+    @property
+    def ranks_here(self) -> int:
+        return 1
+
+
+@part("launch", "horovodrun", "hvdllm.launch.horovodrun", LauncherFacts())
+@dataclass
+class Horovodrun(Launch):
+    """Each run is a horovodrun job of its own, started from here."""
+
+    np: int = setting(2, "ranks of a run", least=1, most=65_536)
+    controller: str = setting(
+        "gloo", "gloo, or mpi (Open MPI waits by spinning: for more cores than ranks)", choices=("gloo", "mpi")
+    )
+    hosts: str | None = setting(
+        None, "host:slots,host:slots as -H of horovodrun takes them; null: this machine", form=HOSTS
+    )
+    interface: str | None = setting(
+        None, "network interfaces by which the hosts reach each other; null: any", form=INTERFACES
+    )
+    link: str | None = setting(
+        None,
+        "rate such as 200mbit or 1gbit: ranks run on hosts of their own in the network lab, joined by links of that "
+        "rate (root and iproute2; see hvdllm bench exchange); null: the network as it is",
+    )
+
+    def place(self) -> Place:
+        return Place("horovodrun", 0, self.np, 0, self.slots()[0])
+
+    def slots(self) -> list[int]:
+        """Ranks on each host, in order."""
+        if self.link is not None:
+            return [1] * self.np
+        return [int(part.rpartition(":")[2]) for part in self.hosts.split(",")] if self.hosts else [self.np]
+
+    @property
+    def ranks_here(self) -> int:
+        return self.np if self.hosts is None else 0
+
+
+@part("launch", "slurm", "hvdllm.launch.slurm", LauncherFacts(queues=True))
+@dataclass
+class Slurm(Launch):
+    """Each run is a Slurm job, submitted by sbatch; this process waits for it and tells how it ended."""
+
+    how: str = setting(
+        "srun",
+        "what starts the ranks inside the job: srun (with PMIx), gloo (srun with Gloo, where there is no PMIx that "
+        "fits and no ssh) or horovodrun (needs ssh between nodes)",
+        choices=("srun", "gloo", "horovodrun"),
+    )
+    nodes: int = setting(1, "nodes of a run", least=1, most=65_536)
+    ranks_per_node: int = setting(1, "ranks on each node, one a GPU", least=1, most=4096)
+    gpus_per_node: int | None = setting(
+        None, "GPUs asked for on each node; null: none is asked for", least=1, most=4096
+    )
+    cpus_per_rank: int | None = setting(None, "cores asked for a rank; null: Slurm's default", least=1, most=65_536)
+    time: str | None = setting(None, "limit of a job as sbatch takes it (2:00:00); null: the partition's", form=TIME)
+    partition: str | None = setting(None, "partition; null: the cluster's default", form=NAMES)
+    account: str | None = setting(None, "account that pays; null: the user's default", form=NAME)
+    interface: str | None = setting(None, "network interfaces of the nodes; null: any", form=INTERFACES)
+    modules: Any = setting(None, "environment modules that a job loads, a name or a list; null: none", form=MODULE)
+    options: Any = setting(None, "further options of sbatch, one or a list (--constraint=a100); null: none")
+
+    def place(self) -> Place:
+        launcher = "srun" if self.how == "srun" else "horovodrun"
+        ranks = self.nodes * self.ranks_per_node
+        if ranks == 1 and self.how == "srun":  # srun with one task is a run alone
+            return Place()
+        return Place(launcher, 0, ranks, 0, self.ranks_per_node)

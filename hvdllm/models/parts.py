@@ -1,0 +1,50 @@
+"""The settings of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvdllm.registry import part
+from hvdllm.settings import Settings, Setup, setting
+
+
+@part("model", "gpt", "hvdllm.models.gpt:GPT")
+@dataclass
+class Model(Settings):
+    """A decoder-only transformer: GPT-2 or Llama by its settings. The presets in conf/model set them."""
+
+    layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1, most=10_000)
+    width: int = setting(128, "features of the residual stream (d_model)", least=1, most=1_000_000)
+    heads: int = setting(4, "attention heads; a divisor of the width", least=1, most=100_000)
+    kv_heads: int | None = setting(
+        None, "heads of keys and values (grouped-query attention); null: as heads", least=1, most=100_000
+    )
+    mlp_width: int | None = setting(None, "hidden features of the MLP; null: 4 x width", most=10_000_000, least=1)
+    context: int = setting(128, "tokens a sequence (window) has", least=1, most=10_000_000)
+    positions: str = setting(
+        "learned", "how a token knows its place: learned (GPT-2) or rope (Llama)", choices=("learned", "rope")
+    )
+    norm: str = setting("layernorm", "layernorm (GPT-2) or rmsnorm (Llama)", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = setting(1e-5, "added to the variance before its root", most=1.0, least=1e-12)
+    mlp: str = setting("gelu", "gelu (GPT-2, tanh form) or swiglu (Llama)", choices=("gelu", "swiglu"))
+    bias: bool = setting(True, "biases in linear layers and LayerNorm; true in GPT-2, false in Llama")
+    tied: bool = setting(True, "the output layer shares the embedding's weights; spares vocabulary x width")
+    rope_theta: float = setting(
+        10000.0, "base of the rotary frequencies; read where positions=rope", most=1e12, least=1
+    )
+    dropout: float = setting(
+        0.0,
+        "share of activations dropped; 0, because below one epoch it only costs, and worlds agree only at 0",
+        least=0,
+    )
+    compile: bool = setting(False, "torch.compile, block by block; about 10 s at the start, worth it on long runs")
+    checkpointing: bool = setting(
+        False, "compute each block's activations again in the backward: less memory, about a third more time"
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.dropout >= 1:
+            return f"model.dropout={self.dropout} must lie between 0 and 1"
+        if self.compile and setup.transport == "virtual":
+            return "world=virtual with model.compile=true: logical ranks share a process, and what is compiled with it"
+        return None

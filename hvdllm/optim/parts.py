@@ -1,0 +1,111 @@
+"""Optimizers and schedules: the settings of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvdllm.registry import OptimizerFacts, part
+from hvdllm.settings import Settings, Setup, setting
+
+
+class Optimizer(Settings):
+    """What is common to every optimizer: `lr`, `clip`, and coefficients of decay that must be smaller than 1."""
+
+    def refusal(self, setup: Setup) -> str | None:
+        for name in ("beta1", "beta2", "momentum"):
+            if getattr(self, name, 0) >= 1:
+                return f"optim.{name}={getattr(self, name)} must be smaller than 1"
+        return None
+
+
+@dataclass
+class Adam(Optimizer):
+    """What is common to Adam's kind. Decays matrices and embeddings only."""
+
+    lr: float = setting(3e-3, "peak learning rate; small models take more than large ones", least=0)
+    beta1: float = setting(0.9, "decay of the mean of gradients, a step", least=0)
+    beta2: float = setting(
+        0.95, "decay of the mean of squared gradients, a step; .95 as usual for language models", least=0
+    )
+    eps: float = setting(1e-8, "added to the root of the second moment", least=0)
+    weight_decay: float = setting(0.1, "decay a step, times the learning rate", least=0)
+    clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", least=0)
+
+
+@part("optim", "adamw", "hvdllm.optim.adamw", OptimizerFacts(vectors=2, second_moments=True, freezes=True))
+@dataclass
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    freeze_tokens: int | None = setting(
+        None,
+        "committed tokens after which second moments stay as they are, the second stage of 1-bit Adam (Tang et "
+        "al., 2021): for wire=sign; null: never",
+        least=1,
+    )
+
+
+@part("optim", "nadam", "hvdllm.optim.nadam", OptimizerFacts(vectors=2, second_moments=True))
+@dataclass
+class NAdam(Adam):
+    """Adam that looks ahead along its momentum, decoupled decay (Dozat, 2016): for exchange=delayed, beta1 of .99 is
+    Nesterov's method for delay (Ajanthan et al., 2025)."""
+
+    beta1: float = setting(0.99, "decay of the mean of gradients, a step; .99 as that paper's code", least=0)
+
+
+@part("optim", "sgd", "hvdllm.optim.sgd", OptimizerFacts(vectors=1, linear=True))
+@dataclass
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum; the decay is added to the gradient, as in torch.optim.SGD."""
+
+    lr: float = setting(0.1, "peak learning rate", least=0)
+    momentum: float = setting(0.9, "decay of the velocity, a step; 0: plain descent", least=0)
+    nesterov: bool = setting(False, "look ahead along the velocity (Sutskever et al., 2013)")
+    weight_decay: float = setting(0.0, "times the weights, added to the gradient of matrices and embeddings", least=0)
+    clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", least=0)
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.nesterov and not self.momentum:
+            return "optim.nesterov=true needs optim.momentum above 0"
+        return super().refusal(setup)
+
+
+@dataclass
+class Schedule(Settings):
+    """What is common to every schedule: the rate is optim.lr times a factor of committed tokens."""
+
+    warmup: float = setting(0.05, "share of the horizon over which the rate rises linearly from 0", least=0)
+    horizon: int | None = setting(
+        None, "tokens over which the schedule runs; null: budget_tokens of the run's first start", least=1
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.warmup + getattr(self, "decay", 0.0) > 1:
+            return "the shares of the schedule (warmup, decay) add up to more than its horizon: lower one of them"
+        if getattr(self, "floor", 0.0) > 1:
+            return f"schedule.floor={getattr(self, 'floor')} is above the peak: give a share between 0 and 1"  # noqa: B009
+        return None
+
+
+@part("schedule", "constant", "hvdllm.optim.schedule:constant")
+@dataclass
+class Constant(Schedule):
+    """The peak rate after the warm-up."""
+
+
+@part("schedule", "cosine", "hvdllm.optim.schedule:cosine")
+@dataclass
+class Cosine(Schedule):
+    """Half a cosine from the peak to the floor at the horizon."""
+
+    floor: float = setting(0.1, "share of the peak rate left at the horizon; 0: left one update behind it", least=0)
+
+
+@part("schedule", "wsd", "hvdllm.optim.schedule:wsd")
+@dataclass
+class WarmupStableDecay(Schedule):
+    """The peak rate, then a linear fall over the last part of the horizon: a run can be extended before it."""
+
+    decay: float = setting(0.2, "share of the horizon over which the rate falls", least=0)
+    floor: float = setting(0.0, "share of the peak rate left at the horizon; 0: left one update behind it", least=0)

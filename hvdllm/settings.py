@@ -1,0 +1,188 @@
+"""What a setting is: its type, its default, its unit and why the default is what it is. And `Config`, all of a run's.
+
+The settings of a part (an exchange, an optimizer, a launcher) are a dataclass in the part's own room, registered there
+(registry.py). conf/ chooses among parts and gives presets; `hvdllm train --help` prints what stands in the fields.
+
+Types are what OmegaConf 2.3 can hold. It knows no Literal and no Union, so a choice is a string with `choices` beside
+it, and a path that may be one or several is Any.
+
+A run's folder may be a stranger's, and `resume=FOLDER`, `hvdllm sample` and others read it. A setting with `ours=True`
+is therefore never taken from one: what is started, where, by whom, from and to which files, with which tracker and
+which plugins. What is left shapes numbers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LARGEST = 1e15
+"""The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float = LARGEST,
+    form: tuple[str, str] | None = None,
+    ours: bool = False,
+) -> Any:
+    """A field with what can be checked of it alone.
+
+    doc: what `--help` says of it.
+    choices: the values that it may have.
+    least, most: its bounds.
+    form: a regular expression that it must match (each part, where it is a list), and what to give, in words.
+    ours: may only the user say it, and never a run's folder?
+    """
+    about = {"doc": doc, "choices": choices, "least": least, "most": most, "form": form, "ours": ours}
+    return field(default=default, metadata=about)
+
+
+# What goes into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
+WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+HOST = rf"({WORD}@)?{WORD}:[0-9]+"
+HOSTS = rf"{HOST}(,{HOST})*", "host:slots, several with commas between, in quotes"
+INTERFACE = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,14}"
+INTERFACES = rf"{INTERFACE}(,{INTERFACE})*", "names of network interfaces, such as eth0 or ib0,ib1"
+NAME = WORD, "a name of letters, digits and _ . + -"
+NAMES = rf"{WORD}(,{WORD})*", "names of letters, digits and _ . + -, several with commas between"
+MODULE = rf"{WORD}([/:@]{WORD})*", "environment modules such as openmpi/4.1"
+MODULES = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*", "names of Python modules, such as [my_exchange]"
+TIME = r"[0-9]+([:-][0-9]+)*|INFINITE|UNLIMITED", "a time as sbatch takes it, such as 2:00:00"
+DIGEST = r"[0-9a-f]{64}", "the data hash that `hvdllm prepare` prints"
+
+
+class Settings:
+    """What is common to the settings of all parts."""
+
+    def refusal(self, setup: Setup) -> str | None:
+        """Why these settings cannot be in this setup, in one sentence; None where they can. It imports nothing heavy,
+        and asks for facts of other parts (registry.py), never for their names."""
+        return None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the check of a part may ask.
+
+    config: the whole configuration.
+    ranks, local_ranks: that train together, and those of them on this host.
+    launcher: what started them: none, horovodrun, torchrun, mpirun or srun.
+    transport: what carries their bytes: single, horovod, torch or virtual.
+    """
+
+    config: Config
+    ranks: int
+    local_ranks: int
+    launcher: str
+    transport: str
+
+
+@dataclass
+class Device(Settings):
+    """Where the model computes."""
+
+    kind: str = setting(
+        "auto",
+        "auto (CUDA where there is one), cpu or cuda (one GPU a rank)",
+        choices=("auto", "cpu", "cuda"),
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads a rank computes with; null: usable cores // ranks on this host. "
+        "Two ranks that both take all cores run 20 times slower",
+        least=1,
+        most=1024,
+    )
+    share: bool = setting(
+        False, "may several ranks compute on one GPU? They take turns, and many versions of NCCL refuse it themselves"
+    )
+
+
+@dataclass
+class Config:
+    """A run. `*_tokens` and `*_every` are counted in tokens committed by all ranks together."""
+
+    name: str | None = setting(None, "folder of the run under runs_dir; null: date-time and four hex digits", ours=True)
+    runs_dir: str = setting("runs", "folder that holds the runs; shared by all hosts", ours=True)
+    data_dir: str | None = setting(
+        None, "folder of prepared token shards; null: hvdllm's folder in the user's cache", ours=True
+    )
+    seed: int = setting(0, "of weights, order of data, dropout and samples", least=0, most=2**63 - 1)
+    resume: str = setting(
+        "auto",
+        "auto (go on if the run's folder has a checkpoint), never, must, or the path of a run to go on with",
+        ours=True,
+    )
+    init_from: str | None = setting(
+        None,
+        "run folder, or one of its checkpoints, whose weights this run begins with instead of drawing them: a shared "
+        "trunk makes comparisons sharper; null: draw them",
+        ours=True,
+    )
+    init_optimizer: bool = setting(
+        False, "also the optimizer's state of init_from, of the same optimizer; the schedule begins anew all the same"
+    )
+    budget_tokens: int = setting(1_200_000, "tokens to train on; rounded up to whole batches", least=1)
+    batch_tokens: int = setting(
+        2048,
+        "tokens an update (the global batch, whatever the world size); a multiple of model.context",
+        least=1,
+    )
+    micro_batch: int = setting(
+        16, "sequences a forward pass; as many as memory holds, has no effect on the result", least=1, most=10_000_000
+    )
+    eval_every: int = setting(400_000, "tokens between evaluations; 0: never, not even at the end", least=0)
+    save_every: int = setting(
+        400_000,
+        "tokens between checkpoints; 0: never, not even at the end, but still when stopped by Ctrl-C or SIGTERM",
+        least=0,
+    )
+    sample_every: int = setting(400_000, "tokens between samples of text; 0: never, not even at the end", least=0)
+    audit_every: int = setting(
+        400_000,
+        "tokens between audits, which compare the weights of all ranks bit by bit (or say how far apart they are, "
+        "where the exchange does not promise equality); 0: never",
+        least=0,
+    )
+    log_every: int = setting(20_000, "tokens between `commit` records; 0: never", least=0)
+    keep: int = setting(2, "checkpoints kept; the older ones are deleted", least=1, most=1_000_000)
+    eval_tokens: int = setting(65_536, "tokens of an evaluation, always the same first ones; 0: all", least=0)
+    target_loss: float | None = setting(
+        None,
+        "validation loss, in nats a token, to which `hvdllm report` measures the way; named before the runs, so that "
+        "no result chooses it; null: the best that all runs reached",
+        least=1e-3,
+    )
+    trace_steps: str | None = setting(
+        None, "steps first:last of which trace.json shows compute, flight and blocked time of every rank; null: none"
+    )
+    sample_prompt: str = setting("def ", "text that a sample continues")
+    sample_tokens: int = setting(160, "tokens a sample has", least=1, most=1_000_000)
+    precision: str = setting(
+        "fp32",
+        "fp32 (on GPUs without TF32, which has 10 bits of fp32's 23), bf16 (autocast; weights and sums stay fp32) or "
+        "fp64 (for oracles)",
+        choices=("fp32", "bf16", "fp64"),
+    )
+    plugins: Any = setting(
+        None,
+        "modules of your own that register parts, one or a list; each is a package that Python finds, or a file "
+        "MODULE.py in the folder where you start; null: none",
+        form=MODULES,
+        ours=True,
+    )
+    text: Any = setting(None, "where the text comes from")
+    model: Any = setting(None, "the transformer")
+    exchange: Any = setting(None, "how the gradients of the ranks meet")
+    wire: Any = setting(None, "how a sum travels")
+    world: Any = setting(None, "which processes train together", ours=True)
+    optim: Any = setting(None, "what a summed gradient does to the weights")
+    schedule: Any = setting(None, "the learning rate as a function of tokens")
+    device: Any = setting(None, "where the model computes", ours=True)
+    launch: Any = setting(None, "what starts the ranks", ours=True)
+    track: Any = setting(None, "who else gets the records", ours=True)

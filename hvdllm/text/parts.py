@@ -1,0 +1,78 @@
+"""Where text comes from: the settings of each source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hvdllm.registry import part
+from hvdllm.settings import DIGEST, Settings, Setup, setting
+
+
+@dataclass
+class Text(Settings):
+    """What is common to every source of text."""
+
+    @property
+    def users(self) -> bool:
+        """Are the files the user's own, and not those of this machine's Python?"""
+        return True
+
+    tokenizer: str = setting(
+        "bpe",
+        "bytes (257 tokens), bpe (byte-level, trained on this corpus) or the path of a tokenizer.json; "
+        "bpe, because a small model gets further on 3 bytes a token than on one",
+        ours=True,
+    )
+    vocab: int = setting(2048, "tokens; asked of tokenizer=bpe, the corpus may yield fewer", least=258, most=10_000_000)
+    validation: Any = setting(
+        None, "path, list or glob of the validation text; null: documents chosen by a hash of their content", ours=True
+    )
+    prepared: str | None = setting(
+        None,
+        "data hash of a text that was prepared before (`hvdllm prepare` prints it): the one in data_dir is taken as it "
+        "is, and no file of text is read; null: what the other settings name",
+        form=DIGEST,
+        ours=True,
+    )
+    validation_share: float = setting(
+        0.05,
+        "share of documents (of 64 KiB pieces where files are larger) held out where text.validation is null; 0: none, "
+        "and where none qualifies the one with the smallest hash; 5 % of 11 MB is 500 kB",
+        least=0,
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        for key in ("path", "validation"):
+            value = getattr(self, key, None)
+            if value is not None and not (
+                isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value))
+            ):
+                return f"text.{key}={value} is neither a path nor a list of paths"
+        if not 0 <= self.validation_share < 1:
+            return f"text.validation_share={self.validation_share} must lie between 0 and 1"
+        return None
+
+
+@part("text", "stdlib", "hvdllm.text.corpus:stdlib")
+@dataclass
+class Stdlib(Text):
+    """The source of this machine's Python standard library: about 11 MB on every machine, nothing to download."""
+
+    @property
+    def users(self) -> bool:
+        return False
+
+
+@part("text", "files", "hvdllm.text.corpus:files")
+@dataclass
+class Files(Text):
+    """The user's own files: .txt .md .py, .jsonl with a text column, each also as .gz."""
+
+    path: Any = setting(None, "file, folder or glob, or a list of them; folders are walked in sorted order", ours=True)
+    column: str = setting("text", "name of the field that holds the text of a .jsonl line")
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.path is None and self.prepared is None:
+            return "text=files needs text.path: a file, a folder, a glob or a list of them"
+        return super().refusal(setup)

@@ -1,0 +1,189 @@
+"""The acts of a run: audit, evaluate, sample, save. Which are due is a function of committed tokens and asks alone, so
+every rank does the same ones in the same order. Acts change no weight.
+
+Where the weights to keep are those of a mark only once settled (an anchor), the last evaluation comes then.
+
+A milestone is crossed where `tokens // every` changes, so the cadence needs no state and may change on resume.
+The mark that meets the budget evaluates, samples and saves; a stop only saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from hvdllm.checkpoint import write
+from hvdllm.checkpoint.read import alike
+from hvdllm.device import wait_for_stream
+from hvdllm.errors import RunError
+from hvdllm.exchange.base import Commit, Settled
+from hvdllm.plain import Json
+from hvdllm.trainer.audit import audit, spread
+from hvdllm.trainer.evaluate import Evaluation, evaluate_run
+from hvdllm.trainer.run import Run
+from hvdllm.trainer.sample import sample_run
+
+
+class Acts:
+    """grace_s: seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
+
+    def __init__(self, run: Run, grace_s: float | None) -> None:
+        self.run, self.grace_s = run, grace_s
+        self.tokens = self.step = self._tokens_loaded = 0
+        self.last_sample = ""
+        self.last_eval: Evaluation | None = None
+        self.settled = Settled(None)  # what settling has committed, behind the last mark, and what it has dropped
+        self.finished = False
+        self._save_s = 0.0
+        self._first_steps: list[float] = []
+
+    @property
+    def tokens_here(self) -> int:
+        """Committed by this process, earlier lives of the run left out."""
+        return self.tokens - self._tokens_loaded
+
+    # ------------------------------------------------------------------ the loop's two calls
+    def act(self, commit: Commit) -> None:
+        config, ledger, before = self.run.config, self.run.ledger, self.tokens
+        self.tokens, self.step = commit.tokens, commit.step
+        ledger.book(commit.before)
+        met = commit.tokens >= config.budget_tokens
+        stop = commit.asks.stop and not met
+
+        def crossed(every: int) -> bool:
+            return bool(every) and commit.tokens // every != before // every
+
+        def due(every: int) -> bool:
+            return not stop and (crossed(every) or (met and bool(every)))
+
+        ledger.window.count(commit)
+        if config.log_every and (met or stop or crossed(config.log_every)):
+            ledger.open(commit, extra=not crossed(config.log_every))
+        self._progress()
+        settle_first = met and self.run.parts.exchange.anchored
+        evaluate, sample = (due(every) and not settle_first for every in (config.eval_every, config.sample_every))
+        audit, save = due(config.audit_every), due(config.save_every) or commit.asks.save or stop
+        if evaluate or sample or save or audit:
+            seconds = self.run.clock.seconds()
+            with self.run.clock.act():
+                wait_for_stream(self.run.device)  # acts read from the GPU at once, and such a read hears no peer
+                if audit:  # first: nothing is said or kept of replicas that have come apart
+                    self.audit(seconds)
+                if evaluate:
+                    self.evaluate(seconds)
+                if sample:
+                    self.sample(seconds)
+                if save:
+                    self.save(seconds)
+        self.finished = met
+
+    def finish(self, settled: Settled) -> None:
+        """After settle: the last commit's record is complete; the weights to keep are written."""
+        run, config = self.run, self.run.config
+        run.ledger.book(settled.report)
+        self.settled = settled
+        if self.finished and run.parts.exchange.anchored and (config.eval_every or config.sample_every):
+            seconds = run.clock.seconds()
+            with run.clock.act():
+                if config.eval_every:
+                    self.evaluate(seconds)
+                if config.sample_every:
+                    self.sample(seconds)
+        if self.finished and config.save_every:
+            with run.parts.exchange.consensus(), run.parts.update.weights():
+                if run.folder is not None:
+                    write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x)
+
+    # ------------------------------------------------------------------ acts
+    def evaluate(self, seconds: float) -> None:
+        with self.run.parts.exchange.consensus() as of, self.run.parts.update.weights():
+            result = evaluate_run(self.run.config, self.run.model, self.run.corpus, self.run.device, self.run.world)
+        self.last_eval = result
+        tokens = self.tokens + self.settled.tokens
+        older = of is not None and of != tokens
+        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "wall_s": self.run.clock.wall_s()}
+        self.run.ledger.record("eval", tokens, seconds, {**values, "weights_tokens": of} if older else values)
+        self.run.show.say(
+            f"{tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+            + (f" (weights of {of:,} tokens)" if older else "")
+        )
+
+    def audit(self, seconds: float) -> None:
+        """Where the exchange promises identical replicas a difference is an error; else it is logged how far they are
+        apart. Of the replicas as they are: within consensus() they would be the same by construction."""
+        world, flat, ledger = self.run.world, self.run.parts.flat, self.run.ledger
+        if world.size == 1:
+            return
+        if not self.run.parts.exchange.identical:
+            ledger.record("audit", self.tokens, seconds, {"spread": spread(flat, world)})
+            return
+        found = audit(flat, world)
+        ledger.record("audit", self.tokens, seconds, {"replicas_agree": found is None})
+        if found is not None:
+            raise RunError(
+                f"step {self.step}: the replicas differ in {found}, although this exchange keeps replicas "
+                "identical: look at the memory and network of its host, then resume from the last checkpoint",
+                everywhere=True,
+            )
+
+    def sample(self, seconds: float) -> None:
+        run = self.run
+        with run.parts.exchange.consensus(), run.parts.update.weights():
+            text = sample_run(run.config, run.model, run.corpus, self.tokens) if run.world.rank == 0 else ""
+        self.last_sample = text
+        if run.folder is not None:
+            run.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
+        run.ledger.record("sample", self.tokens, seconds, {"text": text})
+
+    def save(self, seconds: float) -> None:
+        run, folder = self.run, self.run.folder
+        if folder is not None:
+            folder.check()  # else the folder would be made anew, with a checkpoint and nothing else
+        begin, state = run.clock.wall_s(), run.parts.exchange.state()
+        values = {
+            "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.horizon,
+            "data_hash": run.corpus.data_hash, "kinds": list(state.sharded),
+        }  # fmt: skip
+        path = write.write(
+            folder.path if folder is not None else Path(), run.parts.flat, state, values, run.world, run.config.keep,
+            mine={"lanes": run.stream.lanes()},
+        )  # fmt: skip
+        self._save_s = run.clock.wall_s() - begin
+        if path is not None:
+            run.ledger.record("save", self.tokens, seconds, {"step": self.step, "path": str(path)}, sync=True)
+
+    # ------------------------------------------------------------------ the screen
+    def _progress(self) -> None:
+        config, ledger, seconds = self.run.config, self.run.ledger, self.run.clock.seconds()
+        loss = ledger.loss if config.log_every else ledger.last_loss
+        values = {"tokens": self.tokens, "budget": config.budget_tokens, "seconds": seconds, "loss": loss}
+        self.run.show.progress({**values, "blocked": ledger.last_blocked})
+        if self.grace_s is not None and len(self._first_steps) < 4:
+            self._first_steps.append(seconds)
+            if len(self._first_steps) == 4:
+                self._warn_of_grace((self._first_steps[3] - self._first_steps[0]) / 3)
+
+    def _warn_of_grace(self, step_s: float) -> None:
+        assert self.grace_s is not None
+        if 2 * step_s + self._save_s > self.grace_s:
+            self.run.show.say(
+                f"a step takes {step_s:.1f} s, so two of them and a save do not fit into the {self.grace_s:.0f} s "
+                "that the launcher leaves after Ctrl-C: a run that is stopped goes on from its last checkpoint"
+            )
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> Json:
+        last_eval = asdict(self.last_eval) if self.last_eval else None
+        return {"tokens": self.tokens, "step": self.step, "last_eval": last_eval, **self.run.ledger.state()}
+
+    def load(self, state: Json) -> None:
+        """Raises ValueError where it is none of state()."""
+        if not alike(self.state(), state):
+            raise ValueError("what is due is not said in the form of this version")
+        self.run.ledger.load(state)
+        self.tokens, self.step = state["tokens"], state["step"]
+        self._tokens_loaded = self.tokens
+        self.finished = self.tokens >= self.run.config.budget_tokens
+        if not self.finished:
+            self.run.ledger.go_on()
+        self.last_eval = Evaluation(**state["last_eval"]) if state["last_eval"] else None

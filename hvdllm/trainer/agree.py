@@ -1,0 +1,175 @@
+"""What the ranks must agree on before they train: the folder, the device, the text, the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, replace
+
+import torch
+
+from hvdllm import device as devices
+from hvdllm import registry
+from hvdllm.errors import UserError
+from hvdllm.flat import Flat
+from hvdllm.lock import Lock
+from hvdllm.models import size
+from hvdllm.plain import Json
+from hvdllm.runs import new_name
+from hvdllm.settings import Config
+from hvdllm.text import overlap, shards
+from hvdllm.text.shards import Corpus
+from hvdllm.text.stream import Stream, validation
+from hvdllm.trainer.assemble import make_stream
+from hvdllm.trainer.audit import fingerprint
+from hvdllm.trainer.resume import Start, decide, folder_of
+from hvdllm.trainer.show import Show
+from hvdllm.world.base import World, first_problem, from_first
+from hvdllm.world.single import SingleWorld
+
+LEAST_VOCAB = 257  # tokens, of bytes; a tokenizer has not been trained, or read, from the start
+
+
+def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> tuple[Start, Lock | None]:
+    """Rank 0's decision, on every rank; on rank 0 also the lock of the run's folder, which `held` gives back."""
+    named = replace(config, name=config.name or new_name())
+    lock: Lock | None = None
+
+    def first() -> Json:
+        nonlocal lock
+        try:
+            lock = held.enter_context(closing(Lock(folder_of(named))))
+        except UserError:
+            with suppress(UserError):  # a finished run needs no lock, and may be kept where nobody can write
+                if (start := decide(named, lambda text: None)).finished:
+                    return asdict(start)
+            raise
+        return asdict(decide(named, show.say))
+
+    return Start(**from_first(world, first, "start.folder")), lock
+
+
+def agreed_device(config: Config, world: World, say: Callable[[str], None]) -> torch.device:
+    """This rank's. Raises UserError, on every rank, where some have a GPU and others none, or two the same one."""
+    device, problem, asked = torch.device("cpu"), "", config.device
+    logical = config.world.kind == "virtual"  # such ranks share one device
+    try:
+        local_rank = 0 if logical else world.local_rank
+        device = devices.choose(asked.kind, local_rank, share=asked.share, no_cuda=world.no_cuda)
+    except UserError as error:
+        problem = str(error)
+    said = [json.loads(text) for text in world.texts(json.dumps([problem, devices.gpu(device)]), "start.device")]
+    gpus = [gpu for _, gpu in said]
+    if (first := first_problem([problem for problem, _ in said])) is None and not logical:
+        first = wrong_gpus(gpus, asked.share)
+    if first is not None:
+        raise UserError(first)
+    if world.no_cuda and asked.kind == "auto" and torch.cuda.is_available():
+        say(f"{world.no_cuda}, so this run computes on the CPU")
+    return device
+
+
+def wrong_gpus(gpus: list[str], share: bool) -> str | None:
+    """What is wrong with these GPUs of the ranks, by what tells them apart; "": a CPU."""
+    without = [rank for rank, gpu in enumerate(gpus) if not gpu]
+    if without and any(gpus):
+        return (
+            f"rank {without[0]} has no GPU and rank {next(r for r, gpu in enumerate(gpus) if gpu)} has one, so their "
+            "gradients cannot meet: give all ranks GPUs, or take device=cpu"
+        )
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in gpus[:rank] and not share:
+            return (
+                f"ranks {gpus.index(gpu)} and {rank} compute on one GPU ({gpu}): start at most one rank a GPU, or "
+                "allow it with device.share=true"
+            )
+    return None
+
+
+def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
+    """Raises UserError on every rank where the model cannot fit what memory there is on any host or GPU."""
+    together = world.local_size if device.type == "cpu" or config.device.share else 1  # logical ones are all here
+    rows = size.pad_vocab(vocab)
+    needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
+    problem = None
+    if there is not None and needs > there:
+        of = f"{together} ranks" if together > 1 else "a rank"
+        problem = (
+            f"this model has {size.count_parameters(config.model, rows) / 1e6:,.1f} M parameters, and {of} of it with "
+            f"gradients, optimizer and one micro-batch would take at least {needs / 2**30:,.1f} GiB of the "
+            f"{there / 2**30:,.1f} GiB that are free here: take a smaller model or micro_batch, fewer ranks on a host, "
+            "or another optimizer or exchange"
+        )
+    world.agree(problem, f"start.room.{int(vocab != LEAST_VOCAB)}")
+
+
+def agreed_corpus(config: Config, start: Start, world: World, show: Show) -> Corpus:
+    """The prepared text, the same on all ranks. The first rank of each host prepares what is missing."""
+    where = shards.data_folder(config.data_dir)
+    corpus, problem = None, None
+    for turn in (True, False):
+        if (world.local_rank == 0) == turn:
+            try:
+                corpus = shards.prepare(config.text, where, say=show.say, whole=turn, wanted=start.data_hash)
+                check_corpus(config, corpus)
+            except UserError as error:
+                problem = str(error)
+        world.agree(problem, f"start.text.{int(turn)}")
+    assert corpus is not None
+    if len(set(world.texts(corpus.data_hash, "start.data"))) > 1:
+        raise UserError(
+            "the ranks have different text or tokenizers (text=stdlib differs between Python versions): prepare it "
+            "once into a data_dir that all hosts share, or give all hosts the same files"
+        )
+    return corpus
+
+
+def repeated_text(config: Config, corpus: Corpus) -> list[str]:
+    """A sentence, where it is known and anything is evaluated."""
+    share = corpus.repeated(config.model.context, config.eval_tokens) if config.eval_every else None
+    if not share:
+        return []
+    return [
+        f"{share:.1%} of the evaluated windows hold {overlap.RUN} tokens in a row that the training text has too: what "
+        "was learnt by heart lowers the validation loss there"
+    ]
+
+
+def check_corpus(config: Config, corpus: Corpus) -> None:
+    """What can only be known with the text at hand. Raises UserError."""
+    clients_without_text(config, make_stream(config, corpus, torch.device("cpu"), SingleWorld()))
+    if config.eval_every:
+        validation(
+            corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0,
+            size=1, device=torch.device("cpu"),
+        )  # fmt: skip
+
+
+def clients_without_text(config: Config, stream: Stream) -> list[str]:
+    """A sentence, where there are any. Raises UserError where a round would draw more clients than have text."""
+    asked = config.exchange
+    if not registry.of("exchange", asked).facts.clients:
+        return []
+    tokens = stream.clients(asked.clients, asked.alpha).tokens
+    known = sum(count > 0 for count in tokens)
+    if known < (asked.sampled or 1):
+        raise UserError(
+            f"exchange.sampled={asked.sampled}: only {known} of the {asked.clients} clients have a window of text; "
+            f"give exchange.sampled={known}, fewer clients, or a larger exchange.alpha"
+        )
+    if known == len(tokens):
+        return []
+    return [
+        f"{len(tokens) - known} of {len(tokens)} clients have no window of text and are never drawn; the others have "
+        f"{min(count for count in tokens if count):,} to {max(tokens):,} tokens"
+    ]
+
+
+def agree_on_weights(flat: Flat, world: World) -> None:
+    """Every rank drew its weights from the same seed: a difference is an error, not something to paper over."""
+    own = hashlib.sha256(json.dumps(fingerprint(flat).tolist()).encode()).hexdigest()
+    prints = world.texts(own, "start.weights")
+    if len(set(prints)) > 1:
+        raise UserError("the ranks drew different weights from the same seed: they need the same versions of torch")

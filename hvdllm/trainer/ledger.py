@@ -1,0 +1,186 @@
+"""The records of a run, and what has been summed up for the next of them.
+
+What a commit has cost and achieved is known only one commit later (exchange/base.py, Report), so a `commit` record is
+opened at its mark and written at the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean
+
+from hvdllm.exchange.base import Commit, Report
+from hvdllm.plain import Json
+from hvdllm.runs import Folder
+from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.show import Show
+from hvdllm.trainer.straggler import Straggler, waited_for
+from hvdllm.world.base import World
+
+
+@dataclass
+class Window:
+    """Sums since the last `commit` record; part of the checkpoint."""
+
+    loss_sum: float = 0.0
+    loss_tokens: float = 0.0
+    compute_s: float = 0.0
+    blocked_s: float = 0.0
+    blocked_s_max: float = 0.0
+    flight_s: float = 0.0
+    cpu_s: float = 0.0  # of all ranks
+    skew_s: float = 0.0  # compute of the slowest rank less that of the fastest
+    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    compute_s_by_rank: list[float] = field(default_factory=list)
+    blocked_s_by_rank: list[float] = field(default_factory=list)
+    updates: int = 0
+    stale: float = 0.0  # staleness, summed over updates
+    stalest: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Nats a token; not a number where nothing is booked yet."""
+        return self.loss_sum / self.loss_tokens if self.loss_tokens else float("nan")
+
+    def count(self, commit: Commit) -> None:
+        """Adds what is known of a commit at its mark."""
+        self.updates += commit.updates
+        self.stale += commit.staleness * commit.updates
+        self.stalest = max(self.stalest, commit.staleness_max or commit.staleness)
+
+    def add(self, report: Report) -> None:
+        self.loss_sum += report.loss_sum
+        self.loss_tokens += report.loss_tokens
+        self.compute_s += fmean(report.compute_s)
+        self.blocked_s += fmean(report.blocked_s)
+        self.blocked_s_max += max(report.blocked_s)
+        self.flight_s += fmean(report.flight_s)
+        self.cpu_s += sum(report.cpu_s)
+        self.skew_s += max(report.compute_s) - min(report.compute_s)
+        self.micro_batches = _added(self.micro_batches, report.micro_batches)
+        self.compute_s_by_rank = _added(self.compute_s_by_rank, report.compute_s)
+        self.blocked_s_by_rank = _added(self.blocked_s_by_rank, report.blocked_s)
+
+
+def _added(sums: list[float], values: list[float]) -> list[float]:
+    """Rank by rank; the first ones, or of another world size than before, count alone."""
+    return [a + b for a, b in zip(sums, values, strict=True)] if len(sums) == len(values) else list(values)
+
+
+class Ledger:
+    """folder: of the run, None on ranks other than 0, which write nothing."""
+
+    def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show) -> None:
+        self.folder, self.world, self.clock, self.show = folder, world, clock, show
+        self.window = Window()
+        self.straggler = Straggler()
+        self.pending: Json | None = None  # a `commit` record that waits for its loss
+        self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
+        self.bytes_before = 0.0  # sent in earlier lives of this run
+        self.blocked_s = 0.0  # of all commits that are booked, mean over ranks; earlier lives included
+        self.last_loss = float("nan")  # of the last commit that is booked
+        self.last_blocked = 0.0  # its share of time that ranks stood still for the exchange
+        self.recorded_loss: float | None = None  # of the last `commit` record
+
+    @property
+    def loss(self) -> float:
+        """That of the newest record; before there is one, of what it will hold."""
+        return self.window.loss if self.recorded_loss is None else self.recorded_loss
+
+    def record(self, kind: str, tokens: int, seconds: float, values: Json, sync: bool = False) -> None:
+        """With what every record has: how far the run is, in any unit that a curve may be drawn over."""
+        if self.folder is not None:
+            self.folder.record(kind, {"tokens": tokens, **self.totals(seconds), **values}, sync=sync)
+
+    def totals(self, seconds: float) -> dict[str, float]:
+        """Sums over all lives of the run: seconds of the training clock; bytes that rank 0 sent; seconds that ranks
+        stood still for the exchange, of the commits that are booked, mean over ranks."""
+        sent = round(self.bytes_before + self.world.bytes_sent)  # threads add up in any order
+        return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
+
+    def open(self, commit: Commit, extra: bool) -> None:
+        """A `commit` record begins. extra: off the cadence, because the run ends here; a run that goes on takes it
+        back."""
+        seconds = self.clock.seconds()
+        self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
+        self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra}
+
+    def book(self, report: Report | None) -> None:
+        """Adds what is now known of the commit before, and writes its record if it has one."""
+        if report is None:
+            return
+        self.window.add(report)
+        self.blocked_s += fmean(report.blocked_s)
+        self.last_loss = report.loss_sum / max(report.loss_tokens, 1.0)
+        blocked = sum(report.blocked_s)
+        self.last_blocked = blocked / max(blocked + sum(report.compute_s), 1e-9)
+        if self.pending is None:
+            return
+        window, head, last = self.window, self.pending, self.last_record
+        passed = head["seconds"] - last["seconds"]
+        values = {
+            "step": head["step"],
+            "bytes_total": head["bytes"],
+            "loss": window.loss,
+            "lr": head["lr"],
+            "grad_norm": report.grad_norm,
+            "compute_s": window.compute_s,
+            "blocked_s": window.blocked_s,
+            "blocked_s_max": window.blocked_s_max,
+            "flight_s": window.flight_s,
+            "hidden": 1 - window.blocked_s / window.flight_s if window.flight_s else None,
+            "skew_s": window.skew_s,
+            "cpu_s_per_token": window.cpu_s / max(window.loss_tokens, 1.0),
+            "bytes_sent": head["bytes"] - last["bytes"],
+            "staleness_mean": window.stale / max(window.updates, 1),
+            "staleness_max": window.stalest,
+            "micro_batches": sum(window.micro_batches),
+            "micro_batches_by_rank": window.micro_batches,
+            "compute_s_by_rank": window.compute_s_by_rank,
+            "blocked_s_by_rank": window.blocked_s_by_rank,
+            "micro_batches_per_s_by_rank": [
+                count / seconds if seconds else 0.0
+                for count, seconds in zip(window.micro_batches, window.compute_s_by_rank, strict=True)
+            ],
+            "waited_for": waited_for(window.compute_s_by_rank, window.blocked_s_by_rank),
+            "updates": window.updates,
+            "tokens_per_update": (head["tokens"] - last["tokens"]) / max(window.updates, 1),
+            "noise_scale": report.noise_scale,
+            "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
+        }
+        self.recorded_loss = values["loss"]
+        self.record("commit", head["tokens"], head["seconds"], values)
+        if said := self.straggler.note(window.compute_s_by_rank, window.blocked_s_by_rank):
+            self.show.say(said)
+            self.record("event", head["tokens"], head["seconds"], {"what": said, "straggler": self.straggler.named})
+        self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
+        self.window, self.pending = Window(), None
+
+    # ------------------------------------------------------------------ checkpoint
+    def state(self) -> Json:
+        return {
+            "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
+            "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
+            "straggler": asdict(self.straggler), "ranks": self.world.size, "blocked_s": self.blocked_s,
+            "recorded_loss": self.recorded_loss,
+        }  # fmt: skip
+
+    def load(self, state: Json) -> None:
+        """Raises ValueError where it is none of state()."""
+        pending = state["pending"] or {}
+        if not all(isinstance(each, int | float) for each in pending.values()):
+            raise ValueError("what is due is not said in the form of this version")
+        known = {each.name for each in fields(Window)}  # an older version's window had others
+        self.window = Window(**{name: value for name, value in state["window"].items() if name in known})
+        self.pending, self.last_record, self.last_loss = state["pending"], state["last_record"], state["last_loss"]
+        self.bytes_before = state["bytes"] - self.world.bytes_sent
+        if state.get("ranks") == self.world.size:  # else they have other numbers now
+            self.straggler = Straggler(**state["straggler"])
+        # An older version's state has neither.
+        self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
+
+    def go_on(self) -> None:
+        """Takes back a record off the cadence: its line was cut, and the window goes on as if the run had never
+        ended."""
+        if self.pending and self.pending["extra"]:
+            self.pending = None

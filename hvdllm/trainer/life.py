@@ -1,0 +1,151 @@
+"""The life of a run, from its folder to its last record. Every rank calls `run`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from hvdllm.checkpoint import read
+from hvdllm.config.check import parse_steps
+from hvdllm.errors import RunError, UserError
+from hvdllm.exchange.base import NotFinite, State
+from hvdllm.settings import Config
+from hvdllm.track import mirror
+from hvdllm.track.mirror import Mirror
+from hvdllm.trainer.acts import Acts
+from hvdllm.trainer.agree import (
+    agreed_start,
+    clients_without_text,
+    repeated_text,
+)
+from hvdllm.trainer.backward import explain
+from hvdllm.trainer.loop import train
+from hvdllm.trainer.run import Run, Saved, make
+from hvdllm.trainer.show import Show
+from hvdllm.trainer.slow import paced
+from hvdllm.trainer.trace import Trace
+from hvdllm.trainer.words import end_record, header, run_record
+from hvdllm.world.base import World, from_first, peers
+from hvdllm.world.detect import Place
+
+
+def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> int | None:
+    """Trains. Every rank calls it. Returns the tokens at which the run was stopped, None where its budget is met.
+    Raises UserError before training, RunError in it."""
+    with ExitStack() as held:
+        start, lock = agreed_start(config, world, show, held)
+        if start.finished:
+            show.say(f"{start.finished}; a larger budget_tokens goes on")
+            return None
+        made = make(config, world, show, start, lock)
+        # Marks that an ask makes at once, however far apart they are, need no warning.
+        acts = Acts(made, None if made.parts.exchange.marks_on_ask else grace(place))
+        begin_records(made, acts, overrides)
+        return live(made, acts)
+
+
+def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
+    """Goes back to where the checkpoint stands, if there is one; opens the folder; says what a person should know."""
+    config, start, resumed, folder = run.config, run.start, run.resumed, run.folder
+    notes = [*run.corpus.notes, *repeated_text(config, run.corpus), *clients_without_text(config, run.stream)]
+    if resumed is not None:
+        checkpoint = Path(str(start.checkpoint))
+        with read.fitting(checkpoint):
+            notes += load(checkpoint, run, resumed)
+            acts.load(resumed["due"])
+    if folder is not None:
+        folder.create(config, {"tokenizer.json": run.corpus.tokenizer.hash})
+        events = folder.cut(resumed["shared"]["tokens"] if resumed else None) if start.again else []
+        run.corpus.tokenizer.save(folder.path / "tokenizer.json")
+        folder.record("run", run_record(run, overrides), sync=True)
+        if start.again:
+            how = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"
+            events.append(how)
+        for what in events:
+            run.ledger.record("event", acts.tokens, run.clock.earlier, {"what": what})
+    run.show.header(header(run))
+    for note in notes:
+        run.show.say(note)
+
+
+def live(run: Run, acts: Acts) -> int | None:
+    """From the first round to the last record. Returns as `run` does."""
+    config, world, show, exchange = run.config, run.world, run.show, run.parts.exchange
+    tracker = start_tracker(config, Path(run.start.folder), world, show)
+    trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, run.device)
+    exchange.watch = trace.note if config.trace_steps else None
+    module = paced(config, run.parts.module, run.loss, run.hosts, run.device, world)
+    reason = "failed"
+    run.clock.start()
+    try:
+        with closing(run.stream), peers(world):
+            if acts.finished:  # before this life of the run, which was killed behind its last checkpoint
+                acts.finish(exchange.settle())
+            else:
+                train(run.stream, module, exchange, acts, config.budget_tokens)
+        reason = "budget" if acts.finished else "stop"
+        noted, path = trace.write(Path(run.start.folder) / "trace.json"), f"{run.start.folder}/trace.json"
+        if config.trace_steps:
+            show.say(f"trace in {path}" if noted else f"no trace: steps {config.trace_steps} were not trained here")
+    except NotFinite as error:
+        exchange.disarm()
+        raise explain(error, run.stream, run.loss, run.parts.flat, world) from None
+    finally:
+        if run.folder is not None:
+            end = end_record(run, acts, reason)
+            try:
+                run.folder.record("end", end, sync=True)
+            except RunError:
+                if reason != "failed":
+                    raise
+            finally:
+                run.folder.close()
+                if tracker is not None:
+                    tracker.close(patient=reason == "budget")
+    if run.folder is not None:
+        show.finish(end, run.start.folder, acts.last_sample)
+    return None if acts.finished else acts.tokens
+
+
+def load(checkpoint: Path, run: Run, resumed: Saved) -> list[str]:
+    """Everything but the acts goes back to where the checkpoint stands; what a person should know of it. Collective."""
+    flat, world, exchange = run.parts.flat, run.world, run.parts.exchange
+    vectors = {kind: read.share_vector(checkpoint, kind, flat, world) for kind in resumed["kinds"]}
+    ranks = read.saved_ranks(resumed)
+    summed = read.load_summed(checkpoint, flat, world, ranks)
+    tensors = read.share_tensors(checkpoint, world)
+    local = read.load_local(checkpoint, flat, world, ranks)
+    exchange.load(State(resumed["shared"], [], vectors, {}, summed, tensors, local), resumed["mine"])
+    run.stream.load(resumed["stream"], [mine.get("lanes", {}) for mine in resumed["mine"]])
+    notes = []
+    if summed and ranks != world.size:
+        notes.append(
+            f"the wire's residuals of {ranks} ranks were added up on rank 0, the other ranks begin with none: "
+            "nothing is lost, but the curve is not that of an unchanged world"
+        )
+    if exchange.resized and ranks != world.size:
+        notes.append(f"{ranks} ranks saved it, {world.size} go on: {exchange.resized}")
+    return notes
+
+
+def grace(place: Place) -> float | None:
+    """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
+    if place.launcher == "none":
+        return None
+    lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 1))  # noqa: SIM112 - MPI's spelling
+    return {"horovodrun": 5.0, "mpirun": lengthened, "srun": 30.0, "torchrun": 30.0}[place.launcher]
+
+
+def start_tracker(config: Config, folder: Path, world: World, show: Show) -> Mirror | None:
+    """On rank 0, where the settings name one. Raises UserError on every rank where it must be online and is not."""
+    tracker = mirror.start(config, folder, show.say) if world.rank == 0 else None
+
+    def refuse() -> None:
+        if tracker is not None and (problem := tracker.refusal(config.track.start_s + mirror.SLACK_S)):
+            tracker.close(patient=False)
+            raise UserError(problem)
+
+    if getattr(config.track, "mode", "") == "online":
+        from_first(world, refuse, "start.track")
+    return tracker

@@ -1,0 +1,103 @@
+"""A run: its parts, made from a checked configuration in one visible order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hvdllm.checkpoint import read
+from hvdllm.errors import UserError
+from hvdllm.lock import Lock
+from hvdllm.models.gpt import GPT
+from hvdllm.optim.schedule import factor
+from hvdllm.plain import Json
+from hvdllm.runs import Folder
+from hvdllm.settings import Config
+from hvdllm.text.shards import Corpus
+from hvdllm.text.stream import Stream
+from hvdllm.trainer import account
+from hvdllm.trainer.agree import (
+    LEAST_VOCAB,
+    agree_on_weights,
+    agreed_corpus,
+    agreed_device,
+    agreed_room,
+)
+from hvdllm.trainer.assemble import Assembly, assemble, build_model, make_stream
+from hvdllm.trainer.backward import Loss
+from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.ledger import Ledger
+from hvdllm.trainer.resume import Start
+from hvdllm.trainer.show import Show
+from hvdllm.trainer.trunk import Trunk, begin
+from hvdllm.world.base import World, from_first
+
+Saved = Json  # the plain values of a checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """One life of a run, as one rank has it.
+
+    hosts: of each rank, its host, device and threads.
+    loss: the module that the exchange was given.
+    folder: None on ranks other than 0.
+    horizon: tokens of the schedule.
+    resumed: values of the checkpoint that this life goes on from, None where it begins.
+    trunk: whose weights it began with, where it did not draw them.
+    """
+
+    config: Config
+    world: World
+    show: Show
+    start: Start
+    device: torch.device
+    hosts: list[Json]
+    corpus: Corpus
+    model: GPT
+    loss: Loss
+    parts: Assembly
+    stream: Stream
+    folder: Folder | None
+    clock: Clock
+    ledger: Ledger
+    horizon: int
+    resumed: Saved | None
+    trunk: Trunk | None
+
+
+def make(config: Config, world: World, show: Show, start: Start, lock: Lock | None) -> Run:
+    """The parts of a run, in the order in which they need each other; weights and state are those it begins with."""
+    device = agreed_device(config, world, show.say)
+    agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
+    corpus = agreed_corpus(config, start, world, show)
+    agreed_room(config, corpus.tokenizer.vocab, device, world)
+    model = build_model(config, corpus.tokenizer.vocab, device)
+    checkpoint = Path(start.checkpoint) if start.checkpoint else None
+    resumed: Saved | None = from_first(world, lambda: read.read_run(checkpoint), "load.state") if checkpoint else None
+    horizon = int(resumed["horizon"]) if resumed else config.schedule.horizon or config.budget_tokens
+    if corpus.data_hash != (resumed["data_hash"] if resumed else start.data_hash or corpus.data_hash):
+        raise UserError(
+            f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
+        )
+    loss = Loss(
+        model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
+        dropout=config.model.dropout > 0,
+    )  # fmt: skip
+    hosts = account.hosts(device, world)
+    unlike = len({rank["device"] for rank in hosts}) > 1
+    parts = assemble(config, model, loss, world, factor(config.schedule, horizon, config.batch_tokens), unlike)
+    trunk = None
+    if config.init_from is not None and resumed is None:
+        trunk = begin(config, corpus.tokenizer.hash, parts.exchange, parts.flat, world, show.say)
+    agree_on_weights(parts.flat, world)
+    stream = make_stream(config, corpus, device, world)
+    folder = Folder(Path(start.folder), lock) if world.rank == 0 else None
+    clock = Clock(world, resumed["seconds"] if resumed else 0.0)
+    ledger = Ledger(folder, world, clock, show)
+    return Run(
+        config, world, show, start, device, hosts, corpus, model, loss, parts, stream, folder, clock, ledger, horizon,
+        resumed, trunk,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""What a run says of itself: its first and last record, and what stands above the progress line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import torch
+
+from hvdllm import device as devices
+from hvdllm import registry
+from hvdllm.config import compose, pace
+from hvdllm.models import size
+from hvdllm.plain import Json
+from hvdllm.settings import Config
+from hvdllm.trainer import account
+from hvdllm.trainer.acts import Acts
+from hvdllm.trainer.run import Run
+from hvdllm.trainer.slow import crowded
+
+
+def run_record(run: Run, overrides: list[str]) -> Json:
+    """What a life of the run begins with: enough to do it again."""
+    config, corpus = run.config, run.corpus
+    vocab = size.pad_vocab(corpus.tokenizer.vocab)
+    return {
+        "command": account.command(),
+        "overrides": overrides,
+        "config": compose.to_dict(config),
+        "git": account.git(),
+        "versions": account.versions(),
+        "world": run.world.size,
+        "ranks": run.hosts,
+        "threads": run.hosts[0]["threads"],
+        "fp32_products": torch.get_float32_matmul_precision(),  # highest: without TF32
+        "clock": "simulated" if devices.simulated() else "host",
+        "slurm": account.slurm(),
+        "link": account.link(),
+        "data_hash": corpus.data_hash,
+        "validation_repeated": corpus.repeated(config.model.context, config.eval_tokens),
+        "tokenizer_hash": corpus.tokenizer.hash,
+        "parameters": size.count_parameters(config.model, vocab),
+        "flops_per_token": size.flops_per_token(config.model, vocab),
+        "trunk": run.trunk and asdict(run.trunk),
+    }
+
+
+def header(run: Run) -> dict[str, str]:
+    """What stands above the progress line."""
+    config, corpus, hosts, trunk = run.config, run.corpus, run.hosts, run.trunk
+    names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
+    machines = len({rank["host"] for rank in hosts})
+    context = config.model.context
+    parameters = size.count_parameters(config.model, size.pad_vocab(corpus.tokenizer.vocab))
+    ranks = f"{run.world.size} on {machines} host{'s' * (machines > 1)}, {hosts[0]['threads']} threads each"
+    text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
+    batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
+    going_on = {"goes on": f"from {run.resumed['shared']['tokens']:,} tokens"} if run.resumed else {}
+    if trunk is not None:
+        at = f", {trunk.tokens:,} tokens" if trunk.tokens is not None else ""
+        going_on = {"begins": f"with the weights of {trunk.path}{at}"}
+    return {
+        "model": f"{parameters / 1e6:.2f} M parameters, {config.precision}",
+        "text": f"{registry.name_of('text', config.text)}, {text}",
+        "exchange": exchange_name(config),
+        "update": f"{batch}, {registry.name_of('optim', config.optim)}",
+        "ranks": ranks,
+        "device": ", ".join(names),
+        **speed_lines(config, hosts),
+        "run": run.start.folder,
+        **going_on,
+    }
+
+
+def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
+    """Of the header, where ranks are not as fast as they are."""
+    world, out = config.world, dict[str, str]()
+    by = pace.slowed(world.slow, len(hosts))
+    if by:
+        how = "by more compute"
+        if world.tokens_per_s is not None:
+            how = "on the simulated clock"
+        elif any(crowded(hosts, rank, torch.device(hosts[rank]["kind"])) for rank in by):
+            how = "by sleeping, since ranks outnumber cores"
+        out["slowed"] = ", ".join(f"rank {rank} {factor:g} times" for rank, factor in sorted(by.items())) + f", {how}"
+    if world.tokens_per_s is not None:
+        speeds = pace.speeds(world, config.seed)
+        spread = f"{min(speeds):,.0f}" + (f" to {max(speeds):,.0f}" if max(speeds) > min(speeds) else "")
+        link = f"links of {world.bandwidth}" if world.bandwidth else "transfers that take no time for their size"
+        late = f", {world.latency_ms:g} ms late" if world.latency_ms else ""
+        out["time"] = f"simulated: {spread} tokens/s a rank, {link}{late}"
+    return out
+
+
+def exchange_name(config: Config) -> str:
+    """`acco, wire int8, world torch`: what is not usual is named."""
+    wire = registry.name_of("wire", config.wire)
+    parts = [registry.name_of("exchange", config.exchange)]
+    parts += [f"wire {wire}"] * (wire != "fp32") + ["hierarchical"] * config.wire.hierarchical
+    inner = getattr(config.exchange, "inner", "none")
+    parts += [f"{inner} inside"] * (inner != "none")
+    return ", ".join(parts + [f"world {config.world.kind}"] * (config.world.kind not in ("auto", "horovod")))
+
+
+def end_record(run: Run, acts: Acts, reason: str) -> Json:
+    """reason: budget, stop or failed. loss: of the last `commit` record. mfu: share of the peak, where it is known."""
+    config, ledger, clock = run.config, run.ledger, run.clock
+    seconds, here = clock.seconds(), clock.seconds_here()
+    peak = None if devices.simulated() else size.peak_flops(run.hosts[0]["device"], config.precision)
+    if config.precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        peak = None  # with TF32, which the user's environment has allowed, it is another
+    flops = size.flops_per_token(config.model, run.model.output.shape[0]) * acts.tokens_here
+    known = ledger.recorded_loss is not None or math.isnan(ledger.last_loss)
+    settled = acts.settled
+    return {
+        "reason": reason,
+        "tokens": acts.tokens,
+        **ledger.totals(seconds),
+        "loss": ledger.recorded_loss if known else ledger.last_loss,
+        "eval_loss": acts.last_eval.loss if acts.last_eval else None,
+        "bits_per_byte": acts.last_eval.bits_per_byte if acts.last_eval else None,
+        "tokens_computed": acts.tokens + settled.tokens + settled.dropped,  # in what has not failed
+        "tokens_settled": settled.tokens,
+        # In the checkpoint and not yet applied, or dropped.
+        "tokens_not_committed": settled.dropped + (0 if acts.finished else settled.tokens),
+        "mfu": flops / (here * run.world.size * peak) if peak and here > 0 else None,
+        "peak_memory_bytes": devices.peak_memory(run.device),
+        "device_hours": clock.wall_s() * run.world.size / 3600,
+        "data_waited_s": 0.0 if devices.simulated() else run.stream.waited_s,
+    }
