@@ -74,7 +74,7 @@ def console(out: Any = None, **settings: Any) -> Console:
     from rich.console import Console as Console
     from rich.segment import Segment
 
-    class Cleaned(Theirs):
+    class Cleaned(Console):
         def _render_buffer(self, buffer: Any) -> str:  # all that rich writes passes here, tables and live lines too
             return super()._render_buffer(
                 one if one.control else Segment(clean(one.text), one.style, one.control) for one in buffer

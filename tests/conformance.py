@@ -42,7 +42,7 @@ EXCHANGES: list[Callable[[Any, int], Exchange]] = [
     streaming_diloco.StreamingDiLoCo, fedavg.FedAvg, parameter_server.ParameterServer, ddp.Ddp, horovod.Horovod,
 ]  # fmt: skip
 WIRES: list[Callable[[Any, Any, Any, int], Wire]] = [
-    plain.Plain, coded.Fp16, coded.Bf16, coded.Int8, coded.TopK, coded.Sign, powersgd.PowerSGD,
+    plain.Plain, coded.Fp16Wire, coded.Bf16Wire, coded.Int8Wire, coded.TopKWire, coded.SignWire, powersgd.PowerSGDWire,
 ]  # fmt: skip
 OPTIMIZERS: list[Optimizer] = [adamw, nadam, sgd]
 SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [schedule.constant, schedule.cosine, schedule.wsd]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from hvdllm.bench.paired import Ratio, ratio
+from hvdllm.exchange.base import Divisor
 from hvdllm.exchange.parts import AllReduce
-from hvdllm.exchange.rounds import Counts
 from hvdllm.exchange.wire.parts import Fp32
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
@@ -113,7 +113,7 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
             pass
 
     def update_only() -> None:
-        parts.update.step(pieces, gradients, Counts(1.0, 1), lambda sums: sums)
+        parts.update.step(pieces, gradients, Divisor(1.0, 1), lambda sums: sums)
         flat.g.zero_()
 
     return step, update_only

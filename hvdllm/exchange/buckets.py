@@ -1,32 +1,39 @@
-"""Launching buckets of gradients from hooks, while the backward of the last micro-batch still runs.
+"""Launches buckets of gradients from hooks, while the backward of the last micro-batch still runs.
 
-The order is fixed: decayed buckets from the last to the first, then the undecayed one, which spans all layers
-and fills last. A bucket that is full waits for those before it, so that every rank launches in the same order
-whatever its graph; what no hook launched (an empty batch), `launch_rest` does.
+The order is fixed: decayed buckets from the last to the first, then the undecayed one, which spans all layers and is
+full last. A full bucket waits for those before it in this order, so that every rank launches in the same order,
+whatever its graph. What no hook has launched, `launch_rest` launches: after an empty batch these are all buckets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from hvdllm.flat import Bucket, Flat
 from hvdllm.world.base import Flight
 
 
-class Buckets:
-    """flat: the one map. launch: called with a bucket, enqueues and returns the flight."""
+def after_gradient(p: nn.Parameter, hook: Callable[[nn.Parameter], None]) -> RemovableHandle:
+    """From here on `hook` is called whenever a backward has added to the gradient of p."""
+    register: Callable[[Callable[[nn.Parameter], None]], RemovableHandle] = p.register_post_accumulate_grad_hook
+    return register(hook)
 
-    def __init__(self, flat: Any, launch: Callable[[Any], Flight]) -> None:
+
+class Buckets:
+    """launch: is called with a bucket, enqueues its sum and returns the flight."""
+
+    def __init__(self, flat: Flat, launch: Callable[[Bucket], Flight]) -> None:
         self._launch = launch
         self._order = sorted(flat.buckets, key=lambda bucket: (not bucket.span.decayed, -bucket.index))
         self._armed = False
         self._flights: list[Flight] = []
         self._missing = {bucket.index: 0 for bucket in self._order}
 
-    def hook(self, flat: Any) -> list[Any]:
+    def hook(self, flat: Flat) -> list[RemovableHandle]:
         """Registers a hook on every parameter; it only counts and enqueues. Returns the handles."""
 
         def count(index: int) -> Callable[[nn.Parameter], None]:
@@ -38,13 +45,13 @@ class Buckets:
             return full
 
         return [
-            flat.parameters[name].register_post_accumulate_grad_hook(count(bucket.index))
+            after_gradient(flat.parameters[name], count(bucket.index))
             for bucket in self._order
             for name in bucket.names
         ]
 
     def arm(self, on: bool) -> None:
-        """Before a forward: shall the hooks of its backward launch? Only those of a round's last micro-batch."""
+        """Before a forward. on: the hooks of its backward launch, as for the last micro-batch of a round."""
         self._armed = on
         if on:
             self._missing = {bucket.index: len(bucket.names) for bucket in self._order}
@@ -57,7 +64,7 @@ class Buckets:
             self._flights.append(self._launch(bucket))
 
     def launch_rest(self) -> list[Flight]:
-        """Launches what is left, in the fixed order. All flights of the round, by bucket."""
+        """Launches what is left, in the fixed order. Returns all flights of the round, in the order of the buckets."""
         self._armed = False
         for bucket in self._order[len(self._flights) :]:
             self._flights.append(self._launch(bucket))

@@ -1,8 +1,9 @@
 """Reference: torch's DistributedDataParallel (Li et al., 2020, arXiv 2006.15704), tuned as its users would.
 
-Invariant: as exact as all-reduce; replicas are bit-equal. Gradients are views of DDP's buckets, which travel during the
-last backward (no_sync before); fused optimizer; torch's own communication hooks for the wires fp16, bf16 and powersgd,
-whose residuals and thin matrices are part of the checkpoint. DDP divides by the number of ranks.
+Invariant: as exact as all-reduce; replicas are bit-equal. Gradients are views of DDP's buckets, which travel during
+the last backward; the backwards before it run under no_sync. The optimizer is our fused one. The wires fp16, bf16 and
+powersgd are torch's own communication hooks; the residuals and thin matrices of PowerSGD are part of the checkpoint.
+DDP divides its sums by the number of ranks.
 
 It runs without Horovod in the process, on world=torch.
 """
@@ -12,20 +13,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hvdllm.device import Mark
-from hvdllm.exchange.base import Batch, State, Stream, Update, Wire
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.base import Batch, Rounded, State, Update, Values, Wire
 from hvdllm.exchange.reference import Reference
 from hvdllm.exchange.wire import parts as wires
+from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+    from torch.nn.parallel import DistributedDataParallel
 
-class Ddp(Reference):
-    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+
+class Ddp(Reference[exchanges.Ddp]):
+    wires = (wires.Fp32, wires.Fp16, wires.Bf16, wires.PowerSGD)
+
+    def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
         super().attach(model, flat, update, wire, world)
@@ -33,14 +42,14 @@ class Ddp(Reference):
         for p in self.parameters:
             p.grad = None  # DDP makes its own
         self.module = DistributedDataParallel(
-            model, bucket_cap_mb=_bucket_mb(self.settings, wire.settings, flat.x.nbytes),  # type: ignore[attr-defined]
+            model, bucket_cap_mb=_bucket_mb(self.settings, self.wire_settings, flat.x.nbytes),
             gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False,
         )  # fmt: skip
-        self._bytes, self._power = _hook(self.module, wire.settings, flat, self.nominal)  # type: ignore[attr-defined]
+        self._bytes, self._power = _hook(self.module, self.wire_settings, flat, self.nominal)
         self._rebuilt = False
         return self.module
 
-    def feed(self, stream: Stream) -> Iterator[Batch]:
+    def feed(self, stream: Rounded) -> Iterator[Batch]:
         for batch in super().feed(stream):
             if not self._rebuilt:
                 self._rebuild(batch)
@@ -49,27 +58,27 @@ class Ddp(Reference):
                 yield batch
 
     def _rebuild(self, batch: Batch) -> None:
-        """DDP lays its buckets out anew after the first backward that it sums. One that counts for nothing brings that
-        about, so that a resumed run adds up in the same order."""
+        """DDP lays its buckets out anew after the first backward that it sums. A backward that counts for nothing
+        brings this about before the first round, so that a resumed run adds up in the same order."""
         self._rebuilt = True
         self._armed = False
         self.module(batch.inputs, batch.targets, (batch.round, batch.index)).backward()
-        with self.module.no_sync():  # the forward is where buckets are laid out
+        with self.module.no_sync():  # DDP lays its buckets out in the forward
             self.module(batch.inputs, batch.targets, (batch.round, batch.index)).backward()
         for p in self.parameters:
             assert p.grad is not None
             p.grad.zero_()
-        if self._power is not None:  # it counts sums, from the run's first one on
+        if self._power is not None:  # it counts the sums since the beginning of the run
             self._power.torch.iter = self.step
         self.arm(batch)
-        self._begin, self._cpu = Mark(self.device), time.process_time()  # not this round's compute
+        self.now.begin, self.now.cpu_s = Mark(self.device), time.process_time()  # this was not the round's compute
 
-    def finish(self) -> None:
-        # The state has counted this sum already.
+    def wait(self) -> None:
+        # The hook's state has counted this sum already.
         exact = self._power is not None and self._power.torch.iter <= self._power.torch.start_powerSGD_iter
         self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (self.whole if exact else self._bytes)
 
-    def check(self, gradients: list[torch.Tensor | None]) -> None:
+    def check(self, gradients: list[torch.Tensor]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"
 
     def state(self) -> State:
@@ -79,7 +88,7 @@ class Ddp(Reference):
             state.tensors |= {f"ddp.{name}": kept[0] for name, kept in self._power.thin().items()}
         return state
 
-    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+    def load(self, state: State, mine: list[Values]) -> None:
         super().load(state, mine)
         if self._power is not None and "error" in state.summed:
             self._power.loaded = state.summed["error"].to(self.device)
@@ -87,19 +96,20 @@ class Ddp(Reference):
                 kept[0] = state.tensors[f"ddp.{name}"].to(self.flat.x, copy=True)
 
 
-def _bucket_mb(exchange: Any, wire: Any, size: int) -> float:
-    """PowerSGD's hook goes on from callbacks, which Gloo runs in any order: with two buckets ranks would wait for each
-    other for ever, so everything is one."""
+def _bucket_mb(exchange: exchanges.Ddp, wire: wires.Wire, size: int) -> float:
+    """PowerSGD's hook goes on from callbacks, which Gloo runs in any order. With two buckets the ranks would wait for
+    each other for ever, so all gradients are one bucket. size: bytes of all gradients."""
     if isinstance(wire, wires.PowerSGD):
         return 2 * size / 2**20 + 1
     return float(exchange.bucket_mb or max(1.0, min(25.0, size / 2**23)))
 
 
 class _Power:
-    """torch's PowerSGD hook and its state, one bucket. What it left out (e_i of exchange/wire/powersgd.py, in units
-    of a rank's own gradient) it keeps in the bucket's order of parameters, which is known only once a sum has come."""
+    """torch's PowerSGD hook and its state, for one bucket. The hook keeps what it has left out (e_i of
+    exchange/wire/powersgd.py, in units of a rank's own gradient) in the bucket's order of parameters, which is known
+    only after a first sum."""
 
-    def __init__(self, flat: Any, settings: Any, nominal: int) -> None:
+    def __init__(self, flat: Flat, settings: wires.PowerSGD, nominal: int) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
         self.flat, self._hook = flat, powerSGD_hook.powerSGD_hook
@@ -108,30 +118,31 @@ class _Power:
             start_powerSGD_iter=max(2, settings.warmup_tokens // nominal),
             min_compression_rate=settings.min_compression,
         )  # fmt: skip
-        self.loaded: torch.Tensor | None = None  # a vector over the map, until the bucket's order is known
+        self.loaded: torch.Tensor | None = None  # residual as a flat vector, until the bucket's order is known
         self._order: list[str] = []
         self._names = {id(p): name for name, p in flat.parameters.items()}
 
-    def __call__(self, _: Any, bucket: Any) -> Any:
+    def __call__(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         self._order = [self._names[id(p)] for p in bucket.parameters()]
         if self.loaded is not None and self.torch.iter >= self.torch.start_powerSGD_iter:
             parts = [self.flat.view(name, self.loaded).reshape(-1) for name in self._order]
             self.torch.error_dict[bucket.index()], self.loaded = torch.cat(parts), None
-        return self._hook(self.torch, bucket)
+        summed: torch.futures.Future[torch.Tensor] = self._hook(self.torch, bucket)
+        return summed
 
     def error(self) -> torch.Tensor:
-        """A vector over the map's tensors in registration order, as flat.tensors() spans them."""
+        """The residual over all tensors in registration order, as flat.tensors() spans them."""
         sizes = [self.flat.parameters[name].numel() for name in self._order]
-        parts = dict(zip(self._order, self.torch.error_dict[0].split(sizes), strict=True))
+        parts = dict(zip(self._order, torch.split(self.torch.error_dict[0], sizes), strict=True))
         return torch.cat([parts[name] for name in self.flat.parameters])
 
     def thin(self) -> dict[str, dict[int, torch.Tensor]]:
-        """P and Q, equal on all ranks, by bucket."""
+        """P and Q by bucket; they are equal on all ranks."""
         return {"p": self.torch.p_memory_dict, "q": self.torch.q_memory_dict}
 
 
-def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, _Power | None]:
-    """Registers torch's hook for a wire; the bytes that a sum has, and PowerSGD's state."""
+def _hook(module: DistributedDataParallel, wire: wires.Wire, flat: Flat, nominal: int) -> tuple[float, _Power | None]:
+    """Registers torch's hook for a wire. Returns the bytes of a sum, and the state of PowerSGD."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
     parameters = list(flat.parameters.values())
@@ -145,13 +156,13 @@ def _hook(module: Any, wire: Any, flat: Any, nominal: int) -> tuple[float, _Powe
         return whole / 2, None
     if isinstance(wire, wires.PowerSGD):
         power = _Power(flat, wire, nominal)
-        module.register_comm_hook(None, lambda state, bucket: power(state, bucket))
+        module.register_comm_hook(None, lambda _, bucket: power(bucket))
         return float(sum(_power_bytes(p, wire) for p in parameters)), power
     return whole, None
 
 
-def _power_bytes(p: torch.Tensor, wire: Any) -> int:
-    """What torch's hook sends of one gradient: its two thin factors where they are small enough, else all of it."""
+def _power_bytes(p: torch.Tensor, wire: wires.PowerSGD) -> int:
+    """Bytes that torch's hook sends of a gradient: its two thin factors where they are small enough, else all of it."""
     rows = p.shape[0] if p.dim() > 1 else 1
     columns = p.numel() // rows
     thin = (rows + columns) * wire.rank

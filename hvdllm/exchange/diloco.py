@@ -7,21 +7,32 @@
 Invariant: with H = 1, plain descent inside, γ = 1 and μ = 0 it is synchronous descent; with γ = 1 and μ = 0 local SGD.
 Replicas are equal only at the beginning of a round; evaluation and samples use the anchor.
 
-Stability: on a quadratic where a round shrinks the distance to the optimum by q = 1 - (1 - ηλ)^H the outer loop is
-stable for γ q < 2 (1+μ) / (1+2μ): 1.357 at μ = .9, so .7 with .9 is stable for all 0 < q <= 1. overlap: the sums travel
-during the next round and are applied after it; the bound is .253 at .9, .562 at .5, 1 at 0, and settings above it are
-refused.
+Stability: on a quadratic where a round shrinks the distance to the optimum by q = 1 - (1 - ηλ)^H, the outer loop is
+stable for γ q < 2 (1+μ) / (1+2μ). This is 1.357 at μ = .9, so γ = .7 is stable for all 0 < q <= 1.
 
-Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: anchor and momentum, 2 P (host_memory puts them
-on the host of a GPU), overlap two vectors more. Staleness: 0; overlap 1 round. More in
-hvdllm/exchange/README.md, `diloco`.
+overlap: the sums travel during the next round and are applied after it. The bound on γ is then .253 at μ = .9, .562 at
+.5 and 1 at 0; settings above it are refused.
+
+Bytes a rank and round: 2 (N-1)/N P b, and a meta for each pulse. Memory: anchor and momentum, 2 P (host_memory puts
+them on the host of a GPU); with overlap two vectors more. Staleness: 0; with overlap one round.
 """
 
 from __future__ import annotations
 
-from hvdllm.exchange.local_rounds import LocalRounds
-from hvdllm.exchange.outer import Momentum
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.local import LocalSteps, Meetings, Replica
+from hvdllm.exchange.local_rounds import Steps, Together, period
+from hvdllm.exchange.outer import Nesterov
 
 
-class DiLoCo(Momentum, LocalRounds):
-    """All of it stands in the two."""
+class DiLoCo(LocalSteps[exchanges.DiLoCo]):
+    def __init__(self, settings: exchanges.DiLoCo, nominal: int) -> None:
+        super().__init__(settings, nominal, Nesterov(settings.outer_lr, settings.outer_momentum))
+        if settings.overlap:
+            self.copies = 3  # the deltas of one round travel while the next one's gradients, then its deltas, are made
+
+    def meetings(self, replica: Replica) -> Meetings:
+        return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)
+
+    def period(self) -> int:
+        return period(self.settings.local_steps, self.settings.pulses)

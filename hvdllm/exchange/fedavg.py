@@ -20,13 +20,12 @@ Where clients differ in curvature λ_k the fixed point (γ > 0, any H) is sum n_
 q_k = 1 - (1 - ηλ_k)^H, not the optimum: those that curve most are heard most. With μ, λ_k becomes λ_k + μ in the power
 and q_k is weighed by λ_k / (λ_k + μ). Stability: inside η (λ + μ) < 2; the server's sgd as DiLoCo's.
 
-Marks, pulses, consensus (the anchor) and settling are those of local_rounds.py; where a round is settled early, clients
-count by FedNova's normalisation and those that made no step not at all. A checkpoint in mid-round goes on bit-equal at
-the same world size; at another one that round begins anew, with the same clients and the same text.
+Marks, pulses, consensus (the anchor) and settling are those of local_rounds.py. Where a round is settled early, clients
+count by FedNova's normalisation, and those that made no step do not count. A checkpoint in the middle of a round goes
+on bit-equal at the same world size; at another one that round begins anew, with the same clients and the same text.
 
-Bytes a group and round: 2 (N-1)/N P b, however many its clients are, and meta for each pulse. Memory: the anchor and a
+Bytes a group and round: 2 (N-1)/N P b, however many clients it has, and a meta for each pulse. Memory: the anchor and a
 sum of deltas, 2 P, and up to 2 P of the server. Groups wait for each other where the clients do not divide by them.
-More in hvdllm/exchange/README.md, `fedavg`.
 """
 
 from __future__ import annotations
@@ -37,185 +36,209 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdllm.exchange import outer
-from hvdllm.exchange.base import Commit, Meta, Rounded, State, Stream, Update, Wire
-from hvdllm.exchange.local import Fragment
-from hvdllm.exchange.local_rounds import LocalRounds
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.anchor import Anchor, Fragment, Sent
+from hvdllm.exchange.base import Divisor, Federation, Rounded, State, Stream, Total, Update, Values, Wire
+from hvdllm.exchange.group import Group
+from hvdllm.exchange.local import LocalSteps, Meetings, Replica
+from hvdllm.exchange.local_rounds import Together, period
 from hvdllm.exchange.meta import MetaSum
-from hvdllm.world.base import Flight, World
+from hvdllm.exchange.outer import Adam, Mean, Nesterov, Outer
+from hvdllm.flat import Flat, Span
+from hvdllm.world.base import World
 
 
 class Proximal:
     """An update whose gradients are pulled towards an anchor: G + μ n (x - anchor), for the sum G over n tokens."""
 
+    anchor: torch.Tensor  # over the flat vector; it is given once there is one
+
     def __init__(self, update: Update, mu: float) -> None:
         self.update, self.mu = update, mu
-        self.anchor: torch.Tensor  # over the map; given once there is one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.update, name)
 
-    def attach(self, flat: Any, pieces: list[Any]) -> None:
+    def attach(self, flat: Flat, pieces: list[Span]) -> None:
         self.spans = pieces
         self.update.attach(flat, pieces)
 
-    def step(self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Any) -> Any:
+    def step(
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Divisor, total: Total, share: float = 1.0
+    ) -> Any:
         for x, g, span in zip(pieces, grad, self.spans, strict=True):
             g.add_(x - self.anchor[span.start : span.stop], alpha=self.mu * meta.tokens)
-        return self.update.step(pieces, grad, meta, total)
+        return self.update.step(pieces, grad, meta, total, share)
 
 
-class FedAvg(LocalRounds):
-    copies = 2  # what clients have made adds up in one gradient vector while the next is trained in the other
-    resized = "the round that they were in begins anew, with the same clients and the same text"
+class Clients:
+    """Who is trained by whom, and when: the pace of the rounds (local_rounds.py).
 
-    def __init__(self, settings: Any, nominal: int) -> None:
-        super().__init__(settings, nominal)
-        self._round = 0
-        self._turns = [0] * settings.clients  # rounds that each client has been through
-        self._texts = [0] * settings.clients  # tokens of each
-        self._drawn: list[int] = []  # of this round
-        self._own: list[int] = []  # and those of them that this group trains
+    round: number of this one; turns: the rounds that each client has been through
+    texts: tokens of each client's text
+    drawn, own: the clients of this round, and those of them that this group trains
+    """
 
-    # ------------------------------------------------------------------ who trains whom
-    def between(self, world: World) -> World:
-        over = super().between(world)
-        self.replicas = self.settings.sampled or self.settings.clients
-        return over
+    federation: Federation
 
-    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
-        pulled: Any = Proximal(update, self.settings.prox)
-        module = super().attach(model, flat, pulled if pulled.mu else update, wire, world)
-        pulled.anchor = self.anchor
-        self._clean = self.inner.wire.state()[0]
-        return module
+    def __init__(self, settings: exchanges.FedAvg, group: Group) -> None:
+        self.settings, self.group = settings, group
+        self.planned = [settings.local_steps] * group.count
+        self.round = 0
+        self.turns = [0] * settings.clients
+        self.texts = [0] * settings.clients
+        self.drawn: list[int] = []
+        self.own: list[int] = []
 
-    def text(self, stream: Stream) -> Rounded:
-        self._clients = stream.clients(self.settings.clients, self.settings.alpha)
-        self._texts = self._clients.tokens
-        if self._round == 0 and self.settings.server == "adam":
-            self.outer["v"].fill_(self.settings.tau**2)
-        self._draw(self._clients.sample(self._round, self.settings.sampled))
-        self.replicas = len(self._drawn)
-        return self._clients.walk(self._plan(), self.replicas, self.inside.rank, self.inside.size)
+    def of(self, federation: Federation) -> None:
+        self.federation, self.texts = federation, federation.tokens
+        self._draw()
+        self.group.replicas = len(self.drawn)
 
-    def _draw(self, clients: list[int]) -> None:
-        self._drawn, self._own = clients, clients[self.group :: self.groups]
+    def _draw(self) -> None:
+        self.set_drawn(self.federation.sample(self.round, self.settings.sampled))
 
-    def _plan(self) -> Iterator[tuple[int, int]]:
-        """Client and number of its step, of each step of this group from here on: what may be read ahead."""
-        turns, steps, done = list(self._turns), self.settings.local_steps, self.fragments[0].steps
-        round = self._round
+    def set_drawn(self, clients: list[int]) -> None:
+        self.drawn, self.own = clients, clients[self.group.number :: self.group.count]
+
+    def plan(self, done: int) -> Iterator[tuple[int, int]]:
+        """Client and number of its step, for each step of this group from here on; what may be read ahead. done: steps
+        of this round that were made already."""
+        turns, steps, group, round = list(self.turns), self.settings.local_steps, self.group, self.round
         while True:
-            drawn = self._clients.sample(round, self.settings.sampled)
-            for place in range(done, len(drawn[self.group :: self.groups]) * steps):
-                client = drawn[self.group + place // steps * self.groups]
+            drawn = self.federation.sample(round, self.settings.sampled)
+            for place in range(done, len(drawn[group.number :: group.count]) * steps):
+                client = drawn[group.number + place // steps * group.count]
                 yield client, turns[client] * steps + place % steps
             for client in drawn:
                 turns[client] += 1
             round, done = round + 1, 0
 
+    def weight(self) -> int:
+        """Tokens of the text of all drawn clients."""
+        return sum(self.texts[client] for client in self.drawn)
+
+    # ------------------------------------------------------------------ the pace
     def pulses(self) -> int:
-        every, least = self.settings.local_steps, max(1, self.replicas // self.groups)
-        wanted = self.settings.pulses or round(-(-self.replicas // self.groups) * every / 10)
-        return max(1, min(wanted, least * every))
+        every, replicas, groups = self.settings.local_steps, self.group.replicas, self.group.count
+        wanted = self.settings.pulses or round(-(-replicas // groups) * every / 10)
+        return max(1, min(wanted, max(1, replicas // groups) * every))
+
+    def steps(self) -> int:
+        """What the clients of this group make together."""
+        return len(self.own) * self.settings.local_steps
 
     def own_steps(self) -> int:
         """A group without a client waits for as many steps as there are pulses."""
-        return max(self.pulses(), len(self._own) * self.settings.local_steps)
+        return max(self.pulses(), self.steps())
 
-    def trains(self) -> bool:
-        return super().trains() and self.fragments[0].steps < len(self._own) * self.settings.local_steps
+    def next_round(self, compute_s: list[float]) -> None:
+        for client in self.drawn:
+            self.turns[client] += 1
+        self.round += 1
+        self._draw()
 
-    # ------------------------------------------------------------------ a client's end
-    def synchronise(self) -> Commit | None:
-        done = self.fragments[0].steps
-        if self._own and done % self.settings.local_steps == 0:
-            self._gather(self.settings.local_steps)
-            self.flat.x.copy_(self.anchor)
-            self._begin_client()
-        return super().synchronise()
 
-    def _gather(self, steps: int) -> None:
-        """Adds to the buffer what the client that is trained has made in so many steps. All drawn ones together have
-        the weight of a batch's tokens, as a wire expects a sum of gradients to have."""
-        client = self._own[(self.fragments[0].steps - 1) // self.settings.local_steps]
-        factor = self._texts[client] * self.nominal / self._weight()
-        for bucket in self.flat.buckets:
+class Gathered(Anchor):
+    """An anchor whose buffer gathers what one client after the other has made, while the next one is trained. All drawn
+    clients together have the weight of a batch's tokens, since a wire expects the size of a sum of gradients."""
+
+    clients: Clients
+
+    def gather(self, fragment: Fragment, steps: int) -> None:
+        """Adds what the client that is being trained has made in so many steps."""
+        every = self.settings.local_steps
+        client = self.clients.own[(fragment.steps - 1) // every]
+        factor = self.clients.texts[client] * self.nominal / self.clients.weight()
+        for bucket in fragment.buckets:
             span = slice(bucket.span.start, bucket.span.stop)
             x = self.flat.x[span]
-            made = self.anchor[span].to(x.device, non_blocking=True) - x
-            self.buffer[span].add_(made, alpha=factor * self.settings.local_steps / steps)
+            made = self.x[span].to(x.device, non_blocking=True) - x
+            self.buffer[span].add_(made, alpha=factor * every / steps)
 
-    def _weight(self) -> int:
-        """Of the drawn clients: tokens of their text."""
-        return sum(self._texts[client] for client in self._drawn)
-
-    def _begin_client(self) -> None:
-        """With nothing of the one before but the mask of a bad number."""
-        self._open = 0
-        self.update.fresh()
-        self.inner.wire.load(self._clean, {}, {})
-
-    # ------------------------------------------------------------------ meetings
-    def launch(self, fragment: Fragment) -> tuple[list[Flight], float, float]:
-        every, tokens = self.settings.local_steps, [self._texts[client] for client in self._own]
-        whole, begun = divmod(min(fragment.steps, len(self._own) * every), every)
+    def launch(self, fragment: Fragment, committed: int) -> Sent:
+        every, tokens = self.settings.local_steps, [self.clients.texts[client] for client in self.clients.own]
+        whole, begun = divmod(min(fragment.steps, self.clients.steps()), every)
         if begun:  # the round is settled early
-            self._gather(begun)
+            self.gather(fragment, begun)
         weight = sum(tokens[: whole + (begun > 0)])
         steps = sum(tokens[:whole]) * every + (tokens[whole] * begun if begun else 0)
-        self.wire.begin(self.tokens, self.outer_rate() / self.nominal)
-        flights = []
-        for bucket in reversed(fragment.buckets):
-            flights.append(self.wire.sum(self.buffer[bucket.span.start : bucket.span.stop], f"grad.{bucket.index}"))
-        fragment.tokens = fragment.steps = 0
-        return flights, float(weight), float(steps)
+        return self.send(fragment, committed, float(weight), float(steps))
 
     def scale(self, meta: MetaSum) -> float:
-        return super().scale(meta) * self._weight() / self.nominal
+        return super().scale(meta) * self.clients.weight() / self.nominal
 
-    def _set_pace(self) -> None:
-        """The next round."""
-        super()._set_pace()
-        for client in self._drawn:
-            self._turns[client] += 1
-        self._round += 1
-        self._draw(self._clients.sample(self._round, self.settings.sampled))
 
-    # ------------------------------------------------------------------ the server
-    def outer_vectors(self) -> tuple[str, ...]:
-        if self.settings.server == "adam":
-            return ("m", "v")
-        return ("velocity",) if self.settings.outer_momentum else ()
+class FedAvg(LocalSteps[exchanges.FedAvg]):
+    copies = 2  # what clients have made adds up in one gradient vector while the next is trained in the other
+    resized = "the round that they were in begins anew, with the same clients and the same text"
 
-    def outer_rate(self) -> float:
-        return float(self.settings.rate)
+    def __init__(self, settings: exchanges.FedAvg, nominal: int) -> None:
+        rate, momentum = float(settings.rate), settings.outer_momentum
+        outer: Outer = Nesterov(rate, momentum) if momentum else Mean(rate)
+        if settings.server == "adam":
+            outer = Adam(rate, settings.beta1, settings.beta2, settings.tau)
+        super().__init__(settings, nominal, outer)
 
-    def outer_step(self, anchor: torch.Tensor, delta: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        s = self.settings
-        if s.server == "adam":
-            outer.adam(anchor, delta, state["m"], state["v"], lr=s.rate, beta1=s.beta1, beta2=s.beta2, tau=s.tau)
-        elif s.outer_momentum:
-            outer.nesterov(anchor, delta, state["velocity"], lr=s.rate, momentum=s.outer_momentum)
-        else:
-            anchor.sub_(delta, alpha=s.rate)
+    def between(self, world: World) -> World:
+        across = super().between(world)
+        self.group.replicas = self.settings.sampled or self.settings.clients
+        self.clients = Clients(self.settings, self.group)
+        return across
+
+    def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
+        pulled: Any = Proximal(update, self.settings.prox)
+        module = super().attach(model, flat, pulled if pulled.mu else update, wire, world)
+        pulled.anchor = self.anchor.x
+        self._clean = self.group.inner.wire.state()[0]
+        return module
+
+    def anchored_at(self, flat: Flat, wire: Wire) -> Anchor:
+        self.gathered = Gathered(self.settings, self.nominal, self.outer, flat, wire)
+        self.gathered.clients = self.clients
+        return self.gathered
+
+    def meetings(self, replica: Replica) -> Meetings:
+        return Together(replica, self.clients)
+
+    def period(self) -> int:
+        return period(self.settings.local_steps, self.settings.pulses)
+
+    # ------------------------------------------------------------------ one client after the other
+    def text(self, stream: Stream) -> Rounded:
+        federation, inside = stream.clients(self.settings.clients, self.settings.alpha), self.group.inside
+        self.clients.of(federation)
+        plan = self.clients.plan(self.fragments[0].steps)
+        return federation.walk(plan, self.group.replicas, inside.rank, inside.size)
+
+    def trains(self) -> bool:
+        return super().trains() and self.fragments[0].steps < self.clients.steps()
+
+    def stepped(self) -> None:
+        """The next client begins with the anchor, and with nothing of the one before but the mask of a bad gradient."""
+        whole, every = self.fragments[0], self.settings.local_steps
+        if not self.clients.own or whole.steps % every:
+            return
+        self.gathered.gather(whole, every)
+        self.flat.x.copy_(self.anchor.x)
+        self.group.open = 0
+        self.group.inner.update.fresh()
+        self.group.inner.wire.load(self._clean, {}, {})
 
     # ------------------------------------------------------------------ checkpoint
-    def values(self) -> dict[str, Any]:
-        clients = {"turns": self._turns, "texts": self._texts, "drawn": self._drawn}
-        return {**super().values(), "round": self._round, **clients}
-
     def state(self) -> State:
-        state = super().state()
+        state, clients = super().state(), self.clients
+        state.shared |= {
+            "turns": clients.turns, "texts": clients.texts, "drawn": clients.drawn, "round": clients.round,
+        }  # fmt: skip
         if self.fragments[0].steps >= self.settings.local_steps:
-            state.local["made"] = (self.flat.pieces(0, 1), self.buffer)
+            state.local["made"] = (self.flat.pieces(0, 1), self.anchor.buffer)
         return state
 
-    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
+    def load(self, state: State, mine: list[Values]) -> None:
         super().load(state, mine)
-        shared = state.shared
-        self._round, self._turns, self._texts = shared["round"], list(shared["turns"]), shared["texts"]
-        self._draw(shared["drawn"])
+        clients, shared = self.clients, state.shared
+        clients.round, clients.turns, clients.texts = shared["round"], list(shared["turns"]), shared["texts"]
+        clients.set_drawn(shared["drawn"])
         if "made" in state.local:
-            self.buffer.copy_(state.local["made"])
+            self.anchor.buffer.copy_(state.local["made"])

@@ -4,25 +4,33 @@
 
 Post-local (Lin et al., 2018, arXiv 1808.07217): H = 1 until warmup_tokens are committed.
 
-Invariant: with H = 1 and plain descent it is synchronous descent (with Adam it is not: the mean of normalised steps is
-no normalised step of the mean). With the same curvature everywhere a round is H steps on the mean data; where it
-differs the fixed point does too (client drift), which fewer steps make smaller. Evaluation and samples use the mean of
-the ranks' weights.
+Invariant: with H = 1 and plain descent it is synchronous descent. With Adam it is not, because the mean of normalised
+steps is not the normalised step of the mean. Where all groups have the same curvature, a round is H steps on the mean
+data. Where the curvature differs, so does the fixed point (client drift); fewer steps make the difference smaller.
+Evaluation and samples use the mean of the ranks' weights.
 
-Bytes a rank and round: 2 (N-1)/N P b, and meta for each pulse. Memory: the anchor, P.
-More in hvdllm/exchange/README.md, `local_sgd`.
+Bytes a rank and round: 2 (N-1)/N P b, and a meta for each pulse. Memory: the anchor, P.
 """
 
 from __future__ import annotations
 
-from hvdllm.exchange.local_rounds import LocalRounds
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.local import LocalSteps, Meetings, Replica
+from hvdllm.exchange.local_rounds import Steps, Together, period
+from hvdllm.exchange.outer import Mean
 
 
-class LocalSGD(LocalRounds):
-    def round_steps(self) -> int:
-        return 1 if self._base < self.settings.warmup_tokens else super().round_steps()
+class LocalSGD(LocalSteps[exchanges.LocalSGD]):
+    def __init__(self, settings: exchanges.LocalSGD, nominal: int) -> None:
+        super().__init__(settings, nominal, Mean())
 
-    def agreed(self) -> int | None:
+    def meetings(self, replica: Replica) -> Meetings:
+        return Together(replica, Steps(self.settings, replica.group, self.settings.warmup_tokens))
+
+    def period(self) -> int:
+        return period(self.settings.local_steps, self.settings.pulses)
+
+    def agree(self) -> int | None:
         for bucket in self.flat.buckets:
             x = self.flat.x[bucket.span.start : bucket.span.stop]
             x.copy_(self.world.sum(x.clone(), f"act.mean.{bucket.index}").land() / self.world.size)

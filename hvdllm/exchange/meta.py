@@ -1,18 +1,18 @@
-"""`meta`: the numbers of a round that must be exact, as one float64 CPU vector and an operation of its own.
+"""`meta`: the numbers of a round that must be exact, as one float64 vector on the CPU with an operation of its own.
 
-In a bucket they would not be: fp32 counts are exact only to 2^24, a reduce-scatter would land them on one
-rank, a lossy wire would bend them. Posted when a round begins, with this round's tokens and what is known of
-the round before; awaited when the round ends. Each rank's slot holds its own seconds and zeros elsewhere, so
-the sum is also a gather.
+In a bucket of gradients they would not be exact: fp32 counts only up to 2^24, a reduce-scatter would land them on one
+rank, and a lossy wire would round them. A meta is posted when a round begins, with the tokens of this round and what
+is known of the round before, and heard when the round ends. Each rank has a slot for its own seconds and leaves the
+other slots at zero, so that the sum also gathers them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from hvdllm.exchange.base import Values
 from hvdllm.world.base import Asks, Flight, World
 
 FIELDS = ("tokens", "loss", "loss_tokens", "squares", "stop", "save", "bad", "weight", "steps")
@@ -21,27 +21,38 @@ SLOT = ("compute_s", "blocked_s", "flight_s", "cpu_s", "micro_batches")
 
 @dataclass(frozen=True)
 class MetaSum:
-    """What all ranks said: sums, and one list of rank values for each field of SLOT."""
+    """What all ranks posted, added up.
+
+    squares: the squared norms of the ranks' own sums, each divided by the rank's tokens
+    slots: for each field of SLOT, one number a rank
+    bad: how many ranks have masked a local step, which no other rank can see
+    weight: the weights of what travels with it, where sums are not weighted by tokens alone
+    steps: the same weights times local steps
+    """
 
     tokens: float
     loss: float
     loss_tokens: float
-    squares: float  # each rank's squared norm of its own sum over its own tokens, added up
+    squares: float
     asks: Asks
     slots: dict[str, list[float]]
-    bad: float = 0.0  # ranks that have masked a local step, which nobody else can see
-    weight: float = 0.0  # of what travels with it, where sums are weighted by more than tokens
-    steps: float = 0.0  # weight times local steps
+    bad: float = 0.0
+    weight: float = 0.0
+    steps: float = 0.0
 
     @staticmethod
-    def of(values: dict[str, Any]) -> MetaSum:
+    def of(values: Values) -> MetaSum:
         """From a checkpoint's plain values, those of asdict()."""
         return MetaSum(**{**values, "asks": Asks(**values["asks"])})
 
 
 class MetaPost:
-    """One meta in flight. values: of FIELDS, those that are not 0; asks of this rank are taken along, beside what
-    `values` passes on of others'."""
+    """One meta in flight.
+
+    values: those of FIELDS that are not 0. What this rank itself was asked is taken along, beside the asks of other
+      ranks that `values` passes on
+    slot: this rank's numbers of SLOT
+    """
 
     def __init__(self, world: World, parity: int, values: dict[str, float], slot: dict[str, float]) -> None:
         asks = world.asks.take()
@@ -57,13 +68,18 @@ class MetaPost:
         values = self.flight.land().tolist()
         head, rest = dict(zip(FIELDS, values, strict=False)), values[len(FIELDS) :]
         return MetaSum(
-            head["tokens"],
-            head["loss"],
-            head["loss_tokens"],
-            head["squares"],
-            Asks(head["stop"] > 0, head["save"] > 0),
-            {name: rest[i :: len(SLOT)] for i, name in enumerate(SLOT)},
-            head["bad"],
-            head["weight"],
-            head["steps"],
-        )
+            asks=Asks(head.pop("stop") > 0, head.pop("save") > 0),
+            slots={name: rest[i :: len(SLOT)] for i, name in enumerate(SLOT)}, **head,
+        )  # fmt: skip
+
+
+class Metas:
+    """Posts the metas of a world one after the other, under two names in turn: the next one may be posted before the
+    last has landed."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self._parity = world, 0
+
+    def post(self, values: dict[str, float], slot: dict[str, float]) -> MetaPost:
+        self._parity = 1 - self._parity
+        return MetaPost(self.world, self._parity, values, slot)

@@ -1,7 +1,8 @@
-"""The gradient noise scale, from what travels anyway (McCandlish et al., 2018, arXiv 1812.06162).
+"""The gradient noise scale, from numbers that travel anyway (McCandlish et al., 2018, arXiv 1812.06162).
 
-B_simple = tr S / |G|², in tokens: batches far below it waste little, far above it little is gained. With rank means
-g_i over n_i tokens, g = sum n_i g_i / n and N ranks, without bias for unequal counts too (hvdllm/exchange/README.md):
+B_simple = tr S / |G|², in tokens. Batches far below it waste little; far above it more tokens gain little. Let g_i be
+the mean of rank i over n_i tokens and g = sum n_i g_i / n the mean of all N ranks. These estimates have no bias, for
+unequal counts either:
 
     tr S = (sum n_i |g_i|² - n |g|²) / (N - 1)          |G|² = |g|² - tr S / n
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 
 def estimate(squares: float, norm: float, tokens: float, ranks: int) -> tuple[float, float] | None:
-    """(|G|², tr S) of one update. squares: sum of n_i |g_i|²; norm: |g|. None for one rank, which has no spread.
+    """(|G|², tr S) of one update; None for one rank, which has no spread. squares: sum of n_i |g_i|²; norm: |g|.
 
-    One estimate is noise, |G|² may even be negative: average both over many updates and divide the averages.
+    A single estimate is noise, and its |G|² may even be negative: average both over many updates and divide the
+    averages.
     """
     if ranks == 1:
         return None
@@ -21,12 +23,12 @@ def estimate(squares: float, norm: float, tokens: float, ranks: int) -> tuple[fl
 
 
 def smooth(old: tuple[float, float] | None, new: tuple[float, float], keep: float = 0.98) -> tuple[float, float]:
-    """Exponential means of numerator and denominator, each by itself."""
+    """Exponential means of numerator and denominator, each on its own."""
     if old is None:
         return new
     return tuple(keep * a + (1 - keep) * b for a, b in zip(old, new, strict=True))  # type: ignore[return-value]
 
 
 def scale(means: tuple[float, float] | None) -> float | None:
-    """tr S / |G|² in tokens; None where it is not known or |G|² drowns in the noise."""
+    """tr S / |G|² in tokens; None where it is not known, or where |G|² cannot be told from the noise."""
     return means[1] / means[0] if means is not None and means[0] > 0 else None

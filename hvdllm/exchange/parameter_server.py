@@ -1,42 +1,45 @@
-"""Parameter servers: pieces of the weights live on servers, each worker pushes its gradient and pulls weights when it
-is ready, and a number says how stale a gradient may be.
+"""Parameter servers: pieces of the weights live on servers, and each worker pushes its gradient and pulls weights when
+it is ready. The setting staleness bounds how stale a gradient may be.
 
     worker i:   G_i = sum of its gradients over about batch_tokens / W tokens, at the weights it has
                 a ticket from the log;  its slices to all servers;  leave to begin from the log;  all pieces back
     server:     applies pushes in the order of their tickets (server_shard.py)
 
-staleness 0 (synchronous): servers hold a clock's W pushes, add them up in rank order and make one step with the sum,
-            theta = Update(theta, sum G_i / sum n_i): as exact as all-reduce under any optimizer, clipped by the norm of
-            the sum. A pull waits for whole clocks.
-s (bounded): each push is a step of its own, at the rate times n_i / batch_tokens, so that a global batch of pushes is
-            one full step; clipped by its own norm and looked at by its worker. A worker begins only at most s clocks
-            ahead of the slowest (server_log.py) and sees all that has a ticket by then: at most (W - 1) (2s + 1) other
-            pushes come between the weights that a push was computed at and its own.
-null (asynchronous): the same without a bound; a worker sees at least its own pushes.
+staleness=0 (synchronous): servers hold the W pushes of a clock, add them up in rank order and make one step with the
+    sum, theta = Update(theta, sum G_i / sum n_i). This is as exact as all-reduce under any optimizer; clipping goes by
+    the norm of the sum. A pull waits for whole clocks.
+staleness=s (bounded): each push is a step of its own, at the rate times n_i / batch_tokens, so that a global batch of
+    pushes makes one full step. A push is clipped by its own norm, and its worker checks that it is finite. A worker
+    begins only when it is at most s clocks ahead of the slowest one (server_log.py), and then has all pushes that have
+    a ticket. At most (W - 1) (2s + 1) other pushes therefore come between the weights that a push was computed at and
+    the push itself.
+staleness=null (asynchronous): the same without a bound. A worker has at least its own pushes.
 
-A server's optimizer steps at every push, so momentum and Adam's means reach back W times fewer tokens than with
-all-reduce.
+The optimizer of a server steps at every push, so momentum and Adam's means reach back over W times fewer tokens than
+with all-reduce.
 
-Stability: workers in turn are descent that is W - 1 pushes late: on f = λx²/2 plain descent is stable for
-0 < rate λ / W < 2 sin(π / (2 (2W - 1))), so the full rate may reach 2.0, 1.78, 1.67 / λ for 2, 4, 8 workers, π/2 in the
-limit. Nothing is known of delays that vary. compensation λ (DC-ASGD, Zheng et al., 2017, arXiv 1609.08326):
-G += λ G*G*(theta - theta_then), theta_then the weights that this worker last pulled, G*G/n in the place of the mean
-loss's Hessian, so 1 takes what the noise of tokens says of it; a server keeps a copy of its pieces for each worker.
+Stability: workers that push in turn are descent that is W - 1 pushes late. On f = λx²/2 plain descent is stable for 0 <
+rate λ / W < 2 sin(π / (2 (2W - 1))), so the full rate may reach 2.0, 1.78, 1.67 / λ for 2, 4, 8 workers, and π/2 / λ in
+the limit. For delays that vary no bound is known.
+
+compensation λ (DC-ASGD, Zheng et al., 2017, arXiv 1609.08326): G += λ G*G*(theta - theta_then), where theta_then are
+the weights that this worker pulled last, and G*G/n takes the place of the mean loss's Hessian, so that 1 is the
+estimate from the noise of tokens. A server keeps a copy of its pieces for each worker.
+
 staleness_aware (Zhang et al., 2016, arXiv 1511.05950): the step is divided by its staleness in pushes.
 
-Marks: milestones and asks have token stamps in the log and come one at a time, in their order, to every rank. A worker
-with a gradient that has no ticket walks the loop on empty batches meanwhile; so does a rank that only serves. At
-staleness 0 the weights and losses of a mark are the same bits in every run, acts or none.
+Marks: milestones and asks get a number of tokens in the log and come to every rank one at a time, in that order. A
+worker whose gradient has no ticket walks the loop on empty batches meanwhile, and so does a rank that only serves. At
+staleness 0 the weights and losses of a mark are the same bits in every run, with or without acts.
 
-Where: servers=shared, every rank trains and serves its part in a thread; servers=K, the last K ranks serve and do not
-train, rank for rank larger parts. The first server keeps the log. Servers serve from the first `feed`, never from
-`attach`: a faster rank must not reach one before it has loaded.
+Where: with servers=shared every rank trains, and serves its part in a thread. With servers=K the last K ranks serve and
+do not train, each a larger part. The first server keeps the log. Servers begin to serve at the first `feed` and not in
+`attach`, because a faster rank must not reach one before it has loaded.
 
 Bytes a worker and push: P b there and P b back, nothing of it hidden. Memory: the pieces once more and the update's
-vectors / servers, a copy of each body that travels. A checkpoint has the pieces, and of each rank the gradient that had
-no ticket; at another world size clocks begin at 0 and these gradients are dropped (`end` counts them).
-CUDA: bodies travel through the host; not run on a GPU by the tests. More in
-hvdllm/exchange/README.md, `parameter_server`.
+vectors / servers, and a copy of each body that travels. A checkpoint has the pieces, and of each rank the gradient that
+had no ticket. At another world size clocks begin at 0 and these gradients are dropped (the `end` record counts them).
+CUDA: bodies travel through the host; the tests do not run this on a GPU.
 """
 
 from __future__ import annotations
@@ -44,20 +47,20 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hvdllm.device import Mark
-from hvdllm.errors import RunError
+from hvdllm.errors import RunError, UserError
+from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.base import (
     Batch,
     Commit,
-    Milestones,
     NotFinite,
     Nothing,
     Report,
@@ -65,16 +68,20 @@ from hvdllm.exchange.base import (
     State,
     Stream,
     Update,
+    Values,
     Wire,
 )  # fmt: skip
-from hvdllm.exchange.meta import SLOT
-from hvdllm.exchange.server_log import Counts, Log
+from hvdllm.exchange.common import Common
+from hvdllm.exchange.server_log import Answer, Log, Progress
 from hvdllm.exchange.server_shard import Shard
+from hvdllm.exchange.tally import RankReport
+from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Flat
 from hvdllm.world.base import Asks, World
 
 
 class Kept:
-    """The micro-batches of one push, to be computed again where it was not finite."""
+    """The micro-batches of one push, to be computed again where its gradient was not finite."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -83,93 +90,145 @@ class Kept:
         return self.batches
 
 
-class ParameterServer:
-    """phase: what this rank does next: compute, push (its gradient has no ticket), begin (its next clock), serve."""
+@dataclass
+class Worker:
+    """What this rank does, and the gradient of it that has no ticket yet.
 
-    copies = 1
+    phase: what it does next: compute, push (its gradient has no ticket), begin (its next clock) or serve
+    tokens, micro_batches: that the gradient has so far
+    loss, squares: sum of its token losses, and its squared norm, once it is whole
+    bad: the gradient is not finite
+    norm: of the last mean gradient that is known here
+    seen: mean and least version of the weights here
+    begin, cpu_s: when it began to compute, and the CPU seconds of the process when they were last read
+    kept: the micro-batches that the gradient was computed on
+    resumed: it goes on from a checkpoint, so that no server knows what weights it has
+    """
+
+    begin: Mark
+    phase: str = "compute"
+    tokens: int = 0
+    micro_batches: int = 0
+    loss: float = 0.0
+    squares: float = 0.0
+    bad: bool = False
+    norm: float | None = None
+    seen: list[float] = field(default_factory=lambda: [0.0, 0])
+    cpu_s: float = 0.0
+    kept: Kept = field(default_factory=Kept)
+    resumed: bool = False
+
+
+class Places:
+    """Who trains and who serves which part of the flat vector.
+
+    workers: the first ranks, how many; servers: ranks, of which the first keeps the log
+    parts: of each server, one range of the flat vector; own: that of this rank, empty where it serves none
+    """
+
+    def __init__(self, flat: Flat, dedicated: int, world: World) -> None:
+        self.workers = world.size - dedicated
+        self.servers = list(range(self.workers if dedicated else 0, world.size))
+        self.parts = ranges(flat, len(self.servers))
+        self.serves = world.rank in self.servers
+        self.own = self.parts[self.servers.index(world.rank)] if self.serves else slice(0, 0)
+        self.log = self.servers[0]
+        self.spans = [
+            span._replace(start=max(span.start, self.own.start), stop=min(span.stop, self.own.stop))
+            for span in flat.pieces(0, 1)
+            if max(span.start, self.own.start) < min(span.stop, self.own.stop)
+        ]
+
+
+class Desk:
+    """Where this rank talks to the log, and to the servers by `mail`. lease_s: how long it may be silent."""
+
+    def __init__(self, world: World, log: int, lease_s: float) -> None:
+        self.world, self.log, self.lease_s = world, log, lease_s
+        self.mail = world.mail()
+        self._posted = time.monotonic()
+
+    def post(self, kind: str, **said: Any) -> None:
+        asks, self._posted = self.world.asks.take(), time.monotonic()
+        self.mail.post(self.log, "log", {"kind": kind, "stop": asks.stop, "save": asks.save, **said})
+
+    def request(self, kind: str, **said: Any) -> Answer:
+        """Posts and waits for the answer."""
+        self.post(kind, **said)
+        return self.mail.take("answer", self.meanwhile).head
+
+    def meanwhile(self) -> None:
+        """While it waits. A rank that waits can be signalled too, one that only serves above all. It also has to tell
+        that it lives: whoever waits for a server that stands still is not the one that does."""
+        asks = self.world.asks
+        if asks.stop or asks.save or time.monotonic() - self._posted > self.lease_s / 4:
+            self.post("ask")
+
+    def end(self, serves: bool) -> None:
+        """Ends the threads of this rank."""
+        if serves:
+            self.mail.post(self.world.rank, "server", {"kind": "end"})
+        if self.world.rank == self.log:
+            self.mail.post(self.world.rank, "log", {"kind": "end"})
+
+
+class ParameterServer(Common[exchanges.ParameterServer]):
+    """progress: of the whole run, at the last mark. in_act: this rank stands in the acts of a frozen mark."""
+
     identical = False
-    anchored = False
     marks_on_ask = True
-    unlike = False  # it makes no difference: the servers' norms are all ranks'
-    resized = ""
 
-    def __init__(self, settings: Any, nominal: int) -> None:
-        self.settings, self.nominal = settings, nominal
-        self.watch: Callable[[int, str, Mark, Mark], None] | None = None
-        self.milestones = Milestones(logs=(nominal,))
-        self.counts = Counts()
-        self.held: Report | None = None  # of the last commit
-        self._n = self._micro_batches = 0  # of the gradient that has no ticket
-        self._norm: float | None = None  # of the last mean gradient that is known
-        self._sum, self._squares = 0.0, 0.0  # of the gradient without a ticket: its loss, its squared norm
-        self._seen = [0.0, 0]  # mean and least version of the weights here
-        self._slot = dict.fromkeys(SLOT, 0.0)  # not yet said
-        self._kept = Kept()
-        self._open = False  # is the norm of `held` still to come?
-        self._serving = self._in_act = self._resumed = self._bad = False
-        self._said = time.monotonic()  # when the log last heard of this rank
-
-    @property
-    def tokens(self) -> int:
-        return self.counts.tokens
-
-    @property
-    def step(self) -> int:
-        """Of the optimizer, in this run: marks come where they are asked for, and count nothing."""
-        return self.counts.steps - self.counts.trunk
+    def __init__(self, settings: exchanges.ParameterServer, nominal: int) -> None:
+        super().__init__(settings, nominal)
+        self.milestones = replace(self.milestones, logs=(nominal,))
+        self.progress = Progress()
+        self.in_act = False
+        self._serving = False
+        self._norm_due = False  # the norm of the last commit is still to come
 
     # ------------------------------------------------------------------ who does what
-    def between(self, world: World) -> World:
-        return world
-
-    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+    def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire | None, world: World) -> nn.Module:
+        """wire: a push is one rank's gradient and no sum, so that only a wire that codes nothing fits. Raises UserError
+        for any other."""
+        if wire is not None and type(wire) is not Plain:
+            raise UserError(
+                "exchange=parameter_server sends pushes as they are, and no sum that a wire could carry: take "
+                "wire=fp32 without wire.hierarchical"
+            )
         self.flat, self.update, self.world = flat, update, world
-        self.device = flat.x.device
-        self.workers = world.size - self.settings.dedicated
-        self.servers = list(range(self.workers if self.settings.dedicated else 0, world.size))
-        self.parts = cut(flat, len(self.servers))  # of each server, one range of the map
-        self.log = self.servers[0]
-        self.counts.clocks = [0] * self.workers
-        self.phase = "compute" if world.rank < self.workers else "serve"
-        self.mail = world.mail()
-        part = self.parts[self.servers.index(world.rank)] if world.rank in self.servers else slice(0, 0)
-        self.owned = [
-            span._replace(start=max(span.start, part.start), stop=min(span.stop, part.stop))
-            for span in flat.pieces(0, 1)
-            if max(span.start, part.start) < min(span.stop, part.stop)
-        ]
-        update.attach(flat, self.owned)
-        self._part, self.theta = part, flat.x[part].clone()
+        self.places = places = Places(flat, self.settings.dedicated, world)
+        self.progress.clocks = [0] * places.workers
+        self.worker = Worker(Mark(flat.x.device), "compute" if world.rank < places.workers else "serve")
+        self.desk = Desk(world, places.log, self.settings.lease_s)
+        update.attach(flat, places.spans)
+        self.theta = flat.x[places.own].clone()
         self.shard = None
-        if world.rank in self.servers:
+        if places.serves:
             self.shard = Shard(
-                self.settings, self.nominal, update, self.theta, self.owned, self.mail, world.rank, self.servers,
-                self.workers,
+                self.settings, self.nominal, update, self.theta, places.spans, self.desk.mail, world.rank,
+                places.servers, places.workers,
             )  # fmt: skip
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=flat.x.device)
         return model
 
-    def disarm(self) -> None:
-        """There are no hooks."""
-
     def _serve(self) -> None:
-        """Once, from the first `feed`."""
+        """Begins to serve; called once, by the first `feed`."""
         self._serving = True
         if self.shard is not None:
-            self.shard.start(self.counts.pushes)
+            self.shard.start(self.progress.pushes)
             self.world.spawn(self.shard.serve, "server")
-        if self.world.rank == self.log:
+        if self.world.rank == self.places.log:
             self.world.spawn(self._keep_log, "log")
-        if self._resumed and self.world.rank < self.workers:  # a server does not know what we had read
+        if self.worker.resumed and self.worker.phase != "serve":
             weights = self.flat.x if self.settings.compensation else None
-            for server, part in zip(self.servers, self.parts, strict=True):
-                head = {"kind": "read", "version": self._seen[1]}
-                self.mail.post(server, "server", head, None if weights is None else weights[part])
+            for server, part in zip(self.places.servers, self.places.parts, strict=True):
+                head = {"kind": "read", "version": self.worker.seen[1]}
+                self.desk.mail.post(server, "server", head, None if weights is None else weights[part])
 
     def _keep_log(self) -> None:
-        counts = Counts(**asdict(self.counts))
-        log = Log(self.workers, self.world.size, self.settings.staleness, self.milestones, counts)
-        lease = self.settings.lease_s
+        progress = Progress(**asdict(self.progress))
+        log = Log(self.places.workers, self.world.size, self.settings.staleness, self.milestones, progress)
+        lease, mail = self.settings.lease_s, self.desk.mail
 
         def look() -> None:
             rank = log.silent(time.monotonic(), lease)
@@ -180,48 +239,48 @@ class ParameterServer:
                 )
 
         while True:
-            letter = self.mail.take("log", look)
+            letter = mail.take("log", look)
             if letter.head["kind"] == "end":
                 return
             log.hear(letter.sender, letter.head, time.monotonic())
             for rank, answer in log.answers():
-                self.mail.post(rank, "answer", answer)
+                mail.post(rank, "answer", answer)
             look()
 
     # ------------------------------------------------------------------ the loop
     def feed(self, stream: Stream) -> Iterator[Batch]:
-        share = max(1, self.nominal // self.workers)
-        lane = stream.lane(self.world.rank, self.workers, share) if self.phase != "serve" else None
+        share, worker = max(1, self.nominal // self.places.workers), self.worker
+        lane = stream.lane(self.world.rank, self.places.workers, share) if worker.phase != "serve" else None
         if not self._serving:
             self._serve()
-        self._cpu = time.process_time()
-        self._begin = Mark(self.device)
+        worker.cpu_s, worker.begin = time.process_time(), Mark(self.flat.x.device)
         while True:
-            if self._in_act:
-                self._in_act = False
-                self._cpu = time.process_time()
-                self._post_log("left")
-            if self.phase != "compute":
+            if self.in_act:
+                self.in_act = False
+                worker.cpu_s = time.process_time()
+                self.desk.post("left")
+            if worker.phase != "compute":
                 yield Nothing()
                 continue
             assert lane is not None
             batch = next(lane)
             # As near to its share as whole micro-batches come.
-            batch.last = self._n + 1.5 * batch.tokens >= share
-            self._kept.batches.append(batch)
+            batch.last = worker.tokens + 1.5 * batch.tokens >= share
+            worker.kept.batches.append(batch)
             yield batch
 
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
+        worker = self.worker
         if batch.tokens:
             self._loss += loss
-            self._n += batch.tokens
-            self._micro_batches += 1
+            worker.tokens += batch.tokens
+            worker.micro_batches += 1
             if not batch.last:
                 return None
-            self._close()
-        if self.phase == "serve":
+            self._complete_gradient()
+        if worker.phase == "serve":
             return self._enter(self._request("serve")["mark"])
-        if self.phase == "push":
+        if worker.phase == "push":
             answer = self._ask_for_ticket()
             if "mark" in answer:
                 return self._enter(answer["mark"])
@@ -232,108 +291,101 @@ class ParameterServer:
         self._pull(answer["need"])
         return None
 
-    def _close(self) -> None:
+    def _complete_gradient(self) -> None:
         """The gradient is whole: the one host read of a push."""
-        self._squares = torch.linalg.vector_norm(self.flat.g).double().square().item()
-        self._sum = self._loss.item()
+        worker = self.worker
+        worker.squares = torch.linalg.vector_norm(self.flat.g).double().square().item()
+        worker.loss = self._loss.item()
         self._loss.zero_()
-        norm = math.sqrt(self._squares) / self._n
-        self._bad = not math.isfinite(norm)
-        if self.settings.staleness != 0 or self._bad:
-            self._norm = norm
-        self._passed("compute", self._begin)
-        self._slot["micro_batches"] += self._micro_batches
-        self._micro_batches = 0
-        self.phase = "push"
+        norm = math.sqrt(worker.squares) / worker.tokens
+        worker.bad = not math.isfinite(norm)
+        if self.settings.staleness != 0 or worker.bad:
+            worker.norm = norm
+        self._passed("compute", worker.begin)
+        self.tally.own.micro_batches += worker.micro_batches
+        worker.micro_batches = 0
+        worker.phase = "push"
 
-    def _ask_for_ticket(self) -> dict[str, Any]:
-        if self._bad:
-            return self._request("bad", norm=self._norm)
-        return self._request("push", n=self._n, loss=self._sum, norm=self._norm, seen=self._seen)
+    def _ask_for_ticket(self) -> Answer:
+        worker = self.worker
+        if worker.bad:
+            return self._request("bad", norm=worker.norm)
+        return self._request("push", n=worker.tokens, loss=worker.loss, norm=worker.norm, seen=worker.seen)
 
-    def _push(self, ticket: dict[str, Any]) -> None:
-        since = Mark(self.device)
-        head = {"kind": "push", "n": self._n, "squares": self._squares, **ticket}
-        for server, part in zip(self.servers, self.parts, strict=True):
-            self.mail.post(server, "server", head, self.flat.g[part])
+    def _push(self, ticket: Answer) -> None:
+        worker, since = self.worker, Mark(self.flat.x.device)
+        head = {"kind": "push", "n": worker.tokens, "squares": worker.squares, **ticket}
+        for server, part in zip(self.places.servers, self.places.parts, strict=True):
+            self.desk.mail.post(server, "server", head, self.flat.g[part])
         self.flat.g.zero_()
-        self._n, self._kept.batches = 0, []
-        self.phase = "begin"
+        worker.tokens, worker.kept.batches = 0, []
+        worker.phase = "begin"
         self._passed("blocked", since)
 
     def _pull(self, need: int) -> None:
-        since = Mark(self.device)
-        for server in self.servers:
-            self.mail.post(server, "server", {"kind": "pull", "need": need})
+        worker, since = self.worker, Mark(self.flat.x.device)
+        for server in self.places.servers:
+            self.desk.mail.post(server, "server", {"kind": "pull", "need": need})
         versions = []
-        for _ in self.servers:
-            letter = self.mail.take("weights", self._pass_on_asks)
+        for _ in self.places.servers:
+            letter = self.desk.mail.take("weights", self.desk.meanwhile)
+            assert letter.body is not None
             versions.append(letter.head["version"])
             if letter.head["norm"] is not None:
-                self._norm = letter.head["norm"]
-                self._complete(self._norm)
-            self.flat.x[self.parts[letter.head["server"]]].copy_(letter.body)
-        self._seen = [sum(versions) / len(versions), min(versions)]
-        self.phase = "compute"
+                worker.norm = float(letter.head["norm"])
+                self._complete_report(worker.norm)
+            self.flat.x[self.places.parts[letter.head["server"]]].copy_(letter.body)
+        worker.seen = [sum(versions) / len(versions), min(versions)]
+        worker.phase = "compute"
         self._passed("blocked", since)
-        self._begin = Mark(self.device)
+        worker.begin = Mark(self.flat.x.device)
 
-    def _complete(self, norm: float) -> None:
-        """Of the clock that closed the last commit, which at staleness 0 the servers know after it: it comes with the
-        first weights behind the mark."""
-        if self._open and self.held is not None:
-            self.held, self._open = replace(self.held, grad_norm=norm), False
+    def _complete_report(self, norm: float) -> None:
+        """At staleness 0 only the servers know the norm of the clock that closed the last commit, and they know it
+        later: it comes with the first weights that are pulled after the mark."""
+        if self._norm_due and self.tally.held is not None:
+            self.tally.held, self._norm_due = replace(self.tally.held, grad_norm=norm), False
 
     def _passed(self, lane: str, since: Mark) -> None:
         """This lasted until now. While compute stands still something travels, and at no other time."""
         if lane == "blocked" and self.world.size == 1:
             return
-        now = Mark(self.device)
+        now = Mark(self.flat.x.device)
         for name in (lane, "flight") if lane == "blocked" else (lane,):
-            self._slot[f"{name}_s"] += since.until(now)
-            if self.watch is not None:
-                self.watch(self.step + 1, name, since, now)
+            self.tally.passed(name, since, now)
+        self.tally.read()
 
-    # ------------------------------------------------------------------ talking to the log
-    def _request(self, kind: str, **said: Any) -> dict[str, Any]:
-        """Waits for the answer."""
-        since = Mark(self.device)
-        now = time.process_time()
-        self._slot["cpu_s"], self._cpu = self._slot["cpu_s"] + now - self._cpu, now
-        slot, self._slot = self._slot, dict.fromkeys(SLOT, 0.0)
-        self._post_log(kind, **slot, **said)
-        answer = self.mail.take("answer", self._pass_on_asks).head
-        if self.phase != "serve":
+    def _request(self, kind: str, **said: Any) -> Answer:
+        """Tells the log what this rank has done, asks for something and waits for the answer."""
+        since, now, own = Mark(self.flat.x.device), time.process_time(), self.tally.own
+        own.cpu_s, self.worker.cpu_s = own.cpu_s + now - self.worker.cpu_s, now
+        self.tally.own = RankReport()
+        answer = self.desk.request(kind, **own.slot(), **said)
+        if self.worker.phase != "serve":
             self._passed("blocked", since)
         return answer
 
-    def _post_log(self, kind: str, **said: Any) -> None:
-        asks, self._said = self.world.asks.take(), time.monotonic()
-        self.mail.post(self.log, "log", {"kind": kind, "stop": asks.stop, "save": asks.save, **said})
-
-    def _pass_on_asks(self) -> None:
-        """A rank that waits can be signalled too, one that only serves above all. And it lives: who waits for a server
-        that stands still is not the one that does."""
-        if self.world.asks.stop or self.world.asks.save or time.monotonic() - self._said > self.settings.lease_s / 4:
-            self._post_log("ask")
-
-    def _enter(self, mark: dict[str, Any]) -> Commit:
+    def _enter(self, mark: Answer) -> Commit:
         if mark["bad"] is not None:
-            raise NotFinite(self.step + 1, [0] if self._bad else [], mark["bad"], stream=self._kept, again=True)
+            rounds = [0] if self.worker.bad else []
+            raise NotFinite(self.step + 1, rounds, mark["bad"], stream=self.worker.kept, again=True)
         if mark["frozen"]:
             if self.shard is not None:  # until it has applied all that came before
-                self.mail.post(self.world.rank, "server", {"kind": "wait", "need": mark["pushes"]})
-                self.mail.take("reached", self._pass_on_asks)
-            self._in_act = True
-        before, self.held, self._open = self.held, Report(**mark["report"]), self.settings.staleness == 0
-        updates = mark["steps"] - self.counts.steps
-        self.counts = Counts(**{name: mark[name] for name in asdict(self.counts)})
-        lr, (mean, most) = self.update.rate(self.tokens), mark["staleness"]
-        return Commit(self.tokens, self.step, lr, mean, before, Asks(mark["stop"], mark["save"]), most, updates)
+                self.desk.mail.post(self.world.rank, "server", {"kind": "wait", "need": mark["pushes"]})
+                self.desk.mail.take("reached", self.desk.meanwhile)
+            self.in_act = True
+        before = self.progress
+        self.progress = Progress(**{name: mark[name] for name in asdict(before)})
+        self._norm_due = self.settings.staleness == 0
+        (mean, most), asks = mark["staleness"], Asks(mark["stop"], mark["save"])
+        return self.tally.commit(
+            self.progress.tokens - before.tokens, self.update.rate(self.progress.tokens), Report(**mark["report"]),
+            asks, mean, most, self.progress.steps - before.steps,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ acts: all ranks stand in one frozen mark
     def _collect(self) -> None:
-        """All pieces into the model. Collective."""
+        """Puts all pieces into the model. Collective."""
         self.flat.x.copy_(self.world.gather(self.theta, "act.weights").land())  # ranges in the order of ranks
 
     @contextmanager
@@ -347,80 +399,77 @@ class ParameterServer:
 
     def settle(self) -> Settled:
         self._collect()
-        left = self.world.sum(torch.tensor([float(self._n)], dtype=torch.float64), "act.unpushed").land().item()
+        tokens = torch.tensor([float(self.worker.tokens)], dtype=torch.float64)
+        left = self.world.sum(tokens, "act.unpushed").land().item()
         if self._serving:
-            if self.shard is not None:
-                self.mail.post(self.world.rank, "server", {"kind": "end"})
-            if self.world.rank == self.log:
-                self.mail.post(self.world.rank, "log", {"kind": "end"})
-        self.mail.close()
+            self.desk.end(self.shard is not None)
+        self.desk.mail.close()
         known = self.shard.norm if self.shard is not None and self.shard.norm is not None else math.nan
         norms = self.world.gather(torch.tensor([known], dtype=torch.float64), "act.norm").land().tolist()
         if own := [norm for norm in norms if not math.isnan(norm)]:
-            self._complete(own[0])
-        report, self.held = self.held, None
-        return Settled(report, 0, self.counts.dropped + int(left))
+            self._complete_report(own[0])
+        report, self.tally.held = self.tally.held, None
+        return Settled(report, 0, self.progress.dropped + int(left))
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> State:
-        _, vectors = self.update.state()
-        shared = {
-            "tokens": self.tokens, "step": self.step, "steps": self.counts.steps, "counts": asdict(self.counts),
-            "held": asdict(self.held) if self.held is not None else None,
-        }  # fmt: skip
+        values, vectors = self.update.state()
+        worker = self.worker
+        shared = {**self.tally.state(), "steps": self.progress.steps, "counts": asdict(self.progress)}
         mine = {
-            "phase": self.phase, "n": self._n, "loss": self._sum, "squares": self._squares, "norm": self._norm,
-            "seen": self._seen, "slot": self._slot, "known": self.shard.norm if self.shard is not None else None,
-            "frozen_at": self.update.state()[0].get("frozen_at"),
+            "phase": worker.phase, "n": worker.tokens, "loss": worker.loss, "squares": worker.squares,
+            "norm": worker.norm, "seen": worker.seen, "slot": self.tally.own.slot(),
+            "known": self.shard.norm if self.shard is not None else None, "frozen_at": values.get("frozen_at"),
         }  # fmt: skip
         whole = self.flat.pieces(0, 1)
-        local = {"model": (whole, self.flat.x), "gradient": (whole, self.flat.g)} if self.phase == "push" else {}
-        return State(shared, self.owned, {"model": self.theta, **vectors}, mine, {}, {}, local)
+        local = {"model": (whole, self.flat.x), "gradient": (whole, self.flat.g)} if worker.phase == "push" else {}
+        return State(shared, self.places.spans, {"model": self.theta, **vectors}, mine, {}, {}, local)
 
     def start(self, model: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
-        """Begins, attached and not yet trained, with a trunk's weights; where moments are given, with its optimizer,
-        which has made so many steps. Vectors over the map."""
         self.flat.x.copy_(model)
-        self.theta.copy_(model[self._part])
+        self.theta.copy_(model[self.places.own])
         if moments:
-            self.counts.steps = self.counts.trunk = steps
-            self.update.load({"steps": steps}, {name: vector[self._part] for name, vector in moments.items()})
+            self.progress.steps = self.progress.trunk = steps
+            self.update.load({"steps": steps}, {name: vector[self.places.own] for name, vector in moments.items()})
 
-    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
-        shared = state.shared
-        self.counts = Counts(**shared["counts"])
-        self.counts.steps = shared["steps"]
-        self.held = Report(**shared["held"]) if shared["held"] else None
+    def load(self, state: State, mine: list[Values]) -> None:
+        shared, own, size = state.shared, self.places.own, self.world.size
+        same = len(mine) == size
+        self.tally.load(shared, None if same else size)
+        self.progress = Progress(**shared["counts"])
+        self.progress.steps = shared["steps"]
+        self.tally.step = self.progress.steps - self.progress.trunk
         self.flat.x.copy_(state.sharded["model"])
-        self.theta.copy_(self.flat.x[self._part])
-        self._open = self.settings.staleness == 0
+        self.theta.copy_(self.flat.x[own])
+        self._norm_due = self.settings.staleness == 0
         if self.shard is not None:  # the norm of its last step, which the next pull will ask for
             self.shard.norm = next((each["known"] for each in mine if each.get("known") is not None), None)
         names = self.update.state()[1]
         frozen = next((each["frozen_at"] for each in mine if each.get("frozen_at") is not None), None)  # of a server
         self.update.load(
-            {"steps": shared["steps"], "frozen_at": frozen}, {name: state.sharded[name][self._part] for name in names}
+            {"steps": shared["steps"], "frozen_at": frozen}, {name: state.sharded[name][own] for name in names}
         )
-        if len(mine) != self.world.size:
-            self.counts.clocks = [0] * self.workers
+        if not same:
+            self.progress.clocks = [0] * self.places.workers
             lost = sum(each["n"] for each in mine)
-            self.counts.dropped += lost
+            self.progress.dropped += lost
             self.resized = f"gradients of {lost:,} tokens that no server had yet were dropped" if lost else ""
-            if self.held is not None:
-                self.held = self.held.elsewhere(self.world.size)
-            self._seen = [float(self.counts.pushes), self.counts.pushes]
+            self.worker.seen = [float(self.progress.pushes), self.progress.pushes]
             return
-        own = mine[self.world.rank]
-        self.phase, self._n, self._sum, self._squares = own["phase"], own["n"], own["loss"], own["squares"]
-        self._norm, self._seen, self._slot = own["norm"], list(own["seen"]), dict(own["slot"])
-        self._resumed = True
-        if self.phase == "push":
+        self._load_worker(mine[self.world.rank])
+        if self.worker.phase == "push":
             self.flat.x.copy_(state.local["model"])
             self.flat.g.copy_(state.local["gradient"])
 
+    def _load_worker(self, own: Values) -> None:
+        worker = self.worker
+        worker.phase, worker.tokens, worker.loss, worker.squares = own["phase"], own["n"], own["loss"], own["squares"]
+        worker.norm, worker.seen, worker.resumed = own["norm"], list(own["seen"]), True
+        self.tally.own = RankReport(**own["slot"])
 
-def cut(flat: Any, of: int) -> list[slice]:
-    """The map in `of` ranges of about equal length, at multiples of 64 bytes."""
+
+def ranges(flat: Flat, of: int) -> list[slice]:
+    """The flat vector in `of` ranges of about equal length, at multiples of 64 bytes."""
     unit = 64 // flat.x.element_size()
     units = len(flat.x) // unit
     borders = [units * i // of * unit for i in range(of + 1)]

@@ -1,89 +1,108 @@
-"""What the two references have in common: a library of its own sums the gradients, where it likes.
+"""What the two references have in common: a library of its own sums the gradients, in memory of its choice.
 
-They run in the same loop, with the same model, data, update and log, so that what differs is how the gradients meet.
-The library owns the gradients: the update reads each parameter's `grad`, tensor by tensor, and asserts at every step
-where it lives. Only the last micro-batch of a round is summed.
+They run in the same loop, with the same model, data, update and log, so that only the way the gradients meet differs.
+The library owns the gradients: the update reads the `grad` of each parameter, tensor by tensor, and asserts at every
+step where it lives. Only the last micro-batch of a round is summed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from hvdllm.device import Mark
+from hvdllm.errors import UserError
 from hvdllm.exchange.base import Batch, Commit, Update, Wire
-from hvdllm.exchange.rounds import Counts, Rounds
+from hvdllm.exchange.buckets import after_gradient
+from hvdllm.exchange.common import S
+from hvdllm.exchange.rounds import Rounds
+from hvdllm.exchange.wire import parts as wires
+from hvdllm.exchange.wire.plain import Plain
+from hvdllm.flat import Bucket, Flat, Span
 from hvdllm.world.base import Flight, World
 
 
-class Reference(Rounds):
+class Reference(Rounds[S]):
+    """wires: settings of the wires that the library can imitate. divided_by: what the library divides its sums by."""
+
     hooks = False
     one_point = False  # a rank's own gradient is gone before its norm could be taken
-    divided_by: float = 1.0  # what the library divided the sum by
+    wires: tuple[type[wires.Wire], ...] = ()
+    divided_by = 1.0
 
-    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
+    def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
+        """The library sums by itself and reads only the settings of a wire, so the wire has to be a Plain one, which
+        holds them. Raises UserError where the library has no such wire of its own."""
+        if type(wire) is not Plain:
+            raise TypeError(
+                f"{type(self).__name__} sums by itself: make it with a Plain wire, not {type(wire).__name__}"
+            )
+        self.wire_settings = wire.settings or wires.Fp32()
+        if type(self.wire_settings) not in self.wires or self.wire_settings.hierarchical:
+            known = ", ".join(kind.__name__.lower() for kind in self.wires)
+            raise UserError(
+                f"exchange={type(self).__name__.lower()} sums by a library of its own, which cannot carry "
+                f"wire={type(self.wire_settings).__name__.lower()}"
+                f"{' with wire.hierarchical=true' * self.wire_settings.hierarchical}: take one of {known}, or "
+                "exchange=allreduce"
+            )
         model = super().attach(model, flat, update, wire, world)
         self.parameters = list(flat.parameters.values())
         self.whole = sum(p.nbytes for p in self.parameters)  # bytes of a sum in full precision
-        self.pieces = self.cut(flat.x)
         self._full: Mark | None = None  # when the last gradient of this backward was there
         self._first: Mark | None = None
         self._armed = False
 
-        def seen(_: torch.Tensor) -> None:
+        def seen(_: nn.Parameter) -> None:
             if self._armed:
                 self._full = Mark(self.device)
                 self._first = self._first or self._full
 
         for p in self.parameters:
-            p.register_post_accumulate_grad_hook(seen)
+            after_gradient(p, seen)
         return model
 
-    def spans(self) -> list[Any]:
-        spans: list[Any] = self.flat.tensors()
-        return spans
+    def spans(self) -> list[Span]:
+        return self.flat.tensors()
 
     def arm(self, batch: Batch) -> None:
         self._armed, self._full, self._first = batch.last, None, None
 
-    def send(self, bucket: Any) -> Flight:
+    def send(self, bucket: Bucket) -> Flight:
         raise NotImplementedError("the library sends")
 
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
-        self._loss += loss
-        self._own += batch.tokens
-        self._micro_batches += 1
+        self.computes(batch, loss)
         if not batch.last:
             return None
         # The library may have waited inside the backward: compute was over when the last gradient was there.
-        self._wait = self._full or Mark(self.device)
-        self._stream_round = batch.round
-        self.finish()
-        meta = self.heard()
+        self.now.wait = self._full or Mark(self.device)
+        self.wait()
+        meta = self.hear()
         landed = Mark(self.device)
-        gradients = [p.grad for p in self.parameters]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        assert len(gradients) == len(self.parameters), "a parameter has no gradient"
         self.check(gradients)
-        counts = self.counts(meta.tokens)
-        divisor = Counts(counts.tokens / self.divided_by, counts.committed)
-        lr, norm = self.update.step(self.pieces, [g.view(-1) for g in gradients if g is not None], divisor, self.total)
-        torch._foreach_zero_([g for g in gradients if g is not None])
-        self.computed([(self._wait, landed)], [(self._first or self._wait, landed)])
-        commit = self.commit(meta.tokens, lr, norm, [self.round], [batch.round])
-        self.round += 1
+        divisor = self.divisor(meta.tokens)
+        divisor = replace(divisor, tokens=divisor.tokens / self.divided_by)
+        lr, norm = self.update.step(self.pieces, [g.view(-1) for g in gradients], divisor, self.total)
+        torch._foreach_zero_(gradients)
+        self.computed([(self.now.wait, landed)], [(self._first or self.now.wait, landed)])
+        commit = self.commit(meta.tokens, lr, norm, [self.tally.round], [batch.round])
+        self.tally.round += 1
         return commit
 
-    def finish(self) -> None:
-        """Waits for the library's sums."""
+    def wait(self) -> None:
+        """Waits for the library's sums and counts their bytes."""
+        raise NotImplementedError
 
-    def check(self, gradients: list[torch.Tensor | None]) -> None:
+    def check(self, gradients: list[torch.Tensor]) -> None:
         """Raises AssertionError where a gradient does not live where the library keeps it."""
         raise NotImplementedError
 
-    def in_flat(self, gradient: torch.Tensor | None) -> bool:
-        """Does it live in the map's gradient vector?"""
-        assert gradient is not None, "a parameter has no gradient"
+    def in_flat(self, gradient: torch.Tensor) -> bool:
+        """Whether it lives in the flat gradient vector."""
         g = self.flat.g
-        inside: bool = g.data_ptr() <= gradient.data_ptr() < g.data_ptr() + g.nbytes
-        return inside
+        return g.data_ptr() <= gradient.data_ptr() < g.data_ptr() + g.nbytes

@@ -1,16 +1,18 @@
-"""The log of a parameter server: who may push, who may begin, and where all ranks stop. Arithmetic on plain values,
-without letters, threads or tensors.
+"""The log of a parameter server: who may push, who may begin, and where all ranks stop. It is arithmetic on plain
+values, without letters, threads or tensors.
 
-clock     pushes that a worker has made
+clock     the number of pushes that a worker has made
 ticket    the number of a push; servers apply pushes in the order of their tickets
 version   how many pushes a piece has had
-mark      a number of tokens at which every rank makes a commit. A light one is told with the next answer that each rank
-          gets, and nobody waits. At a frozen one the log grants nothing from then on: the pieces stand where its pushes
-          have brought them, every rank that has been told stands in its acts, and grants go on when all have left
+mark      a number of tokens at which every rank makes a commit. A light mark is told with the next answer that each
+          rank gets, and nobody waits for it. From a frozen mark on the log grants nothing: the pieces stand where the
+          pushes before it have brought them, and every rank that has been told stands in its acts. Grants go on when
+          all ranks have left
 
-A worker may begin clock c + 1 if its clock is at most `staleness` ahead of the slowest (stale synchronous parallel, Ho
-et al., 2013); whoever waits is looked at again after every word that the log hears. So completed clocks are never more
-than staleness + 1 apart. Staleness 0: tokens count, and a mark can be, only where all clocks are equal.
+A worker may begin clock c + 1 if its clock is at most `staleness` ahead of the slowest one (stale synchronous parallel,
+Ho et al., 2013). Workers that wait are looked at again after every word that the log hears. The numbers of completed
+clocks therefore never differ by more than staleness + 1. At staleness 0 tokens count, and a mark can be, only where all
+clocks are equal.
 """
 
 from __future__ import annotations
@@ -18,16 +20,24 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-from hvdllm.exchange.base import Milestones
+from hvdllm.exchange.base import Milestones, Values
 from hvdllm.exchange.meta import SLOT
+from hvdllm.world.base import Asks
+
+Answer = Values
 
 
 @dataclass
-class Counts:
-    """Where a run stands. tokens: committed; steps: of the servers' optimizer; mark: number of the last one; dropped:
-    tokens of gradients that had no ticket when the world changed its size; trunk: steps that the optimizer brought."""
+class Progress:
+    """Where a run stands.
+
+    tokens: committed; pushes: that have a ticket
+    steps: of the servers' optimizer; trunk: those of them that it had made before this run
+    mark: number of the last mark
+    dropped: tokens of gradients that had no ticket when the world changed its size
+    clocks: one a worker
+    """
 
     tokens: int = 0
     pushes: int = 0
@@ -38,80 +48,129 @@ class Counts:
     clocks: list[int] = field(default_factory=list)
 
 
+class SinceMark:
+    """What pushes have told since the last mark, by rank where that makes the sums the same in every order."""
+
+    def __init__(self, ranks: int) -> None:
+        self.loss = [0.0] * ranks
+        self.loss_tokens = self.pushes = 0
+        self.squares, self.norms = 0.0, 0  # of the norms that were told, and how many
+        self.stale = self.stalest = 0.0
+        self.slots = {name: [0.0] * ranks for name in SLOT}
+
+    def push(self, rank: int, said: Answer) -> None:
+        self.loss[rank] += said["loss"]
+        self.loss_tokens += said["n"]
+        self.pushes += 1
+        if said["norm"] is not None:
+            self.squares, self.norms = self.squares + said["norm"] ** 2, self.norms + 1
+
+    def report(self) -> Values:
+        norm = math.sqrt(self.squares / self.norms) if self.norms else 0.0  # root mean square of the pushes' norms
+        return {
+            "loss_sum": sum(self.loss), "loss_tokens": self.loss_tokens, "grad_norm": norm, "noise_scale": None,
+            **self.slots,
+        }  # fmt: skip
+
+
+class Lease:
+    """Who has been silent for too long. due: for each rank, since when its word is due; None before its first one."""
+
+    def __init__(self, ranks: int) -> None:
+        self.due: list[float | None] = [None] * ranks
+        self.now = 0.0
+
+    def hear(self, rank: int, now: float) -> None:
+        self.due[rank] = self.now = now
+
+    def answered(self, rank: int) -> None:
+        self.due[rank] = self.now
+
+    def all_left(self) -> None:
+        """An act is over: the word of every rank is due from now on."""
+        self.due = [self.now] * len(self.due)
+
+
 class Log:
-    """workers: the first ranks; the others only serve. counts: where the run stands, its clocks one a worker."""
+    """workers: the first ranks; the others only serve. progress: where the run stands.
 
-    def __init__(self, workers: int, ranks: int, staleness: int | None, milestones: Milestones, counts: Counts) -> None:
-        self.workers, self.ranks, self.staleness, self.milestones = workers, ranks, staleness, milestones
-        self.counts = counts
-        self.waiting: dict[int, dict[str, Any]] = {}  # rank: what it has asked for, in the order of arrival
+    waiting: what each rank has asked for, in the order of arrival
+    frozen: the last mark holds all ranks; left: those that have left it
+    """
+
+    def __init__(
+        self, workers: int, ranks: int, staleness: int | None, milestones: Milestones, progress: Progress
+    ) -> None:
+        self.staleness, self.milestones, self.progress = staleness, milestones, progress
+        self.waiting: dict[int, Answer] = {}
         self.frozen = False
-        self._untold: list[deque[dict[str, Any]]] = [deque() for _ in range(ranks)]  # marks, for each rank
         self._left: set[int] = set()
-        self._heard: list[float | None] = [None] * ranks  # when each rank last said something, or was answered
-        self._now = 0.0
-        self._marked = counts.tokens  # at the last mark
-        self._whole = counts.pushes  # when all clocks were last equal
-        self._held = 0  # tokens of pushes since, where they count together
+        self._untold: list[deque[Answer]] = [deque() for _ in range(ranks)]  # marks, for each rank
+        self._lease = Lease(ranks)
+        self._marked = progress.tokens  # at the last mark
+        self._whole = progress.pushes  # when all clocks were last equal
+        self._held = 0  # tokens of pushes since then, where they count together
         self._own = [0] * workers  # last ticket of each
-        self._stop = self._save = False
+        self._asks = Asks()
         self._bad: float | None = None
-        self._begin_window()
+        self._since = SinceMark(ranks)
 
-    def _begin_window(self) -> None:
-        """Sums since the last mark, by rank where that makes them the same in every order."""
-        self._loss = [0.0] * self.ranks
-        self._loss_tokens, self._squares, self._norms = 0, 0.0, 0
-        self._stale, self._stalest, self._pushed = 0.0, 0.0, 0
-        self._slots = {name: [0.0] * self.ranks for name in SLOT}
+    # ------------------------------------------------------------------ what ranks tell
+    def hear(self, rank: int, said: Answer, now: float = 0.0) -> None:
+        """said: what a rank has posted, now: seconds. Its kind is one of
 
-    # ------------------------------------------------------------------ what ranks say
-    def hear(self, rank: int, said: dict[str, Any], now: float = 0.0) -> None:
-        """kind: push, begin or serve, which are answered (serve: with a mark alone); bad: this gradient is not finite,
-        answered with a mark; overflow: nor is a sum; ask; left: a frozen mark. now: seconds."""
+        push, begin   are answered, with what is granted or with a mark
+        serve         is answered with a mark
+        bad           this rank's gradient is not finite; is answered with a mark
+        overflow      a sum on a server is not finite
+        ask           carries what a person has asked
+        left          the rank has left a frozen mark
+        """
         kind = said["kind"]
-        self._heard[rank] = self._now = now
-        self._stop |= said.get("stop", False)
-        self._save |= said.get("save", False)
+        self._lease.hear(rank, now)
+        self._asks.stop |= said.get("stop", False)
+        self._asks.save |= said.get("save", False)
         for name in SLOT:
-            self._slots[name][rank] += said.get(name, 0.0)
+            self._since.slots[name][rank] += said.get(name, 0.0)
         if kind == "left":
             self._left.add(rank)
-            if len(self._left) == self.ranks:
-                self.frozen, self._left, self._heard = False, set(), [now] * self.ranks
+            if len(self._left) == len(self._untold):
+                self.frozen, self._left = False, set()
+                self._lease.all_left()
         elif kind in ("bad", "overflow"):
             self._bad = said["norm"]
         if kind in ("push", "begin", "serve", "bad"):
             self.waiting[rank] = said
 
     def silent(self, now: float, lease_s: float) -> int | None:
-        """A rank whose word is due and was not heard for so long. Who waits for us, or is in an act, owes none."""
-        for rank, heard in enumerate(self._heard):
-            if heard is None:
-                self._heard[rank] = now
-            elif rank not in self.waiting and not (self.frozen and not self._untold[rank]) and now - heard > lease_s:
+        """A rank whose word is due and was not heard for so long. A rank that waits for the log, or that is in an act,
+        owes none."""
+        for rank, since in enumerate(self._lease.due):
+            if since is None:
+                self._lease.due[rank] = now
+            elif rank not in self.waiting and not (self.frozen and not self._untold[rank]) and now - since > lease_s:
                 return rank
         return None
 
-    # ------------------------------------------------------------------ what they are told
-    def answers(self) -> list[tuple[int, dict[str, Any]]]:
+    # ------------------------------------------------------------------ what they are answered
+    def answers(self) -> list[tuple[int, Answer]]:
         """All that can be answered now."""
         out = []
         while (answer := self._next()) is not None:
             out.append(answer)
         return out
 
-    def _next(self) -> tuple[int, dict[str, Any]] | None:
+    def _next(self) -> tuple[int, Answer] | None:
         self._mark()  # first: what has become due is due before the next grant
         for rank, said in self.waiting.items():
             answer = self._answer(rank, said)
             if answer is not None:
                 del self.waiting[rank]
-                self._heard[rank] = self._now
+                self._lease.answered(rank)
                 return rank, answer
         return None
 
-    def _answer(self, rank: int, said: dict[str, Any]) -> dict[str, Any] | None:
+    def _answer(self, rank: int, said: Answer) -> Answer | None:
         if self._untold[rank]:
             return {"mark": self._untold[rank].popleft()}
         if self.frozen:
@@ -123,71 +182,59 @@ class Log:
         return None
 
     def may_begin(self, rank: int) -> bool:
-        clocks = self.counts.clocks
+        clocks = self.progress.clocks
         return self.staleness is None or clocks[rank] - min(clocks) <= self.staleness
 
     def _need(self, rank: int) -> int:
-        """The version that its weights must have at least: whole clocks; all that have a ticket; its own pushes."""
+        """The least version that its weights must have. Staleness 0: whole clocks; bounded: all that have a ticket;
+        asynchronous: its own pushes."""
         if self.staleness == 0:
             return self._whole
-        return self._own[rank] if self.staleness is None else self.counts.pushes
+        return self._own[rank] if self.staleness is None else self.progress.pushes
 
-    def _ticket(self, rank: int, said: dict[str, Any]) -> dict[str, Any]:
-        """n: tokens; loss: their sum; norm: the last known; seen: the mean and the least version of its weights."""
-        counts, n = self.counts, said["n"]
-        counts.clocks[rank] += 1
-        counts.pushes += 1
-        self._own[rank] = counts.pushes
+    def _ticket(self, rank: int, said: Answer) -> Answer:
+        """n: tokens; loss: their sum; norm: the last that is known; seen: mean and least version of its weights."""
+        progress, n, since = self.progress, said["n"], self._since
+        progress.clocks[rank] += 1
+        progress.pushes += 1
+        self._own[rank] = progress.pushes
         self._held += n
-        self._loss[rank] += said["loss"]
-        self._loss_tokens += n
-        if said["norm"] is not None:
-            self._squares, self._norms = self._squares + said["norm"] ** 2, self._norms + 1
-        committed = counts.tokens + self._held
+        since.push(rank, said)
+        committed = progress.tokens + self._held
         if self.staleness != 0:
             mean, least = said["seen"]
-            self._stale += counts.pushes - 1 - mean
-            self._stalest = max(self._stalest, counts.pushes - 1 - least)
-        self._pushed += 1
+            since.stale += progress.pushes - 1 - mean
+            since.stalest = max(since.stalest, progress.pushes - 1 - least)
         if self.staleness != 0 or self._is_whole():
-            counts.tokens, self._held, self._whole = committed, 0, counts.pushes
-            counts.steps += 1
-        return {"ticket": counts.pushes, "committed": committed}
+            progress.tokens, self._held, self._whole = committed, 0, progress.pushes
+            progress.steps += 1
+        return {"ticket": progress.pushes, "committed": committed}
 
     def _is_whole(self) -> bool:
-        return len(set(self.counts.clocks)) == 1
+        return len(set(self.progress.clocks)) == 1
 
     # ------------------------------------------------------------------ marks
     def _mark(self) -> None:
         bad = self._bad is not None
         if self.frozen or not (bad or self.staleness != 0 or self._is_whole()):
             return
-        here, before, wanted = self.counts.tokens, self._marked, self.milestones
+        here, before, wanted = self.progress.tokens, self._marked, self.milestones
 
         def crossed(cadences: tuple[int, ...]) -> bool:
             return any(every and here // every != before // every for every in cadences)
 
-        if here == before and not bad:  # a stop that was asked right after a mark waits for what comes next
+        if here == before and not bad:  # a stop that was asked for right after a mark waits for what comes next
             return
-        acts = bad or self._stop or self._save or crossed(wanted.acts) or before < wanted.budget <= here
+        asks, since = self._asks, self._since
+        acts = bad or asks.stop or asks.save or crossed(wanted.acts) or before < wanted.budget <= here
         if not acts and not crossed(wanted.logs):
             return
-        self.counts.mark += 1
+        self.progress.mark += 1
         mark = {
-            **asdict(self.counts), "frozen": acts, "stop": self._stop, "save": self._save, "bad": self._bad,
-            "report": self._report(),
-            "staleness": [self._stale / max(self._pushed, 1), self._stalest],
+            **asdict(self.progress), "frozen": acts, "stop": asks.stop, "save": asks.save, "bad": self._bad,
+            "report": since.report(), "staleness": [since.stale / max(since.pushes, 1), since.stalest],
         }  # fmt: skip
         for untold in self._untold:
             untold.append(mark)
-        self.frozen, self._marked = acts, here
-        self._stop = self._save = False
-        self._bad = None
-        self._begin_window()
-
-    def _report(self) -> dict[str, Any]:
-        norm = math.sqrt(self._squares / self._norms) if self._norms else 0.0  # root mean square of the pushes'
-        return {
-            "loss_sum": sum(self._loss), "loss_tokens": self._loss_tokens, "grad_norm": norm, "noise_scale": None,
-            **self._slots,
-        }  # fmt: skip
+        self.frozen, self._marked, self._bad = acts, here, None
+        self._asks, self._since = Asks(), SinceMark(len(self._untold))

@@ -1,64 +1,55 @@
-"""One server's pieces of a parameter server: it applies pushes in the order of their tickets and answers pulls.
+"""The pieces of one server: it applies pushes in the order of their tickets and answers pulls.
 
-So a version is the same set of pushes on every server, whatever the order in which letters arrive, and each piece goes
-through the same values as on any other cut. A pull is answered once the pieces have the version that it needs, with
-all that have arrived by then: pieces of different servers may have different versions, and the answer says which.
+A version is therefore the same set of pushes on every server, in whatever order letters arrive, and each piece goes
+through the same values however the weights are dealt to servers. A pull is answered once the pieces have the version
+that it needs, and then with all pushes that have arrived. Pieces of different servers may have different versions; the
+answer says which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from hvdllm.exchange.base import Update
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.base import Divisor, Update
+from hvdllm.flat import Span
 from hvdllm.world.base import Letter, Mail
 
 
 @dataclass
-class Counted:
-    """What Update needs of a push, or of a clock's."""
+class Seen:
+    """The weights that a worker computes at: their version, and the weights themselves where it compensates."""
 
-    tokens: float
-    committed: int
+    version: int
+    weights: torch.Tensor | None = None
 
 
 class Shard:
-    """theta: the weights over this server's spans, one after the other. servers: ranks; the first keeps the log."""
+    """theta: the weights over this server's spans, one after the other. servers: ranks, of which the first keeps the
+    log. norm: of the last mean gradient, where only servers know it."""
 
     def __init__(
-        self,
-        settings: Any,
-        nominal: int,
-        update: Update,
-        theta: torch.Tensor,
-        spans: Sequence[Any],
-        mail: Mail,
-        rank: int,
-        servers: Sequence[int],
-        workers: int,
-    ) -> None:
+        self, settings: exchanges.ParameterServer, nominal: int, update: Update, theta: torch.Tensor, spans: list[Span],
+        mail: Mail, rank: int, servers: list[int], workers: int,
+    ) -> None:  # fmt: skip
         self.settings, self.nominal, self.update, self.theta, self.mail = settings, nominal, update, theta, mail
-        self.rank, self.servers, self.workers = rank, servers, workers
-        self.sizes = [span.stop - span.start for span in spans]
-        self.pieces = list(theta.split(self.sizes))
+        self.rank, self.servers = rank, servers
+        self.pieces = list(torch.split(theta, [span.stop - span.start for span in spans]))
         self.version = 0
-        self.norm: float | None = None  # of the last mean gradient, where servers alone know it
+        self.norm: float | None = None
         self._held: dict[int, Letter] = {}  # pushes by ticket
         self._pulls: list[Letter] = []
-        self._read = dict.fromkeys(range(workers), 0)  # version that each worker computes at
-        self._backups: dict[int, torch.Tensor] = {}  # and the weights, where they compensate
+        self._seen = {worker: Seen(0) for worker in range(workers)}
         self._squares: dict[int, dict[int, float]] = {}  # of the other servers, by version
 
     def start(self, version: int) -> None:
-        """The weights are in place, of this version; so are the workers', if they say nothing else."""
+        """The weights are in place and have this version; those of the workers do too, unless they tell otherwise."""
         self.version = version
-        self._read = dict.fromkeys(self._read, version)
-        if self.settings.compensation:
-            self._backups = {worker: self.theta.clone() for worker in self._read}
+        for worker in self._seen:
+            self._seen[worker] = Seen(version, self.theta.clone() if self.settings.compensation else None)
 
     # ------------------------------------------------------------------ the thread
     def serve(self) -> None:
@@ -71,15 +62,16 @@ class Shard:
                 self._held[head["ticket"]] = letter
             elif head["kind"] == "read":
                 self._has_read(letter.sender, head["version"], letter.body)
-            else:  # a pull, or a rank that waits for this shard
+            else:  # a pull, or a rank that waits until this shard has a version
                 self._pulls.append(letter)
             self._apply()
             self._answer()
 
     def _has_read(self, worker: int, version: int, weights: torch.Tensor | None) -> None:
-        self._read[worker] = version
-        if weights is not None:
-            self._backups[worker].copy_(weights)
+        seen = self._seen[worker]
+        seen.version = version
+        if weights is not None and seen.weights is not None:
+            seen.weights.copy_(weights)
 
     def _answer(self) -> None:
         for letter in [each for each in self._pulls if each.head["need"] <= self.version]:
@@ -93,7 +85,7 @@ class Shard:
 
     # ------------------------------------------------------------------ pushes
     def _apply(self) -> None:
-        together = self.workers if self.settings.staleness == 0 else 1
+        together = len(self._seen) if self.settings.staleness == 0 else 1
         while all(self.version + 1 + i in self._held for i in range(together)):
             pushes = [self._held.pop(self.version + 1 + i) for i in range(together)]
             if self.settings.staleness == 0:
@@ -108,28 +100,35 @@ class Shard:
         for gradient in rest:
             total += gradient
         heads = [letter.head for letter in pushes]
-        counted = Counted(sum(head["n"] for head in heads), max(head["committed"] for head in heads))
-        _, norm = self.update.step(self.pieces, list(total.split(self.sizes)), counted, self._all_squares)
+        divisor = Divisor(sum(head["n"] for head in heads), max(head["committed"] for head in heads))
+        _, norm = self.update.step(self.pieces, self._slices(total), divisor, self._all_squares)
         self.norm = norm.read()[0]
-        if not math.isfinite(self.norm):  # it was masked; whose gradients they were, the workers have looked at
+        if not math.isfinite(self.norm):  # it was masked; the workers have looked at their own gradients
             self.mail.post(self.servers[0], "log", {"kind": "overflow", "norm": self.norm})
 
     def _push(self, letter: Letter) -> None:
         """A step of its own for one worker's gradient: with G / n, at the rate times n / batch_tokens."""
         head, gradient = letter.head, self._gradient(letter)
-        if self.settings.compensation:
-            moved = self.theta - self._backups[letter.sender]
-            gradient.addcmul_(self._curvature(gradient, head["n"]), moved)
+        seen = self._seen[letter.sender]
+        if seen.weights is not None:
+            gradient.addcmul_(self._curvature(gradient, head["n"]), self.theta - seen.weights)
         share = head["n"] / self.nominal
         if self.settings.staleness_aware:
-            share /= max(1, self.version - self._read[letter.sender])
-        squares: Callable[[torch.Tensor], torch.Tensor] = lambda own: torch.full_like(own, head["squares"])  # noqa: E731
-        counted = Counted(head["n"], head["committed"])
-        self.update.step(self.pieces, list(gradient.split(self.sizes)), counted, squares, share)
+            share /= max(1, self.version - seen.version)
+
+        def squares(own: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(own, head["squares"])
+
+        divisor = Divisor(head["n"], head["committed"])
+        self.update.step(self.pieces, self._slices(gradient), divisor, squares, share)
 
     def _curvature(self, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
         """What stands for the Hessian of a sum over so many tokens: λ G*G."""
         return gradient * gradient * self.settings.compensation
+
+    def _slices(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """A vector over this server's spans, by pieces."""
+        return list(torch.split(vector, [len(piece) for piece in self.pieces]))
 
     def _gradient(self, letter: Letter) -> torch.Tensor:
         assert letter.body is not None

@@ -7,37 +7,30 @@ commit, because every rank gets each piece of the weights from its one owner.
     |g|² = total(S²) / n²               # padding is zero, so each element counts once
     x[own] = Update(x[own], S / n);  x = spread(x[own])
 
-Bytes a rank and step: (N-1)/N P b for the gradients and as much for the weights, what a ring all-reduce sends; one
-number more for the norm. Memory: the update's vectors / N. Staleness 0. The weights' way back is not hidden.
-More in hvdllm/exchange/README.md, `sharded`.
+Bytes a rank and step: (N-1)/N P b for the gradients and as much for the weights, together what a ring all-reduce sends,
+and one number for the norm. Memory: the update's vectors / N. Staleness: 0. The way back of the weights is not hidden.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from hvdllm.device import Mark
-from hvdllm.exchange.base import Commit, Update, Wire
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.base import Commit
+from hvdllm.exchange.common import S
 from hvdllm.exchange.rounds import Rounds
-from hvdllm.world.base import Flight, World
+from hvdllm.flat import Bucket, Span
+from hvdllm.world.base import Flight
 
 
-class Owners(Rounds):
+class Owners(Rounds[S]):
     """Each rank owns its slice of every bucket."""
 
-    def attach(self, model: nn.Module, flat: Any, update: Update, wire: Wire, world: World) -> nn.Module:
-        model = super().attach(model, flat, update, wire, world)
-        self.pieces = self.cut(flat.x)
-        return model
+    def spans(self) -> list[Span]:
+        return self.flat.slices(self.world.rank, self.world.size)
 
-    def spans(self) -> list[Any]:
-        spans: list[Any] = self.flat.slices(self.world.rank, self.world.size)
-        return spans
-
-    def send(self, bucket: Any) -> Flight:
+    def send(self, bucket: Bucket) -> Flight:
         span = bucket.span
         return self.wire.scatter(self.flat.g[span.start : span.stop], f"grad.{bucket.index}")
 
@@ -50,7 +43,7 @@ class Owners(Rounds):
         return [self.wire.spread(piece, f"param.{b}") for b, piece in enumerate(pieces)]
 
     def collect(self, flights: list[Flight]) -> None:
-        """Into the weights, as they land."""
+        """Copies the pieces into the weights as they land."""
         for bucket, flight in zip(self.flat.buckets, flights, strict=True):
             self.flat.x[bucket.span.start : bucket.span.stop].copy_(flight.land())
 
@@ -58,16 +51,16 @@ class Owners(Rounds):
         return True
 
 
-class Sharded(Owners):
-    def close(self, flights: list[Flight]) -> Commit:
+class Sharded(Owners[exchanges.Sharded]):
+    def finish(self, flights: list[Flight]) -> Commit:
         sums = [flight.land() for flight in flights]
-        meta = self.heard()
+        meta = self.hear()
         landed = Mark(self.device)
-        lr, norm = self.update.step(self.pieces, sums, self.counts(meta.tokens), self.total)
+        lr, norm = self.update.step(self.pieces, sums, self.divisor(meta.tokens), self.total)
         spread = Mark(self.device)
         if self.world.size > 1:
             self.collect(self.spread(self.pieces))
         self.flat.g.zero_()
         done = Mark(self.device)
-        self.computed([(self._wait, landed), (spread, done)], [(self._launched or self._wait, landed), (spread, done)])
-        return self.commit(meta.tokens, lr, norm, [self.round], [self._stream_round])
+        self.computed([(self.now.wait, landed), (spread, done)], [(self.now.flies, landed), (spread, done)])
+        return self.commit(meta.tokens, lr, norm, [self.tally.round], [self.now.stream])

@@ -5,33 +5,34 @@ arXiv 2501.18512).
     τ steps later it is joined:  anchor_p = Outer(anchor_p, d_p);  x_p = (1 - α) anchor_p + α x_p
 
 Invariant: K = 1, τ = 0, α = 0 is DiLoCo; with α = 1 the weights never hear of the anchors. Only one part travels at a
-time, in the same order on every rank, so τ < H / K. A mark is a join: its meta was posted with the part.
+time, in the same order on every rank, so τ < H / K. A mark is where a part is joined; its meta was posted with it.
 
-Peak bytes: those of DiLoCo / K, in K times as many meetings; on average the same. Nothing waits for the network where
-a part arrives within τ steps. Memory: as DiLoCo, and a vector for what travels. Settling joins what flies, then lets
-every part meet once more, so that the weights to keep have all steps. More in
-hvdllm/exchange/README.md, `streaming_diloco`.
+Bytes: the peak is that of DiLoCo / K, in K times as many meetings; the average is the same. Nobody waits for the
+network where a part arrives within τ steps. Memory: as DiLoCo, and a vector for what travels. Settling joins what flies
+and then lets every part meet once more, so that the weights to keep have all steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
 from hvdllm.device import Mark
 from hvdllm.errors import UserError
-from hvdllm.exchange.base import Commit, State
-from hvdllm.exchange.local import Fragment, LocalSteps, Pulse, again
+from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.anchor import Fragment
+from hvdllm.exchange.base import Commit, State, Values
+from hvdllm.exchange.local import LocalSteps, Meetings, Pulse, Replica
 from hvdllm.exchange.meta import MetaSum
-from hvdllm.exchange.outer import Momentum
+from hvdllm.exchange.outer import Nesterov
+from hvdllm.flat import Bucket, Flat
 from hvdllm.world.base import Flight
 
 
 @dataclass
 class Air:
-    """A part on its way. step: local one after which it was sent. tokens: of this group, said with it."""
+    """A part on its way. step: the local step after which it was sent; tokens: of this group, which its pulse tells."""
 
     number: int
     step: int
@@ -41,38 +42,20 @@ class Air:
     pulse: Pulse
 
 
-class StreamingDiLoCo(Momentum, LocalSteps):
-    copies = 2  # deltas travel while gradients are computed
+class InParts:
+    """Meetings of one part after the other."""
 
-    def __init__(self, settings: Any, nominal: int) -> None:
-        super().__init__(settings, nominal)
+    def __init__(self, replica: Replica, settings: exchanges.StreamingDiLoCo) -> None:
+        self.replica, self.settings = replica, settings
         self._air: Air | None = None
         self._done = 0  # local steps
 
-    def cut(self) -> list[Fragment]:
-        """Neighbouring buckets, so that the parts are about equally large."""
-        count, buckets = self.settings.fragments, self.flat.buckets
-        if len(buckets) < count:
-            raise UserError(
-                f"exchange.fragments={count}: this model has {len(buckets)} buckets to make parts of; give fewer "
-                "fragments, or a smaller exchange.bucket_mb"
-            )
-        parts: list[list[Any]] = [[]]
-        end = buckets[-1].span.stop
-        for index, bucket in enumerate(buckets):
-            left, missing = len(buckets) - index, count - len(parts)
-            full = bucket.span.start >= end * len(parts) / count
-            if parts[-1] and missing and (full or left <= missing):
-                parts.append([])
-            parts[-1].append(bucket)
-        return [Fragment(each) for each in parts]
-
-    def synchronise(self) -> Commit | None:
+    def stepped(self) -> Commit | None:
         self._done += 1
         commit = None
         if self._air is not None and self._done == self._air.step + self.settings.delay:
             commit = self._join()
-        every, count = self.settings.local_steps, len(self.fragments)
+        every, count = self.settings.local_steps, len(self.replica.fragments)
         for number in range(count):
             if self._done % every == number * every // count:
                 self._send(number)
@@ -81,39 +64,40 @@ class StreamingDiLoCo(Momentum, LocalSteps):
         return commit
 
     def _send(self, number: int) -> None:
-        tokens, launched = self._now.tokens, Mark(self.device)
-        flights, weight, steps = self.launch(self.fragments[number])
-        self._air = Air(number, self._done, tokens, flights, launched, self.pulse(True, weight, steps))
+        replica = self.replica
+        tokens, launched = replica.tally.own.tokens, Mark(replica.device)
+        sent = replica.send(replica.fragments[number])
+        self._air = Air(number, self._done, tokens, sent.flights, launched, replica.post(True, sent))
 
     def _join(self) -> Commit:
-        wait = Mark(self.device)
-        air, meta = self._land_air()
-        self.meet(self.fragments[air.number], air.flights, meta, mixing=self.settings.mixing)
-        self.blocked(wait, air.launched)
-        self._base, self._open = self.tokens + int(meta.tokens), self._open - air.tokens
-        self.anchor_tokens = self._base
-        return self.commit(meta, staleness=0.0)
+        replica, wait = self.replica, Mark(self.replica.device)
+        air, meta = self._land()
+        replica.stood_still(wait, air.launched)
+        group = replica.group
+        group.base, group.open = replica.tally.tokens + int(meta.tokens), group.open - air.tokens
+        replica.anchor.tokens = group.base
+        return replica.commit(meta)
 
-    def _land_air(self) -> tuple[Air, MetaSum]:
+    def _land(self) -> tuple[Air, MetaSum]:
         assert self._air is not None
         air, self._air = self._air, None
-        return air, self.heed(air.pulse)
+        meta = self.replica.hear(air.pulse)
+        part = self.replica.fragments[air.number]
+        self.replica.anchor.meet(part, air.flights, meta, mixing=self.settings.mixing)
+        return air, meta
 
-    def close(self) -> tuple[MetaSum, ...]:
-        metas = []
-        if self._air is not None:
-            air, meta = self._land_air()
-            self.meet(self.fragments[air.number], air.flights, meta, mixing=self.settings.mixing)
-            metas.append(meta)
-        for part in self.fragments:
-            flights, weight, steps = self.launch(part)
-            metas.append(self.heed(self.pulse(True, weight, steps)))
-            self.meet(part, flights, metas[-1])
-        self.flat.x.copy_(self.anchor)
+    def finish(self) -> tuple[MetaSum, ...]:
+        replica = self.replica
+        metas = [self._land()[1]] if self._air is not None else []
+        for part in replica.fragments:
+            sent = replica.send(part)
+            metas.append(replica.hear(replica.post(True, sent)))
+            replica.anchor.meet(part, sent.flights, metas[-1])
+        replica.anchor.flat.x.copy_(replica.anchor.x)
         return tuple(metas)
 
     # ------------------------------------------------------------------ checkpoint
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Values:
         air = self._air
         if air is None:
             return {"done": self._done, "air": None}
@@ -121,24 +105,51 @@ class StreamingDiLoCo(Momentum, LocalSteps):
             flight.land()
         return {"done": self._done, "air": [air.number, air.step, asdict(air.pulse.meta.land())]}
 
+    def mine(self) -> Values:
+        return {"said": self._air.tokens if self._air is not None else 0}
+
     def vectors(self) -> dict[str, torch.Tensor]:
-        return {"air": self.buffer} if self._air is not None else {}
+        return {"air": self.replica.anchor.buffer} if self._air is not None else {}
 
-    def state(self) -> State:
-        state = super().state()
-        state.mine["said"] = self._air.tokens if self._air is not None else 0
-        return state
-
-    def load(self, state: State, mine: list[dict[str, Any]]) -> None:
-        super().load(state, mine)
+    def load(self, state: State, mine: Values | None) -> None:
         self._done, air = state.shared["done"], state.shared["air"]
         if air is None:
             return
-        number, step, meta = air
-        same = len(mine) == self.world.size
-        said = mine[self.world.rank]["said"] if same else 0
-        values = MetaSum.of(meta)
-        if not same:  # their deltas count, their tokens were lost with the local steps of the other parts
-            values = replace(values, tokens=0.0, slots={name: [0.0] * self.world.size for name in values.slots})
-        self.buffer.copy_(state.sharded["air"])
-        self._air = Air(number, step, said, [], Mark(self.device), again(values, True))
+        number, step, values = air
+        meta = MetaSum.of(values)
+        if mine is None:  # the deltas count, but the tokens were lost with the local steps of the other parts
+            meta = replace(meta, tokens=0.0, slots={name: [0.0] * self.replica.world.size for name in meta.slots})
+        self.replica.anchor.buffer.copy_(state.sharded["air"])
+        said = mine["said"] if mine is not None else 0
+        self._air = Air(number, step, said, [], Mark(self.replica.device), Pulse.again(asdict(meta), True))
+
+
+class StreamingDiLoCo(LocalSteps[exchanges.StreamingDiLoCo]):
+    copies = 2  # deltas travel while gradients are computed
+
+    def __init__(self, settings: exchanges.StreamingDiLoCo, nominal: int) -> None:
+        super().__init__(settings, nominal, Nesterov(settings.outer_lr, settings.outer_momentum))
+
+    def meetings(self, replica: Replica) -> Meetings:
+        return InParts(replica, self.settings)
+
+    def period(self) -> int:
+        return -(-self.settings.local_steps // self.settings.fragments)
+
+    def divide(self, flat: Flat) -> list[Fragment]:
+        """Neighbouring buckets, so that the parts are about equally large."""
+        count, buckets = self.settings.fragments, flat.buckets
+        if len(buckets) < count:
+            raise UserError(
+                f"exchange.fragments={count}: this model has {len(buckets)} buckets to make parts of; give fewer "
+                "fragments, or a smaller exchange.bucket_mb"
+            )
+        parts: list[list[Bucket]] = [[]]
+        end = buckets[-1].span.stop
+        for index, bucket in enumerate(buckets):
+            left, missing = len(buckets) - index, count - len(parts)
+            full = bucket.span.start >= end * len(parts) / count
+            if parts[-1] and missing and (full or left <= missing):
+                parts.append([])
+            parts[-1].append(bucket)
+        return [Fragment(each) for each in parts]

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.track.base import Say, named
 
 FLUSH_S = 5
 
 
-def make(config: Config, folder: Path, kept: dict[str, Any], before: list[dict[str, Any]], say: Say) -> Tracker:
+def make(config: Config, folder: Path, kept: Json, before: list[Json], say: Say) -> Tracker:
     return Tracker(folder / "tensorboard")
 
 
@@ -37,11 +39,11 @@ class Tracker:
         self._files = EventFileWriter(str(folder), flush_secs=FLUSH_S)
         self._event, self._session, self._summary = Event, SessionLog, Summary
         text = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        self._text = lambda words: {
+        self._text: Callable[[str], Json] = lambda words: {
             "metadata": text, "tensor": TensorProto(dtype=DT_STRING, string_val=[words.encode()]),
         }  # fmt: skip
 
-    def record(self, number: int, record: dict[str, Any]) -> None:
+    def record(self, number: int, record: Json) -> None:
         if record["kind"] == "run":
             return
         tokens = int(record.get("tokens", 0))
@@ -54,7 +56,7 @@ class Tracker:
     def close(self, failed: bool) -> None:
         self._files.close()
 
-    def _value(self, tag: str, value: Any) -> dict[str, Any]:
+    def _value(self, tag: str, value: Any) -> Json:
         if isinstance(value, (int, float)):
             return {"simple_value": float(value) if math.isfinite(value) else math.nan}
         return self._text(str(value))

@@ -77,15 +77,15 @@ def only_the_outermost_list_is_recorded(patch: Patch) -> None:
 
 @bug("torch", "exchange=delayed exchange.warmup_tokens=64 wire=powersgd wire.warmup_tokens=64 wire.min_compression=1")
 def powersgd_replaces_what_the_loop_made(patch: Patch) -> None:
-    from hvdllm.exchange.wire.powersgd import PowerSGD
+    from hvdllm.exchange.wire.powersgd import PowerSGDWire
 
-    rest = PowerSGD._sum
+    rest = PowerSGDWire._sum
 
     def replaced(wire: Any, *args: Any) -> Any:
         wire.q = {name: q.clone() for name, q in wire.q.items()}
         return rest(wire, *args)
 
-    patch(PowerSGD, "_sum", replaced)
+    patch(PowerSGDWire, "_sum", replaced)
 
 
 # ------------------------------------------------------------------ order
@@ -126,13 +126,13 @@ def nobody_waits_for_nccl(patch: Patch) -> None:
 def gradients_are_emptied_in_flight(patch: Patch) -> None:
     from hvdllm.exchange.allreduce import AllReduce
 
-    rest = AllReduce.close
+    rest = AllReduce.finish
 
-    def close(exchange: Any, flights: Any) -> Any:
+    def finish(exchange: Any, flights: Any) -> Any:
         exchange.flat.g.zero_()
         return rest(exchange, flights)
 
-    patch(AllReduce, "close", close)
+    patch(AllReduce, "finish", finish)
 
 
 @bug("hvd", "exchange=delayed exchange.warmup_tokens=64 wire=int8")
@@ -244,12 +244,12 @@ def numbers_are_read_too_early(patch: Patch) -> None:
 
 @bug("single", "exchange=diloco exchange.local_steps=2 exchange.host_memory=true", 1)
 def the_host_reads_the_anchor_on_its_way(patch: Patch) -> None:
-    from hvdllm.exchange.local import LocalSteps
+    from hvdllm.exchange.anchor import Anchor
 
-    rest = LocalSteps.meet
+    rest = Anchor.meet
 
-    def meet(exchange: Any, *args: Any) -> None:
-        rest(exchange, *args)
-        exchange.anchor.sum()
+    def meet(anchor: Any, *args: Any) -> None:
+        rest(anchor, *args)
+        anchor.x.sum()
 
-    patch(LocalSteps, "meet", meet)
+    patch(Anchor, "meet", meet)

@@ -14,6 +14,7 @@ from torch import nn
 
 from hvdllm.exchange.allreduce import AllReduce
 from hvdllm.exchange.base import State
+from hvdllm.exchange.meta import SLOT
 from hvdllm.exchange.parts import AllReduce as Settings
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
@@ -159,7 +160,7 @@ def test_rank_0_hands_out_what_all_have() -> None:
 def test_another_number_of_ranks() -> None:
     """Rank 0 speaks for all that were; at the same number each gets its own again."""
     said = [{"loss": 1.0 * r, "loss_tokens": 2.0 * r, "squares": 3.0 * r} for r in (1, 2, 3)]
-    mine = [{"said": s, "slot": {"compute_s": float(r)}} for r, s in enumerate(said)]
+    mine = [{"said": s, "slot": dict.fromkeys(SLOT, float(r))} for r, s in enumerate(said)]
     one, third = Run(SingleWorld()), Run(Other())
     state = one.exchange.state()
     one.exchange.load(State(state.shared, [], state.sharded, {}), mine)

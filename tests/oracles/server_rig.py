@@ -131,13 +131,13 @@ def serve(
             if commit is None:
                 continue
             out.commits.append(commit)
-            if part._in_act:  # what acts do
+            if part.in_act:  # what acts do
                 world.sum(torch.zeros(1), "act.begin").land()
                 state = part.state()
                 if acts or commit.asks.save:
                     with part.consensus():
                         out.kept.append(flatten(flat))
-                if part.counts.mark == stop_at:
+                if part.progress.mark == stop_at:
                     out.state = freeze(state), stream.at
                     break
                 world.sum(torch.zeros(1), "act.end").land()

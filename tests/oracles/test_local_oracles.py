@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rig import NOMINAL, Plain, loss, net, own_examples, put, steps_noted, train
+from rig import EXCHANGES, Plain, loss, net, own_examples, put, steps_noted, train
 from rig import own_gradient as gradient
 from torch import nn
 
-from hvdllm.exchange import diloco as exchanges
-from hvdllm.exchange import local_sgd
 from hvdllm.exchange.base import NotFinite
-from hvdllm.exchange.local_rounds import steps_by_speed
+from hvdllm.exchange.local_rounds import Steps, steps_by_speed
 from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo, outer_rate_below
 from hvdllm.optim.parts import SGD, AdamW
 
@@ -375,13 +374,13 @@ def test_a_bad_number_in_one_group_ends_the_run_on_every_rank_alike(exchange: An
 def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Groups that make so many steps a round, as exchange.by_speed comes to."""
 
-    class Uneven(exchanges.DiLoCo):
+    class Uneven(EXCHANGES[DiLoCo]):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
-            self._steps_of = steps
+            self.meeting.pace.planned = steps
             return module
 
-    monkeypatch.setattr("hvdllm.exchange.diloco.DiLoCo", Uneven)
+    monkeypatch.setitem(EXCHANGES, DiLoCo, Uneven)
 
 
 @pytest.mark.parametrize("pulses", [1, 2])
@@ -433,12 +432,12 @@ def test_normalised_deltas_keep_the_fixed_point_of_the_objective(monkeypatch: py
 
 def test_the_next_round_is_as_long_as_the_last_one_was_fast() -> None:
     """Steps over seconds of compute, of the slowest rank of each group; the fastest makes all."""
-    exchange = exchanges.DiLoCo(DiLoCo(local_steps=8, by_speed=True), NOMINAL)
-    exchange.groups, exchange._steps_of, exchange._compute_s = 3, [8, 4, 8], [0.5, 1.0, 0.9, 1.0, 4.0, 2.0]
-    exchange._set_pace()
-    assert exchange._steps_of == [8, 4, 2] and exchange._compute_s == [0.0] * 6
-    exchange._set_pace()
-    assert exchange._steps_of == [8, 4, 2], "nothing is known of a round without compute"
+    pace = Steps(DiLoCo(local_steps=8, by_speed=True), SimpleNamespace(count=3, base=0))  # type: ignore[arg-type]
+    pace.planned = [8, 4, 8]
+    pace.next_round([0.5, 1.0, 0.9, 1.0, 4.0, 2.0])
+    assert pace.planned == [8, 4, 2]
+    pace.next_round([0.0] * 6)
+    assert pace.planned == [8, 4, 2], "nothing is known of a round without compute"
 
 
 @pytest.mark.parametrize(
@@ -459,18 +458,16 @@ def test_rounds_by_speed_make_the_most_steps_a_second(speeds: list[float], steps
 
 def test_the_pace_goes_by_the_steps_that_were_made() -> None:
     """In the warm-up of one step a round, and where a slow group makes one a pulse. Seen to catch: by those planned."""
-    exchange = local_sgd.LocalSGD(LocalSGD(local_steps=16, pulses=4, by_speed=True, warmup_tokens=100), NOMINAL)
-    exchange.groups, exchange._steps_of = 2, [16, 16]
+    group: Any = SimpleNamespace(count=2, base=0)
+    pace = Steps(LocalSGD(local_steps=16, pulses=4, by_speed=True), group, warmup_tokens=100)
     for _ in range(3):
-        exchange._compute_s = [1.0, 4.0]
-        exchange._set_pace()
-        assert exchange._steps_of == [16, 4]
-    exchange._base, exchange._compute_s = 100, [16.0, 4 * 16.0]
-    exchange._set_pace()
-    assert exchange._steps_of == [16, 1]
-    exchange._compute_s = [16.0, 16.0]
-    exchange._set_pace()
-    assert exchange._steps_of == [16, 4], "four steps were made, one a pulse"
+        pace.next_round([1.0, 4.0])
+        assert pace.planned == [16, 4]
+    group.base = 100
+    pace.next_round([16.0, 4 * 16.0])
+    assert pace.planned == [16, 1]
+    pace.next_round([16.0, 16.0])
+    assert pace.planned == [16, 4], "four steps were made, one a pulse"
 
 
 # ------------------------------------------------------------------ asks

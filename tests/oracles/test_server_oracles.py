@@ -62,7 +62,7 @@ def trail(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     push = Shard._push
 
     def pushing(self: Shard, letter: Any) -> None:
-        late = self.version - self._read[letter.sender]
+        late = self.version - self._seen[letter.sender].version
         push(self, letter)
         if self.rank == self.servers[0]:
             found.append((letter.sender, late, self.theta.clone()))

@@ -1,14 +1,15 @@
 """Codes of the coded wires: from rows of numbers to rows of bytes and back, many blocks at once.
 
-encode: [rows, n] to uint8 [rows, bytes], n a multiple of 8; the number of bytes is a function of n and the dtype alone.
-decode: the inverse, up to what the code leaves out; decoding the same bytes gives the same numbers on every rank.
-back(ranks): the code of the way back, for the sum of so many decoded rows.
+encode       from [rows, n] to uint8 [rows, bytes]. n is a multiple of 8, and the number of bytes is a function of n and
+             the dtype alone
+decode       the inverse, up to what the code leaves out. The same bytes give the same numbers on every rank
+back(ranks)  the code of the way back, for the sum of so many decoded rows
+exact        what is decoded is what was encoded: nothing is left out
+keeps_zeros  zeros stay zeros, so that the padding of the flat vector stays zero
 
-exact        decoded is what was encoded: nothing is left
-keeps_zeros  zeros stay zeros, so the map's padding stays empty without help
-
-What is not finite is decoded as something that is not finite, so the norm of the sum sees it. Scales and multiples
-are little-endian fp32 and ints, whatever the dtype of the gradients; top-k's values have that dtype.
+What is not finite is decoded as something that is not finite, so that the norm of the sum shows it. Scales and
+multiples are little-endian fp32 and integers, whatever the dtype of the gradients. The values of top-k have the
+gradients' dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch.nn.functional import pad
@@ -27,6 +28,8 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Codec(Protocol):
+    """What its words mean stands above."""
+
     exact: bool
     keeps_zeros: bool
 
@@ -37,15 +40,22 @@ class Codec(Protocol):
     def back(self, ranks: int) -> Codec: ...
 
 
+class TwoWay:
+    """A code that is used both ways, leaves something out and keeps zeros, as most do."""
+
+    exact = False
+    keeps_zeros = True
+
+    def back(self, ranks: int) -> Self:
+        return self
+
+
 @dataclass(frozen=True)
-class Cast:
+class CastCode(TwoWay):
     """Each number times `scale` in a shorter dtype; error at most 2^-11 (fp16) or 2^-8 (bf16) of it."""
 
     dtype: torch.dtype
     scale: float = 1.0  # a power of two, so that it costs no precision
-
-    exact = False
-    keeps_zeros = True
 
     def encode(self, u: torch.Tensor) -> torch.Tensor:
         return (u if self.scale == 1 else u * self.scale).to(self.dtype).view(torch.uint8)
@@ -54,26 +64,21 @@ class Cast:
         out = payload.view(self.dtype).to(dtype)
         return out if self.scale == 1 else out.mul_(1 / self.scale)
 
-    def back(self, ranks: int) -> Codec:
-        return self
-
 
 @dataclass(frozen=True)
-class Int8:
-    """Blocks of `block` numbers as multiples -127 .. 127 of the largest / 127; error at most that largest / 254.
+class Int8Code(TwoWay):
+    """Blocks of `block` numbers as multiples from -127 to 127 of their largest / 127. The error is at most their
+    largest / 254.
 
-    Bytes of a row: the scales in fp32, the multiples, zeros up to 8.
+    Bytes of a row: the scales in fp32, the multiples, and zeros up to a multiple of 8.
     """
 
     block: int
 
-    exact = False
-    keeps_zeros = True
-
     def encode(self, u: torch.Tensor) -> torch.Tensor:
         blocks = _blocks(u, self.block)
         scale = (blocks.abs().amax(2) / 127).float()
-        scale.masked_fill_(scale < SMALLEST, 0)  # else 1 / scale may be infinite; what is so small is left for later
+        scale.masked_fill_(scale < SMALLEST, 0)  # else 1 / scale may be infinite; such small numbers are left for later
         inverse = (1 / scale).masked_fill_(scale == 0, 0)
         steps = (blocks * inverse.unsqueeze(2)).round_().to(torch.int8)
         return _pack([scale, steps.view(len(u), -1)[:, : u.shape[1]]])
@@ -83,23 +88,20 @@ class Int8:
         scale, steps = payload[:, : 4 * count].view(torch.float32), payload[:, 4 * count : 4 * count + n]
         return _scale(steps.view(torch.int8).to(dtype), scale, self.block)
 
-    def back(self, ranks: int) -> Codec:
-        return self
-
 
 @dataclass(frozen=True)
-class Sign:
+class SignCode(TwoWay):
     """One bit a number, 1 for u >= 0, and a scale for each block of 1024: mean |u| (l1) or root mean square (l2).
 
-    A fixed block and not a tensor: cut anywhere it means the same, a block with zeros only (an embedding's rows that
-    no token used) stays zero, and its scale adds 3 % to the bits.
+    Scales are of fixed blocks and not of tensors. So a bucket may be cut anywhere, a block that has only zeros (rows of
+    an embedding that no token used) stays zero, and the scales add 3 % to the bits.
 
-    Bytes of a row: the scales in fp32, the bits, the first number in the lowest bit, zeros up to 8.
+    Bytes of a row: the scales in fp32, the bits with the first number in the lowest one, and zeros up to a multiple of
+    8.
     """
 
     norm: str
 
-    exact = False
     keeps_zeros = False
 
     def encode(self, u: torch.Tensor) -> torch.Tensor:
@@ -121,16 +123,13 @@ class Sign:
         signs = _signs(dtype, payload.device).index_select(0, bits.reshape(-1).int()).view(len(payload), n)
         return _scale(signs, scale, SIGN_BLOCK)
 
-    def back(self, ranks: int) -> Codec:
-        return self
-
 
 @dataclass(frozen=True)
-class TopK:
-    """Of each row the `share` that is largest by size (at least one number), exactly; what is not sent is 0.
+class TopKCode:
+    """Of each row the `share` of numbers that are largest by size (at least one), exactly; the others become 0.
 
-    Bytes of a row: values, their places as int32, zeros up to 8. Where that would not be less than the row as it is,
-    the row travels as it is.
+    Bytes of a row: the values, their places as int32, and zeros up to a multiple of 8. Where this would not be less
+    than the row as it is, the row travels as it is.
     """
 
     share: float
@@ -161,15 +160,16 @@ class TopK:
         middle = k * dtype.itemsize
         values, places = payload[:, :middle].view(dtype), payload[:, middle : middle + 4 * k].view(torch.int32)
         out = torch.zeros(len(payload), n, dtype=dtype, device=payload.device)
-        return out.scatter_add_(1, places.long(), values)  # added, because the filling of NonZero stands at place 0
+        return out.scatter_add_(1, places.long(), values)  # added, because the filling of NonZeroCode stands at place 0
 
     def back(self, ranks: int) -> Codec:
-        return NonZero(self.share, ranks)
+        return NonZeroCode(self.share, ranks)
 
 
 @dataclass(frozen=True)
-class NonZero(TopK):
-    """All that is not zero of a sum of `ranks` rows of TopK, filled up with zeros at place 0 to what it can be."""
+class NonZeroCode(TopKCode):
+    """All numbers that are not zero of a sum of `ranks` rows of TopKCode. Zeros at place 0 fill them up to as many as
+    there can be."""
 
     ranks: int
 
@@ -215,20 +215,20 @@ def _pack(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _whole(k: int, n: int, size: int) -> bool:
-    """Are k numbers of `size` bytes with their places no less than all n?"""
+    """Whether k numbers of `size` bytes and their places take no fewer bytes than all n numbers."""
     return k * (size + 4) >= n * size
 
 
 def _largest(sizes: torch.Tensor, k: int) -> torch.Tensor:
-    """Places of the k largest. Sorting out n numbers is slow (torch.topk: 5 ms for a million), so a sample says what is
-    surely too small, and only the rest is sorted out; where the sample was wrong, all are."""
+    """Places of the k largest. torch.topk is slow on many numbers (5 ms for a million), so a sample tells which numbers
+    are surely too small, and only the rest is sorted. Where the sample was wrong, all are sorted."""
     step = 64
     share = k / step
     rank = math.ceil(share + 4 * math.sqrt(share) + 4)
     sample = sizes[::step]
     if 2 * rank < len(sample):
         bound = sample.topk(rank, sorted=False).values.amin()
-        places = (sizes <= bound).logical_not_().nonzero().view(-1)  # what is not a number is large
+        places = (sizes <= bound).logical_not_().nonzero().view(-1)  # NaN counts as large
         if len(places) >= k:
             return places[sizes[places].topk(k, sorted=False).indices]
     return sizes.topk(k, sorted=False).indices

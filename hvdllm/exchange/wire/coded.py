@@ -6,21 +6,21 @@
     gather C(y); e_own = y - D(C(y))         # what the second leaves stays with the owner
     x = D(C(y))
 
-Invariant: two roundings whatever N, every rank decodes the same bytes, and nothing is lost: sum of all x + sum of e_i
-+ e_own = sum of all that came in (feedback.py says how it is weighed). `scatter` ends with y: no second rounding, no
-e_own. The rank's own piece is coded like the others.
+Invariant: there are two roundings whatever N is, every rank decodes the same bytes, and nothing is lost: the sum of all
+x, all e_i and e_own is the sum of all that came in (feedback.py says by which weights). `scatter` ends with y: there is
+no second rounding and no e_own. The rank's own piece is coded like the others.
 
-Bytes a rank: 2 (N-1)/N P b' with b' bytes an element: of fp32's 0.50 (16 bit), 0.254 (int8), 0.032 (sign). Memory: the
-residual (P), the owner's (P/N), and one chunk. Chunk k + 1 is encoded while chunk k travels. Alone (N = 1), before
-`warmup_tokens`, and for vectors where a code is too coarse for them, the sum is exact and takes what was kept along.
-More in hvdllm/exchange/wire/README.md, "The coded sum".
+Bytes a rank: 2 (N-1)/N P b' with b' bytes an element, which is 0.50 (16 bit), 0.254 (int8) or 0.032 (sign) of fp32's.
+Memory: the residual (P), that of the owner (P/N), and one chunk. Chunk k + 1 is encoded while chunk k travels. The sum
+is exact, and takes the residuals along, where a rank is alone (N = 1), before `warmup_tokens`, and for vectors where
+the code is too coarse for them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,23 +29,30 @@ from hvdllm.exchange.wire import codecs
 from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.feedback import Feedback, Kept, Launch, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work, scatter
+from hvdllm.flat import Flat
 from hvdllm.world.base import Flight, World
 
-# Where nothing of the model stands, a chunk each: indices into the rows of all pieces, and into rows of the own one.
-Padding = list[tuple[tuple[Any, ...], tuple[Any, ...]]]
-UNIT = 4096  # elements that a chunk of a piece is a multiple of: whole blocks of every code
+Part = tuple[slice, slice]  # a chunk of every piece: indices into rows of pieces
+Index = tuple[torch.Tensor | slice, ...]
+# Where no tensor of the model stands, for each chunk: indices into the rows of all pieces, and into rows of the own
+# one.
+Padding = list[tuple[Index, Index]]
+UNIT = 4096  # the elements of a chunk are a multiple of this, so that they are whole blocks of every code
+C = TypeVar("C", bound=wires.Coded)
 
 
-class Coded(Feedback):
-    coarse = False  # too coarse for vectors (biases, norms): their bucket is summed exactly
+class Coded(Feedback[C]):
+    """coarse: the code is too coarse for vectors (biases, norms), whose bucket is therefore summed exactly."""
 
-    def __init__(self, world: World, settings: Any, flat: Any, nominal: int, spans: Spans | None = None) -> None:
+    coarse = False
+
+    def __init__(self, world: World, settings: C, flat: Flat, nominal: int, spans: Spans | None = None) -> None:
         super().__init__(world, settings, flat, nominal, spans)
         self.padding: dict[int, Padding] = {}  # by bucket, for codes that would fill it
 
     @abstractmethod
     def code(self, committed: int) -> codecs.Codec | None:
-        """That of a round at so many committed tokens; None: the sum is exact."""
+        """The code of a round at so many committed tokens. None: the sum is exact."""
 
     def summing(self, key: str) -> Work:
         launch = self.launch(key)
@@ -61,12 +68,12 @@ class Coded(Feedback):
             return lambda x: scatter(self.world, self.spend(x, launch), launch.name).land()
         return lambda x: Travel(self, launch, code, x).scatter()
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: tuple[Any, ...]) -> torch.Tensor:
-        """What is to be coded of x[part], before the residual: a chunk of every piece."""
+    def feed(self, x: torch.Tensor, launch: Launch, part: Part) -> torch.Tensor:
+        """What of x[part] is to be coded, before the residual is added."""
         return x[part]
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: tuple[Any, ...]) -> None:
-        """left: what the first rounding left of that chunk."""
+    def sent(self, left: torch.Tensor, launch: Launch, part: Part) -> None:
+        """left: what the first rounding has left out of that chunk."""
 
     def _code(self, launch: Launch) -> codecs.Codec | None:
         if self.world.size == 1 or (self.coarse and not launch.bucket.span.decayed):
@@ -75,9 +82,10 @@ class Coded(Feedback):
 
 
 class Travel:
-    """One sum on its way. x: [elements of the bucket], in place; rows: one a rank's piece; cuts: chunks of a piece."""
+    """One sum on its way. x: [elements of the bucket], summed in place; rows: the same, with one row for the piece of
+    each rank; chunks: of a piece."""
 
-    def __init__(self, wire: Coded, launch: Launch, code: codecs.Codec, x: torch.Tensor) -> None:
+    def __init__(self, wire: Coded[Any], launch: Launch, code: codecs.Codec, x: torch.Tensor) -> None:
         self.wire, self.world, self.launch, self.x = wire, wire.world, launch, x
         self.code, self.back = code, code.back(wire.world.size)
         self.rows = x.view(self.world.size, -1)
@@ -86,7 +94,7 @@ class Travel:
         length = self.rows.shape[1]
         count = max(1, round(x.nbytes / (wire.settings.chunk_mb * 2**20)))
         step = -(-length // (count * UNIT)) * UNIT
-        self.cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+        self.chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
         if code.keeps_zeros:
             self.padding = None
         else:
@@ -98,10 +106,10 @@ class Travel:
             owner = of_bucket(self.wire.owner, self.launch.bucket.index, self.rows[0])
         there: list[Flight] = []
         home: list[Flight] = []
-        for k in range(len(self.cuts) + 2):
-            if k < len(self.cuts):
+        for k in range(len(self.chunks) + 2):
+            if k < len(self.chunks):
                 there.append(self._send(k))
-            if 0 < k <= len(self.cuts):
+            if 0 < k <= len(self.chunks):
                 home.append(self._answer(k - 1, self._add(k - 1, there.pop(0)), owner))
             if k > 1:
                 self._receive(k - 2, home.pop(0))
@@ -110,8 +118,8 @@ class Travel:
     def scatter(self) -> torch.Tensor:
         there: list[Flight] = []
         sums: list[torch.Tensor] = []
-        for k in range(len(self.cuts) + 1):
-            if k < len(self.cuts):
+        for k in range(len(self.chunks) + 1):
+            if k < len(self.chunks):
                 there.append(self._send(k))
             if k > 0:
                 sums.append(self._add(k - 1, there.pop(0)))
@@ -119,7 +127,7 @@ class Travel:
 
     # ------------------------------------------------------------------ stages of chunk k
     def _send(self, k: int) -> Flight:
-        part = (slice(None), self.cuts[k])
+        part = (slice(None), self.chunks[k])
         left = self.residual[part]
         u = torch.add(self.wire.feed(self.rows, self.launch, part), left, alpha=self.launch.factor)
         payload = self.code.encode(u)
@@ -128,6 +136,7 @@ class Travel:
         return self.world.alltoall(payload, f"{self.launch.name}.out.{k}")
 
     def _add(self, k: int, flight: Flight) -> torch.Tensor:
+        first: torch.Tensor
         first, *rest = self._decoded(self.code, flight.land(), k, own=True)
         for row in rest:
             first += row
@@ -135,19 +144,19 @@ class Travel:
 
     def _answer(self, k: int, y: torch.Tensor, owner: torch.Tensor | None) -> Flight:
         if owner is not None:
-            y.add_(owner[self.cuts[k]], alpha=self.launch.factor)
+            y.add_(owner[self.chunks[k]], alpha=self.launch.factor)
         payload = self.back.encode(y.unsqueeze(0))
         if owner is not None and self.launch.factor:
-            torch.sub(y, self._decoded(self.back, payload, k, own=True)[0], out=owner[self.cuts[k]])
+            torch.sub(y, self._decoded(self.back, payload, k, own=True)[0], out=owner[self.chunks[k]])
         return self.world.gather(payload, f"{self.launch.name}.back.{k}", equal=True)
 
     def _receive(self, k: int, flight: Flight) -> None:
-        self.rows[:, self.cuts[k]] = self._decoded(self.back, flight.land(), k, own=False)
+        self.rows[:, self.chunks[k]] = self._decoded(self.back, flight.land(), k, own=False)
 
     def _decoded(self, code: codecs.Codec, payload: torch.Tensor, k: int, own: bool) -> torch.Tensor:
-        """own: all rows are of this rank's piece; else row r is of piece r."""
-        cut = self.cuts[k]
-        out = code.decode(payload, cut.stop - cut.start, self.x.dtype)
+        """own: all rows are of this rank's piece; otherwise row r is of piece r."""
+        chunk = self.chunks[k]
+        out = code.decode(payload, chunk.stop - chunk.start, self.x.dtype)
         if self.padding is not None:
             out[self.padding[k][own]] = 0
         return out
@@ -159,47 +168,52 @@ class Travel:
             empty[place] = False
         empty = torch.cat([empty[span.start : span.stop] for span in self.wire.spans(self.launch.bucket)]).view(rows)
         own = empty[self.world.rank]
-        return [(empty[:, cut].nonzero(as_tuple=True), (slice(None), own[cut].nonzero().view(-1))) for cut in self.cuts]
+        return [
+            (empty[:, chunk].nonzero(as_tuple=True), (slice(None), own[chunk].nonzero().view(-1)))
+            for chunk in self.chunks
+        ]
 
 
 # ------------------------------------------------------------------ the wires
-class Fp16(Coded):
-    """Sums over tokens pass 65504 on their own: they are scaled by 2^10 / nominal (rounded up to a power of two) before
-    the cast, in fp32. From mean gradients of 64 on they become infinite, and the run stops on the norm."""
+class Fp16Wire(Coded[wires.Fp16]):
+    """Sums over tokens easily pass 65504, so they are scaled by 2^10 / nominal (rounded up to a power of two) in fp32
+    before the cast. From mean gradients of 64 on they become infinite, and the run stops on the norm."""
 
     def code(self, committed: int) -> codecs.Codec:
-        return codecs.Cast(torch.float16, 2.0 ** (10 - math.ceil(math.log2(self.nominal))))
+        return codecs.CastCode(torch.float16, 2.0 ** (10 - math.ceil(math.log2(self.nominal))))
 
 
-class Bf16(Coded):
+class Bf16Wire(Coded[wires.Bf16]):
     def code(self, committed: int) -> codecs.Codec:
-        return codecs.Cast(torch.bfloat16)
+        return codecs.CastCode(torch.bfloat16)
 
 
-class Int8(Coded):
+class Int8Wire(Coded[wires.Int8]):
     def code(self, committed: int) -> codecs.Codec:
-        return codecs.Int8(self.settings.block)
+        return codecs.Int8Code(self.settings.block)
 
 
-class Sign(Coded):
+class SignWire(Coded[wires.Sign]):
     coarse = rough = True
 
     def code(self, committed: int) -> codecs.Codec | None:
-        return None if committed < self.settings.warmup_tokens else codecs.Sign(self.settings.scale)
+        return None if committed < self.settings.warmup_tokens else codecs.SignCode(self.settings.scale)
 
 
-class TopK(Coded):
-    """Deep Gradient Compression (Lin et al., 2018, arXiv 1712.01887) by pieces: of each piece and chunk the k largest.
+class TopKWire(Coded[wires.TopK]):
+    """Deep Gradient Compression (Lin et al., 2018, arXiv 1712.01887) by pieces: the k largest of each piece and chunk.
 
-    With momentum mu, each rank chooses from its velocity: v_i = mu v_i + x_i; u_i = v_i + e_i; where all of u_i was
-    sent, v_i starts anew (factor masking). The velocity, P elements more, is one more summed vector; it is no residual
-    and is not weighed. Vectors travel whole, as the sum of velocities that are never masked; alone (N = 1) all does.
-    The owner's sum has at most N k numbers, so its way back is exact.
+    With momentum mu each rank chooses from its velocity: v_i = mu v_i + x_i; u_i = v_i + e_i. Where all of u_i was
+    sent, v_i starts anew (factor masking). The velocity, P elements more, is one more summed vector; it is no residual,
+    and its weight is never adapted. Vectors (biases, norms) travel whole, as the sum of velocities that are never
+    masked; alone (N = 1) everything does. The sum of an owner has at most N k numbers, so its way back is exact.
     """
 
     coarse = rough = True
 
-    def __init__(self, world: World, settings: wires.TopK, flat: Any, nominal: int, spans: Spans | None = None) -> None:
+    def __init__(
+        self, world: World, settings: wires.TopK, flat: Flat, nominal: int, spans: Spans | None = None
+    ) -> None:
         super().__init__(world, settings, flat, nominal, spans)
         if not 0 < settings.density <= 1:
             raise UserError(f"wire.density={settings.density} must lie between 0 and 1")
@@ -211,27 +225,27 @@ class TopK(Coded):
         return {**super().kept(), "velocity": self.velocity}
 
     def density(self, committed: int) -> float:
-        """Falls in four equal steps of the warm-up by equal factors from 25 %, so that it stands still within one."""
+        """The warm-up has four equal parts. From one to the next the density falls by the same factor, from 25 %."""
         least = self.settings.density
         if committed >= self.settings.warmup_tokens:
             return least
         done = math.floor(4 * committed / self.settings.warmup_tokens) / 4
-        return max(least, 0.25 * (least / 0.25) ** done)
+        return max(least, float(0.25 * (least / 0.25) ** done))
 
     def code(self, committed: int) -> codecs.Codec:
-        return codecs.TopK(self.density(committed))
+        return codecs.TopKCode(self.density(committed))
 
     def spend(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
         if self.settings.momentum:
             x.copy_(self._speed(x, launch).mul_(self.settings.momentum).add_(x))
         return super().spend(x, launch)
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: tuple[Any, ...]) -> torch.Tensor:
+    def feed(self, x: torch.Tensor, launch: Launch, part: Part) -> torch.Tensor:
         if not self.settings.momentum:
             return x[part]
         return self._speed(x, launch)[part].mul_(self.settings.momentum).add_(x[part])
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: tuple[Any, ...]) -> None:
+    def sent(self, left: torch.Tensor, launch: Launch, part: Part) -> None:
         if self.settings.momentum:
             self.velocity[launch.bucket.index].view(self.world.size, -1)[part].mul_(left != 0)
 

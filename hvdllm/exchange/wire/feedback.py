@@ -1,20 +1,22 @@
 """What lossy wires have in common: they keep what they leave out, and add it to the next sum.
 
-Invariant, whatever the code: sum of all that was decoded + sum over ranks of what they keep = sum of all that came in,
-each weighed by `weight` of its round (rate / nominal tokens). So x_0 - sum of weight * G over the rounds is x_T - the
-last weight * all residuals, exactly for plain descent; for Adam up to its own normalisation. (Error feedback: 1-bit
-SGD, Seide et al., 2014; Karimireddy et al., 2019, arXiv 1901.09847.)
+Invariant, whatever the code: the sum of all that was decoded and of what all ranks keep is the sum of all that came in,
+where each round counts by its `weight` (rate / nominal tokens). So x_0 - the sum of weight * G over the rounds is x_T -
+the last weight * all residuals. This is exact for plain descent, and holds for Adam up to its own normalisation. (Error
+feedback: 1-bit SGD, Seide et al., 2014; Karimireddy et al., 2019, arXiv 1901.09847.)
 
-Bound: a weight counts for at least a tenth of the largest one so far. A schedule that falls to nothing would otherwise
-multiply what is kept by old over new rate without end, and the decoded sum, which clipping and `grad_norm` see, would
-consist of old residuals. Below that tenth a residual counts as it is, so that the invariant holds for plain descent at
-the bounded weight.
+Bound: a weight counts for at least a tenth of the largest one so far. When a schedule falls to nothing, what is kept
+would otherwise be multiplied by the old over the new rate without end, and the decoded sum, which clipping and
+`grad_norm` see, would consist of old residuals. Below that tenth a residual counts as it is, so the invariant holds for
+plain descent at the bounded weight.
 
-State, in the gradients' dtype: residual, what this rank left out of a bucket; owner, what the owner of a piece left out
-of its sum (coded wires only). A residual that is not finite stays so, but so is the sum that it was left from: the run
-has stopped with NotFinite before anybody could meet it.
+State, in the gradients' dtype:
+    residual  what this rank has left out of a bucket
+    owner     what the owner of a piece has left out of its sum (coded wires only)
+A residual that is not finite stays so, but the sum that it was left from was not finite either: the run has stopped
+with NotFinite before anybody could use it.
 
-A flight has several stages, so it is walked on the driver thread; what the loop changes meanwhile (committed tokens,
+A flight has several stages, so it is walked on the driver thread. What the loop changes meanwhile (committed tokens,
 weight) is fixed at the launch.
 """
 
@@ -22,12 +24,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from hvdllm.exchange.base import Spanned
-from hvdllm.exchange.wire.plain import Spans, Staged, Work
+from hvdllm.exchange.base import Spanned, Values
+from hvdllm.exchange.wire.plain import Spans, Staged, W, Work
+from hvdllm.flat import Bucket, Flat, Span
 from hvdllm.world.base import World
 
 LEAST = 0.1  # of the largest weight so far: none counts for less
@@ -37,19 +39,24 @@ Kept = dict[int, torch.Tensor]  # by bucket
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch fixes. factor: what a residual is multiplied with to be worth as much as before; 0 where the round
-    has no weight: then nothing that is kept is spent on it, and nothing of it is kept."""
+    """What a launch fixes.
 
-    bucket: Any
+    factor: a residual is multiplied by it, so that it moves the weights as far as it would have done before. It is 0
+      where the round has no weight: such a round neither uses up a residual nor leaves one
+    """
+
+    bucket: Bucket
     name: str
     factor: float
     committed: int
 
 
-class Feedback(Staged, ABC):
-    """spans: what of a bucket arrives here, in order, where that is not all of it."""
+class Feedback(Staged[W], ABC):
+    """spans: what of a bucket arrives here, in order, where this is not all of it."""
 
-    def __init__(self, world: World, settings: Any, flat: Any, nominal: int, spans: Spans | None = None) -> None:
+    settings: W
+
+    def __init__(self, world: World, settings: W, flat: Flat, nominal: int, spans: Spans | None = None) -> None:
         super().__init__(world)
         self.settings, self.flat, self.nominal = settings, flat, nominal
         self.spans: Spans = spans or (lambda bucket: [bucket.span])
@@ -79,7 +86,7 @@ class Feedback(Staged, ABC):
         return Launch(bucket, self.name(key), factor, self.committed)
 
     def spend(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
-        """x and all that was kept for it: a sum that is exact leaves nothing."""
+        """x and all that was kept for it, for a sum that is exact and leaves nothing."""
         if launch.factor == 0:
             return x
         index = launch.bucket.index
@@ -91,32 +98,32 @@ class Feedback(Staged, ABC):
 
     # ------------------------------------------------------------------ checkpoint
     def kept(self) -> dict[str, Kept]:
-        """Vectors over what arrives here, whose sum over ranks counts; the owner's apart."""
+        """Vectors over what arrives here of which only the sum over ranks counts, but for those of owners."""
         return {"residual": self.residual}
 
-    def own(self, bucket: Any) -> list[Any]:
+    def own(self, bucket: Bucket) -> list[Span]:
         """Spans of this rank's piece of what arrives here."""
         spans = self.spans(bucket)
         size = sum(span.stop - span.start for span in spans) // self.world.size
         first, last = size * self.world.rank, size * (self.world.rank + 1)
-        cut, offset = [], 0
+        own, offset = [], 0
         for span in spans:
             start, stop = max(first - offset, 0), min(last - offset, span.stop - span.start)
             if start < stop:
-                cut.append(span._replace(start=span.start + start, stop=span.start + stop))
+                own.append(span._replace(start=span.start + start, stop=span.start + stop))
             offset += span.stop - span.start
-        return cut
+        return own
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
+    def state(self) -> tuple[Values, dict[str, Spanned], dict[str, torch.Tensor]]:
         summed = {name: self._spanned(kept, self.spans) for name, kept in self.kept().items() if kept}
         if self.owner:
             summed["owner"] = self._spanned(self.owner, self.own)
         worth = {str(index): worth for index, worth in self.worth.items()}
         return {"worth": worth, "largest": self.largest}, summed, {}
 
-    def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-        """What the owner's vector holds outside the pieces that this rank owns now (nothing, at the same world size)
-        joins its residual."""
+    def load(self, shared: Values, summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+        """What the owner's vector holds outside the pieces that this rank owns now is added to its residual; at the
+        same world size there is nothing."""
         self.worth = {int(index): worth for index, worth in shared["worth"].items()}
         self.largest = shared.get("largest", max(self.worth.values(), default=0.0))  # an older version had no bound
         for kept in (*self.kept().values(), self.owner):
@@ -137,7 +144,7 @@ class Feedback(Staged, ABC):
         buckets = [bucket for bucket in self.flat.buckets if bucket.index in kept]
         return [s for bucket in buckets for s in spans(bucket)], torch.cat([kept[bucket.index] for bucket in buckets])
 
-    def _keep(self, kept: Kept, bucket: Any, values: torch.Tensor) -> None:
+    def _keep(self, kept: Kept, bucket: Bucket, values: torch.Tensor) -> None:
         if values.any():
             values = values.to(self.flat.x.device)
             kept[bucket.index] = kept[bucket.index] + values if bucket.index in kept else values
@@ -150,5 +157,5 @@ def of_bucket(kept: Kept, index: int, like: torch.Tensor) -> torch.Tensor:
     return kept[index]
 
 
-def _read(vector: torch.Tensor, spans: list[Any]) -> torch.Tensor:
+def _read(vector: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     return torch.cat([vector[span.start : span.stop] for span in spans])

@@ -6,14 +6,14 @@ Ranks are numbered host by host, L on each of H: rank = host * L + place. With x
     [H, k]:    cross sum through the inner wire, over the ranks of equal place
     [L, H, k]: local gather, and back to [H, L, k]
 
-Invariant: the flat sum, up to its order (and the inner wire's code); `scatter` ends at the inner scatter with [k], the
-piece of this rank as everywhere; `spread` is the way back from there. Bytes over the slow link in a sum: 2 (H-1)/H
-P/L b' a rank, so 2 (H-1)/H P b' a host, where a flat ring laid host by host sends 2 (N-1)/N P b. The inner wire sees H
-ranks and [H, k]: its residuals are P/L, those of this rank's place.
+Invariant: it is the sum over all ranks, up to its order and the inner wire's code. `scatter` ends at the inner scatter
+with [k], the piece of this rank as everywhere, and `spread` is the way back from there. Bytes over the slow link in a
+sum: 2 (H-1)/H P/L b' a rank, that is 2 (H-1)/H P b' a host, where one ring that is laid host by host sends 2 (N-1)/N P
+b. The inner wire has H ranks and [H, k], so its residuals are P/L, those of this rank's place.
 
-At the checkpoint they are spans of the map. On load each host adds up what its ranks were given and hands it to the
-ranks of the place: nothing moves at the same world size, and at another rank 0's total finds its owners.
-More in hvdllm/exchange/wire/README.md, "Two levels".
+In a checkpoint these are spans of the flat vector. When it is loaded, each host adds up what its ranks were given and
+hands it to the ranks of the place. At the same world size nothing moves; at another one the total, which rank 0 was
+given, finds its owners.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from typing import Any
 import torch
 
 from hvdllm.errors import UserError
-from hvdllm.exchange.base import Spanned
+from hvdllm.exchange.base import Spanned, Values
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.plain import Plain, Staged, Work, gather, scatter
+from hvdllm.flat import Bucket, Flat, Span
 from hvdllm.world.base import Flight, World
 
 
-class Hierarchical(Staged):
+class Hierarchical(Staged[wires.Wire]):
     """kind: of the inner wire."""
 
-    def __init__(self, world: World, settings: Any, flat: Any, nominal: int, kind: type[Plain]) -> None:
+    def __init__(self, world: World, settings: wires.Wire, flat: Flat, nominal: int, kind: type[Plain[Any]]) -> None:
         super().__init__(world)
         self.rough = kind.rough
         self.flat = flat
@@ -79,17 +81,17 @@ class Hierarchical(Staged):
         return joined.view(self.places, self.hosts, -1).transpose(0, 1)
 
     # ------------------------------------------------------------------ checkpoint
-    def _spans(self, bucket: Any) -> list[Any]:
+    def _spans(self, bucket: Bucket) -> list[Span]:
         """What of a bucket arrives at the inner wire."""
         start, stop, place = bucket.span.start, bucket.span.stop, self.local.rank
         k = (stop - start) // self.world.size
         begins = [start + (host * self.places + place) * k for host in range(self.hosts)]
         return [bucket.span._replace(start=begin, stop=begin + k) for begin in begins]
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
+    def state(self) -> tuple[Values, dict[str, Spanned], dict[str, torch.Tensor]]:
         return self.inner.state()
 
-    def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, shared: Values, summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
         """Collective: the same kinds of vectors on all ranks."""
         given = {kind: self._hand_out(kind, vector) for kind, vector in sorted(summed.items())}
         self.inner.load(shared, given, tensors)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from hvdllm.registry import HOROVOD, LETTERS, PIECES, SUMS, TORCH, WireFacts, name_of, of, part
 from hvdllm.settings import Settings, Setup, setting
 
+CUT = frozenset({SUMS, PIECES})  # whole sums, and slices of them
+
 
 @dataclass
 class Wire(Settings):
@@ -23,7 +25,7 @@ class Wire(Settings):
     "wire",
     "fp32",
     "hvdllm.exchange.wire.plain:Plain",
-    WireFacts(carries=frozenset({SUMS, PIECES, LETTERS, TORCH, HOROVOD}), exact=True),
+    WireFacts(CUT | {LETTERS, TORCH, HOROVOD}, exact=True),
 )
 @dataclass
 class Fp32(Wire):
@@ -43,20 +45,22 @@ class Coded(Wire):
     )
 
 
-@part("wire", "fp16", "hvdllm.exchange.wire.coded:Fp16", WireFacts(carries=frozenset({SUMS, PIECES, TORCH, HOROVOD})))
+@part(
+    "wire", "fp16", "hvdllm.exchange.wire.coded:Fp16Wire", WireFacts(carries=frozenset({SUMS, PIECES, TORCH, HOROVOD}))
+)
 @dataclass
 class Fp16(Coded):
     """Half the bytes, 11 bits of precision. Sums are scaled to the middle of its range by the tokens of a batch: mean
     gradients from 1e-6 to 16 keep their precision; from 64 on they overflow, which stops the run with a sentence."""
 
 
-@part("wire", "bf16", "hvdllm.exchange.wire.coded:Bf16", WireFacts(carries=frozenset({SUMS, PIECES, TORCH})))
+@part("wire", "bf16", "hvdllm.exchange.wire.coded:Bf16Wire", WireFacts(CUT | {TORCH}))
 @dataclass
 class Bf16(Coded):
     """Half the bytes, 8 bits of precision, the range of fp32: nothing to scale, nothing overflows."""
 
 
-@part("wire", "int8", "hvdllm.exchange.wire.coded:Int8", WireFacts(carries=frozenset({SUMS, PIECES})))
+@part("wire", "int8", "hvdllm.exchange.wire.coded:Int8Wire", WireFacts(CUT))
 @dataclass
 class Int8(Coded):
     """A quarter of the bytes: each block of elements as 8-bit multiples of its largest / 127."""
@@ -69,7 +73,7 @@ class Int8(Coded):
     )
 
 
-@part("wire", "topk", "hvdllm.exchange.wire.coded:TopK", WireFacts(carries=frozenset({SUMS, PIECES})))
+@part("wire", "topk", "hvdllm.exchange.wire.coded:TopKWire", WireFacts(CUT))
 @dataclass
 class TopK(Coded):
     """Only the largest elements of each piece travel, the rest adds up until it is large (Deep Gradient Compression,
@@ -114,7 +118,7 @@ class TopK(Coded):
         return None
 
 
-@part("wire", "sign", "hvdllm.exchange.wire.coded:Sign", WireFacts(carries=frozenset({SUMS, PIECES}), signs=True))
+@part("wire", "sign", "hvdllm.exchange.wire.coded:SignWire", WireFacts(CUT, signs=True))
 @dataclass
 class Sign(Coded):
     """One bit an element and a scale of 4 bytes for each 1024, of the gradients' sum (1-bit SGD, Seide et al., 2014).
@@ -154,8 +158,8 @@ class Sign(Coded):
 @part(
     "wire",
     "powersgd",
-    "hvdllm.exchange.wire.powersgd:PowerSGD",
-    WireFacts(carries=frozenset({SUMS, TORCH}), hooked=True),
+    "hvdllm.exchange.wire.powersgd:PowerSGDWire",
+    WireFacts(frozenset({SUMS, TORCH}), hooked=True),
 )
 @dataclass
 class PowerSGD(Wire):

@@ -5,33 +5,36 @@
     Q_i = M_i' P;  Q = sum_i Q_i          # one sum; Q is kept and is where the next round starts
     x = P Q';  e_i = M_i - P Q_i'
 
-Invariant: x is the projection of sum_i M_i on the span of (sum_i M_i) Q, exact where its rank is at most r; x + sum_i
-e_i = sum_i M_i, because x is linear in Q (the residual needs no third sum). On a constant M the span tends to the best
-of rank r. All ranks orthogonalise the same numbers themselves: replicas are bit-equal on equal processors.
+Invariant: x is the projection of sum_i M_i on the span of (sum_i M_i) Q, and exact where the rank of the sum is at most
+r. Since x is linear in Q, x + sum_i e_i = sum_i M_i, and the residual needs no third sum. On a constant M the span
+tends to the best one of rank r. All ranks orthogonalise the same numbers themselves, so that replicas are bit-equal on
+equal processors.
 
-What would shrink by less than min_compression travels as it is, and so does everything before warmup_tokens. Bytes a
-rank: two sums of r (rows + columns) elements a matrix. State: residual (P elements a rank), Q (equal on all ranks; from
-a fixed seed at first). The orthogonal factor is Householder's, so a matrix that is zero or of low rank does no harm.
-More in hvdllm/exchange/wire/README.md, `powersgd`.
+A matrix that would shrink by less than min_compression travels as it is, and so does everything before warmup_tokens.
+Bytes a rank: two sums of r (rows + columns) elements a matrix. State: the residual (P elements a rank) and Q, which is
+equal on all ranks and comes from a fixed seed at first. The orthogonal factor is Householder's, so that a matrix that
+is zero or of low rank does no harm.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hvdllm.errors import UserError
-from hvdllm.exchange.base import Spanned
+from hvdllm.exchange.base import Spanned, Values
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.feedback import Feedback, Launch, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work
+from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
 
-class PowerSGD(Feedback):
+class PowerSGDWire(Feedback[wires.PowerSGD]):
     rough = True
 
-    def __init__(self, world: World, settings: Any, flat: Any, nominal: int, spans: Spans | None = None) -> None:
+    def __init__(
+        self, world: World, settings: wires.PowerSGD, flat: Flat, nominal: int, spans: Spans | None = None
+    ) -> None:
         if spans is not None:
             raise UserError("wire=powersgd needs whole matrices: set wire.hierarchical=false, or choose another wire")
         super().__init__(world, settings, flat, nominal)
@@ -86,11 +89,11 @@ class PowerSGD(Feedback):
         return x[place.start - start : place.stop - start].view(len(self.flat.parameters[name]), -1)
 
     # ------------------------------------------------------------------ checkpoint
-    def state(self) -> tuple[dict[str, Any], dict[str, Spanned], dict[str, torch.Tensor]]:
+    def state(self) -> tuple[Values, dict[str, Spanned], dict[str, torch.Tensor]]:
         shared, summed, _ = super().state()
         return shared, summed, {f"q.{name}": q.clone() for name, q in self.q.items()}
 
-    def load(self, shared: dict[str, Any], summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, shared: Values, summed: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
         super().load(shared, summed, tensors)
         for name, q in self.q.items():
             q.copy_(tensors[f"q.{name}"])
@@ -101,5 +104,5 @@ class _Joined:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        pieces = self.vector.split([tensor.numel() for tensor in tensors])
+        pieces = torch.split(self.vector, [tensor.numel() for tensor in tensors])
         self.parts = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -10,12 +10,12 @@ from hvdllm.exchange.wire import codecs
 
 N = 4096 + 1288  # short last blocks of 256 and 1024
 CODES = {
-    "fp16": (codecs.Cast(torch.float16, 2.0**-5), 4.0**-11, 1e-7),
-    "bf16": (codecs.Cast(torch.bfloat16), 4.0**-8, 0),
-    "int8": (codecs.Int8(256), 256 / 4 / 127**2, 0),
-    "sign": (codecs.Sign("l1"), 1 - 1 / 1024, 0),
-    "topk": (codecs.TopK(0.02), 1 - 108 / N, 0),
-    "int8-odd": (codecs.Int8(100), 100 / 4 / 127**2, 0),
+    "fp16": (codecs.CastCode(torch.float16, 2.0**-5), 4.0**-11, 1e-7),
+    "bf16": (codecs.CastCode(torch.bfloat16), 4.0**-8, 0),
+    "int8": (codecs.Int8Code(256), 256 / 4 / 127**2, 0),
+    "sign": (codecs.SignCode("l1"), 1 - 1 / 1024, 0),
+    "topk": (codecs.TopKCode(0.02), 1 - 108 / N, 0),
+    "int8-odd": (codecs.Int8Code(100), 100 / 4 / 127**2, 0),
 }
 
 
@@ -49,7 +49,7 @@ def test_decoding_brings_every_row_nearer(name: str, kind: str, dtype: torch.dty
 
 def test_the_norm_of_l2_overshoots_spikes() -> None:
     u = rows("spikes")[:, :1024]
-    l1, l2 = (codecs.Sign(norm).decode(codecs.Sign(norm).encode(u), 1024, u.dtype) for norm in ("l1", "l2"))
+    l1, l2 = (codecs.SignCode(norm).decode(codecs.SignCode(norm).encode(u), 1024, u.dtype) for norm in ("l1", "l2"))
     assert torch.allclose(l2.norm(dim=1), u.norm(dim=1)) and ((u - l2).norm(dim=1) > u.norm(dim=1)).all()
     assert ((u - l1).norm(dim=1) < u.norm(dim=1)).all()
 
@@ -58,15 +58,15 @@ def test_the_norm_of_l2_overshoots_spikes() -> None:
 def test_zero_is_positive(value: float) -> None:
     u = torch.full((1, 1024), value)
     u[0, 0] = -1024.0
-    got = codecs.Sign("l1").decode(codecs.Sign("l1").encode(u), 1024, u.dtype)
+    got = codecs.SignCode("l1").decode(codecs.SignCode("l1").encode(u), 1024, u.dtype)
     assert got[0, 0] == -1 and (got[0, 1:] == 1).all()
 
 
 def test_values_too_small_for_a_scale_are_left() -> None:
     u = torch.full((1, 512), 1e-37)  # 1 / (1e-37 / 127) is infinite in fp32
     u[0, 300] = 1.0
-    payload = codecs.Int8(256).encode(u)
-    got = codecs.Int8(256).decode(payload, 512, u.dtype)
+    payload = codecs.Int8Code(256).encode(u)
+    got = codecs.Int8Code(256).decode(payload, 512, u.dtype)
     assert got[0, 300] == 1 and got.count_nonzero() == 1 and payload[0, :4].view(torch.float32) == 0
 
 
@@ -87,7 +87,7 @@ def test_the_largest_are_the_largest(kind: str) -> None:
 
 
 def test_the_way_back_of_the_largest_carries_all_there_is() -> None:
-    code: Any = codecs.TopK(0.02)
+    code: Any = codecs.TopKCode(0.02)
     u = rows("normal")
     u[:, 0] = 9  # where the filling stands
     decoded = code.decode(code.encode(u), N, torch.float64)
@@ -95,5 +95,5 @@ def test_the_way_back_of_the_largest_carries_all_there_is() -> None:
     payload = back.encode(total)
     assert torch.equal(back.decode(payload, N, torch.float64), total) and payload.shape[1] == 3 * 108 * 12
     assert torch.equal(back.decode(back.encode(total * 0), N, torch.float64), total * 0)
-    wide = codecs.TopK(0.3)
+    wide = codecs.TopKCode(0.3)
     assert wide.back(3).encode(total).shape[1] == N * 8  # not more than the row as it is
