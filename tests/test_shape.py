@@ -7,7 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "hvdllm"
 MOST = 15
-MORE = {"text/stream.py:Stream", "trainer/due.py:Due"}  # classes that still have more; this set only becomes smaller
 
 
 def attributes(cls: ast.ClassDef) -> set[str]:
@@ -22,7 +21,7 @@ def test_no_class_has_more_than_fifteen_attributes() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and len(attributes(node)) > MOST:
                 found.add(f"{path.relative_to(ROOT).as_posix()}:{node.name}")
-    assert found == MORE
+    assert not found
 
 
 def test_every_form_of_an_assignment_counts() -> None:

@@ -341,9 +341,6 @@ class Exchange(Protocol):
         steps: how many steps that optimizer has made
         """
 
-    def period(self) -> int:
-        """Global batches from one mark to the next, at least."""
-
     def feed(self, stream: Stream) -> Iterator[Batch]:
         """Endless micro-batches; hooks are armed before each forward. Raises NotFinite in the round after a bad one."""
 

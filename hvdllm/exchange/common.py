@@ -46,8 +46,5 @@ class Common(Generic[S]):
     def between(self, world: World) -> World:
         return world
 
-    def period(self) -> int:
-        return 1
-
     def disarm(self) -> None:
         """There are no hooks."""

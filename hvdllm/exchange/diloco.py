@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Steps, Together, period
+from hvdllm.exchange.local_rounds import Steps, Together
 from hvdllm.exchange.outer import Nesterov
 
 
@@ -33,6 +33,3 @@ class DiLoCo(LocalSteps[exchanges.DiLoCo]):
 
     def meetings(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)
-
-    def period(self) -> int:
-        return period(self.settings.local_steps, self.settings.pulses)

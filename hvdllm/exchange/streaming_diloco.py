@@ -133,9 +133,6 @@ class StreamingDiLoCo(LocalSteps[exchanges.StreamingDiLoCo]):
     def meetings(self, replica: Replica) -> Meetings:
         return InParts(replica, self.settings)
 
-    def period(self) -> int:
-        return -(-self.settings.local_steps // self.settings.fragments)
-
     def divide(self, flat: Flat) -> list[Fragment]:
         """Neighbouring buckets, so that the parts are about equally large."""
         count, buckets = self.settings.fragments, flat.buckets

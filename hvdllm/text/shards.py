@@ -21,13 +21,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.text import overlap
 from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
 from hvdllm.text.parts import Text
@@ -152,7 +152,7 @@ def prepare(
     return _open(folder, text, say, whole)
 
 
-def _key(recipe: dict[str, Any]) -> str:
+def _key(recipe: Json) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
@@ -182,7 +182,7 @@ def _data_hash(tokenizer: str, heads: list[Shard]) -> str:
     return hashlib.sha256(" ".join([tokenizer, *(head.content for head in heads)]).encode()).hexdigest()
 
 
-def _recipe(text: Text) -> dict[str, Any]:
+def _recipe(text: Text) -> Json:
     """Everything that shapes the tokens, as plain values for JSON."""
     training, validation = sources(text)
     settings = dataclasses.asdict(text)

@@ -28,7 +28,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from hvdllm import device as devices
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.text.clients import Clients, frozen
+from hvdllm.text.lanes import Lanes
 
 T = TypeVar("T")
 
@@ -54,6 +56,24 @@ def deal(count: int, rank: int, size: int) -> tuple[int, int]:
 def permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the windows in an epoch, int64 [windows]."""
     return frozen(np.random.SeedSequence([seed, epoch])).permutation(windows)
+
+
+class Shuffled:
+    """The windows of a text, in an order of their own in each epoch.
+
+    Attributes: windows, a view [windows, context + 1] of which nothing is read yet.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, seed: int) -> None:
+        self.tokens, self.context, self.seed = tokens, context, seed
+        self.windows = sliding_window_view(tokens, context + 1)[::context]
+        # A round touches at most two epochs, since windows >= batch. Lanes may be a little apart.
+        self._order = lru_cache(maxsize=3)(lambda epoch: permutation(count_windows(tokens, context), seed, epoch))
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The windows at these positions in the order of the epochs, as rows of `windows`."""
+        epochs, places = np.divmod(positions, count_windows(self.tokens, self.context))
+        return np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
 
 class Stream:
@@ -99,20 +119,14 @@ class Stream:
                 f"{batch} that one batch takes: give more text, or lower batch_tokens or model.context"
             )
         self.batch, self.micro_batch = batch, micro_batch
-        self.rank, self.size, self.seed, self.end = rank, size, seed, end
+        self.rank, self.size, self.end = rank, size, end
         self.device, self.ahead = device, ahead
         self.position = 0  # windows handed out to all ranks
         self.waited_s = 0.0
-        self._tokens = tokens
         self._federation: tuple[tuple[int, float | None], Federation] | None = None
-        self._windows = sliding_window_view(tokens, context + 1)[::context]  # a view: nothing is read yet
-        # A round touches at most two epochs, since windows >= batch. Lanes may be a little apart.
-        self._order = lru_cache(maxsize=3)(lambda epoch: permutation(self.windows, seed, epoch))
+        self._text = Shuffled(tokens, context, seed)
         self._pool: ThreadPoolExecutor | None = None
-        self._lanes: dict[int, int] = {}  # lane: how many of its windows were handed out
-        self._rest: list[int] = []  # positions that come before the lanes, dealt to them in turn
-        self._from = 0  # each lane goes on from this place of its own once its part of the rest is done
-        self._walked: list[int] = []
+        self._lanes = Lanes()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def share(self, round: int, parts: int = 1) -> list[Batch]:
@@ -162,8 +176,8 @@ class Stream:
         several lanes and takes the next micro-batch from the one that is least far on. Windows that were read ahead and
         not handed out do not count as taken.
         """
-        each = max(1, min(self.micro_batch, most // (self._windows.shape[1] - 1)))
-        for lane, at, loaded in self._walk(index, of, each, self._places):
+        each = max(1, min(self.micro_batch, most // (self._text.context)))
+        for lane, at, loaded in self._walk(index, of, each, self._lanes.positions):
             (batch,) = self._arrive(loaded, at)
             batch.index = lane  # with the place in the lane it seeds the dropout
             yield batch
@@ -179,7 +193,7 @@ class Stream:
         the text.
         """
         if self._federation is None or self._federation[0] != (count, alpha):
-            clients = Clients(self._tokens, self._windows.shape[1] - 1, self.end, count, alpha, self.seed)
+            clients = Clients(self._text.tokens, self._text.context, self.end, count, alpha, self._text.seed)
             self._federation = (count, alpha), Federation(self, clients)
         return self._federation[1]
 
@@ -190,11 +204,8 @@ class Stream:
 
         rows(lane, place, count) gives the positions of those that this rank loads.
         """
-        if len(self._lanes) < of:
-            self._add_lanes(of)
-        mine = [lane for lane in self._lanes if lane % of == index]
-        planned = {lane: self._lanes[lane] for lane in mine}
-        self._walked = mine
+        mine = self._lanes.of_walker(index, of)
+        planned = {lane: self._lanes.taken[lane] for lane in mine}
 
         def jobs() -> Iterator[tuple[tuple[int, int], Callable[[], _Loaded]]]:
             while True:
@@ -203,7 +214,7 @@ class Stream:
                 yield (lane, at), partial(self._rows, rows(lane, at, each))
 
         for (lane, at), loaded in self._read_ahead(jobs()):
-            self._lanes[lane] = at + each
+            self._lanes.taken[lane] = at + each
             yield lane, at, loaded
 
     def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], _Loaded]]]) -> Iterator[tuple[T, _Loaded]]:
@@ -224,48 +235,16 @@ class Stream:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _add_lanes(self, of: int) -> None:
-        """Makes `of` lanes, at the start or if there are more walkers than before.
-
-        What the old lanes have not read, up to the furthest place that one of them has reached, comes first. So no
-        window is skipped and none is read twice.
-        """
-        old, top = self._lanes, 0
-        if old:
-            top = 1 + max((self._place(lane, at - 1) for lane, at in old.items() if at), default=-1)
-        rest = [place for lane, at in old.items() for place in self._left(lane, at, top)]
-        self._rest, self._from = sorted(rest), -(-top // of)
-        self._rest += range(top, of * self._from)
-        self._lanes = dict.fromkeys(range(of), 0)
-
-    def _left(self, lane: int, at: int, top: int) -> Iterator[int]:
-        """The positions of a lane from its place `at` on, as long as they are below `top`."""
-        while (place := self._place(lane, at)) < top:
-            yield place
-            at += 1
-
-    def _place(self, lane: int, at: int) -> int:
-        """The position in the order of the epochs of window `at` of a lane."""
-        of = len(self._lanes)
-        first = len(range(lane, len(self._rest), of))  # of the rest
-        return self._rest[lane + of * at] if at < first else lane + of * (self._from + at - first)
-
-    def _places(self, lane: int, at: int, count: int) -> np.ndarray:
-        return np.array([self._place(lane, k) for k in range(at, at + count)], dtype=np.int64)
-
-    def lanes(self) -> dict[str, Any]:
-        """How many lanes there are, where they began, and how far this rank has walked its own; {} without lanes."""
-        if not self._lanes:
-            return {}
-        begun = {"rest": self._rest, "from": self._from} if self._from or self._rest else {}
-        return {"of": len(self._lanes), "at": {str(k): self._lanes[k] for k in self._walked}, **begun}
+    def lanes(self) -> Json:
+        """How far this rank has walked its lanes; {} without lanes."""
+        return self._lanes.state()
 
     def state(self) -> dict[str, int]:
         """Where the stream stands: how many rounds were handed out, and the same place as epoch and window."""
         epoch, window = divmod(self.position, self.windows)
         return {"round": self.position // self.batch, "epoch": epoch, "window": window, "windows": self.windows}
 
-    def load(self, state: dict[str, int], lanes: Sequence[dict[str, Any]] = ()) -> None:
+    def load(self, state: dict[str, int], lanes: Sequence[Json] = ()) -> None:
         """Goes to the place that state() and the lanes() of all ranks described, for any number of ranks.
 
         Ends what is under way.
@@ -280,10 +259,7 @@ class Stream:
             )
         self.close()
         self.position = position
-        known = {int(lane): at for each in lanes if each for lane, at in each["at"].items()}
-        self._lanes = dict(sorted(known.items()))
-        begun = next((each for each in lanes if "from" in each), {})
-        self._rest, self._from = list(begun.get("rest", [])), int(begun.get("from", 0))
+        self._lanes.load(lanes)
 
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
@@ -307,15 +283,13 @@ class Stream:
         """The windows at these positions, copied or on their way to the device. Runs in the thread."""
         if not len(positions):
             return None
-        epochs, places = np.divmod(positions, self.windows)
-        rows = np.concatenate([self._order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
-        return self._copy(rows)
+        return self._copy(self._text.rows(positions))
 
     def _copy(self, rows: np.ndarray) -> _Loaded:
         """These windows of the text, copied or on their way to the device. Runs in the thread."""
         if not len(rows):
             return None
-        inputs, targets = _pair(self._windows, rows)
+        inputs, targets = _pair(self._text.windows, rows)
         if self._copies is None:
             return inputs, targets, None
         with torch.cuda.stream(self._copies):
@@ -355,15 +329,15 @@ class Group:
             yield self.stream._arrive(loaded, self._number(lane, at))
 
     def share(self, number: int, parts: int = 1) -> list[Batch]:
-        at, lane = divmod(number, len(self.stream._lanes))
+        at, lane = divmod(number, len(self.stream._lanes.taken))
         return self.stream._arrive(self.stream._rows(self._own(lane, at, self.windows)), number)
 
     def _number(self, lane: int, at: int) -> int:
-        return lane + len(self.stream._lanes) * at
+        return lane + len(self.stream._lanes.taken) * at
 
     def _own(self, lane: int, at: int, count: int) -> np.ndarray:
         first, own = deal(count, self.rank, self.size)
-        return self.stream._places(lane, at + first, own)
+        return self.stream._lanes.positions(lane, at + first, own)
 
 
 class Federation:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hvdllm.trainer.build import EXCHANGES as ALL
 
+from hvdllm import registry
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.base import Milestones
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-def test_every_exchange_takes_what_a_run_tells_it(kind: Any) -> None:
-    exchange, wanted, told = ALL[kind](kind(), 24), Milestones((8,), (4,), 100), []
+@pytest.mark.parametrize("part", registry.parts("exchange").values(), ids=lambda part: part.name)
+def test_every_exchange_takes_what_a_run_tells_it(part: registry.Part) -> None:
+    exchange, wanted, told = registry.built(part)(part.settings(), 24), Milestones((8,), (4,), 100), []
     exchange.milestones, exchange.unlike = wanted, True
     exchange.watch = lambda *interval: told.append(interval)
     exchange.watch(1, "compute", None, None)
     assert (exchange.milestones, exchange.unlike, len(told)) == (wanted, True, 1)
-    assert exchange.marks_on_ask == (kind is exchanges.ParameterServer)
+    assert exchange.marks_on_ask == (part.name == "parameter_server")
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_every_exchange_takes_what_a_run_tells_it(kind: Any) -> None:
     ids=repr,
 )  # fmt: skip
 def test_a_period_is_the_batches_from_one_mark_to_the_next(settings: Any, batches: int) -> None:
-    assert ALL[type(settings)](settings, 24).period() == batches
+    assert settings.batches_a_commit == batches

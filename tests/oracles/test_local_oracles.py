@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from rig import EXCHANGES, Plain, loss, net, own_examples, put, steps_noted, train
+from rig import Plain, loss, net, own_examples, put, steps_noted, train
 from rig import own_gradient as gradient
 from torch import nn
 
+from hvdllm.exchange import diloco
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.local_rounds import Steps, steps_by_speed
 from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo, outer_rate_below
@@ -374,13 +375,13 @@ def test_a_bad_number_in_one_group_ends_the_run_on_every_rank_alike(exchange: An
 def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Groups that make so many steps a round, as exchange.by_speed comes to."""
 
-    class Uneven(EXCHANGES[DiLoCo]):
+    class Uneven(diloco.DiLoCo):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
             self.meeting.pace.planned = steps
             return module
 
-    monkeypatch.setitem(EXCHANGES, DiLoCo, Uneven)
+    monkeypatch.setattr(diloco, "DiLoCo", Uneven)
 
 
 @pytest.mark.parametrize("pulses", [1, 2])
