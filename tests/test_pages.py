@@ -131,6 +131,11 @@ def test_every_experiment_is_named() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", sections("conf/README.md")["Experiments"], re.M)) == names
 
 
+def test_an_exchange_and_its_section_name_each_other() -> None:
+    for name in registry.kinds("exchange"):
+        assert f"More in {EXCHANGES}, `{name}`." in (ROOT / "hvdllm" / "exchange" / f"{name}.py").read_text(), name
+
+
 def test_pages_that_the_code_names_are_there() -> None:
     for file in sorted((ROOT / "hvdllm").rglob("*.py")):
         text = file.read_text()

@@ -1,16 +1,16 @@
-"""What exchanges cost over a network of known speed: real ranks on several hosts of one machine (launch/lab.py).
+"""What exchanges cost over a network of known speed, with real ranks on several hosts of one machine.
 
-    compute alone          as many processes as ranks, each with one rank's share of the batch, no Horovod in them
-    compute alone, slowed  with --slow: the same, each rank as slow as it is asked to be
-    Horovod idle           the same under horovodrun: initialised, with nothing to do
-    every exchange         on every wire and world asked for; `hvdllm train` with its acts off
+    compute alone          as many processes as ranks, each with the share of one rank, and without Horovod
+    compute alone, slowed  with --slow: the same, each rank as slow as it was asked to be
+    Horovod idle           the same under horovodrun, with Horovod initialised and nothing for it to do
+    every exchange         `hvdllm train` without acts, on every wire and world that was asked for
 
-All train the same model on the same tokens from the same seed; repetitions are interleaved (A B C, A B C, ...), each a
-fresh group of processes. What hvdllm refuses is listed as refused, in its own words.
+All train the same model on the same tokens from the same seed. Repetitions are interleaved (A B C, A B C, ...), and
+each starts new processes. A case that hvdllm refuses is listed as refused, with its sentence.
 
-The default model has 2.5 M parameters, 9.8 MB of fp32 gradients, which two ranks at 200 Mbit/s sum in about 0.41 s; the
-batch is chosen so that a rank of one thread computes about as long. Then a blocking exchange takes twice as long as one
-that hides its communication whole.
+The default model has 2.5 M parameters, which are 9.8 MB of fp32 gradients. Two ranks at 200 Mbit/s sum them in about
+0.41 s, and the batch is chosen so that a rank of one thread computes for about as long. A blocking exchange then takes
+twice as long as one that hides all of its communication.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ MODEL = (
     "text.tokenizer=bytes", "model.layers=3", "model.width=256", "model.heads=4", "model.kv_heads=null",
     "batch_tokens=4096", "micro_batch=4",
 )  # fmt: skip
-# A record of every commit, and nothing that is not training.
+# A record for every commit, and nothing else but training.
 QUIET = ("eval_every=0", "save_every=0", "sample_every=0", "audit_every=0", "log_every=1", "schedule=constant")
-# A timed exchange commits what it computed while gradients travelled: it is given more tokens, to make enough commits.
+# A timed exchange commits what it computes while gradients travel, so it gets more tokens, to make enough commits.
 MORE_IF_TIMED = 3
-# The more so where others compute on while a slow rank comes to an end.
+# It gets even more if the others compute on while a slow rank comes to its end.
 MORE_IF_SLOW = 2
-# What begins with synchronous updates, which are not what is to be measured; and a whole outer round a commit.
+# Switches off synchronous updates at the beginning, which are not to be measured, and makes each outer round a commit.
 OF_EXCHANGE = {
     "delayed": ("exchange.warmup_tokens=0",),
     "local_sgd": ("exchange.warmup_tokens=0", "exchange.pulses=1"),
     "diloco": ("exchange.pulses=1",),
     "fedavg": ("exchange.pulses=1",),
 }
-UNEVEN = {"local_sgd": ("exchange.by_speed=true",)}  # and what there is for uneven ranks
+UNEVEN = {"local_sgd": ("exchange.by_speed=true",)}  # what an exchange has for uneven ranks
 RESERVED = {
     "exchange": "--exchanges", "wire": "--wires", "world": "--worlds", "budget_tokens": "--steps",
     "world.slow": "--slow",
@@ -71,7 +71,10 @@ ALONE, SLOWED, IDLE = "compute alone", "compute alone, slowed", "Horovod idle"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says. link None: loopback. settings: of all cases alike. slow: as world.slow."""
+    """What the command line asks for.
+
+    `link` is None for the loopback. `settings` are those of all cases. `slow` is written as world.slow.
+    """
 
     link: str | None
     ranks: int
@@ -88,19 +91,26 @@ class Asked:
 
     @property
     def commits(self) -> int:
-        """Of a run: the last one lands what others overlap, and does not count either."""
+        """How many commits a run makes. The last one lands what the others overlap, and does not count either."""
         return self.warmup + self.steps + 1
 
     @property
     def interface(self) -> str | None:
-        """Whose counters are read; the loopback's are everybody's."""
+        """The interface whose counters are read; None on the loopback, which other programs use too."""
         return lab.INTERFACE if self.link else None
 
 
 @dataclass(frozen=True)
 class Case:
-    """kind: alone, idle or together. words: its settings, on top of those of all. blocking: label of the case whose
-    flight is the communication of this one. slowed: is each rank as slow as asked?"""
+    """One line of the table.
+
+    Attributes:
+        label: its name.
+        kind: `alone`, `idle` or `together`.
+        words: its settings, on top of those of all cases.
+        blocking: the label of the case whose flight counts as the communication of this one.
+        slowed: whether each rank is as slow as asked.
+    """
 
     label: str
     kind: str
@@ -111,7 +121,10 @@ class Case:
 
 # ------------------------------------------------------------------ what is measured
 def cases(asked: Asked) -> list[Case]:
-    """The two without an exchange, then exchanges x wires x worlds, in the order given."""
+    """The cases without an exchange, then all exchanges on all wires and worlds, in the order given.
+
+    Raises UserError if one is named twice.
+    """
     out = [Case(ALONE, "alone"), Case(IDLE, "idle")]
     if asked.slow:
         out.insert(1, Case(SLOWED, "alone", slowed=True))
@@ -131,7 +144,7 @@ def cases(asked: Asked) -> list[Case]:
 
 
 def split_item(text: str) -> list[str]:
-    """`acco+exchange.timed=true` as [acco, exchange.timed=true]; a plus inside a number is none of ours."""
+    """`acco+exchange.timed=true` as [acco, exchange.timed=true]. A plus inside a number separates nothing."""
     first, *more = expand(f"exchange={text}")
     parts = [value_of(first), *more]
     if not re.fullmatch(r"\w+", parts[0]):
@@ -142,13 +155,13 @@ def split_item(text: str) -> list[str]:
 
 
 def base_words(asked: Asked, cores: int) -> list[str]:
-    """Settings of all cases. Raises UserError for those that are the lab's to set."""
+    """The settings of all cases. Raises UserError for a setting that the bench sets itself."""
     for word in asked.settings:
         key = word.lstrip("+~").partition("=")[0]
         if key in RESERVED:
             use = f"use {RESERVED[key]}" if RESERVED[key] else "the bench sets it itself"
             raise UserError(f"`{word}` cannot be given to bench exchange: {use}")
-    # On hosts that are namespaces each rank would take all cores for its own.
+    # On hosts that are namespaces each rank would believe that all cores are its own.
     threads = f"device.threads={max(1, cores // asked.ranks)}"
     model = [] if any(word.startswith("model=") for word in asked.settings) else MODEL
     return compose.merged([*model, threads], [*asked.settings, *QUIET])
@@ -157,8 +170,11 @@ def base_words(asked: Asked, cores: int) -> list[str]:
 def words_of(
     case: Case, base: Sequence[str], asked: Asked, batch_tokens: int, context: int, least: int = 1
 ) -> list[str]:
-    """Settings of a case. Alone, a rank has the share of the rank with the most sequences, and at least `least`
-    updates."""
+    """The settings of a case.
+
+    A rank that trains alone has as many sequences as the rank with the largest share, and makes at least `least`
+    updates.
+    """
     share = -(-batch_tokens // context // asked.ranks) * context if case.kind != "together" else batch_tokens
     slow = [f"world.slow='{asked.slow}'"] if case.slowed and case.kind == "together" else []
     own = compose.merged(base, [*case.words, *slow, f"batch_tokens={share}"])
@@ -168,7 +184,7 @@ def words_of(
 
 
 def batches_a_commit(words: Sequence[str], slowed: bool) -> int:
-    """Global batches from one commit to the next, at least; 1 for what cannot be, which is refused later."""
+    """The fewest global batches from one commit to the next; 1 if the words do not fit, which is refused later."""
     try:
         exchange = compose.compose(words).exchange
     except UserError:
@@ -179,7 +195,7 @@ def batches_a_commit(words: Sequence[str], slowed: bool) -> int:
 
 
 def refusal(words: Sequence[str], place: Place) -> str | None:
-    """Why hvdllm would not run it; None: it would."""
+    """Why hvdllm would refuse these words; None if it would not."""
     try:
         check(compose.compose(words), place)
     except UserError as error:
@@ -188,24 +204,27 @@ def refusal(words: Sequence[str], place: Place) -> str | None:
 
 
 def spread(ranks: int, hosts: int) -> list[int]:
-    """Ranks on each host, the first ones take more."""
+    """How many ranks each host has. The first hosts have more."""
     return [ranks // hosts + (k < ranks % hosts) for k in range(hosts)]
 
 
 def by_mpi(case: Case) -> bool:
-    """Letters between ranks need MPI; all else is measured over Gloo, whose ranks wait without spinning."""
+    """Whether a case runs under MPI, which letters between ranks need.
+
+    Everything else is measured over Gloo, whose ranks wait without spinning.
+    """
     return "exchange=parameter_server" in case.words
 
 
 def place_of(case: Case, asked: Asked) -> Place:
-    """Where its first rank will find itself."""
+    """Where the first rank of a case will find itself."""
     return (
         Place("mpirun" if by_mpi(case) else "horovodrun", 0, asked.ranks, 0, 1) if case.kind == "together" else Place()
     )
 
 
 def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> list[list[str]]:
-    """The processes to start: one launcher for ranks that know each other, one process a rank for those that do not."""
+    """The processes to start: one launcher if the ranks train together, else one process for each rank."""
     rank = [*PYTHON, "hvdllm", "bench", "rank", str(spec)]
     places = spread(asked.ranks, asked.hosts if network else 1)
     if case.kind == "alone":
@@ -221,7 +240,10 @@ def commands(case: Case, spec: Path, asked: Asked, network: lab.Lab | None) -> l
 
 
 def environment(case: Case, network: lab.Lab | None) -> dict[str, str]:
-    """Of all ranks: the stand-in for ssh first on PATH, and the interface for torch's Gloo, which asks no launcher."""
+    """The environment of all ranks.
+
+    The stand-in for ssh is first on PATH. torch's Gloo is told the interface, because it does not ask the launcher.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     more = mpi(here=network is None) if by_mpi(case) else {}
     if network is None:
@@ -233,9 +255,14 @@ def environment(case: Case, network: lab.Lab | None) -> dict[str, str]:
 
 # ------------------------------------------------------------------ measuring
 def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
-    """Everything, as the JSON file has it. keep: run folders and logs stay in a temporary folder.
+    """Measures everything, and returns what the JSON file holds.
 
-    Raises UserError for a request that cannot work at all; a case that fails or is refused is part of the result.
+    Args:
+        asked: the request.
+        say: gets a sentence after each repetition.
+        keep: whether run folders and logs stay in a temporary folder.
+
+    Raises UserError for a request that cannot work at all. A case that fails or is refused is part of the result.
     """
     from hvdllm import device
     from hvdllm.text import shards
@@ -245,7 +272,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
     config = compose.compose(base)
     check(config, together)
     todo = cases(asked)
-    # What the others are held against is measured for as long as a commit of theirs takes, not for a few updates.
+    # The cases that others are compared with are measured for as long as a commit of theirs takes.
     least = max(batches_a_commit(compose.merged(base, case.words), False) for case in todo)
     words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo}
     results: dict[str, Json] = {
@@ -291,7 +318,10 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
 
 
 def run(case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path) -> Repetition | Json:
-    """One repetition of a case; else why there is none: {"refused": ...} or {"failed": ..., "tail": [...]}."""
+    """Runs one repetition of a case.
+
+    Returns why there is none as {"refused": ...} or {"failed": ..., "tail": [...]}.
+    """
     folder.mkdir()
     slow = pace.slowed(asked.slow, asked.ranks) if case.slowed and case.kind == "alone" else {}
     spec = {"slow": slow, "kind": case.kind, "words": list(words), "interface": asked.interface, "folder": str(folder)}
@@ -313,7 +343,7 @@ def run(case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None,
 
 
 def read(folder: Path, ranks: int) -> Raw:
-    """What a repetition left: rank-<k>.json of every rank, and metrics.jsonl of every run that it was."""
+    """Reads what a repetition left: rank-<k>.json of every rank, and metrics.jsonl of every run."""
     seen = [json.loads((folder / f"rank-{k}.json").read_text()) for k in range(ranks)]
     found = sorted((folder / "runs").iterdir())
     records = [[record for record in runs.records(one) if record["kind"] == "commit"] for one in found]
@@ -327,7 +357,7 @@ def _conclude(
     asked: Asked,
     batch_tokens: int,
 ) -> None:
-    """Adds every case's figures and, for who wants to compute others, its repetitions."""
+    """Adds the figures of every case, and its repetitions, from which other figures can be computed."""
     idle = figures.idle_rate(raws[IDLE])
     speeds = figures.rank_speeds(raws.get(SLOWED, ()))
     for case in todo:
@@ -343,7 +373,10 @@ def _conclude(
 
 
 def busy(figures: Mapping[str, Any]) -> str | None:
-    """A sentence where other processes took the cores: a rank that computes alone uses a whole one a thread."""
+    """A sentence if other processes took the cores; None if not.
+
+    A rank that computes alone uses a whole core for each thread.
+    """
     shares = [
         case["figures"]["cpu_share"]
         for case in figures["cases"].values()
@@ -383,7 +416,7 @@ def folder_of(keep: bool) -> Iterator[Path]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the bench as Ctrl-C does: by an exception, so that all is taken away."""
+    """Lets SIGTERM and a closed terminal end the bench by an exception, as Ctrl-C does, so that it cleans up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,22 +1,24 @@
-"""From what ranks noted to the figures of a table: pure functions.
+"""From what the ranks noted to the figures of a table. All functions are pure.
 
-One repetition of a case is a Raw: the marks of every rank (bench/rank.py) and its `commit` records, the ones of rank 0
-or, where every rank trained alone, of each. Left out are the rounds of warm-up at the beginning and the last one, which
-lands what others overlap. Seconds in, milliseconds out; bytes are those that one rank (one interface) sends.
+One repetition of a case is a Raw. It has the marks of every rank (bench/rank.py) and `commit` records: those of rank 0,
+or, if every rank trained alone, those of each rank. The warm-up rounds at the beginning are left out, and so is the
+last round, which lands what the others overlap. Seconds come in and milliseconds go out. Bytes are those that one rank
+(one interface) sends.
 
-step           between two commits, median
-a batch        mean time for as many tokens as a global batch: of whole outer rounds, where a commit is one
-compute        gradients, the update and what the exchange computes itself; mean over ranks, median
-blocked        compute stood still for the exchange; flight: something travelled
-hidden         share of the flight under which compute went on, 1 - blocked / flight, of the sums
+step           time between two commits, median
+a batch        mean time for as many tokens as a global batch has; if a commit is an outer round, over whole rounds
+compute        time of gradients, the update and what the exchange computes itself; mean over ranks, median
+blocked        time in which compute stood still for the exchange
+flight         time in which something travelled
+hidden         share of the flight under which compute went on: 1 - blocked / flight, of the sums
 communication  the flight of the blocking exchange (allreduce) on the same wire and world, times the bytes sent here
-               over those sent there; where it was not measured, the own flight
-bound          step / max(compute alone, communication); compute alone is that of a process without Horovod, for as many
-               tokens. 1: whatever can be hidden is
-sum alone      of all gradients on this wire, its warm-up over, while nothing computes; median
-kept           tokens a second over the sum of what the ranks compute alone, each as slow as it is (--slow)
-wire           bytes at the interface, less FRAME a packet, less what Horovod says while idle, for the time in which
-               nothing travelled (its one thread is silent while a collective runs)
+               over those sent there; if that was not measured, the case's own flight
+bound          step / max(compute alone, communication), where compute alone is that of a process without Horovod for as
+               many tokens; at 1 everything is hidden that can be
+sum alone      time of a sum of all gradients on this wire, after its warm-up, while nothing computes; median
+kept           tokens a second, over the sum of what the ranks compute alone, each as slow as it is (--slow)
+wire           bytes at the interface, minus FRAME for each packet, minus what Horovod sends while idle for the time in
+               which nothing travelled (its one thread is silent while a collective runs)
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from hvdllm.plain import Json
 
 @dataclass(frozen=True)
 class Raw:
-    """marks: [rank][commit]; records: [rank or 1][commit]. sums: rank 0's of bench/rank.py, None without any."""
+    """What the ranks noted in one repetition.
+
+    Attributes:
+        marks: [rank][commit], see bench/rank.py.
+        records: [rank, or only rank 0][commit].
+        sums: what sums_alone of bench/rank.py returned on rank 0; None if it was not called.
+    """
 
     marks: list[list[list[Any]]]
     records: list[list[Json]]
@@ -41,7 +49,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Repetition:
-    """One run of a case: seconds of every measured step, and sums over them."""
+    """One run of a case: the seconds of every measured step, and sums over these steps."""
 
     step_s: list[float]
     compute_s: list[float]
@@ -49,20 +57,20 @@ class Repetition:
     flight_s: list[float]
     seconds: float  # from the first measured step to the last
     tokens: int  # committed in them
-    updates: int  # to the tokens that all cases are compared at, warm-up included
-    loss: float  # of the commit that reaches them, nats a token
-    sent: float  # bytes a rank in the measured steps, as the world counts
-    interface: float | None  # bytes less frames an interface in the measured steps
+    updates: int  # up to the tokens at which all cases are compared, with the warm-up
+    loss: float  # at the commit that reaches these tokens, in nats a token
+    sent: float  # bytes of a rank in the measured steps, as the world counts them
+    interface: float | None  # bytes of an interface in the measured steps, without frames
     packet: float | None  # bytes of a mean packet
     cpu_s: float  # of a rank's process
-    rank_tokens_per_s: list[float] = field(default_factory=list)  # of processes that train alone: each one's
+    rank_tokens_per_s: list[float] = field(default_factory=list)  # of each process, if they train alone
     sum_s: list[float] = field(default_factory=list)  # of sums alone
     sum_bytes: float | None = None  # that a rank sends in one
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all repetitions of a case."""
+    """The figures of a case, over all of its repetitions."""
 
     step_ms: float
     compute_ms: float
@@ -88,8 +96,15 @@ class Figures:
 
 
 def repetition(raw: Raw, warmup: int, tokens: int) -> Repetition:
-    """tokens: committed, at which loss and updates are compared. Raises ValueError, with half a sentence, where too few
-    commits were made."""
+    """The sums over the measured steps of one repetition.
+
+    Args:
+        raw: what the ranks noted.
+        warmup: how many commits at the beginning are left out.
+        tokens: the committed tokens at which the loss and the updates are compared.
+
+    Raises ValueError, with half a sentence, if too few commits were made.
+    """
     commits = min(len(marks) for marks in raw.marks)
     first, last = warmup, commits - 2  # of the measured commits; a step ends with its commit
     if last < first or any(len(records) < commits - 1 for records in raw.records):
@@ -119,22 +134,23 @@ def repetition(raw: Raw, warmup: int, tokens: int) -> Repetition:
 
 
 def idle_rate(repetitions: Sequence[Repetition]) -> float:
-    """Bytes a second, less frames, that an interface sends while ranks compute and Horovod has nothing to do."""
+    """Bytes a second, without frames, that an interface sends while the ranks compute and Horovod is idle."""
     rates = [rep.interface / rep.seconds for rep in repetitions if rep.interface is not None]
     return median(rates) if rates else 0.0
 
 
 def rank_speeds(repetitions: Sequence[Repetition]) -> list[float]:
-    """Tokens a second of each rank that computes alone; medians over repetitions."""
+    """Tokens a second of each rank that computes alone, as medians over the repetitions."""
     return [median(each) for each in zip(*(rep.rank_tokens_per_s for rep in repetitions), strict=True)]
 
 
 def pooled(repetitions: Sequence[Repetition], name: str) -> float:
-    """Median over all steps of all repetitions, in milliseconds."""
+    """The median over all steps of all repetitions, in milliseconds."""
     return 1e3 * float(median(value for rep in repetitions for value in getattr(rep, name)))
 
 
 def sent_a_step(repetitions: Sequence[Repetition]) -> float:
+    """The bytes that a rank sends in a mean step."""
     return sum(rep.sent for rep in repetitions) / sum(len(rep.step_s) for rep in repetitions)
 
 
@@ -148,11 +164,17 @@ def figures(
     own_interface: bool = True,
     speeds: Sequence[float] = (),
 ) -> Figures:
-    """alone: compute without Horovod, of a rank's share of batch_tokens. blocking: the all-reduce on the same wire and
-    world. idle: bytes a second.
+    """The figures of a case.
 
-    speeds: tokens a second of each rank alone, as slow as it is.
-    own_interface: does each rank have one of its own? Else what it sends to its neighbours is not in the counters.
+    Args:
+        repetitions: of the case.
+        alone: repetitions that compute without Horovod, each on a rank's share of batch_tokens.
+        blocking: repetitions of the all-reduce on the same wire and world.
+        batch_tokens: tokens of a global batch.
+        idle: bytes a second that Horovod sends while idle.
+        own_interface: whether each rank has an interface of its own; if not, the counters miss what it sends to ranks
+            on the same host.
+        speeds: tokens a second of each rank alone, as slow as it is.
     """
     steps = sum(len(rep.step_s) for rep in repetitions)
     seconds = sum(rep.seconds for rep in repetitions)

@@ -1,4 +1,4 @@
-"""Comparing two ways of doing the same by interleaved pairs, since a machine's speed drifts more than they differ."""
+"""Compares two ways of doing the same by interleaved pairs, because a machine's speed drifts more than they differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios with its distribution-free 95 % interval (order statistics, binomial in n and 1/2)."""
+    """The median of paired ratios, with a 95 % interval that assumes no distribution.
+
+    The interval is made of order statistics (binomial with n and 1/2).
+    """
 
     median: float
     low: float
@@ -22,7 +25,10 @@ class Ratio:
 
 
 def ratio(values: list[float]) -> Ratio:
-    """values: one ratio a pair; at least 6, below which no such interval exists."""
+    """The median of these ratios, one for each pair, and its interval.
+
+    Raises ValueError for fewer than 6 pairs, for which no such interval exists.
+    """
     ordered, n = sorted(values), len(values)
     if n < 6:
         raise ValueError(f"{n} pairs are too few for a 95 % interval")

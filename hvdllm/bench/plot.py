@@ -1,4 +1,4 @@
-"""The picture of `hvdllm bench exchange`: where a step's time goes, one bar a case."""
+"""The picture of `hvdllm bench exchange`: where the time of a step goes, with one bar for each case."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPUTE, HIDDEN, BLOCKED, REST, INK = "#4c78a8", "#9ecae9", "#e45756", "#bab0ac"
 
 
 def check(path: Path) -> None:
-    """Raises UserError, before anything is measured, where the picture could not be made."""
+    """Raises UserError, before anything is measured, if the picture could not be made."""
     try:
         pyplot()  # imported only when a picture is asked for
     except ImportError:
@@ -24,11 +24,10 @@ def check(path: Path) -> None:
 
 
 def bars(figures: Json) -> list[tuple[str, float, float, float, float]]:
-    """(label, compute with nothing travelling, compute while gradients travel, blocked, the rest of the step), in ms:
-    together the step, whose number stands behind the bar.
+    """The parts of each bar in ms: (label, compute alone, compute while gradients travel, blocked, the rest).
 
-    Each figure is a median of its own; where compute and blocked come to more than the step, both are scaled to it.
-    Cases without an exchange have one part, the step.
+    Together they are the step, whose number stands behind the bar. Each figure is a median of its own. If compute and
+    blocked add up to more than the step, both are scaled down to it. A case without an exchange has one part, the step.
     """
     out = []
     for label, case in figures["cases"].items():
@@ -47,7 +46,7 @@ def bars(figures: Json) -> list[tuple[str, float, float, float, float]]:
 
 
 def draw(figures: Json, path: Path) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Draws the picture. Raises UserError if the file cannot be written."""
     rows = bars(figures)
     labels, parts = [row[0] for row in rows], list(zip(*(row[1:] for row in rows), strict=True))
     plain = pyplot()
@@ -83,7 +82,10 @@ def draw(figures: Json, path: Path) -> None:
 
 
 def note(figures: Json, label: str) -> str:
-    """What stands behind a bar; the tokens where they are not those of the title (an exchange that closes by time)."""
+    """The text behind a bar.
+
+    It names the tokens of an update if they are not those of the title, as with an exchange whose rounds are timed.
+    """
     case, batch = figures["cases"][label], figures["batch_tokens"]
     f = case["figures"]
     parts = [f"{f['step_ms']:.0f} ms"]

@@ -1,13 +1,13 @@
 """One rank of `hvdllm bench exchange`: an ordinary run of trainer/assemble.py, watched at every commit.
 
-It sees what `hvdllm train` shows a person, on every rank, and writes what it noted when the run is over: the run itself
-does nothing more than a file read and two clock reads a commit.
+It sees, on every rank, what `hvdllm train` shows a person, and writes what it noted when the run is over. At a commit
+the run does no more than read a file and two clocks.
 
 mark   [seconds (perf_counter), tokens committed, bytes sent by the world's count, bytes and packets that the interface
-       has sent since it is there (null without one), seconds of CPU time of this process]
+       has sent since it was made (null without an interface), seconds of CPU time of this process]
 
-Where the wire sums (not where a reference's library does), the same ranks sum their gradients on it a few times more
-when the run is over and nothing computes: what a sum costs on idle cores.
+When the run is over and nothing computes, the same ranks sum their gradients on the wire a few times more, which shows
+what a sum costs on idle cores. This is left out if the library of a reference makes the sums.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from hvdllm.world.base import World, from_first
 from hvdllm.world.detect import Place
 
 COUNTERS = Path("/sys/class/net")
-SUMS = 5  # measured, after one that is not
-LATE = 10**15  # committed tokens from which no wire warms up
+SUMS = 5  # that are measured, after one that is not
+LATE = 10**15  # committed tokens at which the warm-up of every wire is over
 
 
 class Watch:
@@ -70,7 +70,10 @@ class Watch:
 def run(
     config: Config, words: list[str], place: Place, world: World, interface: str | None, folder: Path, index: int
 ) -> None:
-    """Trains, and writes what this rank saw to rank-<index>.json. place, world: of the ranks that train together."""
+    """Trains, and writes what this rank saw to rank-<index>.json in `folder`.
+
+    `place` and `world` are those of the ranks that train together. `interface` is the one whose counters are read.
+    """
     watch = Watch(world, interface)
     train(config, words, place, world, watch)
     reference = registry.of("exchange", config.exchange).facts.carries in registry.LIBRARIES
@@ -81,13 +84,13 @@ def run(
         "device": devices.name(devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)),
         "threads": torch.get_num_threads(),
         "versions": account.versions(),
-        "horovod": "horovod.torch" in sys.modules,  # which talks also when it has nothing to do
+        "horovod": "horovod.torch" in sys.modules,  # it sends messages also when it has nothing to do
     }
     (folder / f"rank-{index}.json").write_text(json.dumps(seen))
 
 
 def sums_alone(config: Config, world: World, folder: Path) -> Json:
-    """seconds of each sum of all buckets of the run's model; bytes that one hands to the network. Collective."""
+    """The seconds of each sum over all buckets of the run's model, and the bytes that one sum sends. Collective."""
     device = devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)
     tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")
     model = assemble.build_model(config, Tokenizer(tokenizer).vocab, device)

@@ -1,4 +1,4 @@
-"""How long a newcomer waits: from the command to the first step, and to the end of a short run, text included."""
+"""How long a newcomer waits: from the command to the first step, and to the end of a short run with its text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from hvdllm.plain import Json
 
 
 def measure(ranks: int, tokens: int) -> Json:
-    """Two runs of model=tiny under horovodrun --gloo: the first with the text prepared before, for the seconds to
-    the first step; the second prepares it anew in an empty folder and trains `tokens`.
+    """Starts two runs of model=tiny under horovodrun --gloo.
+
+    The first finds its text prepared, and gives the seconds to the first step. The second prepares the text anew in an
+    empty folder and trains on `tokens` tokens.
+
+    Raises UserError if there is no horovodrun, RunError if a run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         common = [f"runs_dir={folder}/runs", "eval_every=0", "sample_every=0", "save_every=0"]
@@ -23,7 +27,7 @@ def measure(ranks: int, tokens: int) -> Json:
 
 
 def _run(ranks: int, settings: list[str]) -> tuple[float, float]:
-    """Seconds to the first progress line, which rank 0 prints at its first commit, and to the end."""
+    """The seconds to the first progress line, which rank 0 prints at its first commit, and those to the end."""
     command = ["horovodrun", "--gloo", "-np", str(ranks), "hvdllm", "train", *settings]
     begin, first = time.monotonic(), 0.0
     try:

@@ -1,10 +1,10 @@
-"""Our step against a plain PyTorch loop of the same model, batch and dtype, in one process.
+"""Compares our step with a plain PyTorch loop of the same model, batch and dtype, in one process.
 
-plain: forward, backward, clip_grad_norm_, torch.optim.AdamW(fused=True), zero_grad, on batches that lie ready.
-ours:  the exchange, the update on flat slices, the stream with its thread; everything of `hvdllm train` but acts.
+plain: forward, backward, clip_grad_norm_, torch.optim.AdamW(fused=True) and zero_grad, on batches that are ready.
+ours:  the exchange, the update on flat slices, and the stream with its thread: everything of `hvdllm train` but acts.
 
-Blocks of steps alternate (ours, plain, plain, ours, ...); the ratio of each pair counts, and pairs are added until
-the 95 % interval of their median is as narrow as asked, or the time is over.
+Blocks of steps alternate (ours, plain, plain, ours, ...), and the ratio of each pair counts. Pairs are added until the
+95 % interval of their median is as narrow as asked, or the time is over.
 """
 
 from __future__ import annotations
@@ -37,8 +37,16 @@ def measure(
     config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> Json:  # fmt: skip
-    """Figures of both sides: tokens per second, the optimizer's own milliseconds, and the paired ratio. say: gets a
-    sentence every EVERY_S of what is known so far."""
+    """The figures of both sides: tokens a second, milliseconds of the optimizer alone, and the paired ratio.
+
+    Args:
+        config: the settings of both sides.
+        corpus: the text.
+        device: where both compute.
+        seconds: how long it measures at most.
+        half_width: half the width of the ratio's 95 % interval at which it ends.
+        say: gets a sentence about what is known so far, every EVERY_S seconds.
+    """
     say(f"measuring for at most {seconds:.0f} s, in turns of four steps")
     ours, our_update = our_step(config, corpus, device)
     plain, plain_update = plain_step(config, corpus, device)
@@ -80,7 +88,7 @@ def measure(
 
 
 def timed(step: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds that `times` steps take, the device's work included."""
+    """The seconds that `times` steps take, with the work of the device."""
     begin = time.perf_counter()
     for _ in range(times):
         step()
@@ -90,7 +98,7 @@ def timed(step: Callable[[], object], times: int, device: torch.device) -> float
 
 
 def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One commit a call; and the update alone."""
+    """Two functions: one makes a commit, the other makes the update alone."""
     world = SingleWorld()
     config = replace(config, exchange=AllReduce(bucket_mb=config.exchange.bucket_mb), wire=Fp32())
     model = build_model(config, corpus.tokenizer.vocab, device)
@@ -114,7 +122,7 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
 def plain_step(
     config: Config, corpus: Corpus, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One step a call, as anybody would write it; and its clip and optimizer alone."""
+    """Two functions: one makes a step as anybody would write it, the other only clips and steps the optimizer."""
     model: GPT = build_model(config, corpus.tokenizer.vocab, device)
     parameters = list(model.parameters())
     groups = [

@@ -1,1 +1,1 @@
-"""Checkpoints: write.py makes them, read.py finds the newest whole one."""
+"""Checkpoints: write.py makes them, whole.py finds the newest complete one, read.py reads it."""

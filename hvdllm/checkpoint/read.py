@@ -1,6 +1,6 @@
-"""Finding the newest whole checkpoint and reading it, whatever world size wrote it.
+"""Reading a checkpoint, whatever number of ranks wrote it.
 
-The functions named load_ and share_ are collective: where a rank cannot read, every rank raises UserError.
+The functions named load_ and share_ are collective: if one rank cannot read, every rank raises UserError.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hvdllm.flat import Flat, Part
 from hvdllm.plain import Json
 from hvdllm.world.base import World, from_first
 
-__all__ = ["broken", "newest", "steps"]  # and what stands below
+__all__ = ["broken", "newest", "steps"]  # from whole.py; what is defined below is public too
 
-WEIGHTS = ("model", "")  # kinds
-FLOATS = {"F32", "F64"}  # of the vectors over the map
+WEIGHTS = ("model", "")  # the kinds of tensors that are weights
+FLOATS = {"F32", "F64"}  # types of the vectors over the map
 OF_A_RUN = {"horizon": int, "data_hash": str, "seconds": float | int, "kinds": list, "stream": dict, "due": dict}
-MOST_STATE = 2**28  # bytes of a state.json: some hundred a rank, and some a lane
+MOST_STATE = 2**28  # bytes of a state.json, which has some hundred for each rank and a few for each lane
 T = TypeVar("T")
 
 
 def read_state(path: Path) -> Json:
-    """state.json of a whole checkpoint. Raises UserError."""
+    """The state.json of a complete checkpoint. Raises UserError if it cannot be read."""
     try:
         values = untrusted.read_json(path / "state.json", MOST_STATE, path)
     except (OSError, untrusted.Unfit) as error:
@@ -46,7 +46,10 @@ def read_state(path: Path) -> Json:
 
 
 def read_run(path: Path) -> Json:
-    """state.json of a whole checkpoint, with all that a run needs to go on. Raises UserError."""
+    """The state.json of a complete checkpoint, with all that a run needs to go on.
+
+    Raises UserError if it cannot be read or lacks something.
+    """
     values = read_state(path)
     tokens_of(values, path)
     numbers = {f"shared.{key}": values["shared"].get(key) for key in ("step", "round", "steps")}
@@ -58,8 +61,10 @@ def read_run(path: Path) -> Json:
 
 
 def alike(ours: Any, theirs: Any) -> bool:
-    """Has a plain value the form of ours: numbers, texts, lists and groups of values at the same places? A None of ours
-    is like anything; what only one of them names, another version may have."""
+    """Whether a plain value has the form of ours: numbers, texts, lists and dicts at the same places.
+
+    None is like anything. A key that only one of them has is ignored, because another version may have added it.
+    """
     if isinstance(ours, dict):
         return isinstance(theirs, dict) and all(alike(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
     if ours is None or theirs is None:
@@ -70,7 +75,10 @@ def alike(ours: Any, theirs: Any) -> bool:
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Around what takes plain values from a checkpoint: one that is missing or of another type becomes a sentence."""
+    """Wraps code that takes plain values from a checkpoint.
+
+    A value that is missing or of another type becomes a UserError with one sentence.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError, OverflowError) as error:
@@ -80,7 +88,7 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def tokens_of(state: Json, path: Path) -> int:
-    """Committed at the checkpoint of this state. Raises UserError where it does not say."""
+    """The tokens committed at the checkpoint of this state. Raises UserError if the state does not say."""
     tokens = state["shared"].get("tokens")
     if not isinstance(tokens, int):
         raise UserError(f"checkpoint {path} cannot be gone on from: its state has no `tokens`")
@@ -94,10 +102,16 @@ def saved_ranks(state: Json) -> int:
 
 # ------------------------------------------------------------------ by one rank
 def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None:
-    """Fills a vector over the map with `kind`: model, m, v; "" in final/. The ranges of all ranks are put together.
+    """Fills a vector over the map with the ranges that all ranks wrote.
 
-    Raises UserError where a tensor misfits: another model, a range that is missing or there twice, tensors of no
-    parameter, numbers of another kind, weights that are not finite.
+    Args:
+        path: the checkpoint, or a final/.
+        kind: `model`, `m`, `v`; "" for a final/.
+        flat: the map.
+        vector: is filled in place.
+
+    Raises UserError if a tensor does not fit: it is of another model or of no parameter, a range is missing or there
+    twice, the numbers are of another type, or weights are not finite.
     """
     _refuse_others(path, flat)
     parts = sorted(_parts(path, "*", kind, flat), key=lambda part: part.start)
@@ -117,7 +131,7 @@ def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None
 
 
 def kinds_of(path: Path, group: str) -> list[str]:
-    """The kinds of `summed` or `local` vectors that any rank wrote."""
+    """The kinds of vectors that any rank wrote in a group, `summed` or `local`."""
     kinds: set[str] = set()
     for _, key, _ in _heads(path, "*"):
         kinds |= {key.rpartition("/")[0]} if key.startswith(f"{group}.") else set()
@@ -125,10 +139,10 @@ def kinds_of(path: Path, group: str) -> list[str]:
 
 
 def read_ranks(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Tensor:
-    """A vector over the map: what this rank wrote of a kind (`summed.residual`, `local.x`), or (None) the sum over all
-    ranks, in rank order.
+    """What one rank wrote of a kind (`summed.residual`, `local.x`), as a vector over the map on the CPU.
 
-    On the CPU; zero where nothing was written. Raises UserError where a tensor misfits.
+    With rank=None it is the sum over all ranks, in rank order. Where nothing was written the vector is zero. Raises
+    UserError if a tensor does not fit.
     """
     vector = torch.zeros_like(flat.x, device="cpu")
     for name, start, values in _parts(path, "*" if rank is None else f"rank-{rank:05d}", kind, flat):
@@ -137,15 +151,17 @@ def read_ranks(path: Path, kind: str, flat: Flat, rank: int | None) -> torch.Ten
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of any shape, by name, on the CPU."""
+    """The tensors of any shape that a checkpoint holds, by name, on the CPU."""
     entries = _entries(path, "*", lambda key: key.startswith("tensor/"))
     return {key.removeprefix("tensor/"): values for key, values in entries}
 
 
 # ------------------------------------------------------------------ by all ranks
 def share_vector(path: Path | None, kind: str, flat: Flat, world: World) -> torch.Tensor:
-    """Rank 0 reads `kind` and broadcasts it, bucket by bucket; every rank gets the whole vector, on the CPU: a GPU has
-    room for the pieces that it owns. Collective."""
+    """Rank 0 reads a kind of vector and broadcasts it, bucket by bucket. Collective.
+
+    Every rank gets the whole vector on the CPU, because a GPU may have room only for the pieces that it owns.
+    """
     vector = torch.zeros_like(flat.x, device="cpu")
 
     def read() -> None:
@@ -160,10 +176,11 @@ def share_vector(path: Path | None, kind: str, flat: Flat, world: World) -> torc
 
 
 def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, torch.Tensor]:
-    """Vectors over the map by kind; their sum over ranks is what it was when `ranks` ranks wrote them. Collective.
+    """The `summed` vectors over the map, by kind. Collective.
 
-    At the same world size each rank gets its own back, which needs a shared runs_dir; else rank 0 gets the sum over
-    all and the others zeros.
+    Their sum over the ranks is what it was when `ranks` ranks wrote them. With the same number of ranks each rank gets
+    its own vectors back, which needs a shared runs_dir. Otherwise rank 0 gets the sum over all of them, and the others
+    get zeros.
     """
 
     def read() -> dict[str, torch.Tensor]:
@@ -179,8 +196,10 @@ def load_summed(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, t
 
 
 def load_local(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, torch.Tensor]:
-    """Vectors over the map by kind, what this rank wrote of its own; {} where `ranks`, who wrote, are not as many as
-    now. Needs a shared runs_dir. Collective."""
+    """The `local` vectors over the map that this rank wrote, by kind. Collective.
+
+    There are none if `ranks`, the number of ranks that wrote, is another than now. Needs a shared runs_dir.
+    """
 
     def read() -> dict[str, torch.Tensor]:
         if not path.is_dir():
@@ -192,8 +211,10 @@ def load_local(path: Path, flat: Flat, world: World, ranks: int) -> dict[str, to
 
 
 def share_tensors(path: Path, world: World) -> dict[str, torch.Tensor]:
-    """Rank 0 reads the tensors of any shape and broadcasts them, as bytes; every rank gets all, on the CPU.
-    Collective."""
+    """Rank 0 reads the tensors of any shape and broadcasts them as bytes. Collective.
+
+    Every rank gets all of them, on the CPU.
+    """
     tensors = _together(lambda: read_tensors(path) if world.rank == 0 else {}, world)
     heads = [(name, list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()]
     for index, (name, shape, dtype) in enumerate(json.loads(world.texts(json.dumps(heads), "load.tensors")[0])):
@@ -205,7 +226,7 @@ def share_tensors(path: Path, world: World) -> dict[str, torch.Tensor]:
 
 
 def _together(read: Callable[[], T], world: World) -> T:
-    """What each rank reads; where one cannot, no rank goes on to wait for it."""
+    """What this rank reads. If one rank cannot read, all raise, so that none waits for it."""
     value, problem = None, None
     try:
         value = read()
@@ -217,13 +238,13 @@ def _together(read: Callable[[], T], world: World) -> T:
 
 # ------------------------------------------------------------------ files
 def count_weights(path: Path) -> int:
-    """How many numbers the weights of a checkpoint, or of a final/, are, by the files' heads alone."""
+    """How many numbers the weights of a checkpoint or of a final/ have. Only the heads of the files are read."""
     heads = ((key, math.prod(head.get_shape())) for _, key, head in _heads(path, "*"))
     return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS)
 
 
 def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
-    """What the files hold of this model's tensors under `kind`."""
+    """The ranges of this model's tensors that the files hold under a kind."""
     for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind, FLOATS):
         name, _, start = key.rpartition("/")[2].partition("@")
         whole = flat.parameters[name]
@@ -238,7 +259,7 @@ def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
 
 
 def _refuse_others(path: Path, flat: Flat) -> None:
-    """Raises UserError where the files have tensors of no parameter, or of a kind that the state does not name."""
+    """Raises UserError if the files hold tensors of no parameter, or of a kind that the state does not name."""
     known: Any = read_state(path).get("kinds") if (path / "state.json").exists() else None
     known = [] if (path / "model.safetensors").exists() else known
     for _, key, _ in _heads(path, "*"):
@@ -266,10 +287,10 @@ def _entries(
 
 
 def _heads(path: Path, files: str) -> Iterator[tuple[Any, str, Any]]:
-    """Of each tensor of the files: its open file, its name, and its head, which has its type and shape."""
+    """For each tensor in the files: the open file, the name, and the head, which has the type and the shape."""
     with _readable(path):
         for file in sorted(path.glob(f"{files}.safetensors")):
-            untrusted.opened(file, path).close()  # a regular one
+            untrusted.opened(file, path).close()  # raises if it is no regular file
             with safe_open(untrusted.within(file, path), framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     yield tensors, key, tensors.get_slice(key)
@@ -277,7 +298,7 @@ def _heads(path: Path, files: str) -> Iterator[tuple[Any, str, Any]]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """A file that cannot be read becomes one sentence."""
+    """Turns a file that cannot be read into a UserError with one sentence."""
     try:
         yield
     except (OSError, SafetensorError, untrusted.Unfit) as error:

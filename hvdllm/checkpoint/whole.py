@@ -1,5 +1,8 @@
-"""Which checkpoints a run has, and which of them are whole: all files there, regular, and with the sums that were
-written. A folder that somebody else may have made says nothing by its name alone."""
+"""Which checkpoints a run has, and which of them are whole.
+
+A checkpoint is whole if all of its files are there, are regular, and have the sums that were written. The name of a
+folder alone says nothing, because somebody else may have made it.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,22 @@ from pathlib import Path
 from hvdllm import sums, untrusted
 
 MANIFEST = "manifest.json"
-MOST_MANIFEST = 16 * 2**20  # bytes, of a hundred thousand ranks
+MOST_MANIFEST = 16 * 2**20  # bytes, enough for a hundred thousand ranks
 TENSORS = re.compile(r"rank-[0-9]{5}\.safetensors")
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints' folders, oldest first; links are none."""
+    """The folders of a run's checkpoints, oldest first. Links are left out."""
     found = (folder / "checkpoints").glob("[0-9]*") if (folder / "checkpoints").is_dir() else ()
     numbered = (path for path in found if path.name.isascii() and path.name.isdecimal() and not path.is_symlink())
     return sorted(numbered, key=lambda path: int(path.name))
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run whose files are what its manifest says; others are named and passed over."""
+    """The newest checkpoint that is whole; None if there is none.
+
+    Checkpoints that are not whole are passed over, and `say` gets a sentence about each.
+    """
     for path in reversed(steps(folder)):
         problem = broken(path)
         if problem is None:
@@ -32,7 +38,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint; None if it is whole."""
     try:
         manifest = untrusted.read_json(path / MANIFEST, MOST_MANIFEST, path)
         written = manifest.get("sha256") if isinstance(manifest, dict) else None

@@ -1,18 +1,19 @@
-"""Writing a checkpoint, from as many ranks as hold a part of it, so that what has its final name is whole.
+"""Writing a checkpoint, by all ranks that hold a part of it, so that a folder with its final name is whole.
 
 checkpoints/<step>/
-  rank-00000.safetensors  what this rank hands out, by name and unpadded, so that any world size can read it:
-                            `model/<parameter>`, `m/<parameter>`, ...; a range as `m/<parameter>@<first element>`
-                            `summed.<kind>/<parameter>`  this rank's summand (residuals), ranges likewise
-                            `local.<kind>/<parameter>`   this rank's alone (its own weights), ranges likewise
-                            `tensor/<name>`              of any shape, equal on all ranks: in rank 0's file
-  state.json              plain values: shared, each rank's own, the stream's position, the run's
-  manifest.json           sha256 of the others, written last
+  rank-00000.safetensors  the tensors of this rank, by name and unpadded, so that any number of ranks can read them:
+                            `model/<parameter>`, `m/<parameter>`, ...; a range is `m/<parameter>@<first element>`
+                            `summed.<kind>/<parameter>`  what this rank adds to a sum (residuals)
+                            `local.<kind>/<parameter>`   what belongs to this rank alone (its own weights)
+                            `tensor/<name>`              any shape, equal on all ranks, in the file of rank 0
+  state.json              plain values: shared ones, each rank's own, the position of the stream, those of the run
+  manifest.json           the sha256 of the other files, written last
 
-All of it is written into a hidden folder beside, every file fsynced, then rank 0 renames the folder. Three gathers
-keep the ranks together: who writes (rank 0 has made the folder by then), what they wrote, and whether rank 0 could
-give it its name; the second is left out where rank 0 alone writes. Whatever fails fails on every rank, with the same
-sentence, after the hidden folder is gone.
+Everything is written into a hidden folder beside the final one, and every file is synced to the disk. Then rank 0
+renames the folder. Three gathers keep the ranks together. The first says which ranks write; by then rank 0 has made the
+folder. The second says what they wrote, and is left out if rank 0 alone writes. The third says whether rank 0 could
+rename the folder. If anything fails, it fails on every rank with the same sentence, after the hidden folder was
+removed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from hvdllm.world.base import World, first_problem
 
 # safetensors reports a full disk in an error class of its own.
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
-# Checkpoints that this process has written, summed as they were: no second look.
+# The checkpoints that this process has written. Their sums were made then, so they are not read again.
 _WHOLE: set[Path] = set()
 # A network file system may show another host's new folder late.
 SEEN_WITHIN_S = 5.0
@@ -55,11 +56,21 @@ def write(
     keep: int,
     mine: Json | None = None,
 ) -> Path | None:
-    """Writes folder/checkpoints/<step> and deletes all but the newest `keep` whole ones. Collective.
+    """Writes folder/checkpoints/<step> and deletes all but the newest `keep` whole checkpoints. Collective.
 
-    folder, extra (plain values of the run): rank 0's count. mine: plain values of this rank, beside state.mine.
-    Returns the path on rank 0. Raises RunError on all ranks where any rank's disk is full or refuses, or does not
-    show rank 0's folder; the checkpoints before are untouched then.
+    Args:
+        folder: of the run; that of rank 0 counts.
+        flat: the map.
+        state: of the exchange.
+        extra: plain values of the run; those of rank 0 count.
+        world: the ranks.
+        keep: how many checkpoints are kept.
+        mine: plain values of this rank, beside state.mine.
+
+    Returns the path on rank 0, None elsewhere.
+
+    Raises RunError on all ranks if the disk of any rank is full or refuses, or if a rank does not see the folder of
+    rank 0. The checkpoints before are untouched then.
     """
     step = state.shared["step"]
     tensors = _named(flat, state, world.rank)
@@ -68,7 +79,7 @@ def write(
     if world.rank == 0:
         try:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed stays away
+            beside.parent.mkdir(exist_ok=True)  # without parents: a run's folder that was removed is not made again
             beside.mkdir()
         except OSError as error:
             problem = _refused(folder, step, error)
@@ -80,7 +91,7 @@ def write(
     if world.rank:
         folder = Path(heads[0]["folder"])
     written = [_write_own(folder, step, tensors, world.rank)]
-    del tensors  # copies, where the vectors live on a GPU
+    del tensors  # these are copies if the vectors live on a GPU
     if any(head["writes"] for head in heads[1:]):
         written = [json.loads(text) for text in world.texts(json.dumps(written[0]), "act.save.written")]
     if world.rank == 0:
@@ -97,7 +108,10 @@ def write(
 
 
 def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
-    """final/model.safetensors: the weights to keep, by parameter name, and their sum; never resumed from."""
+    """Writes final/model.safetensors, the weights to keep by parameter name, and its sum. No run is resumed from it.
+
+    Raises RunError if the disk refuses.
+    """
     beside, final = folder / ".final", folder / "final"
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -117,12 +131,18 @@ def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Deletes all but the newest `keep` whole checkpoints, the manifest first: what is half deleted is not whole.
+    """Deletes all but the newest `keep` whole checkpoints.
 
-    written: the newest, whole because it has just been written. Older ones count only where they are whole; those
-    that are not stay until there are enough behind them. What has a higher number is damaged or not ours (else the run
-    would have gone on from it): it neither counts nor goes. Hidden folders go: where nothing is being written, they are
-    of lives that were killed while they wrote.
+    The manifest is deleted first, so that a checkpoint that is half deleted is not whole. Older checkpoints count only
+    if they are whole; those that are not stay until enough newer ones are whole. A checkpoint with a higher number than
+    `written` is damaged or not ours, since the run would have gone on from it otherwise. It neither counts nor is it
+    deleted. Hidden folders are deleted: nothing is being written now, so they are left from a life of the run that was
+    killed while it wrote.
+
+    Args:
+        folder: of the run.
+        keep: how many checkpoints are kept.
+        written: the newest one, which is whole because it has just been written.
     """
     _WHOLE.add(written.absolute())
     older = [path for path in steps(folder) if int(path.name) < int(written.name)]
@@ -139,7 +159,7 @@ def prune(folder: Path, keep: int, written: Path) -> None:
 
 
 def not_shared(path: Path) -> str:
-    """What a rank says that does not see what another one wrote."""
+    """The sentence of a rank that does not see what another rank wrote."""
     return (
         f"runs_dir must be shared by all hosts, because each rank keeps a part of the checkpoint: {path} is not there; "
         "give a runs_dir on a file system that all hosts have mounted at the same place"
@@ -148,7 +168,7 @@ def not_shared(path: Path) -> str:
 
 # ------------------------------------------------------------------ one rank's part
 def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
-    """What this rank writes, on the CPU, by its name in the file."""
+    """The tensors that this rank writes, on the CPU, by their names in the file."""
     tensors: dict[str, torch.Tensor] = {}
 
     def add(kind: str, spans: list[Any], vector: torch.Tensor) -> None:
@@ -164,13 +184,16 @@ def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
         add(f"summed.{kind}", spans, vector)
     for kind, (spans, vector) in state.local.items():
         add(f"local.{kind}", spans, vector)
-    if rank == 0:  # clones, because the file's format takes no two names of the same memory
+    if rank == 0:  # cloned, because the file format does not take two names for the same memory
         tensors |= {f"tensor/{name}": x.detach().cpu().contiguous().clone() for name, x in state.tensors.items()}
     return tensors
 
 
 def _write_own(folder: Path, step: int, tensors: dict[str, torch.Tensor], rank: int) -> tuple[str, str]:
-    """Writes this rank's file, if there is anything to write. What was wrong, and the file's hash; each may be ""."""
+    """Writes the file of this rank, if there is anything to write.
+
+    Returns what was wrong, and the hash of the file. Each may be "".
+    """
     if not tensors:
         return "", ""
     beside = _places(folder, step)[1]
@@ -187,18 +210,21 @@ def _write_own(folder: Path, step: int, tensors: dict[str, torch.Tensor], rank: 
 
 
 def _finish(folder: Path, step: int, values: Json, hashes: dict[str, str], keep: int) -> str | None:
-    """Rank 0: the plain values and the manifest; then the folder gets its name. What was wrong, or None."""
+    """On rank 0: writes the plain values and the manifest, and gives the folder its final name.
+
+    Returns what was wrong, or None.
+    """
     final, beside = _places(folder, step)
     aside = beside.with_name(f".{step}.old")
     for name in hashes:
-        if not (beside / name).exists():  # written on another host, into a folder of the same name
+        if not (beside / name).exists():  # it was written on another host, into a folder of the same name
             return not_shared(beside / name)
     try:
         write_whole(beside / "state.json", json.dumps(values))
         manifest = {**hashes, "state.json": _sha256_synced(beside / "state.json")}
         write_whole(beside / MANIFEST, json.dumps({"sha256": manifest}, indent=1))
-        shutil.rmtree(aside, ignore_errors=True)  # of a life that was killed between the renames
-        if final.exists():  # broken, or of a life before this one: the new one takes its place by two renames
+        shutil.rmtree(aside, ignore_errors=True)  # left from a life of the run that was killed between the renames
+        if final.exists():  # it is broken, or from an earlier life: two renames put the new one in its place
             os.replace(final, aside)
         os.replace(beside, final)
         sync_folder(final.parent)
@@ -209,7 +235,7 @@ def _finish(folder: Path, step: int, values: Json, hashes: dict[str, str], keep:
 
 
 def _places(folder: Path, step: int) -> tuple[Path, Path]:
-    """The folder's final name, and where it is written."""
+    """The final name of a checkpoint's folder, and the hidden one that it is written to."""
     return folder / "checkpoints" / str(step), folder / "checkpoints" / f".{step}"
 
 

@@ -26,6 +26,8 @@ Everything behind a launch runs on the driver thread: landing, peek or step, and
 Bytes a rank and update: two rounds of (N-1)/N P (b_gradients + 4). Memory: two gradient vectors; by pieces (1/N) the
 master weights, S~, the vectors of the update and, for a moment, a second set of these; and the weights that have
 arrived until the loop takes them. At a commit G~ is in flight; a checkpoint has it landed, as S~ and n~.
+
+More in hvdllm/exchange/README.md, `acco`.
 """
 
 from __future__ import annotations

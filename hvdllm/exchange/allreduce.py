@@ -13,6 +13,8 @@ with few tokens counts like the others, and the result depends on the order of t
 
 State: that of the update. Bytes a rank and step: 2 (N-1)/N P b (ring) and the meta. Staleness: 0. Every rank waits for
 the slowest one and for the network, except for what the backward hides.
+
+More in hvdllm/exchange/README.md, `allreduce`.
 """
 
 from __future__ import annotations

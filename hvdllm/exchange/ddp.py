@@ -6,6 +6,8 @@ powersgd are torch's own communication hooks; the residuals and thin matrices of
 DDP divides its sums by the number of ranks.
 
 It runs without Horovod in the process, on world=torch.
+
+More in hvdllm/exchange/README.md, `ddp`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ delay back, with G*G/n in the place of the mean loss's Hessian. It costs a copy 
 
 State: a second gradient vector; the sum that travels, which a checkpoint has landed and not applied; with compensation,
 the weights that the sum was taken at. Bytes: as all-reduce.
+
+More in hvdllm/exchange/README.md, `delayed`.
 """
 
 from __future__ import annotations

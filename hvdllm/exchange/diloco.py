@@ -15,6 +15,8 @@ overlap: the sums travel during the next round and are applied after it. The bou
 
 Bytes a rank and round: 2 (N-1)/N P b, and a meta for each pulse. Memory: anchor and momentum, 2 P (host_memory puts
 them on the host of a GPU); with overlap two vectors more. Staleness: 0; with overlap one round.
+
+More in hvdllm/exchange/README.md, `diloco`.
 """
 
 from __future__ import annotations

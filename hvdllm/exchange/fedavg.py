@@ -26,6 +26,8 @@ on bit-equal at the same world size; at another one that round begins anew, with
 
 Bytes a group and round: 2 (N-1)/N P b, however many clients it has, and a meta for each pulse. Memory: the anchor and a
 sum of deltas, 2 P, and up to 2 P of the server. Groups wait for each other where the clients do not divide by them.
+
+More in hvdllm/exchange/README.md, `fedavg`.
 """
 
 from __future__ import annotations

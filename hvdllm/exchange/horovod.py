@@ -4,6 +4,8 @@ Invariant: as exact as all-reduce; replicas are bit-equal. Horovod's hooks launc
 during the last backward, and Horovod fuses them as they come, by its own defaults instead of our buckets. Its
 `synchronize` waits by spinning. Only its sums are used: clipping, learning rate and optimizer are ours. With wire=fp16
 it casts the gradients without a scale, so that a large sum overflows and stops the run.
+
+More in hvdllm/exchange/README.md, `horovod`.
 """
 
 from __future__ import annotations

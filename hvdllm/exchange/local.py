@@ -20,6 +20,8 @@ group's next pulse says so, and all ranks stop at the same mark.
 
 A checkpoint has the anchor and the state of the outer optimizer once, and of each rank its own weights, moments and
 clocks. At another world size all ranks begin with the anchor.
+
+More in hvdllm/exchange/README.md, "Local steps".
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ data. Where the curvature differs, so does the fixed point (client drift); fewer
 Evaluation and samples use the mean of the ranks' weights.
 
 Bytes a rank and round: 2 (N-1)/N P b, and a meta for each pulse. Memory: the anchor, P.
+
+More in hvdllm/exchange/README.md, `local_sgd`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ the mean of rank i over n_i tokens and g = sum n_i g_i / n the mean of all N ran
 unequal counts either:
 
     tr S = (sum n_i |g_i|² - n |g|²) / (N - 1)          |G|² = |g|² - tr S / n
+
+More in hvdllm/exchange/README.md, "The gradient noise scale".
 """
 
 from __future__ import annotations

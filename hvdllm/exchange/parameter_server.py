@@ -40,6 +40,8 @@ Bytes a worker and push: P b there and P b back, nothing of it hidden. Memory: t
 vectors / servers, and a copy of each body that travels. A checkpoint has the pieces, and of each rank the gradient that
 had no ticket. At another world size clocks begin at 0 and these gradients are dropped (the `end` record counts them).
 CUDA: bodies travel through the host; the tests do not run this on a GPU.
+
+More in hvdllm/exchange/README.md, `parameter_server`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ commit, because every rank gets each piece of the weights from its one owner.
 
 Bytes a rank and step: (N-1)/N P b for the gradients and as much for the weights, together what a ring all-reduce sends,
 and one number for the norm. Memory: the update's vectors / N. Staleness: 0. The way back of the weights is not hidden.
+
+More in hvdllm/exchange/README.md, `sharded`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ time, in the same order on every rank, so τ < H / K. A mark is where a part is 
 Bytes: the peak is that of DiLoCo / K, in K times as many meetings; the average is the same. Nobody waits for the
 network where a part arrives within τ steps. Memory: as DiLoCo, and a vector for what travels. Settling joins what flies
 and then lets every part meet once more, so that the weights to keep have all steps.
+
+More in hvdllm/exchange/README.md, `streaming_diloco`.
 """
 
 from __future__ import annotations

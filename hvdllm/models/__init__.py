@@ -1,4 +1,5 @@
-"""The transformer: gpt.py the module and its weights, generate.py sampling, size.py its size without torch.
+"""The transformer: gpt.py has the module and its weights, generate.py samples from it, size.py computes its size.
 
-Nothing is imported here, so that `hvdllm.models.size` costs no import of torch. Blind to text and exchange.
+Nothing is imported here, so that importing `hvdllm.models.size` does not import torch. This room knows neither text nor
+exchange.
 """

@@ -21,12 +21,23 @@ def generate(
     top_k: int | None = 50,
     stop: int | None = None,
 ) -> list[int]:
-    """Continue `ids` (at least one; the last `context` of them count) by up to `tokens` ids; returns these alone.
+    """Continues `ids`, and returns only the new ids.
 
-    Drawn from softmax(logits / temperature) over the top_k likeliest ids below `vocab`, the real vocabulary, so
-    never a padded one; temperature 0 takes the likeliest. Ends before `stop`, if that is drawn. `generator` is a
-    CPU one: its state and the weights decide the text. Computes on the model's device, in eval mode (the mode
-    it was in comes back); not a collective. No cache of keys and values: each token costs a whole forward.
+    Each token is drawn from softmax(logits / temperature) over the likeliest ids. The weights and the state of the
+    generator decide the text. It is computed on the model's device in eval mode; the model's mode is restored at the
+    end. No keys and values are cached, so each token costs a whole forward pass. This is no collective.
+
+    Args:
+        model: the transformer.
+        ids: the prompt, at least one id; the last `context` of them count.
+        tokens: how many ids are added at most.
+        vocab: the size of the real vocabulary, so that no padded id is drawn.
+        generator: a generator on the CPU.
+        temperature: 0 takes the likeliest id.
+        top_k: how many of the likeliest ids are drawn from; None for all.
+        stop: an id at which the text ends; it is not part of the result.
+
+    Raises ValueError if `ids` is empty.
     """
     if not ids:
         raise ValueError("generate() continues ids: give at least one, the end token where there is no prompt")

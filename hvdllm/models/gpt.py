@@ -1,7 +1,7 @@
-"""A decoder-only transformer: GPT-2 or Llama, or anything between them, by its settings alone.
+"""A decoder-only transformer. Its settings make it GPT-2, Llama, or anything between them.
 
-With the same weights, logits and gradients equal those of transformers' GPT2LMHeadModel and LlamaForCausalLM
-to rounding (tests/models/test_oracle.py). Sources: Radford et al., 2019 (GPT-2); Touvron et al., 2023 (Llama);
+With the same weights, its logits and gradients equal those of transformers' GPT2LMHeadModel and LlamaForCausalLM
+up to rounding (tests/models/test_oracle.py). Sources: Radford et al., 2019 (GPT-2); Touvron et al., 2023 (Llama);
 Su et al., 2021 (rotary positions, the form that pairs feature i with i + E/2); Ainslie et al., 2023 (grouped
 queries); Zhang and Sennrich, 2019 (RMSNorm); Shazeer, 2020 (SwiGLU).
 
@@ -25,37 +25,38 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdllm.models.parts import Model
 
-# TokenLoss takes as many tokens at a time as have CHUNK logits (2 MiB of fp32: a core's cache), but not so few that
-# the products become slow. On a GPU there is no cache to fit, and each chunk costs launches.
+# TokenLoss takes so many tokens at a time that they have CHUNK logits (2 MiB in fp32, which fit into a core's cache),
+# but not so few that the products become slow. A GPU has no such cache, and each chunk costs kernel launches.
 CHUNK = 2**19
 LEAST_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves its weights undrawn: init_weights draws them, or a checkpoint holds them."""
+    """nn.Linear whose weights are not initialised here: init_weights does it, or they come from a checkpoint."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its weights undrawn, as Linear does."""
+    """nn.Embedding whose weights are not initialised here, as in Linear."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 def make_norm(settings: Model) -> nn.Module:
+    """The normalisation that the settings name, over the width of the residual stream."""
     if settings.norm == "rmsnorm":
         return nn.RMSNorm(settings.width, eps=settings.norm_eps)
     return nn.LayerNorm(settings.width, eps=settings.norm_eps, bias=settings.bias)
 
 
 def rope_tables(context: int, features: int, theta: float) -> Tensor:
-    """cos and sin of position x frequency, shape [2, context, features / 2], in fp64.
+    """The cosine and the sine of position x frequency, [2, context, features / 2], in fp64.
 
-    In fp64 whatever the model's dtype, and rounded where it is used: an angle of 2,000 radians has lost
-    three digits in fp32, and an fp64 model would never get them back.
+    They are computed in fp64 whatever the model's dtype is, and rounded where they are used. In fp32 an angle of 2,000
+    radians has lost three digits, which an fp64 model would never get back.
     """
     frequency_E2 = theta ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
     angle_TE2 = torch.outer(torch.arange(context, dtype=torch.float64), frequency_E2)
@@ -63,21 +64,24 @@ def rope_tables(context: int, features: int, theta: float) -> Tensor:
 
 
 def rotate(x_BHTE: Tensor, rope_2TE2: Tensor) -> Tensor:
-    """Turn each pair of features (i, i + E/2) of the token at place t by the angle t x frequency_i."""
+    """Rotates each pair of features (i, i + E/2) of the token at place t by the angle t x frequency_i."""
     cos_TE2, sin_TE2 = rope_2TE2
     left, right = x_BHTE.chunk(2, dim=-1)
     return torch.cat([left * cos_TE2 - right * sin_TE2, right * cos_TE2 + left * sin_TE2], dim=-1)
 
 
 def repeats_heads(q_BHTE: Tensor) -> bool:
-    """Must heads of keys and values be repeated for the heads of queries that share them? In full precision a GPU has
-    one kernel that knows shared heads, and that one keeps all T x T weights; the one that does not keep them wants a
-    head each. (Flash attention knows them, in 16 bits.)"""
+    """Whether the heads of keys and values must be repeated for the heads of queries that share them.
+
+    In full precision, the only GPU kernel that supports shared heads keeps all T x T weights in memory. The kernel that
+    does not keep them needs one head of keys and values for each head of queries. (Flash attention supports shared
+    heads, in 16 bits.)
+    """
     return q_BHTE.is_cuda and q_BHTE.dtype is torch.float32
 
 
 class Attention(nn.Module):
-    """Causal self-attention; `qkv` holds the rows of all query heads, then key heads, then value heads."""
+    """Causal self-attention. The rows of `qkv` are those of query heads, then of key heads, then of value heads."""
 
     def __init__(self, settings: Model) -> None:
         super().__init__()
@@ -97,7 +101,7 @@ class Attention(nn.Module):
             q_BHTE, k_BKTE, v_BKTE = qkv_BHTE.split([H, K, K], dim=1)
         else:
             qk_BHTE, v_BKTE = qkv_BHTE.split([H + K, K], dim=1)
-            # Under autocast the tables are fp32, so the rotation is too; attention rounds its result to bf16.
+            # Under autocast the tables are in fp32, and so is the rotation. Attention rounds its result to bf16.
             q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).split([H, K], dim=1)
         if K < H and repeats_heads(q_BHTE):
             k_BKTE, v_BKTE = (x_BKTE.repeat_interleave(H // K, dim=1) for x_BKTE in (k_BKTE, v_BKTE))
@@ -114,7 +118,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh form) or SwiGLU; for SwiGLU `up` holds the gate's rows first, then those it multiplies."""
+    """GELU (in its tanh form) or SwiGLU. For SwiGLU `up` holds the rows of the gate, then those that it multiplies."""
 
     def __init__(self, settings: Model) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normed copy of the residual stream and added back to it."""
+    """Attention and then the MLP. Each reads a normalised copy of the residual stream and adds its result to it."""
 
     def __init__(self, settings: Model) -> None:
         super().__init__()
@@ -151,13 +155,15 @@ class Block(nn.Module):
 
 
 class TokenLoss(torch.autograd.Function):
-    """Sum of the cross entropies of the output layer, without ever holding the logits of all tokens.
+    """The sum of the cross entropies of the output layer. The logits of all tokens are never in memory at once.
 
-    Equals F.cross_entropy(x @ head.T, target, reduction="sum"), value and gradients, to rounding. Both are
-    computed chunk by chunk of tokens while the chunk's logits are in the cache, the gradient already in the
-    forward; the backward only scales it. (The idea is Liger's fused linear cross entropy, Hsu et al., 2024.)
-    A step of model=tiny takes 5 to 10 % less time; a vocabulary of 50,000 saves gigabytes. Under autocast the
-    products are in its dtype, the softmax and the sums over chunks in fp32.
+    It equals F.cross_entropy(x @ head.T, target, reduction="sum") up to rounding, in its value and its gradients. Both
+    are computed for one chunk of tokens after the other, while the logits of the chunk are in the cache. The gradient
+    is computed in the forward already, and the backward only scales it. The idea is that of Liger's fused linear cross
+    entropy (Hsu et al., 2024).
+
+    A step of model=tiny takes 5 to 10 % less time, and with a vocabulary of 50,000 it saves gigabytes. Under autocast
+    the products are in its dtype, the softmax and the sums over chunks in fp32.
     """
 
     @staticmethod
@@ -194,11 +200,11 @@ class TokenLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over `vocab` token ids (padded: size.pad_vocab). Its weights are undrawn.
+    """A decoder-only transformer over `vocab` token ids, a number that was padded by size.pad_vocab.
 
-    Parameters are registered in the order in which the forward uses them. Tied, the output layer is no
-    parameter of its own: it reads `embed.weight`, so it stays tied when the trainer re-points that
-    parameter's data into its flat vector. The model computes in the dtype of its parameters.
+    Its weights are not initialised. Its parameters are registered in the order in which the forward uses them. A tied
+    output layer is no parameter of its own: it reads `embed.weight`, and so it stays tied when the trainer moves the
+    data of that parameter into its flat vector. The model computes in the dtype of its parameters.
     """
 
     def __init__(self, settings: Model, vocab: int) -> None:
@@ -217,11 +223,11 @@ class GPT(nn.Module):
 
     @property
     def output(self) -> Tensor:
-        """Weights [V, D] of the output layer."""
+        """The weights of the output layer, [V, D]."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def features(self, ids_BT: Tensor) -> Tensor:
-        """What the output layer reads: the normed residual stream [B, T, D] behind the last block."""
+        """The input of the output layer: the normalised residual stream after the last block, [B, T, D]."""
         T = ids_BT.shape[1]
         x_BTD = self.embed(ids_BT)
         if self.positions is not None:
@@ -243,17 +249,17 @@ class GPT(nn.Module):
         return features
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of the token after each of ids [B, T] (integers below V; T <= context)."""
+        """The logits [B, T, V] of the token after each of ids [B, T], integers below V; T is at most `context`."""
         return F.linear(self.features(ids_BT), self.output)
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum (no mean) over the B x T tokens of -ln p(target), in nats: an fp32 scalar, fp64 in fp64 models.
+        """The sum (not the mean) of -ln p(target) over the B x T tokens, in nats: an fp32 scalar, fp64 in fp64 models.
 
-        Targets are int64. Padded ids take part in the softmax, as in nanoGPT: they are never a target, so
-        they soon cost nothing.
+        Targets are int64. Padded ids take part in the softmax, as in nanoGPT. They are never a target, so their
+        probability soon is nearly zero.
         """
         x_ND = self.features(inputs_BT).flatten(0, 1)
-        # Inside its forward autograd is always off, and needs_input_grad is true under no_grad too: tell it.
+        # It must be told: inside its forward autograd is always off, and needs_input_grad is true under no_grad too.
         graded = torch.is_grad_enabled()
         total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)  # type: ignore[no-untyped-call]
         return total
@@ -261,12 +267,13 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Draw all weights by GPT-2's scheme: normal, deviation 0.02, and 0.02 / sqrt(2 x layers) for the layers
-    that add to the residual stream (2 a block); biases 0, norms 1.
+    """Initialises all weights by GPT-2's scheme.
 
-    Drawn on the CPU in fp32, in order of registration, from a generator of their own: the same seed gives
-    the same weights on every rank and device and in every precision, and the global generators stay as they
-    were.
+    Weights are normal with deviation 0.02, or 0.02 / sqrt(2 x layers) in the two layers of a block that add to the
+    residual stream. Biases are 0, and the weights of norms are 1.
+
+    They are drawn on the CPU in fp32, in order of registration, from a generator of their own. So the same seed gives
+    the same weights on every rank, on every device and in every precision, and the global generators stay as they were.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -279,7 +286,10 @@ def init_weights(model: GPT, seed: int) -> None:
 
 
 def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
-    """torch.compile each block in place. Never the whole model: its backward would be one graph, and all
-    gradient hooks would fire in its last half millisecond."""
+    """Compiles each block in place with torch.compile.
+
+    The whole model is never compiled as one: its backward would be a single graph, and all gradient hooks would fire in
+    the last half millisecond of it.
+    """
     for block in model.blocks:
         block.compile(backend=backend)

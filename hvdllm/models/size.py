@@ -1,4 +1,4 @@
-"""How large a model is, how many operations a token costs and what a device can do. Needs no torch."""
+"""How large a model is, how many operations a token costs, and what a device can do. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hvdllm.errors import UserError
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 
-PAD = 64  # rows: matrix kernels like their sizes divisible by 64
+PAD = 64  # rows; matrix kernels are fastest with sizes that are multiples of 64
 
 
 def pad_vocab(tokens: int) -> int:
-    """Rows of the embedding for a vocabulary of `tokens`: the next multiple of 64. 257 bytes-and-end give 320."""
+    """The rows of the embedding for a vocabulary of `tokens`: the next multiple of 64. For example, 257 gives 320."""
     return -(-tokens // PAD) * PAD
 
 
@@ -40,7 +40,7 @@ def check_model(settings: Model) -> None:
 
 
 def _matrices(settings: Model, vocab: int) -> int:
-    """Weights that multiply each token: all matrices of the blocks, and the output layer, tied or not."""
+    """How many weights multiply each token: all matrices of the blocks, and the output layer, tied or not."""
     width = settings.width
     kv_width = width // settings.heads * (settings.kv_heads or settings.heads)
     hidden = settings.mlp_width or 4 * width
@@ -50,7 +50,7 @@ def _matrices(settings: Model, vocab: int) -> int:
 
 
 def count_parameters(settings: Model, vocab: int) -> int:
-    """Parameters of GPT(settings, vocab), exactly; tied weights count once. `vocab` as padded."""
+    """The exact number of parameters of GPT(settings, vocab), with a padded `vocab`. Tied weights count once."""
     width = settings.width
     kv_width = width // settings.heads * (settings.kv_heads or settings.heads)
     hidden = settings.mlp_width or 4 * width
@@ -64,22 +64,22 @@ def count_parameters(settings: Model, vocab: int) -> int:
 
 
 def flops_per_token(settings: Model, vocab: int) -> int:
-    """Floating-point operations that training on one token costs, forward and backward, as MFU counts them.
+    """The floating-point operations that training on one token costs, forward and backward, as MFU counts them.
 
-    6 x the matrices' weights (output layer included, embeddings, biases and norms not) + 12 x layers x width x
-    context for attention: PaLM, appendix B (Chowdhery et al., 2022). By that convention the causal mask does
-    not halve the attention, and what checkpointing computes again is not counted.
+    They are 6 x the weights of the matrices (with the output layer, without embeddings, biases and norms), plus
+    12 x layers x width x context for attention (PaLM, appendix B; Chowdhery et al., 2022). By this convention the
+    causal mask does not halve the attention, and what checkpointing computes again is not counted.
     """
     return 6 * _matrices(settings, vocab) + 12 * settings.layers * settings.width * settings.context
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a whole replica holds between two steps; activations come on top."""
+    """The bytes that a whole replica holds between two steps. Activations come on top of them."""
 
     weights: int
     gradients: int
-    optimizer: int  # AdamW: the running means of the gradient and of its square
+    optimizer: int  # for AdamW, the running means of the gradient and of its square
 
     @property
     def total(self) -> int:
@@ -87,15 +87,17 @@ class Memory:
 
 
 def memory(settings: Model, vocab: int, precision: str) -> Memory:
-    """Bytes for weights, gradients and AdamW's state; with bf16 (autocast) all three are fp32."""
+    """The bytes of weights, gradients and AdamW's state. With bf16 (autocast) all three are in fp32."""
     one = count_parameters(settings, vocab) * (8 if precision == "fp64" else 4)
     return Memory(weights=one, gradients=one, optimizer=2 * one)
 
 
 def least_memory(config: Config, vocab: int, ranks: int) -> int:
-    """Bytes that a rank holds at least while it trains, so that what surely does not fit is refused before it is made:
-    weights, gradients (twice where one vector travels), the optimizer's state, anchors, and of the activations of one
-    micro-batch the residual stream and the MLP's input of each block."""
+    """The bytes that a rank holds at least while it trains, so that what surely does not fit is refused early.
+
+    They are those of the weights, the gradients (twice if one vector travels), the optimizer's state and the anchors,
+    and of the activations of a micro-batch those of the residual stream and of the MLP's input in each block.
+    """
     one = count_parameters(config.model, vocab) * (8 if config.precision == "fp64" else 4)
     exchange, optim = registry.of("exchange", config.exchange).facts, registry.of("optim", config.optim).facts
     shares = ranks if exchange.shares_state else 1
@@ -106,9 +108,9 @@ def least_memory(config: Config, vocab: int, ranks: int) -> int:
     return int(one * (1 + exchange.gradients + anchors + optim.vectors / shares) + activations)
 
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each precision of ours
-# (bf16: tensor cores with fp32 sums, without sparsity; fp32: no TF32; fp64: tensor cores where there are). The first
-# pattern found in the device's name counts. None: the hardware lacks it, or the sheet does not say.
+# Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each of our precisions
+# (bf16: tensor cores with fp32 sums and no sparsity; fp32: no TF32; fp64: tensor cores, if there are any). The first
+# pattern that is found in the device's name counts. None means that the hardware lacks it, or the sheet does not say.
 _PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
     # name                      bf16   fp32   fp64
     (r"\bGB300\b", 2500.0, 80.0, None),
@@ -138,8 +140,10 @@ _PEAKS: list[tuple[str, float | None, float | None, float | None]] = [
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device torch.cuda.get_device_name() names; None where unknown: any CPU; a slice of
-    a GPU (MIG), whose share of the units is not in its name."""
+    """The dense peak in FLOP/s of the device that torch.cuda.get_device_name() names; None if it is not known.
+
+    It is not known for any CPU, nor for a slice of a GPU (MIG), whose name does not say its share of the units.
+    """
     if re.search(r"\bMIG\b", device_name):
         return None
     column = {"bf16": 1, "fp32": 2, "fp64": 3}[precision]

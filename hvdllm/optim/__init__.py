@@ -1,1 +1,1 @@
-"""What a summed gradient does to the weights: update.py around one file per optimizer; schedule.py the rate."""
+"""What a summed gradient does to the weights: update.py, one file for each optimizer, and schedule.py for the rate."""

@@ -1,4 +1,4 @@
-"""AdamW on slices: torch's fused functional form, bit-equal however the flat vector is cut."""
+"""AdamW on slices, by torch's fused functional form. The result is bit-equal however the flat vector is cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VECTORS: tuple[str, ...] = ("m", "v")  # means of gradients and of their squares
 
 
 def step(settings: AdamW, on: Slices) -> None:
-    """In place.
+    """Makes one step in place.
 
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g²;  x -= lr (wd x + (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps))
     (Loshchilov and Hutter, 2019, algorithm 2).
@@ -39,8 +39,11 @@ def step(settings: AdamW, on: Slices) -> None:
 
 
 def frozen(seen: int, settings: AdamW, on: Slices) -> None:
-    """The same with v left as it is: the second stage of 1-bit Adam (Tang et al., 2021, arXiv 2102.02888). Its bias
-    correction stays too, that of the `seen` steps that v has had."""
+    """Makes one step in place that leaves v as it is: the second stage of 1-bit Adam.
+
+    The bias correction of v also stays as it is, namely that of the `seen` steps that v has had. Source: Tang et al.,
+    2021, arXiv 2102.02888.
+    """
 
     def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return v, m / (1 - settings.beta1**t)

@@ -1,4 +1,4 @@
-"""What an optimizer is: a module with VECTORS and `step`, one file each."""
+"""What an optimizer is: a module with VECTORS and a function `step`. Each optimizer has a file of its own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 
 @dataclass(frozen=True)
 class Slices:
-    """What one call of an optimizer changes, in place: slices of the flat vectors that all decay, or all do not.
+    """What one call of an optimizer changes in place: slices of the flat vectors, which all decay or all do not.
 
-    lr: of this step.
-    decayed: do these weights decay?
-    params, grads: the weights and their gradients; gradients are spent.
-    vectors: the optimizer's own, by name, cut like the weights.
-    steps: of each slice, how many steps it has had.
-    scale: the gradients are divided by it; None: they are divided already.
-    found_inf: where it is 1 nothing changes, `steps` included.
+    Attributes:
+        lr: the learning rate of this step.
+        decayed: whether these weights decay.
+        params, grads: the weights and their gradients; the gradients may be overwritten.
+        vectors: the optimizer's own vectors by name, cut like the weights.
+        steps: how many steps each slice has had.
+        scale: the gradients are divided by it; None if they are divided already.
+        found_inf: if it is 1, nothing changes, not even `steps`.
     """
 
     lr: float
@@ -32,9 +33,9 @@ class Slices:
 
 
 class Optimizer(Protocol):
-    """VECTORS: names of the vectors that it keeps, each as long as the weights."""
+    """VECTORS names the vectors that the optimizer keeps, each as long as the weights."""
 
     VECTORS: tuple[str, ...]
 
     def step(self, settings: Any, on: Slices) -> None:
-        """One step. settings: those that the optimizer is registered with."""
+        """Makes one step. `settings` are those of the class that the optimizer is registered with."""

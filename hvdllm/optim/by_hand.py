@@ -1,4 +1,4 @@
-"""Adam's kind step by step, for the rules that torch's fused form does not know: NAdam, and AdamW with frozen v."""
+"""Adam written out, for the rules that torch's fused form does not have: NAdam, and AdamW with frozen v."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from hvdllm.optim.base import Slices
 from hvdllm.optim.parts import Adam
 
-CHUNK = 2**20  # elements of a slice that are stepped at a time: what is made on the way is no whole vector
+CHUNK = 2**20  # elements of a slice that are stepped at a time, so that temporary tensors stay small
 
-# Of the gradient, the old v, the new m and the step's number: the new v, and what goes in the place of m / (1-b1^t).
+# From the gradient, the old v, the new m and the number of the step to the new v and what replaces m / (1-b1^t).
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def step(rule: Rule, settings: Adam, on: Slices, *, seen: int | None = None) -> None:
-    """In place. seen: steps that v has had, where these are not all.
+    """Makes one step in place. `seen` is how many steps v has had, if it has not had all of them.
 
     m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^seen)) + eps))
     """

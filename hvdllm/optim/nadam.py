@@ -1,8 +1,8 @@
-"""NAdam with decoupled decay on slices: Adam that looks ahead along its momentum, for gradients that come late.
+"""NAdam with decoupled decay on slices: an Adam that looks ahead along its momentum, for gradients that come late.
 
-With beta1 = .99 it is Nesterov's method for delay (Ajanthan et al., 2025, arXiv 2505.01099, their code): on a
-quadratic, delayed by one update, it stays stable at 2.5 to 9 times the rate that plain descent stands. For SGD the
-same is optim=sgd optim.nesterov=true optim.momentum=.99, at the paper's rate times (1 - momentum).
+With beta1 = .99 it is Nesterov's method for delay, as in the code of Ajanthan et al., 2025, arXiv 2505.01099. On a
+quadratic, with gradients one update late, it is stable up to 2.5 to 9 times the rate at which plain descent is. For SGD
+the same method is optim=sgd optim.nesterov=true optim.momentum=.99, at the paper's rate times (1 - momentum).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VECTORS: tuple[str, ...] = ("m", "v")  # means of gradients and of their squares
 
 
 def step(settings: NAdam, on: Slices) -> None:
-    """By hand (by_hand.py), with
+    """Makes one step in place, by by_hand.py with
 
     v = b2 v + (1-b2) g²;  ahead = b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)
     (Dozat, 2016, with a constant momentum; the decay is decoupled).

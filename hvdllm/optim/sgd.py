@@ -1,4 +1,4 @@
-"""SGD with momentum on slices: torch's fused functional form."""
+"""SGD with momentum on slices, by torch's fused functional form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VECTORS: tuple[str, ...] = ("m",)  # velocity
 
 
 def step(settings: SGD, on: Slices) -> None:
-    """In place.
+    """Makes one step in place.
 
     g += wd x;  v = mu v + g;  x -= lr (g + mu v if nesterov else v)     (torch.optim.SGD, no dampening)
     """

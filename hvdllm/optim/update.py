@@ -1,8 +1,8 @@
-"""The update: divide the sum by its tokens, clip by the global norm, look up the rate, step the optimizer.
+"""The update divides a sum of gradients by its tokens, clips it, looks up the learning rate and steps the optimizer.
 
-The squared norm is taken at every step, clip or not: it is how a gradient that is not finite is seen. From
-that step on the optimizer is masked on the device (its `found_inf`), on every rank alike since the norm is
-that of the sum, until the host has read the norm and raises.
+The squared norm is computed at every step, whether gradients are clipped or not, because it shows a gradient that is
+not finite. From that step on the optimizer is masked on the device (its `found_inf`) until the host has read the norm
+and raises. All ranks do the same, because the norm is that of the sum.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Meta(Protocol):
+    """What an update needs to know of a round: its tokens, and the tokens that are committed with it."""
+
     tokens: float
     committed: int
 
 
 @dataclass
 class Slots:
-    """What an optimizer keeps, cut like the pieces: vectors by name, step counts, and the mask (1: bad)."""
+    """What an optimizer keeps, cut like the pieces: vectors by name, counts of steps, and the mask.
+
+    The mask `bad` is 1 once a norm was not finite.
+    """
 
     vectors: dict[str, list[torch.Tensor]]
     steps: list[torch.Tensor]
@@ -43,16 +48,22 @@ class Slots:
 
 
 class Update:
-    """settings: an optimizer's. factor: of the peak rate, by committed tokens."""
+    """An optimizer with its clipping and its schedule.
+
+    `factor` gives the share of the peak learning rate as a function of committed tokens.
+    """
 
     def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
         self.optimizer: Optimizer = registry.built(registry.of("optim", settings))
         self.steps = 0
-        self.frozen_at: int | None = None  # steps that v has seen, once it stays as it is
+        self.frozen_at: int | None = None  # how many steps v has had when it was frozen
 
     def attach(self, flat: Any, pieces: list[Any]) -> None:
-        """pieces: spans of the map that this rank owns. State vectors hold their elements one after the other."""
+        """Makes the vectors of the optimizer for the pieces that this rank owns, which are spans of the map.
+
+        A vector holds the elements of all pieces, one piece after the other.
+        """
         x = flat.x
         sizes = [span.stop - span.start for span in pieces]
         self.decayed = [span.decayed for span in pieces]
@@ -67,21 +78,26 @@ class Update:
 
     @property
     def bad(self) -> torch.Tensor:
-        """1 once a norm was not finite, else 0; on the device."""
+        """A scalar on the device: 1 once a norm was not finite, else 0."""
         return self._own.bad
 
     def rate(self, committed: int) -> float:
-        """The learning rate of an update after which so many tokens are committed."""
+        """The learning rate of the update with which `committed` tokens are committed."""
         return self.settings.lr * self.factor(committed)
 
     def step(
         self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total, share: float = 1.0
     ) -> tuple[float, Later]:
-        """One optimizer step in place; `grad` is spent. total: sums a small vector over the owners of the pieces.
-        share: of the rate that this step takes, where it is less than a whole one.
+        """Makes one step of the optimizer in place.
 
-        Returns the rate (that of meta.committed, this round included) and the norm of the mean gradient before
-        clipping, to be read later.
+        Args:
+            pieces: the weights that this rank owns, one slice for each piece.
+            grad: the sums of their gradients; they may be overwritten.
+            meta: of the round.
+            total: sums a small vector over the owners of all pieces.
+            share: of the learning rate that this step takes, if it is less than a whole step.
+
+        Returns the learning rate, and the norm of the mean gradient before clipping, which can be read later.
         """
         if self._freezes(meta) and self.frozen_at is None:
             self.frozen_at = self.steps
@@ -90,7 +106,7 @@ class Update:
         return self.rate(meta.committed), norm
 
     def fresh(self) -> None:
-        """The optimizer begins anew; the mask stays as it is."""
+        """Lets the optimizer begin anew. The mask stays as it is."""
         self.steps, self.frozen_at = 0, None
         for state in (*self.vectors.values(), *self._own.steps):
             state.zero_()
@@ -98,9 +114,10 @@ class Update:
     def peek(
         self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total
     ) -> list[torch.Tensor]:
-        """The pieces after such a step, out of place; no state is touched and `grad` is kept (ACCO's estimate).
+        """The pieces as they would be after such a step (ACCO's estimate).
 
-        Where the norm is not finite these are the pieces themselves: the step that follows sees the same numbers.
+        Neither the pieces nor the state nor `grad` are changed. If the norm is not finite, the result equals the
+        pieces, and the step that follows sees the same numbers.
         """
         out = [piece.clone() for piece in pieces]
         self._apply(out, [g.clone() for g in grad], meta, total, self._own.clone())
@@ -146,16 +163,16 @@ class Update:
         return read_later
 
     def _freezes(self, meta: Meta) -> bool:
-        """Does this step leave v as it is? Only where v has seen a step at all."""
+        """Whether this step leaves v as it is. It does so only if v has had a step before."""
         after = getattr(self.settings, "freeze_tokens", None)
         return after is not None and meta.committed > after and self.steps > 0
 
     def weights(self) -> AbstractContextManager[None]:
-        """The weights to evaluate with: for these optimizers the weights themselves."""
+        """Within it, the weights are those to evaluate with. For these optimizers they are the weights themselves."""
         return nullcontext()
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Shared values, and the vectors over this rank's pieces."""
+        """Values that all ranks share, and the vectors over the pieces of this rank."""
         return {"steps": self.steps, "frozen_at": self.frozen_at}, self.vectors
 
     def load(self, shared: dict[str, Any], vectors: dict[str, torch.Tensor]) -> None:

@@ -1,12 +1,14 @@
-"""Which runs may be compared. Invariant: runs are ranked only where they are equal in everything but the compared
-settings, the tuned ones, the seed, and settings that change neither what is computed nor how fast.
+"""Which runs may be compared.
 
-`Equal except` lists every difference with its part in the comparison:
-  compared   makes the groups (--by)
-  tuned      a trial inside a group (--tuned-by)
-  replicate  the seed
-  no matter  where files go, when to save, …: stated
-  matters    forbids a ranking, unless --anyway
+Invariant: runs are ranked only if they are equal in everything but the compared settings, the tuned settings, the seed,
+and settings that change neither what is computed nor how fast.
+
+The table "Equal except" lists every difference, with its part in the comparison:
+  compared   its values make the groups (--by)
+  tuned      its values are trials inside a group (--tuned-by)
+  replicate  it is the seed
+  no matter  it changes no result: where files go, when to save, ...; it is stated all the same
+  matters    it forbids a ranking, unless --anyway was given
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from statistics import fmean
 from hvdllm.errors import UserError
 from hvdllm.report.read import Run
 
-AXES = ("exchange", "wire")  # compared where they differ and --by says nothing
-# Change neither the weights nor the speed between acts. `launch.` but for the network: who started the ranks.
+AXES = ("exchange", "wire")  # are compared if they differ and --by is not given
+# These change neither the weights nor the speed between acts. Of `launch` only the settings of the network do.
 NO_MATTER = (
     "name", "runs_dir", "data_dir", "resume", "keep", "trace_steps", "eval_every", "save_every", "sample_every",
     "audit_every", "log_every", "sample_prompt", "sample_tokens", "target_loss", "track", "launch", "hosts",
     "git.dirty",
 )  # fmt: skip
 NETWORK = ("launch.link", "launch.controller", "launch.interface", "launch.how")
-SAME_DATA = ("text.path", "text.column", "text.validation")  # no matter where the hash of the data is the same
+SAME_DATA = ("text.path", "text.column", "text.validation")  # do not matter if the data have the same hash
 ABSENT = "not recorded"
-EMPTY = (ABSENT, "null", "false")  # a setting that one version lacks is as if it was left at nothing
+EMPTY = (ABSENT, "null", "false")  # a setting that one version lacks counts as one that was left empty
 
 
 @dataclass(frozen=True)
 class Difference:
-    """values: text of the setting → names of the runs that have it."""
+    """A setting in which the runs differ. `values` maps each text of the setting to the names of the runs with it."""
 
     key: str
     part: str
@@ -43,22 +45,24 @@ class Difference:
 
 @dataclass
 class Trial:
-    """A value of the tuned settings, and its runs (seeds). loss: mean of the last evaluations, inf where a run
-    diverged, failed or has none."""
+    """One choice of the tuned settings, and its runs, one for each seed.
+
+    `loss` is the mean of the last evaluations; it is inf if a run diverged, failed, or has no evaluation.
+    """
 
     label: str
     runs: list[Run]
     loss: float
-    whole: bool  # all its runs came to their budget
+    whole: bool  # all of its runs have met their budget
 
 
 @dataclass
 class Group:
-    """What is one line of the result: runs that differ in the seed alone (and in the tuned settings: trials)."""
+    """One line of the result: runs that differ only in the seed, and before tuning in the tuned settings (trials)."""
 
     label: str
     key: dict[str, str]
-    runs: list[Run]  # of the winning trial where there are several
+    runs: list[Run]  # those of the winning trial, if there are several trials
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -68,6 +72,8 @@ class Group:
 
 @dataclass
 class Comparison:
+    """What is compared with what. `fair` is false if a difference that matters was overruled by --anyway."""
+
     groups: list[Group]
     by: list[str]
     tuned_by: list[str]
@@ -77,16 +83,26 @@ class Comparison:
 
     @property
     def against(self) -> list[Difference]:
+        """The differences that speak against a ranking."""
         return [one for one in self.differences if one.part == "matters"]
 
 
 def under(key: str, prefixes: Iterable[str]) -> bool:
-    """exchange.timed is under exchange."""
+    """Whether a setting belongs to one of these groups or settings: exchange.timed is under exchange."""
     return any(key == one or key.startswith(one + ".") for one in prefixes)
 
 
 def compare(runs: list[Run], by: list[str], tuned_by: list[str], anyway: bool) -> Comparison:
-    """Raises UserError where the runs cannot be ranked fairly."""
+    """Sorts the runs into groups.
+
+    Args:
+        runs: at least one run.
+        by: the settings or groups of settings that are compared; empty to compare exchange and wire, if they differ.
+        tuned_by: the settings that were tuned for each group.
+        anyway: whether runs are ranked although they differ in something that matters.
+
+    Raises UserError if the runs cannot be ranked fairly, or if a setting is named that no run has.
+    """
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     for flag, words in (("--by", by), ("--tuned-by", tuned_by)):
         for word in words:
@@ -132,7 +148,11 @@ def _part(key: str, by: list[str], tuned: set[str], same_data: bool) -> str:
 
 
 def _inferred(differing: dict[str, dict[str, list[str]]], tuned: set[str]) -> list[str]:
-    """The axes that differ; where none does, the one setting that does; else the exchange, which makes one group."""
+    """What to compare if --by is not given.
+
+    These are the axes that differ. If none does, it is the one setting that differs. If there are several of those, it
+    is the exchange, which makes a single group.
+    """
     left = {key for key, values in differing.items() if key not in tuned and not set(values) <= set(EMPTY)}
     axes = [axis for axis in AXES if any(under(key, [axis]) for key in left)]
     if axes:
@@ -159,13 +179,13 @@ def _some(values: dict[str, list[str]]) -> str:
 
 # ------------------------------------------------------------------ groups and trials
 def _groups(runs: list[Run], by: list[str], tuned: set[str]) -> list[Group]:
-    """In the order of the runs given."""
+    """The groups, in the order in which their first runs were given."""
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.settings) if under(key, by)]
     keys = sorted((key for key in keys if key not in tuned), key=lambda key: [not under(key, [one]) for one in by])
     found: dict[tuple[str, ...], Group] = {}
     for run in runs:
         key = {k: run.settings.get(k, ABSENT) for k in keys}
-        # What one version lacks and another leaves at nothing is no difference.
+        # A setting that one version lacks and another has left empty is no difference.
         same = tuple(ABSENT if value in EMPTY else value for value in key.values())
         found.setdefault(same, Group("", key, [])).runs.append(run)
     groups = list(found.values())
@@ -175,7 +195,7 @@ def _groups(runs: list[Run], by: list[str], tuned: set[str]) -> list[Group]:
 
 
 def labels(keys: list[dict[str, str]], by: list[str]) -> list[str]:
-    """`acco`, `acco, int8`, `acco, timed=true`: names of the options, and what else sets equal names apart."""
+    """Labels such as `acco`, `acco, int8` or `acco, timed=true`: the options, and what tells equal options apart."""
     names = [key for key in (keys[0] if keys else {}) if key.endswith(".name")]
     telling = [key for key in names if len({one[key] for one in keys}) > 1]
     if not telling:
@@ -191,7 +211,10 @@ def labels(keys: list[dict[str, str]], by: list[str]) -> list[str]:
 
 
 def _tune(groups: list[Group], tuned_by: list[str], tuned: set[str]) -> list[str]:
-    """Leaves each group the runs of its best trial. Raises UserError where the groups have unequal numbers of them."""
+    """Keeps only the runs of the best trial in each group, and returns notes about the choice.
+
+    Raises UserError if the groups have unequal numbers of trials.
+    """
     for group in groups:
         found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
         for run in group.runs:
@@ -225,7 +248,7 @@ def _tune(groups: list[Group], tuned_by: list[str], tuned: set[str]) -> list[str
 
 
 def _trial(label: str, runs: list[Run]) -> Trial:
-    """One number a seed, so that a run made twice counts once."""
+    """A trial and its loss. A seed counts once, also if it was run twice."""
     last: dict[str, list[float]] = {}
     for run in runs:
         usable = run.evals and run.status != "failed"
@@ -248,7 +271,11 @@ def _seeds(groups: list[Group]) -> list[str]:
 
 
 def reference(groups: list[Group], name: str | None) -> Group:
-    """allreduce (alone on the wire fp32 if it has several), else the first. Raises UserError where `name` is none."""
+    """The group that the others are compared with.
+
+    It is the one that `name` names. Without a name it is `allreduce` (with the wire fp32, if there are several), or
+    else the first group. Raises UserError if `name` is not the name of exactly one group.
+    """
     if name is not None:
         exact = [group for group in groups if group.label.lower() == name.lower()]
         found = exact or [group for group in groups if name in group.key.values()]

@@ -1,7 +1,8 @@
-"""The pictures: black on white, colours of Okabe and Ito (told apart by the colour-blind), and never colour alone:
-lines have dashes and markers, bars have hatches, so they survive a grey printer. Text is at least 9 pt.
+"""The pictures of a report.
 
-Names from folders are drawn as they are: no mathtext, no markup.
+They are black on white, in the colours of Okabe and Ito, which the colour-blind can tell apart. Nothing is told by
+colour alone: lines have dashes and markers, and bars have hatches, so that a grey printer keeps the difference. Text is
+at least 9 pt. Names from folders are drawn as they are, without mathtext or markup.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ DASHES: tuple[Any, ...] = (
     (0, (4, 1.5, 1, 1.5, 1, 1.5)),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDTH = 7.2  # inches, of a printed page: what is 9 pt here is 9 pt there
+WIDTH = 7.2  # inches, that of a printed page, so that 9 pt here are 9 pt there
 COUNTS = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3), ("", 1.0))
 LABEL = 26  # characters of a name in a picture
 
 
 def check() -> None:
-    """Raises UserError where pictures cannot be made."""
+    """Raises UserError if pictures cannot be made."""
     try:
         pyplot()  # imported only where pictures are asked for
     except ImportError:
@@ -51,8 +52,10 @@ def check() -> None:
 
 
 def check_file(flag: str, path: Path, kinds: tuple[str, ...]) -> None:
-    """Makes the folder that `flag` names a file in. Raises UserError where it cannot, or where the file has none of
-    these endings."""
+    """Makes the folder of the file that the flag names.
+
+    Raises UserError if it cannot be made, or if the file has none of these endings.
+    """
     if path.suffix not in kinds:
         raise UserError(f"{flag} {path}: a file that ends in {', '.join(kinds)}")
     try:
@@ -79,7 +82,7 @@ def _style() -> Iterator[Any]:
 
 
 def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:
-    """name → (what it shows, the file as png or svg); those for which there are numbers."""
+    """The pictures for which there are numbers: name, what it shows, and the file as `png` or `svg`."""
     out = {}
     with _style() as pyplot:
         for name, (text, make) in PICTURES.items():
@@ -94,7 +97,10 @@ def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:
 
 
 def looks(f: Figures) -> dict[str, Json]:
-    """Of each group, the same in every picture; no two alike among the first 168, in grey 24."""
+    """Colour, dashes and marker of each group, the same in every picture.
+
+    No two of the first 168 groups look alike, and in grey no two of the first 24.
+    """
     order = [group.label for group in f.comparison.groups]
     found = zip(*(islice(cycle(one), len(order)) for one in (COLOURS, DASHES, MARKERS)), strict=True)
     return {
@@ -109,7 +115,7 @@ def short(label: str) -> str:
 
 # ------------------------------------------------------------------ loss
 def loss(f: Figures, pyplot: Any) -> Any:
-    """Against tokens, seconds and bytes: each seed thin, the mean of the seeds thick."""
+    """The loss against tokens, seconds and bytes: each seed as a thin line, the mean of the seeds as a thick one."""
     axes_of: list[tuple[str, Callable[[Point], float | None], tuple[tuple[str, float], ...]]] = [
         ("tokens", lambda p: p.tokens, COUNTS),
         ("training seconds", lambda p: None if f.virtual else p.seconds, (("", 1.0),)),
@@ -167,7 +173,7 @@ def _curve(run: Run, quantity: Callable[[Point], float | None]) -> list[tuple[fl
 
 
 def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Where all have been evaluated, at the places of all their evaluations (at most 200 of them)."""
+    """The mean of several curves, where all of them are known, at the places of their evaluations (at most 200)."""
     from hvdllm.report.stats import loss_at
 
     low, high = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
@@ -184,7 +190,7 @@ def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
 
 # ------------------------------------------------------------------ to the target
 def target(f: Figures, pyplot: Any) -> Any:
-    """Time (or tokens) and bytes to the target: seeds as small marks, the mean with its interval."""
+    """Time (or tokens) and bytes to the target: seeds as small marks, and their mean with its interval."""
     panels: list[tuple[str, Callable[[Line], Reach], tuple[tuple[str, float], ...]]] = [
         ("training seconds to the target", lambda line: line.seconds, (("", 1.0),)),
         ("tokens to the target", lambda line: line.tokens, COUNTS),
@@ -242,7 +248,7 @@ def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: Jso
 
 
 def unranked(line: Line) -> str:
-    """Why a group has no mean to draw."""
+    """Why there is no mean of this group to draw."""
     if not line.reached:
         return "not reached"
     if not line.all_reached:

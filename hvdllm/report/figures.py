@@ -1,9 +1,12 @@
-"""The numbers of a report. Seeds are replicates: each quantity is one number a seed (the mean over runs made with the
-same one), then mean and interval over seeds.
+"""The numbers of a report.
 
-Only what was measured is ranked. A group of which a run never reached the target has no mean time to it: a mean of
-those that did would favour it. A run below the target at its first evaluation has an upper bound and no time. A run
-that reached it while its exchange or wire was still warming up has trained by another algorithm until there.
+Seeds are the replicates. Each quantity is one number for each seed (the mean, if several runs have the same seed), and
+then a mean and an interval over the seeds.
+
+Only what was measured is ranked. If a run of a group never reached the target, the group has no mean time to it, since
+the mean of the others would favour it. If a run is below the target at its first evaluation, there is an upper bound
+and no time. If a run reached the target while its exchange or wire still warmed up, it has trained by another algorithm
+until there.
 """
 
 from __future__ import annotations
@@ -20,21 +23,30 @@ from hvdllm.report.read import Point, Run, Skipped
 from hvdllm.report.stats import Paired, Spread
 
 MTOKENS = 1e6
-Values = dict[str, float]  # seed → value
+Values = dict[str, float]  # seed: value
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How a group came to the target, of one quantity. by_seed: of the seeds that reached it and have it recorded."""
+    """How much of one quantity a group needed to reach the target.
+
+    `by_seed` has the seeds that reached it and have recorded the quantity.
+    """
 
     by_seed: Values
-    spread: Spread | None  # None: not reached by all, or not recorded
+    spread: Spread | None  # None if not all runs reached it, or if it was not recorded
 
 
 @dataclass
 class Split:
-    """Seconds a million committed tokens, means over ranks: compute with nothing travelling, compute while gradients
-    travel (hidden), blocked, and the rest of the training clock."""
+    """Where the training time went: seconds for a million committed tokens, as means over the ranks.
+
+    Attributes:
+        compute: computing while nothing travelled.
+        hidden: computing while gradients travelled.
+        blocked: standing still for the exchange.
+        rest: the rest of the training clock.
+    """
 
     compute: float
     hidden: float
@@ -51,8 +63,8 @@ class Line:
     """A group and its numbers."""
 
     group: Group
-    reached: int  # runs that came to the target
-    bound: bool  # a run was below the target at its first evaluation: what stands here is an upper bound
+    reached: int  # how many runs reached the target
+    bound: bool  # a run was below the target at its first evaluation, so these numbers are upper bounds
     warming: bool  # a run reached the target before the warm-up of its exchange or wire was over
     tokens: Reach
     seconds: Reach
@@ -63,17 +75,17 @@ class Line:
     wall: Spread | None  # loss at equal wall-clock
     wall_by_seed: Values
     tokens_per_update: float | None
-    computed: float | None  # tokens computed / committed, of runs that ended
+    computed: float | None  # computed tokens over committed ones, for runs that have ended
     cpu_s_per_token: float | None
     split: Split | None
     hidden_share: float | None  # 1 - blocked / flight
     stale_mean: float | None
     stale_most: float | None
-    skew: float | None  # compute of the slowest rank less that of the fastest, over the mean compute
-    by_rank: list[float] = field(default_factory=list)  # micro-batches, over the mean of the ranks
-    ratio: Paired | None = None  # of the ranking quantity, reference / this
-    final_difference: Paired | None = None  # of the loss at equal tokens, this less reference
-    wall_difference: Paired | None = None  # of the loss at equal wall-clock, this less reference
+    skew: float | None  # compute of the slowest rank minus that of the fastest, over the mean compute
+    by_rank: list[float] = field(default_factory=list)  # micro-batches of each rank, over the mean of the ranks
+    ratio: Paired | None = None  # the reference over this, in the quantity that ranks
+    final_difference: Paired | None = None  # loss at equal tokens, this minus the reference
+    wall_difference: Paired | None = None  # loss at equal wall-clock, this minus the reference
 
     @property
     def label(self) -> str:
@@ -85,14 +97,20 @@ class Line:
 
     @property
     def measured(self) -> bool:
-        """May it be ranked by how it came to the target?"""
+        """Whether the way of all runs to the target was measured, so that the group may be ranked by it."""
         return self.all_reached and not self.bound and not self.warming
 
 
 @dataclass(frozen=True)
 class Winner:
-    """What can be said of the group that is first in the mean. lead: over the next one; None: no seed in common.
-    significant: its difference from every other ranked group is, as one test of the report."""
+    """What can be said of the group that is first in the mean.
+
+    Attributes:
+        first: that group.
+        next: the second group.
+        lead: of the first over the second; None if they have no seed in common.
+        significant: whether the first differs from every other ranked group. This is one test of the report.
+    """
 
     first: Line
     next: Line
@@ -102,20 +120,24 @@ class Winner:
 
 @dataclass
 class Figures:
-    """lines: best first. rank_by: seconds or tokens. tests: how many paired tests share the report's 5 %."""
+    """All numbers of a report.
+
+    `lines` begin with the best group. `rank_by` is `seconds` or `tokens`. `tests` is the number of paired tests that
+    share the report's 5 %.
+    """
 
     comparison: Comparison
     lines: list[Line]
     reference: Line
     target: float | None
-    target_from: str  # where it comes from, in words
+    target_from: str  # who chose it, in words
     rank_by: str
     equal_tokens: float | None
     equal_wall: float | None
     virtual: bool
     skipped: list[Skipped]
     notes: list[str]
-    winner: Winner | None = None  # None: fewer than two groups can be ranked
+    winner: Winner | None = None  # None if fewer than two groups can be ranked
     tests: int = 0
 
     @property
@@ -132,7 +154,16 @@ class Figures:
 def measure(
     comparison: Comparison, skipped: list[Skipped], target: float | None = None, name: str | None = None
 ) -> Figures:
-    """name: of the reference. Raises UserError where there is no such group."""
+    """All numbers of a report.
+
+    Args:
+        comparison: the groups.
+        skipped: the folders that were left out.
+        target: the validation loss to reach; None to take the one that the runs name, or else to choose one.
+        name: of the group that is the reference; None to choose it.
+
+    Raises UserError if there is no group of that name.
+    """
     groups = comparison.groups
     runs = [run for group in groups for run in group.runs]
     notes = list(comparison.notes)
@@ -144,7 +175,7 @@ def measure(
     if last and min(last) < 0.99 * max(last):
         short = next(run.name for run in runs if run.evals and run.evals[-1].tokens == min(last))
         notes.append(f"losses at equal tokens are read where {short} was last evaluated")
-    # Of a run that has no wall-clock there is no common one.
+    # If one run has not recorded the wall-clock, there is no common one.
     ends = [run.evals[-1].wall_s for run in runs if run.evals]
     known = [end for end in ends if end is not None]
     equal_wall = min(known) if known and len(known) == len(ends) and not virtual else None
@@ -172,8 +203,11 @@ def measure(
 
 
 def _test(f: Figures) -> None:
-    """All tests of the report, corrected together: each group against the reference, by how it came to the target and
-    by both losses, and the first in the mean against every other one."""
+    """Makes all tests of the report and corrects them together.
+
+    Each group is tested against the reference, by its way to the target and by both losses. The group that is first in
+    the mean is tested against every other one.
+    """
     for line in f.lines:
         if line is f.reference:
             continue
@@ -185,8 +219,8 @@ def _test(f: Figures) -> None:
     known = [(line, name) for line in f.lines for name in names if getattr(line, name) is not None]
     first, *others = [line for line in f.lines if f.measured(line)] or [f.reference]
     leads = [stats.paired(f.ranked(other).by_seed, f.ranked(first).by_seed, ratio=True) for other in others]
-    # The first in the mean is the winner where it differs from all others. How it differs from those that are not the
-    # reference is one more test, whose p-value is the largest of theirs.
+    # The first in the mean is the winner if it differs from all others. Its difference from those that are not the
+    # reference is one more test, whose p-value is the largest of their p-values.
     apart = [lead for other, lead in zip(others, leads, strict=True) if f.reference not in (first, other)]
     testable = [lead for lead in apart if lead is not None and lead.testable]
     weakest = [max(testable, key=lambda lead: lead.p)] if testable and len(testable) == len(apart) else []
@@ -207,8 +241,11 @@ def _test(f: Figures) -> None:
 
 # ------------------------------------------------------------------ the target
 def _target(runs: list[Run], given: float | None, notes: list[str]) -> tuple[float | None, str]:
-    """The one given; else the one that all runs name (target_loss); else the best loss that all of them reached, or,
-    where that lies inside a warm-up or before a first evaluation, the next one that does not."""
+    """The target, and who chose it, in words.
+
+    It is the one that was given, or else the one that all runs name (target_loss), or else the best loss that all of
+    them reached. If that loss lies inside a warm-up or before a first evaluation, the next one that does not is taken.
+    """
     if given is not None:
         return given, "the target given"
     named = {run.settings.get("target_loss", "null") for run in runs}
@@ -243,7 +280,7 @@ def _target(runs: list[Run], given: float | None, notes: list[str]) -> tuple[flo
 
 
 def _early(run: Run, target: float) -> bool:
-    """Is the time to this target no measurement of the run's own algorithm?"""
+    """Whether the run reached this target too early for a measurement of its own algorithm."""
     where = stats.crossing([p.loss for p in run.evals], target)
     return where is not None and (where.bound or _warming(run, where))
 
@@ -254,8 +291,11 @@ def _warming(run: Run, where: stats.Crossing) -> bool:
 
 
 def _place(figures: Figures, line: Line) -> tuple[int, float, float]:
-    """Those that are ranked, by the mean; then by how many runs came to the target; then by the loss at equal
-    tokens."""
+    """The key to sort groups by, best first.
+
+    Groups that are ranked come first, by their mean. The others follow, by how many of their runs reached the target,
+    and then by the loss at equal tokens.
+    """
     found = figures.ranked(line)
     share = line.reached / max(1, len(line.group.runs))
     final = line.final.mean if line.final and not math.isnan(line.final.mean) else math.inf
@@ -293,7 +333,10 @@ def _line(
         return Reach(values, stats.spread(list(values.values())) if len(known) == len(runs) else None)
 
     def at(x: float | None, axis: Callable[[Point], float | None]) -> tuple[Values, Spread | None]:
-        """A run that diverged makes its group's mean inf; one that has nothing there yet leaves no mean."""
+        """The loss at x, by seed, and its mean.
+
+        A run that diverged makes the mean inf. If a run has not come to x yet, there is no mean.
+        """
         if x is None:
             return {}, None
         values = _by_seed(runs, lambda run: stats.loss_at(run.evals, [axis(p) for p in run.evals], x))
@@ -334,7 +377,7 @@ def _line(
 
 
 def _split(runs: list[Run]) -> Split:
-    """Mean over the runs of each one's seconds a million tokens, so a longer run does not weigh more."""
+    """The mean over the runs. Each counts by its seconds for a million tokens, so a longer run weighs no more."""
     found = []
     for s in (run.sums for run in runs if run.sums.tokens > 0):
         hidden = min(s.compute_s, max(0.0, s.flight_s - s.blocked_s))
@@ -344,7 +387,7 @@ def _split(runs: list[Run]) -> Split:
 
 
 def _by_rank(runs: list[Run]) -> list[float]:
-    """Micro-batches of each rank over the mean; none where the runs have different numbers of ranks."""
+    """The micro-batches of each rank over their mean; empty if the runs have different numbers of ranks."""
     counts = [run.sums.micro_batches for run in runs if sum(run.sums.micro_batches) > 0]
     if not counts or len({len(one) for one in counts}) > 1:
         return []
@@ -353,5 +396,6 @@ def _by_rank(runs: list[Run]) -> list[float]:
 
 
 def check_target(target: float | None) -> None:
+    """Raises UserError if the target is no loss."""
     if target is not None and not (math.isfinite(target) and target > 0):
         raise UserError(f"--target-loss {target}: a loss is a number of nats above 0")

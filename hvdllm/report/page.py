@@ -1,5 +1,7 @@
-"""One self-contained HTML file: no script, no network, pictures inside as SVG images. Everything that came from a
-folder is escaped, and a policy in the head forbids the browser to load or run anything else."""
+"""A report as one self-contained HTML file: no script, no network, and pictures inside as SVG images.
+
+Everything that came from a folder is escaped. A policy in the head forbids the browser to load or run anything else.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(f: Figures, pictures: dict[str, tuple[str, bytes]], command: str) -> str:
-    """pictures: SVG, as draw.pictures makes them. command: that made this, shown at the end."""
+    """The whole page.
+
+    Args:
+        f: the numbers.
+        pictures: SVG, as draw.pictures makes them.
+        command: the one that made this page; it is shown at the end.
+    """
     groups = ", ".join(line.label for line in f.lines[:8])
     every = tables(f)
     parts = [
@@ -51,7 +59,7 @@ def page(f: Figures, pictures: dict[str, tuple[str, bytes]], command: str) -> st
 
 
 def _picture(text: str, svg: bytes) -> str:
-    """As an image, which runs nothing and shares no ids with the others."""
+    """A picture as an image element, which runs nothing and shares no ids with other pictures."""
     data = base64.b64encode(svg).decode("ascii")
     shown = escape(text)
     return (

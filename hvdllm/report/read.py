@@ -1,10 +1,12 @@
-"""From words of the command line to runs. Invariant: nothing that stands in a folder raises; what cannot be used is
-skipped with a reason, in `Skipped` (a folder) or in a run's notes (a record).
+"""From words of the command line to runs.
 
-Folders come from clusters, crashes and strangers: a metrics.jsonl may be a pipe, end in the middle of a line, hold
-strings where numbers belong, or names that are markup. Hence: files are opened by untrusted.py; records are read one
-by one and folded into a bounded number of points, so that a long run fits into memory; numbers are finite and below
-LARGEST; and all text loses its control characters and what is too long.
+Invariant: nothing that stands in a folder raises an error. What cannot be used is skipped with a reason: a folder
+becomes a `Skipped`, a record becomes one of the run's notes.
+
+Folders come from clusters, crashes and strangers. A metrics.jsonl may be a pipe, may end in the middle of a line, may
+hold strings where numbers belong, or names that are markup. Therefore files are opened by untrusted.py. Records are
+read one by one and reduced to a bounded number of points, so that a long run fits into memory. Numbers must be finite
+and below LARGEST. Text loses its control characters, and is cut if it is too long.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 
-MOST_BYTES = 4 * 2**30  # of a metrics.jsonl; six million `commit` records
-MOST_POINTS = 100_000  # of a curve over tokens; of a longer one every second point goes, as often as need be
+MOST_BYTES = 4 * 2**30  # of a metrics.jsonl: six million `commit` records
+MOST_POINTS = 100_000  # of a curve over tokens; a longer one loses every second point until it fits
 MOST_EVALS = 100_000
 MOST_LIVES = 1000
 MOST_LINE = 2**20  # bytes
@@ -39,15 +41,24 @@ LARGEST = 1e18  # more tokens, seconds or bytes than any run will have
 
 @dataclass(frozen=True)
 class Skipped:
+    """A folder that is no part of the report, and the reason."""
+
     where: str
     why: str
 
 
 @dataclass(frozen=True)
 class Point:
-    """An `eval` record. loss: nats a token, inf where it was not finite. seconds: of the training clock. wall_s: acts
-    (evaluations, saves, samples) included, over all lives of the run. bytes, updates: sent by rank 0, made, up to
-    here. None: not recorded."""
+    """An `eval` record. None stands for what was not recorded.
+
+    Attributes:
+        tokens: committed up to here.
+        loss: in nats a token; inf if it was not finite.
+        seconds: of the training clock.
+        wall_s: seconds with evaluations, saves and samples, over all lives of the run.
+        bytes: sent by rank 0 up to here.
+        updates: made up to here.
+    """
 
     tokens: float
     loss: float
@@ -59,8 +70,11 @@ class Point:
 
 @dataclass
 class Sums:
-    """Of a run's `commit` records. Seconds are means over ranks, cpu_s of all ranks; skew_s: compute of the slowest
-    rank less that of the fastest."""
+    """What the `commit` records of a run add up to.
+
+    Seconds are means over the ranks, but cpu_s is that of all ranks together. skew_s is the compute of the slowest rank
+    minus that of the fastest.
+    """
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -71,33 +85,36 @@ class Sums:
     cpu_s: float = 0.0
     updates: float = 0.0
     bytes: float = 0.0  # sent by rank 0
-    loss: float | None = None  # of the last record: of training, nats a token
+    loss: float | None = None  # the training loss of the last record, in nats a token
     stale: float = 0.0  # staleness, summed over updates
     stale_most: float = 0.0
-    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    micro_batches: list[float] = field(default_factory=list)  # of each rank; so are the next two
     compute_by_rank: list[float] = field(default_factory=list)
     blocked_by_rank: list[float] = field(default_factory=list)
-    records: int = 0  # that say for whom the others waited,
-    waited_for: dict[int, int] = field(default_factory=dict)  # and in how many for which rank
+    records: int = 0  # how many say which rank the others waited for
+    waited_for: dict[int, int] = field(default_factory=dict)  # rank: in how many records it was waited for
 
 
 @dataclass
 class Run:
-    """settings: of the last life of the run, flat (`optim.lr`), and beside them what was found where it ran
-    (`world.ranks`, `data.hash`, `versions.torch`, …), all as text."""
+    """A run, as its records describe it.
+
+    `settings` are those of the last life of the run as flat names (`optim.lr`), all as text. Beside them stands what
+    was found where it ran (`world.ranks`, `data.hash`, `versions.torch`, ...).
+    """
 
     path: str
     name: str
     settings: dict[str, str]
     evals: list[Point] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
-    status: str = "unfinished"  # finished, stopped, failed: what the last `end` record says
+    status: str = "unfinished"  # or finished, stopped or failed, by the last `end` record
     lives: int = 1
     tokens: float = 0.0  # committed, by the last record of any kind
-    computed: float | None = None  # known once a run has ended
-    stragglers: list[int] = field(default_factory=list)  # ranks that were said to delay the others
+    computed: float | None = None  # tokens; known once the run has ended
+    stragglers: list[int] = field(default_factory=list)  # ranks that were reported to delay the others
     notes: list[str] = field(default_factory=list)
-    fingerprint: str = ""  # of metrics.jsonl
+    fingerprint: str = ""  # hash of metrics.jsonl
 
     @property
     def seed(self) -> str:
@@ -105,17 +122,17 @@ class Run:
 
     @property
     def virtual(self) -> bool:
-        """Logical ranks without a clock: its seconds mean nothing."""
+        """Whether it ran on logical ranks without a simulated clock, so that its seconds mean nothing."""
         return self.settings.get("world.kind") == "virtual" and not self.simulated
 
     @property
     def simulated(self) -> bool:
-        """Its seconds are those of a simulated clock."""
+        """Whether its seconds are those of a simulated clock."""
         return self.settings.get("world.clock") == "simulated"
 
     @property
     def warmup_tokens(self) -> float:
-        """Tokens before which its exchange or its wire does something simpler."""
+        """The tokens until which its exchange or its wire still does something simpler."""
         return max(_setting(self.settings.get(f"{part}.warmup_tokens")) or 0.0 for part in ("exchange", "wire"))
 
     @property
@@ -128,8 +145,10 @@ class Run:
 
 
 def gather(words: list[str]) -> tuple[list[Run], list[Skipped]]:
-    """The runs that these words mean, in the order given, and what was left out. Raises UserError where a word names
-    nothing at all."""
+    """The runs that these words name, in the order given, and what was left out.
+
+    Raises UserError if a word names nothing at all.
+    """
     folders, skipped = find(words)
     found: list[Run] = []
     for folder in folders:
@@ -138,7 +157,7 @@ def gather(words: list[str]) -> tuple[list[Run], list[Skipped]]:
             skipped.append(run)
             continue
         twin = next((other for other in found if other.fingerprint == run.fingerprint), None)
-        if twin is not None:  # else a copied folder would count as another replicate
+        if twin is not None:  # a copied folder must not count as another replicate
             skipped.append(Skipped(run.path, f"has the records of {twin.path}: a copy"))
         else:
             found.append(run)
@@ -147,7 +166,7 @@ def gather(words: list[str]) -> tuple[list[Run], list[Skipped]]:
 
 # ------------------------------------------------------------------ folders
 def find(words: list[str]) -> tuple[list[Path], list[Skipped]]:
-    """Folders of runs, each once: those named, and those below the ones that are named."""
+    """The folders of runs, each once: those that are named, and those below a folder that is named."""
     found: dict[str, Path] = {}
     skipped: list[Skipped] = []
     for word in words:
@@ -173,7 +192,7 @@ def _known(path: Path, found: dict[str, Path]) -> bool:
 
 
 def _walk(path: Path, skipped: list[Skipped]) -> Iterator[Path]:
-    """This folder if it is a run's, else the runs below it. A link is followed once, so loops end."""
+    """This folder if it is that of a run, else the folders of runs below it. A link is followed once, so loops end."""
     seen: set[str] = set()
     todo = [(path, 0)]
     while todo:
@@ -211,6 +230,7 @@ def _reason(error: Exception) -> str:
 
 # ------------------------------------------------------------------ one run
 def read(folder: Path) -> Run | Skipped:
+    """The run in this folder, or why there is none that can be used."""
     run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
     digest = hashlib.sha256()
     lives: list[Json] = []
@@ -234,7 +254,7 @@ def read(folder: Path) -> Run | Skipped:
 
 
 def _records(path: Path, run: Run, digest: Any) -> Iterator[Json]:
-    """JSON objects of a plain file. Raises OSError or ValueError where there is none to read."""
+    """The JSON objects of a file of records. Raises OSError or ValueError if there is no such file."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
     taken, bad, log = 0, 0, sums.Log()
@@ -259,7 +279,10 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[Json]:
 
 
 def _settings(folder: Path, lives: list[Json], run: Run) -> dict[str, str]:
-    """Flat settings of the last life, and what was found where the run ran; what changed between lives says so."""
+    """The flat settings of the last life, and what was found where the run ran.
+
+    What changed between the lives of the run is noted.
+    """
     values = next((r["config"] for r in reversed(lives) if isinstance(r.get("config"), dict)), None)
     if values is None:
         values = _yaml(folder / "config.yaml")
@@ -289,7 +312,10 @@ def _yaml(path: Path) -> Json:
 
 
 def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
-    """`optim.lr` → text. Raises ValueError where there are more than a run can have (aliases of YAML multiply)."""
+    """Pairs such as (`optim.lr`, text).
+
+    Raises ValueError if there are more settings than a run can have: aliases of YAML can multiply without bound.
+    """
     todo: list[tuple[str, Any]] = [("", values)]
     count = 0
     while todo:
@@ -308,7 +334,7 @@ def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _found(life: Json) -> dict[str, str]:
-    """What a `run` record says of the place where the run ran, in the groups of the settings they go with."""
+    """What a `run` record says of where the run ran, under the names of the groups of settings that it belongs to."""
     ranks = [one for one in _list(life.get("ranks")) if isinstance(one, dict)]
     out = {
         "world.ranks": life.get("world"),
@@ -329,7 +355,7 @@ def _found(life: Json) -> dict[str, str]:
 
 
 class Curve:
-    """(tokens, a sum up to there), tokens ascending."""
+    """Points (tokens, a sum up to there), with ascending tokens."""
 
     def __init__(self) -> None:
         self.points = [(0.0, 0.0)]
@@ -347,8 +373,11 @@ class Curve:
 
 
 def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
-    """Evaluations and sums; the `run` records go to `lives`. A record that goes back in tokens is left out, but for an
-    evaluation made again. False: there is no evaluation and no commit."""
+    """Fills the evaluations and sums of a run, and appends its `run` records to `lives`.
+
+    A record that goes back in tokens is left out. An evaluation that was made again replaces the earlier one. Returns
+    False if there is no evaluation and no commit.
+    """
     sums, odd, begun = run.sums, 0, False
     evals: list[tuple[int, Json, float, float]] = []  # life, record, tokens, loss
     begins: list[float] = []  # tokens at which each life begins
@@ -360,7 +389,7 @@ def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
         if kind == "run":
             begins.append(0.0)
             run.lives = len(begins)
-            if len(lives) == MOST_LIVES:  # the first and the latest ones
+            if len(lives) == MOST_LIVES:  # keep the first and the latest ones
                 del lives[MOST_LIVES // 2]
             lives.append(record)
             run.status, run.computed = "unfinished", None
@@ -401,7 +430,7 @@ def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
         run.note("diverged: an evaluation's loss is not finite")
     seconds_at = [(t, s) for _, r, t, _ in evals if (s := number(r.get("seconds"))) is not None]
     clock.points = sorted([*clock.points, *seconds_at])
-    acts: dict[int, float] = {0: 0.0}  # of the lives so far
+    acts: dict[int, float] = {0: 0.0}  # life: seconds of acts up to its end
     wall = True
     for life, record, tokens, loss in evals:
         seconds, here = number(record.get("seconds")), number(record.get("wall_s"))
@@ -419,7 +448,7 @@ def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
 
 
 def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
-    """None, and nothing added, where what every `commit` record has is not there."""
+    """Adds a `commit` record. Returns None, and adds nothing, if it lacks what every such record has."""
     needed = [number(record.get(key)) for key in ("seconds", "compute_s", "blocked_s", "flight_s")]
     seconds, compute, blocked, flight = needed
     if seconds is None or compute is None or blocked is None or flight is None:
@@ -446,14 +475,17 @@ def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
 
 
 def _by_rank(sums: list[float], values: Any) -> list[float]:
-    """Added up rank by rank; the first, or those of another world size, begin anew."""
+    """The sums of each rank. The first values, and those of another number of ranks, begin anew."""
     counts = [max(0.0, number(one) or 0.0) for one in _list(values)[:4096]]
     return [a + b for a, b in zip(sums, counts, strict=True)] if len(sums) == len(counts) else counts
 
 
 def along(curve: list[tuple[float, float]], x: float) -> float | None:
-    """Linear between the points; beyond the last one at the slope before it, for one more interval at most (the
-    `commit` record of an evaluation comes a commit later), else None."""
+    """The value of a curve at x, linear between its points.
+
+    Beyond the last point the last slope goes on for at most one more interval, because the `commit` record that belongs
+    to an evaluation comes one commit later. Farther out the result is None.
+    """
     if len(curve) < 2:
         return None
     k = max(1, bisect_left(curve, x, key=lambda point: point[0]))
@@ -466,7 +498,7 @@ def along(curve: list[tuple[float, float]], x: float) -> float | None:
 
 # ------------------------------------------------------------------ values
 def _setting(words: str | None) -> float | None:
-    """A number that stands in the settings as text."""
+    """The number that a setting spells; None if it spells none."""
     try:
         return number(float(words or ""))
     except ValueError:
@@ -474,7 +506,7 @@ def _setting(words: str | None) -> float | None:
 
 
 def number(value: Any) -> float | None:
-    """A finite number of a size that a run can have, else None."""
+    """The value as a finite number of a size that a run can have, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -485,7 +517,7 @@ def number(value: Any) -> float | None:
 
 
 def _loss(value: Any) -> float | None:
-    """inf: the run diverged. None: not a loss."""
+    """The value as a loss: inf if the run diverged, None if it is no number."""
     if isinstance(value, float) and not math.isfinite(value):
         return math.inf
     out = number(value)
@@ -493,13 +525,13 @@ def _loss(value: Any) -> float | None:
 
 
 def text(value: Any) -> str:
-    """One line that can be printed, of bounded length."""
+    """The value as one line of bounded length that can be printed."""
     out = "".join(c if c.isprintable() else "�" for c in str(value)[: MOST_TEXT + 1])
     return out if len(out) <= MOST_TEXT else out[: MOST_TEXT - 1] + "…"
 
 
 def plain(value: Any) -> str:
-    """A setting as text: equal values are equal texts (0.001 and 1e-3, 1 and 1.0)."""
+    """A setting as text. Equal values give equal texts: 0.001 and 1e-3, or 1 and 1.0."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float) and (exact := number(value)) is not None:

@@ -1,13 +1,13 @@
-"""Interpolation, intervals and tests. Seeds are the replicates; one number a seed enters everything here.
+"""Interpolation, intervals and tests. Seeds are the replicates: one number for each seed enters everything here.
 
-Crossing: the first evaluation at or below the target, and the straight line from the one before it. Intervals are
-Student's t. Two ways of training are compared by the ratios of runs with the same seed: a paired t test on their
-logarithms, so what counts as noise is how the ratios differ between seeds, not how the seeds differ.
+A crossing is where the straight line to the first evaluation at or below the target, from the one before it, meets the
+target. Intervals are Student's t. Two ways of training are compared by the ratios of runs with the same seed, in a
+paired t test on their logarithms. So noise is how the ratios differ between seeds, not how the seeds differ.
 
-A report makes many such tests. Holm's procedure (Scandinavian Journal of Statistics 6, 1979) holds the probability that
-any difference is claimed where there is none at 5 % over all of them together, whatever their dependence: the smallest
-of m p-values is compared with .05 / m, the next with .05 / (m - 1), and so on up to the first that is not below. Fewer
-than three common seeds are shown as points and test nothing.
+A report makes many such tests. Holm's procedure (Scandinavian Journal of Statistics 6, 1979) keeps the probability of
+claiming any difference that is not there at 5 % for all of them together, however they depend on each other. The
+smallest of m p-values is compared with .05 / m, the next with .05 / (m - 1), and so on, up to the first that is not
+below its bound. Fewer than three common seeds are shown as points and test nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from statistics import fmean, stdev
 from hvdllm.report.read import Point
 
 LEVEL = 0.95
-FEWEST = 3  # seeds: from here on there are intervals and tests
+FEWEST = 3  # seeds; with fewer there are no intervals and no tests
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over n seeds and its 95 % interval; fewer than three seeds have none."""
+    """The mean over n seeds and its 95 % interval, which fewer than three seeds do not have."""
 
     mean: float
     low: float | None
@@ -40,11 +40,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """Ratio (reference / other, geometric mean) or difference (other less reference) over `pairs` common seeds.
+    """A ratio (reference over other, geometric mean) or a difference (other minus reference), paired by seed.
 
-    centre, error: the mean and its standard error on the scale of the test (logarithms of a ratio). p: of the two-sided
-    paired t test. alpha: what Holm's procedure compared p with. significant: p and all smaller ones of the report were
-    below theirs. The interval has the level 1 - alpha, so it leaves out "no difference" exactly where p is below alpha.
+    The interval has the level 1 - alpha, so it excludes "no difference" exactly if p is below alpha.
+
+    Attributes:
+        centre, error: the mean and its standard error, on the scale of the test (logarithms, for a ratio).
+        pairs: how many seeds both have.
+        ratio: whether it is a ratio.
+        p: of the two-sided paired t test.
+        alpha: the bound that Holm's procedure compared p with.
+        significant: whether p, and every smaller p of the report, was below its bound.
     """
 
     centre: float
@@ -65,7 +71,7 @@ class Paired:
 
     @property
     def half(self) -> float | None:
-        """Of the interval, on the scale of the test: no smaller difference would have been claimed."""
+        """Half the width of the interval, on the scale of the test. No smaller difference would have been claimed."""
         return t_factor(self.pairs, self.alpha) * self.error if self.testable else None
 
     @property
@@ -82,13 +88,14 @@ class Paired:
 
 @lru_cache
 def t_factor(n: int, alpha: float = 1 - LEVEL) -> float:
-    """Of the two-sided interval of a mean of n, of level 1 - alpha."""
+    """Student's t for the two-sided interval of level 1 - alpha of a mean over n."""
     from scipy.special import stdtrit
 
     return float(stdtrit(n - 1, 1 - alpha / 2))
 
 
 def spread(values: Sequence[float]) -> Spread | None:
+    """The mean of these values and its interval; None if there are no values."""
     if not values:
         return None
     mean = fmean(values)
@@ -99,7 +106,10 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def paired(reference: dict[str, float], other: dict[str, float], *, ratio: bool) -> Paired | None:
-    """By seed. None: no seed in common, or a value that has no logarithm or is not finite."""
+    """Compares two ways of training, each a dict from seed to value.
+
+    Returns None if they have no seed in common, if a value is not finite, or, for a ratio, if one has no logarithm.
+    """
     common = [seed for seed in reference if seed in other]
     a, b = [reference[s] for s in common], [other[s] for s in common]
     if not common or not all(math.isfinite(v) and (v > 0 or not ratio) for v in a + b):
@@ -115,14 +125,16 @@ def paired(reference: dict[str, float], other: dict[str, float], *, ratio: bool)
 def _p(centre: float, error: float, n: int, largest: float) -> float:
     from scipy.special import stdtr
 
-    if n < FEWEST or abs(centre) <= 1e-12 * max(largest, 1.0):  # the rounding of equal values is no difference
+    if n < FEWEST or abs(centre) <= 1e-12 * max(largest, 1.0):  # rounding is no difference
         return 1.0
     return 2 * float(stdtr(n - 1, -abs(centre) / error)) if error else 0.0
 
 
 def holm(tests: Sequence[Paired]) -> list[Paired]:
-    """The same tests in the same order, each with what Holm's procedure over all testable ones says of it. Those behind
-    the first that fails are shown at its level."""
+    """The same tests in the same order, with the result of Holm's procedure over all that are testable.
+
+    Those after the first that fails are shown at its level.
+    """
     order = sorted((k for k, test in enumerate(tests) if test.testable), key=lambda k: tests[k].p)
     out, holds, alpha = list(tests), True, 1 - LEVEL
     for place, k in enumerate(order):
@@ -136,8 +148,10 @@ def holm(tests: Sequence[Paired]) -> list[Paired]:
 # ------------------------------------------------------------------ curves
 @dataclass(frozen=True)
 class Crossing:
-    """Between evaluations index - 1 and index, at this fraction. bound: at the first evaluation already, so what is
-    read there is an upper bound."""
+    """Where a run crosses the target: between evaluations index - 1 and index, at this fraction of the way.
+
+    `bound` says that the first evaluation was below the target already, so what is read there is an upper bound.
+    """
 
     index: int
     fraction: float
@@ -145,19 +159,19 @@ class Crossing:
 
 
 def crossing(losses: Sequence[float], target: float) -> Crossing | None:
-    """The first time that the loss is at or below the target; None: never."""
+    """The first time that the loss is at or below the target; None if it never is."""
     index = next((k for k, loss in enumerate(losses) if loss <= target), None)
     if index is None:
         return None
     if index == 0:
         return Crossing(0, 1.0, bound=True)
     before, after = losses[index - 1], losses[index]
-    # An evaluation that was not finite lies on no line.
+    # There is no line from an evaluation that was not finite.
     return Crossing(index, (before - target) / (before - after) if math.isfinite(before) else 1.0)
 
 
 def read_off(values: Sequence[float | None], where: Crossing) -> float | None:
-    """What a quantity was at the crossing; None: not recorded there."""
+    """The value of a quantity at the crossing; None if it was not recorded there."""
     after = values[where.index]
     if where.fraction == 1.0 or after is None:
         return after
@@ -166,9 +180,9 @@ def read_off(values: Sequence[float | None], where: Crossing) -> float | None:
 
 
 def loss_at(points: Sequence[Point], xs: Sequence[float | None], x: float) -> float | None:
-    """The loss at x, on the line between the evaluations beside it; None outside of what was evaluated.
+    """The loss at x, on the line between the evaluations around it.
 
-    inf where one of the two is not finite.
+    It is None outside of what was evaluated, and inf if one of the two evaluations is not finite.
     """
     known = [(at, point.loss) for at, point in zip(xs, points, strict=True) if at is not None]
     for k, (here, loss) in enumerate(known):

@@ -1,4 +1,4 @@
-"""The tables of a report as plain text cells; the terminal, Markdown and HTML each print the same ones."""
+"""The tables of a report, as cells of plain text. The terminal, Markdown and HTML print the same tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvdllm.report.stats import FEWEST, Paired, Spread
 from hvdllm.report.verdict import count, size, verdict
 
 NONE = "-"
-MOST_ROWS = 200  # of the tables that have a row for each run or difference
+MOST_ROWS = 200  # of a table that has a row for each run or difference
 PARTS = {
     "matters": "NOT EQUAL",
     "compared": "compared",
@@ -19,20 +19,22 @@ PARTS = {
     "replicate": "replicates",
     "no matter": "changes no result",
 }
-NAMES = 2  # of runs that stand beside a value; more are counted
+NAMES = 2  # names of runs that stand beside a value; if there are more, they are counted
 
 
 @dataclass
 class Table:
+    """A table and the notes below it."""
+
     title: str
     head: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
-    left: int = 1  # columns of words; the others are numbers
+    left: int = 1  # how many columns, from the left, hold words; the others hold numbers
 
 
 def unit(values: list[float], scales: tuple[tuple[str, float], ...]) -> tuple[str, float]:
-    """The largest unit in which the largest of these values is at least 1; the last one if there is none."""
+    """The largest unit in which the largest of these values is at least 1; the last unit if there is none."""
     most = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     return next((one for one in scales if most >= one[1]), scales[-1])
 
@@ -42,7 +44,7 @@ SECONDS = (("h", 36_000.0), ("s", 1.0))
 
 
 def digits(value: float) -> str:
-    """Four significant digits, thousands with commas."""
+    """A number with four significant digits, and with commas between the thousands."""
     if not math.isfinite(value):
         return "not finite"
     places = 0 if value == 0 else max(0, min(4, 3 - math.floor(math.log10(abs(value)))))
@@ -68,7 +70,7 @@ def to_target(line: Line, reach: Reach, scale: float = 1.0) -> str:
 
 
 def versus(line: Line, reference: Line) -> str:
-    """The speed-up with its interval and what the test says of it."""
+    """The speed-up with its interval, and what the test says about it."""
     if line is reference:
         return "reference"
     ratio = line.ratio
@@ -100,7 +102,7 @@ def seeds(n: int) -> str:
 
 
 def result(f: Figures) -> Table:
-    """The final table, sorted by what is ranked."""
+    """The final table, best first."""
     if not any(run.evals for run in f.runs):
         return unevaluated(f)
     times = [s.spread.mean for s in (line.seconds for line in f.lines) if s.spread]
@@ -174,7 +176,7 @@ def work(f: Figures) -> Table:
 
 
 def unevaluated(f: Figures) -> Table:
-    """Of runs that have no evaluation: what their records say all the same, run by run."""
+    """What the records of runs without an evaluation say all the same, run by run."""
     rows = []
     for line in f.lines:
         for run in line.group.runs:
@@ -190,7 +192,7 @@ def unevaluated(f: Figures) -> Table:
 
 
 def uneven(f: Figures) -> Table | None:
-    """Who kept whom waiting, run by run. Speeds are micro-batches a second of compute."""
+    """Which rank kept the others waiting, run by run. Speeds are micro-batches for each second of compute."""
     rows = []
     for line in f.lines:
         for run in line.group.runs:
@@ -219,6 +221,7 @@ def uneven(f: Figures) -> Table | None:
 
 
 def equal_except(f: Figures) -> Table:
+    """All settings in which the runs differ, and the part that each has in the comparison."""
     rows = []
     for one in f.comparison.differences:
         said = [f"{value}: {_names(names)}" for value, names in list(one.values.items())[:8]]
@@ -236,7 +239,7 @@ def equal_except(f: Figures) -> Table:
 
 
 def equal_line(f: Figures) -> str:
-    """The same in one line, keys only."""
+    """The table "Equal except" in one line, without values."""
     said = []
     for part, words in PARTS.items():
         keys = [one.key for one in f.comparison.differences if one.part == part]
@@ -247,6 +250,7 @@ def equal_line(f: Figures) -> str:
 
 
 def trials(f: Figures) -> Table | None:
+    """The trials of the tuned settings, and which were chosen; None if nothing was tuned."""
     if not f.comparison.tuned_by:
         return None
     rows = []
@@ -261,6 +265,7 @@ def trials(f: Figures) -> Table | None:
 
 
 def runs(f: Figures) -> Table:
+    """Every run, with its state and its notes."""
     rows = []
     for line in f.lines:
         for run in line.group.runs:
@@ -275,6 +280,7 @@ def runs(f: Figures) -> Table:
 
 
 def left_out(f: Figures) -> Table | None:
+    """The folders that were skipped, and why; None if there are none."""
     if not f.skipped:
         return None
     rows = [[one.where, one.why] for one in f.skipped]
@@ -282,12 +288,13 @@ def left_out(f: Figures) -> Table | None:
 
 
 def tables(f: Figures) -> list[Table]:
+    """All tables of a report, in their order."""
     every = [result(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
     return [one for one in every if one is not None]
 
 
 def method(f: Figures) -> list[str]:
-    """How the numbers were made, and what to know of them."""
+    """How the numbers were made, and what one should know about them."""
     out = []
     if f.target is not None:
         out.append(
@@ -331,6 +338,7 @@ def _cut(table: Table) -> Table:
 
 # ------------------------------------------------------------------ Markdown
 def markdown(f: Figures) -> str:
+    """The report as Markdown."""
     parts = ["# Report", escape(verdict(f))]
     for table in tables(f):
         align = ["---"] * table.left + ["---:"] * (len(table.head) - table.left)
@@ -344,6 +352,6 @@ def markdown(f: Figures) -> str:
 
 
 def escape(text: str) -> str:
-    """So that nothing in it is Markdown or HTML."""
+    """The text with everything escaped that Markdown or HTML would interpret."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)

@@ -1,5 +1,8 @@
-"""One paragraph that a reader may quote. Every clause is computed. A difference is claimed, and a winner named, only
-where the paired tests of the whole report, corrected together (report/stats.py), find one; else it says "no winner"."""
+"""One paragraph that a reader may quote. Every clause is computed.
+
+A difference is claimed, and a winner is named, only if the paired tests of the whole report, corrected together
+(report/stats.py), find one. Else the paragraph says "no winner".
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from hvdllm.report.stats import FEWEST, Paired, Spread
 
 
 def verdict(f: Figures) -> str:
+    """The paragraph."""
     parts = []
     if not f.comparison.fair:
         keys = [one.key for one in f.comparison.against]
@@ -45,7 +49,7 @@ def _clock(f: Figures) -> str:
 
 
 def _head(f: Figures) -> str:
-    """Who came to the target first, if that can be said."""
+    """Which group reached the target first, if that can be said."""
     where = f"validation loss {f.target:.4f} ({f.target_from})"
     ranked = [line for line in f.lines if f.measured(line)]
     if not ranked:
@@ -69,7 +73,7 @@ def _head(f: Figures) -> str:
 
 
 def _undecided(f: Figures, won: Winner, took: str) -> str:
-    """Why the first in the mean is not called the winner."""
+    """Why the group that is first in the mean is not called the winner."""
     first, other = won.first, won.next
     a, b = f.ranked(first).spread, f.ranked(other).spread
     assert a is not None and b is not None
@@ -92,7 +96,7 @@ def _as_good(f: Figures) -> str:
 
 
 def _others(f: Figures, tests: list[Line]) -> str:
-    """Each group against the reference."""
+    """How each group compares with the reference."""
     if not tests:
         return ""
     name, verb = f.reference.label, _as_good(f)
@@ -120,7 +124,7 @@ def _missed(f: Figures) -> str:
 
 
 def _bytes(f: Figures) -> str:
-    """A description, not a claim: no test stands behind it."""
+    """How many bytes were sent. This is a description and no claim, because no test stands behind it."""
     known = [(line, line.bytes.spread) for line in f.lines if line.measured and line.bytes.spread]
     sent = [(line, spread.mean) for line, spread in known if spread is not None and spread.mean > 0]
     if len(sent) < 2:
@@ -169,7 +173,7 @@ def _tuning(f: Figures) -> str:
 
 
 def _method(f: Figures) -> str:
-    """How the tests were made, and how small a difference they could have seen."""
+    """How the tests were made, and how small a difference they could have found."""
     if not f.tests:
         return ""
     ratios = [line.ratio for line in f.lines if line.ratio is not None and line.ratio.testable]
@@ -197,7 +201,7 @@ def between(found: Paired) -> str:
 
 
 def why_not(found: Paired) -> str:
-    """The ratio that is not claimed, and its interval."""
+    """The ratio that is not claimed, with its interval."""
     return f"{times(found.value)}, {between(found)}"
 
 
@@ -222,7 +226,7 @@ def count(value: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes, in decimal units."""
+    """An amount of bytes in decimal units; `-` if it is not known."""
     if value is None:
         return "-"
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -1,1 +1,1 @@
-"""Who else gets a run's records: Weights & Biases, TensorBoard. Never stops or slows a run."""
+"""Trackers, which get a run's records too: Weights & Biases, TensorBoard. They never stop or slow a run."""

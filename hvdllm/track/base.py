@@ -1,13 +1,13 @@
-"""What a tracker is: somebody else who gets a run's records, Weights & Biases or TensorBoard.
+"""What a tracker is: a service that gets a run's records too, such as Weights & Biases or TensorBoard.
 
-A tracker lives in a process of its own (process.py), which follows the run's metrics.jsonl as one reads any log.
-The run writes its records to its folder whether or not somebody follows, so that a tracker that is slow, stuck, raises
-or dies can neither stop nor slow it, and the processor time of a tracker is not booked as the run's. What was not sent
-while it was away is sent by the tracker of the run's next life. Rank 0 only starts the process and ends it (mirror.py).
+A tracker lives in a process of its own (process.py), which follows the run's metrics.jsonl as one follows any log. The
+run writes its records to its folder whether or not a tracker reads them. So a tracker that is slow, hangs, raises or
+dies can neither stop nor slow the run, and its processor time is not counted as the run's. Records that it did not send
+are sent by the tracker of the run's next life. Rank 0 only starts the process and ends it (mirror.py).
 
-    track.json    {tracker: {id, records, tokens}} in the run's folder, written whole: `records` were handed over in all
-                  lives of the run, the furthest at `tokens`
-    track.log     what a tracker's library had to say
+    track.json    {tracker: {id, records, tokens}} in the run's folder: how many records were handed over in all lives
+                  of the run, and the largest `tokens` of them
+    track.log     what the tracker's library printed
 """
 
 from __future__ import annotations
@@ -20,36 +20,44 @@ from typing import Any, Protocol
 from hvdllm.plain import Json
 from hvdllm.settings import Config
 
-PREFIXES = {"commit": "train"}  # of a record's names, where it is not the record's kind
-UPLOAD_S = 10.0  # that a tracker may take at the end for what is still to be sent
-END_S = 15.0  # from the end of the run to the end of the tracker, whatever it does
+PREFIXES = {"commit": "train"}  # prefixes of names that differ from the kind of the record
+UPLOAD_S = 10.0  # seconds that a tracker may take at the end to send what is left
+END_S = 15.0  # seconds from the end of the run to the end of the tracker, whatever it does
 Say = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """Made by its module's `make(config, folder, kept, before, say)`, which may raise Refused.
+    """Made by its module's `make`, which may raise Refused.
 
-    kept: its part of track.json, to be changed in place. before: the records of earlier lives that were sent in these.
-    say: one sentence for a person. What it raises is said once, and it gets the next record all the same.
+    If `record` raises, a person is told once, and the tracker gets the next record all the same.
+
+    Args of make(config, folder, kept, before, say):
+        config: the run's settings.
+        folder: the run's folder.
+        kept: the tracker's part of track.json, which it may change in place.
+        before: the records of earlier lives that were sent then.
+        say: takes one sentence for a person.
     """
 
     def record(self, number: int, record: Json) -> None:
-        """number: counts the records of all lives, so it only ever grows, while a record's `tokens` may go back."""
+        """Takes a record. `number` counts the records of all lives, so it only grows; `tokens` may go back."""
 
     def close(self, failed: bool) -> None:
-        """failed: the run raised, or was killed."""
+        """Ends the tracker. `failed` says that the run raised an error or was killed."""
 
 
 Make = Callable[[Config, Path, Json, list[Json], Say], Tracker]
 
 
 class Refused(Exception):
-    """The tracker cannot do what its settings ask for; one sentence."""
+    """The tracker cannot do what its settings ask for. The message is one sentence."""
 
 
 def named(record: Json) -> Iterator[tuple[str, Any]]:
-    """`train/loss`, `eval/loss`, ... with their values, no `kind`, no `tokens`; of what is a number a rank, however
-    many ranks there are, `train/micro_batches_by_rank/min`, `/mean` and `/max`."""
+    """The names and values of a record, such as `train/loss` or `eval/loss`, without `kind` and `tokens`.
+
+    Of a list with a number for each rank there are three, `train/micro_batches_by_rank/min`, `/mean` and `/max`.
+    """
     prefix = PREFIXES.get(record["kind"], record["kind"])
     for key, value in record.items():
         if key in ("kind", "tokens") or value is None:

@@ -1,4 +1,7 @@
-"""The run's end of a tracker: starts its process, says what it says, ends it. Nothing waits while the run trains."""
+"""The run's side of a tracker: starts its process, passes on what it says, and ends it.
+
+The run never waits for it while it trains.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.track.base import END_S, Say
 
-STOP_S = 2.0  # that a run which was stopped or failed gives its tracker: launchers kill soon
-SLACK_S = 20.0  # for the start of the process, and what wandb.init takes longer than its timeout
+STOP_S = 2.0  # seconds that a stopped or failed run gives its tracker, because launchers kill soon
+SLACK_S = 20.0  # seconds for the start of the process, and for wandb.init beyond its timeout
 PROCESS = (*PYTHON, "hvdllm.track.process")
 
 
 def start(config: Config, folder: Path, say: Say) -> Mirror | None:
-    """The tracker that the settings name; folder: of the run, whose first record is written. On rank 0 only."""
+    """Starts the tracker that the settings name; None if they name none. On rank 0 only.
+
+    `folder` is that of the run, which has written its first record.
+    """
     if registry.of("track", config.track).made is None:
         return None
     plugins = [config.plugins] if isinstance(config.plugins, str) else config.plugins or []
@@ -31,15 +37,15 @@ def start(config: Config, folder: Path, say: Say) -> Mirror | None:
 
 
 class Mirror:
-    """A tracker's process, followed by a thread that waits for its sentences."""
+    """The process of a tracker, and a thread that waits for its sentences."""
 
     def __init__(self, command: list[str], folder: Path, say: Say, env: dict[str, str] | None = None) -> None:
         self._say, self._folder, self._closed = say, folder, False
-        self._said = False  # has the tracker, or we for it, told a person that something is amiss?
+        self._said = False  # whether a person was told that something is wrong
         self._started: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         try:
             with untrusted.appended(folder / "track.log") as log:
-                # A session of its own: Ctrl-C in a terminal and what a launcher sends to its group are for the run.
+                # It has a session of its own, because Ctrl-C and the signals of a launcher are meant for the run.
                 self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True, env=env
                 )
@@ -51,14 +57,17 @@ class Mirror:
         self._thread.start()
 
     def refusal(self, limit_s: float) -> str | None:
-        """Waits until the tracker has started; why it has not, in a sentence."""
+        """Waits until the tracker has started. Returns None, or one sentence that says why it has not."""
         try:
             return self._started.get(timeout=limit_s)
         except queue.Empty:
             return f"the tracker has not started within {limit_s:.0f} s: {self._folder}/track.log may say why"
 
     def close(self, patient: bool) -> None:
-        """After the run's last record. patient: until all is sent, if that takes no longer than END_S."""
+        """Ends the tracker after the run's last record.
+
+        If `patient`, it waits until everything was sent, but for no longer than END_S.
+        """
         if self._process is None:
             return
         self._closed = True
@@ -75,7 +84,7 @@ class Mirror:
                 self._say(f"the tracker was ended before all was sent: {self._folder} has all records")
         else:
             self._thread.join(STOP_S)
-            ended = self._process.returncode  # 1 is also that of a run which failed
+            ended = self._process.returncode  # code 1 also means that the run has failed
             if ended and (patient or ended != 1) and not self._said:
                 self._say(f"the tracker failed ({self._folder}/track.log may say why); the folder has all records")
         self._thread.join(STOP_S)

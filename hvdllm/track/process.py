@@ -1,9 +1,9 @@
 """The process of a tracker: `python -m hvdllm.track.process FOLDER`, started by mirror.py on rank 0.
 
-It follows FOLDER/metrics.jsonl until its standard input ends, which is when the run closes it or is gone, reads what is
-left and ends: within END_S, by SIGALRM's default if a library hangs. Signals meant for the run do not reach it, and all
-that runs at higher priority comes first. Standard output carries one JSON object a line to the run: {"say": sentence},
-then {"started": null} or {"started": why it was refused}.
+It follows FOLDER/metrics.jsonl until its standard input ends, which means that the run has closed it or is gone. Then
+it reads what is left and ends. If a library hangs, SIGALRM ends it within END_S. Signals that are meant for the run do
+not reach it, and it runs at a low priority. Its standard output carries one JSON object in each line to the run:
+{"say": sentence}, and once {"started": null} or {"started": why it was refused}.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hvdllm import registry, runs, untrusted
 from hvdllm.plain import Json
 from hvdllm.track.base import END_S, Make, Refused
 
-EVERY_S = 0.5
+EVERY_S = 0.5  # seconds between two looks at the file
 MOST_STATE = 2**20  # bytes of a track.json
-ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a run at its tracker's
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # the id that a tracker gives to a run
 
 
 def main(folder: Path, plugins: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    # A library's own processes inherit 0, 1 and 2, and would keep the run's pipes open.
+    # Processes that a library starts inherit 0, 1 and 2, and would keep the pipes to the run open.
     run, words = os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -57,7 +57,10 @@ def main(folder: Path, plugins: list[str]) -> int:
 
 
 def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[Json]], tell: Any) -> bool:
-    """Makes the tracker and hands it what it has not had. Whether the run failed, or was killed."""
+    """Makes the tracker and hands it the records that it has not had.
+
+    Returns whether the run failed or was killed.
+    """
     state = read_state(folder)
     kept = state.setdefault(name, {})
     kept.setdefault("records", 0)
@@ -91,7 +94,10 @@ def chain(first: list[Json], rest: Iterator[list[Json]]) -> Iterator[list[Json]]
 
 
 def split(records: list[Json], tokens: int) -> tuple[list[Json], list[Json]]:
-    """Of all records of a run: what was sent, up to `tokens`; and what was not, or is of this life, since its `run`."""
+    """Splits the records of a run into those that were sent and those that were not.
+
+    Sent are the records of earlier lives up to `tokens`. A life begins with its `run` record.
+    """
     life = max((i for i, record in enumerate(records) if record.get("kind") == "run"), default=0)
     parts: tuple[list[Json], list[Json]] = [], []
     for i, record in enumerate(records):
@@ -100,8 +106,10 @@ def split(records: list[Json], tokens: int) -> tuple[list[Json], list[Json]]:
 
 
 def follow(file: TextIO, run: int) -> Iterator[list[Json]]:
-    """The records of a file that grows, in batches, the first at once, until the pipe `run` ends. The file stays open:
-    a run's next life replaces it, and what is read here is still this one's."""
+    """The records of a growing file, in batches, until the pipe `run` ends. The first batch comes at once.
+
+    The file stays open. The next life of the run replaces it, but what is read here is still the file of this life.
+    """
     rest, ended, first = "", False, True
     while not ended:
         ended = bool(select.select([run], [], [], 0.0 if first else EVERY_S)[0])
@@ -121,12 +129,12 @@ def parsed(line: str) -> Json:
         return {}
     if not isinstance(record, dict):
         return {}
-    record.pop("sum", None)  # of the file's lines, no number of the run's
+    record.pop("sum", None)  # the checksum of the line
     return record
 
 
 def read_state(folder: Path) -> Json:
-    """What track.json has of a form that this version writes; a stranger's folder may say anything."""
+    """The parts of track.json that have the form which this version writes. A stranger's folder may hold anything."""
     try:
         state = untrusted.read_json(folder / "track.json", MOST_STATE, folder)
     except (OSError, ValueError):
@@ -140,7 +148,7 @@ def _fits(kept: Any) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """An error in at most 150 letters of one line."""
+    """An error as one line of at most 150 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:150]
 
 

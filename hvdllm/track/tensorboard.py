@@ -1,4 +1,7 @@
-"""TensorBoard: event files in the run's folder, by its own writer (no torch in this process). The step is `tokens`."""
+"""TensorBoard: event files in the run's folder. The step is `tokens`.
+
+TensorBoard's own writer is used, so that this process needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ def make(config: Config, folder: Path, kept: Json, before: list[Json], say: Say)
 
 
 class Tracker:
-    """One event file a life; what a resumed run computes again takes the place of what was there."""
+    """Writes one event file in each life of the run.
+
+    What a resumed run computes again takes the place of what was written before.
+    """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -41,7 +47,7 @@ class Tracker:
         if record["kind"] == "run":
             return
         tokens = int(record.get("tokens", 0))
-        if record["kind"] == "event":  # of a life that goes on from there: what stands behind is void
+        if record["kind"] == "event":  # a life goes on from here, so what comes later is void
             start = self._session(status=self._session.START)
             self._files.add_event(self._event(step=tokens + 1, session_log=start))
         values = [self._summary.Value(tag=tag, **self._value(tag, value)) for tag, value in named(record)]

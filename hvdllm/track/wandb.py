@@ -1,10 +1,12 @@
-"""Weights & Biases. Metrics stand over `tokens`; W&B's own step is the number of the record, which grows over all lives
-of a run, so that nothing is dropped where a resumed run repeats tokens. Its files stay in the run's folder.
+"""Weights & Biases.
 
-The system's statistics are those of rank 0's process and of its host; what the host and its user are called is not
+Metrics are plotted over `tokens`. W&B's own step is the number of the record, which grows over all lives of a run, so
+that nothing is dropped if a resumed run repeats tokens. Its files stay in the run's folder.
+
+The system statistics are those of the process of rank 0 and of its host. The names of the host and of the user are not
 sent.
 
-Offline runs know no resume: each life is a folder of its own with the same id, and `wandb sync` joins them by time.
+Offline runs cannot be resumed. Each life is a folder of its own with the same id, and `wandb sync` joins them by time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from hvdllm.settings import Config
 from hvdllm.track.base import UPLOAD_S, Refused, Say, named
 from hvdllm.track.parts import Wandb
 
-ROWS = 100  # of the table of samples; W&B keeps a whole table for each time it is logged
+ROWS = 100  # of the table of samples; W&B stores the whole table each time it is logged
 AXES = ("train", "eval", "audit", "event", "save")
 
 
@@ -35,14 +37,14 @@ def make(config: Config, folder: Path, kept: Json, before: list[Json], say: Say)
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Where W&B puts what it would put into the home folder, and that it reports no errors of its own."""
+    """Variables that keep W&B's files out of the home folder, and that switch off its own error reports."""
     inside = (folder / "wandb").resolve()
     names = {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data"}
     return {**{name: str(inside / part) for name, part in names.items()}, "WANDB_ERROR_REPORTING": "false"}
 
 
 class Tracker:
-    """A run of W&B, online where its server answers."""
+    """A run of W&B, which is online if its server answers."""
 
     def __init__(self, config: Config, folder: Path, name: str, before: list[Json], say: Say) -> None:
         self.settings: Wandb = config.track
@@ -70,7 +72,7 @@ class Tracker:
         self.run.log({"tokens": record.get("tokens", 0), **values}, step=number)
         if record["kind"] == "save" and self.settings.checkpoints:
             artifact = wandb.Artifact(f"checkpoint-{self.id}", "model", metadata={"tokens": record["tokens"]})
-            path = self.folder / "checkpoints" / str(int(record["step"]))  # never a path that a record names
+            path = self.folder / "checkpoints" / str(int(record["step"]))  # a record must not choose a path
             try:
                 artifact.add_dir(str(untrusted.within(path, self.folder)))
             except (OSError, ValueError):
@@ -90,7 +92,7 @@ class Tracker:
             self.say(f"W&B has an offline run: {sends}")
 
     def _start(self, config: Config) -> Any:
-        """Online or, where that is allowed, offline with a sentence. Raises Refused."""
+        """Starts W&B online or, if that is allowed, offline with a sentence. Raises Refused if it is not."""
         import wandb
 
         wanted = self.settings.mode
@@ -106,10 +108,10 @@ class Tracker:
             except (wandb.Error, TimeoutError) as error:
                 why = "it has no key (`wandb login` stores one)"
                 if not isinstance(error, wandb.errors.UsageError):
-                    cause = " ".join(str(error).split()).rpartition(": ")[2]  # the innermost, as Go's errors end
+                    cause = " ".join(str(error).split()).rpartition(": ")[2]  # Go's errors end with the innermost
                     why = f"{wandb.setup().settings.base_url} gave no run within {self.settings.start_s:g} s ({cause})"
-                wandb.teardown()  # its service would say that the id is in use
-                for left in self._online() - old:  # empty, but `wandb sync` would send it
+                wandb.teardown()  # else its service would say that the id is in use
+                for left in self._online() - old:  # it is empty, but `wandb sync` would send it
                     shutil.rmtree(left, ignore_errors=True)
                 if wanted == "online":
                     raise Refused(f"track.mode=online, but W&B cannot start: {why}; or give track.mode=auto") from None

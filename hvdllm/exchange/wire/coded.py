@@ -14,6 +14,8 @@ Bytes a rank: 2 (N-1)/N P b' with b' bytes an element, which is 0.50 (16 bit), 0
 Memory: the residual (P), that of the owner (P/N), and one chunk. Chunk k + 1 is encoded while chunk k travels. The sum
 is exact, and takes the residuals along, where a rank is alone (N = 1), before `warmup_tokens`, and for vectors where
 the code is too coarse for them.
+
+More in hvdllm/exchange/wire/README.md, "The coded sum".
 """
 
 from __future__ import annotations

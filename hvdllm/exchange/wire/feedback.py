@@ -18,6 +18,8 @@ with NotFinite before anybody could use it.
 
 A flight has several stages, so it is walked on the driver thread. What the loop changes meanwhile (committed tokens,
 weight) is fixed at the launch.
+
+More in hvdllm/exchange/wire/README.md, "Error feedback".
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ b. The inner wire has H ranks and [H, k], so its residuals are P/L, those of thi
 In a checkpoint these are spans of the flat vector. When it is loaded, each host adds up what its ranks were given and
 hands it to the ranks of the place. At the same world size nothing moves; at another one the total, which rank 0 was
 given, finds its owners.
+
+More in hvdllm/exchange/wire/README.md, "Two levels".
 """
 
 from __future__ import annotations

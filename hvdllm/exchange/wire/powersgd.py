@@ -14,6 +14,8 @@ A matrix that would shrink by less than min_compression travels as it is, and so
 Bytes a rank: two sums of r (rows + columns) elements a matrix. State: the residual (P elements a rank) and Q, which is
 equal on all ranks and comes from a fixed seed at first. The orthogonal factor is Householder's, so that a matrix that
 is zero or of low rank does no harm.
+
+More in hvdllm/exchange/wire/README.md, `powersgd`.
 """
 
 from __future__ import annotations
