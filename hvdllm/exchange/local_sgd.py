@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from hvdllm.config import schema
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Steps, Together, period
+from hvdllm.exchange.local_rounds import Steps, Together, batches_to_mark
 from hvdllm.exchange.outer import Mean
 
 
@@ -24,11 +24,11 @@ class LocalSGD(LocalSteps[schema.LocalSGD]):
     def __init__(self, settings: schema.LocalSGD, nominal: int) -> None:
         super().__init__(settings, nominal, Mean())
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group, self.settings.warmup_tokens))
 
     def period(self) -> int:
-        return period(self.settings.local_steps, self.settings.pulses)
+        return batches_to_mark(self.settings.local_steps, self.settings.pulses)
 
     def agree(self) -> int | None:
         for bucket in self.flat.buckets:

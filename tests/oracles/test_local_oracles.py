@@ -377,7 +377,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     class Uneven(EXCHANGES[DiLoCo]):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
-            self.meeting.pace.planned = steps
+            self.meetings.pace.planned = steps
             return module
 
     monkeypatch.setitem(EXCHANGES, DiLoCo, Uneven)
