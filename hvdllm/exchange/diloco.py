@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Steps, Together
+from hvdllm.exchange.local_rounds import Steps, Together, batches_to_mark
 from hvdllm.exchange.outer import Nesterov
 
 
@@ -33,5 +33,8 @@ class DiLoCo(LocalSteps[exchanges.DiLoCo]):
         if settings.overlap:
             self.copies = 3  # the deltas of one round travel while the next one's gradients, then its deltas, are made
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)
+
+    def period(self) -> int:
+        return batches_to_mark(self.settings.local_steps, self.settings.pulses)

@@ -44,6 +44,11 @@ class Late:
     tokens: int = 0
 
 
+def batches_to_mark(local_steps: int, pulses: int | None) -> int:
+    """Global batches from one mark to the next, at least."""
+    return -(-local_steps // max(1, (pulses or 1) - 1))
+
+
 def steps_by_speed(speeds: list[float], most: int) -> list[int]:
     """Steps of each group in a round where none makes more than `most` or less than 1, so that all together make the
     most steps a second. speeds: steps a second.
@@ -191,7 +196,7 @@ class Together:
         self.pace.next_round(self._compute_s)
         self._compute_s = [0.0] * len(self._compute_s)
 
-    def finish(self) -> tuple[MetaSum, ...]:
+    def meet_last(self) -> tuple[MetaSum, ...]:
         metas, anchor = [], self.replica.anchor
         if self._pulse is not None:
             metas.append(self._hear(self._pulse))
@@ -237,7 +242,7 @@ class Together:
         if mine is not None:
             self.pace.planned, self._compute_s = shared["steps_of"], shared["compute_s"]
             if shared["pulse"] is not None:
-                self._pulse = Pulse.again(*shared["pulse"])
+                self._pulse = Pulse.arrived(*shared["pulse"])
             return
         # At another world size the tokens of the last pulse are lost with the local steps that they were computed in,
         # but the deltas of a late meeting are not.
