@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Steps, Together, batches_to_mark
+from hvdllm.exchange.local_rounds import Steps, Together
 from hvdllm.exchange.outer import Nesterov
 
 
@@ -35,6 +35,3 @@ class DiLoCo(LocalSteps[exchanges.DiLoCo]):
 
     def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)
-
-    def period(self) -> int:
-        return batches_to_mark(self.settings.local_steps, self.settings.pulses)

@@ -48,7 +48,7 @@ from hvdllm.exchange.anchor import Anchor, Fragment, Sent
 from hvdllm.exchange.base import Divisor, Federation, Rounded, State, Stream, Total, Update, Values, Wire
 from hvdllm.exchange.group import Group
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Together, batches_to_mark
+from hvdllm.exchange.local_rounds import Together
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.outer import Adam, Mean, Nesterov, Outer
 from hvdllm.flat import Flat, Span
@@ -207,9 +207,6 @@ class FedAvg(LocalSteps[exchanges.FedAvg]):
 
     def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, self.clients)
-
-    def period(self) -> int:
-        return batches_to_mark(self.settings.local_steps, self.settings.pulses)
 
     # ------------------------------------------------------------------ one client after the other
     def text(self, stream: Stream) -> Rounded:

@@ -44,11 +44,6 @@ class Late:
     tokens: int = 0
 
 
-def batches_to_mark(local_steps: int, pulses: int | None) -> int:
-    """Global batches from one mark to the next, at least."""
-    return -(-local_steps // max(1, (pulses or 1) - 1))
-
-
 def steps_by_speed(speeds: list[float], most: int) -> list[int]:
     """Steps of each group in a round where none makes more than `most` or less than 1, so that all together make the
     most steps a second. speeds: steps a second.

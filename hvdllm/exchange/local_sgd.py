@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
-from hvdllm.exchange.local_rounds import Steps, Together, batches_to_mark
+from hvdllm.exchange.local_rounds import Steps, Together
 from hvdllm.exchange.outer import Mean
 
 
@@ -28,9 +28,6 @@ class LocalSGD(LocalSteps[exchanges.LocalSGD]):
 
     def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group, self.settings.warmup_tokens))
-
-    def period(self) -> int:
-        return batches_to_mark(self.settings.local_steps, self.settings.pulses)
 
     def agree(self) -> int | None:
         for bucket in self.flat.buckets:
