@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+Drawn = Any  # of matplotlib, which is imported only when something is drawn
 
-def pyplot() -> Any:
+
+def pyplot() -> Drawn:
     """Raises ImportError where matplotlib is not installed."""
     os.environ["MPLBACKEND"] = "agg"  # another one may not even be importable here
     import matplotlib

@@ -19,7 +19,6 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
@@ -157,7 +156,7 @@ def _now(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def _lives(pid: int, since: Any) -> bool:
+def _lives(pid: int, since: object) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

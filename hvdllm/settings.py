@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Several = Any  # one text, or a list of them; OmegaConf knows no union here either
+Chosen = Any  # the settings of the part that was chosen; OmegaConf knows no union
 LARGEST = 1e15
 """The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
 
@@ -169,20 +171,20 @@ class Config:
         "fp64 (for oracles)",
         choices=("fp32", "bf16", "fp64"),
     )
-    plugins: Any = setting(
+    plugins: Several = setting(
         None,
         "modules of your own that register parts, one or a list; each is a package that Python finds, or a file "
         "MODULE.py in the folder where you start; null: none",
         form=MODULES,
         ours=True,
     )
-    text: Any = setting(None, "where the text comes from")
-    model: Any = setting(None, "the transformer")
-    exchange: Any = setting(None, "how the gradients of the ranks meet")
-    wire: Any = setting(None, "how a sum travels")
-    world: Any = setting(None, "which processes train together", ours=True)
-    optim: Any = setting(None, "what a summed gradient does to the weights")
-    schedule: Any = setting(None, "the learning rate as a function of tokens")
-    device: Any = setting(None, "where the model computes", ours=True)
-    launch: Any = setting(None, "what starts the ranks", ours=True)
-    track: Any = setting(None, "who else gets the records", ours=True)
+    text: Chosen = setting(None, "where the text comes from")
+    model: Chosen = setting(None, "the transformer")
+    exchange: Chosen = setting(None, "how the gradients of the ranks meet")
+    wire: Chosen = setting(None, "how a sum travels")
+    world: Chosen = setting(None, "which processes train together", ours=True)
+    optim: Chosen = setting(None, "what a summed gradient does to the weights")
+    schedule: Chosen = setting(None, "the learning rate as a function of tokens")
+    device: Chosen = setting(None, "where the model computes", ours=True)
+    launch: Chosen = setting(None, "what starts the ranks", ours=True)
+    track: Chosen = setting(None, "who else gets the records", ours=True)

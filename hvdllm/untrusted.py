@@ -100,7 +100,7 @@ def parsed_yaml(text: bytes) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
-        def compose_node(self, parent: object, index: object) -> Any:
+        def compose_node(self, parent: object, index: object) -> object:
             if self.check_event(yaml.AliasEvent):
                 raise Unfit("has a YAML alias, which no configuration needs")
             return super().compose_node(parent, index)

@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hvdllm import runs
 from hvdllm.bench import figures
@@ -372,7 +371,7 @@ def _conclude(
         results[case.label] |= {"figures": asdict(found), "repetitions": [asdict(rep) for rep in own]}
 
 
-def busy(figures: Mapping[str, Any]) -> str | None:
+def busy(figures: Json) -> str | None:
     """A sentence if other processes took the cores; None if not.
 
     A rank that computes alone uses a whole core for each thread.

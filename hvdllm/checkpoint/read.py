@@ -60,7 +60,7 @@ def read_run(path: Path) -> Json:
     return values
 
 
-def alike(ours: Any, theirs: Any) -> bool:
+def alike(ours: object, theirs: object) -> bool:
     """Whether a plain value has the form of ours: numbers, texts, lists and dicts at the same places.
 
     None is like anything. A key that only one of them has is ignored, because another version may have added it.

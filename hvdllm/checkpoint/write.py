@@ -24,7 +24,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +33,7 @@ from hvdllm import sums
 from hvdllm.checkpoint.whole import MANIFEST, broken, steps
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
-from hvdllm.flat import Flat
+from hvdllm.flat import Flat, Span
 from hvdllm.plain import Json
 from hvdllm.runs import no_longer_ours, sync_folder, write_whole
 from hvdllm.world.base import World, first_problem
@@ -107,7 +106,7 @@ def write(
     return final if world.rank == 0 else None
 
 
-def write_final(folder: Path, flat: Flat, vector: Any) -> Path:
+def write_final(folder: Path, flat: Flat, vector: torch.Tensor) -> Path:
     """Writes final/model.safetensors, the weights to keep by parameter name, and its sum. No run is resumed from it.
 
     Raises RunError if the disk refuses.
@@ -171,7 +170,7 @@ def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
     """The tensors that this rank writes, on the CPU, by their names in the file."""
     tensors: dict[str, torch.Tensor] = {}
 
-    def add(kind: str, spans: list[Any], vector: torch.Tensor) -> None:
+    def add(kind: str, spans: list[Span], vector: torch.Tensor) -> None:
         for part in flat.cut(spans, vector):
             whole = part.start == 0 and part.values.numel() == flat.parameters[part.name].numel()
             key = f"{kind}/{part.name}" + ("" if whole else f"@{part.start}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from hvdllm import registry
 from hvdllm.config.compose import CONFIG_DIR, config_folder, meant, plugins
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
+from hvdllm.settings import Config
 
 FLAGS = ("-h", "--help", "--cfg=job")
 
 
 def settings_only(
-    argv: list[str], usage: str, compose: Callable[[list[str]], Any], short: str = "", groups: tuple[str, ...] = GROUPS
+    argv: list[str],
+    usage: str,
+    compose: Callable[[list[str]], Config],
+    short: str = "",
+    groups: tuple[str, ...] = GROUPS,
 ) -> list[str] | None:
     """The words that are settings. None: --help or --cfg job was asked for, and has been printed.
 

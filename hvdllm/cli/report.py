@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hvdllm import screen
 from hvdllm.errors import UserError
@@ -21,6 +21,11 @@ EXAMPLES = """examples:
 RUNS are folders of runs or of sweeps, or patterns. Runs that differ in the seed alone are replicates of each other.
 """
 KINDS = (".html", ".md", ".png", ".svg")
+
+
+if TYPE_CHECKING:
+    from hvdllm.report.figures import Figures
+    from hvdllm.report.read import Skipped
 
 
 def run(argv: list[str]) -> int:
@@ -80,7 +85,7 @@ def check_packages() -> None:
         raise UserError("report needs scipy and matplotlib: pip install 'hvdllm[report]'") from None
 
 
-def write(figures: Any, out: Path, command: str) -> list[Path]:
+def write(figures: Figures, out: Path, command: str) -> list[Path]:
     """Raises UserError where a file cannot be written."""
     from hvdllm.report import draw
     from hvdllm.report.page import page
@@ -104,7 +109,7 @@ def write(figures: Any, out: Path, command: str) -> list[Path]:
     return list(files)
 
 
-def show(figures: Any) -> None:
+def show(figures: Figures) -> None:
     """The verdict and the final table. What came from folders is printed as it is: no markup."""
     from rich.table import Table
     from rich.text import Text
@@ -128,7 +133,7 @@ def show(figures: Any) -> None:
     console.print()
 
 
-def tell_skipped(skipped: list[Any]) -> None:
+def tell_skipped(skipped: list[Skipped]) -> None:
     for one in skipped[:20]:
         print(f"skipped {one.where}: {one.why}")
     if len(skipped) > 20:

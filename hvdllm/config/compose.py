@@ -23,7 +23,7 @@ from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, va
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
-from hvdllm.settings import MODULES, Config
+from hvdllm.settings import MODULES, Chosen, Config
 
 CONFIG_DIR = "--config-dir="
 NOT_OPTIONS = ("model", "world", "device")  # groups with one class of settings, which presets choose among
@@ -145,7 +145,7 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # it has no types
-        def ignore_aliases(self, data: Any) -> bool:  # which nobody reads who reads what may be a stranger's
+        def ignore_aliases(self, data: object) -> bool:  # which nobody reads who reads what may be a stranger's
             return True
 
     return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))
@@ -175,7 +175,7 @@ def _register() -> None:
                 store.store(group=group, name=name, node=kind)
 
 
-def _typed(node: Any) -> Config:
+def _typed(node: Chosen) -> Config:
     from omegaconf import OmegaConf
 
     config = Config()
@@ -218,7 +218,7 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
     return config
 
 
-def _theirs(settings: Any, name: str) -> bool:
+def _theirs(settings: Chosen, name: str) -> bool:
     """May a folder say this setting of a configuration, or of one of its groups?"""
     if name == "world":  # logical ranks are no processes: how many there are shapes numbers
         return bool(settings.world.kind == "virtual")
@@ -279,7 +279,7 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _plain(value: Any, where: str) -> None:
+def _plain(value: object, where: str) -> None:
     """Raises UserError for what no setting is: a date, bytes."""
     if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:

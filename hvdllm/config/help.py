@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
 from hvdllm import registry, screen
 from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
-from hvdllm.settings import LARGEST, Config
+from hvdllm.settings import LARGEST, Chosen, Config
 
 # What a first screen shows of settings that belong to no group.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
@@ -99,7 +98,7 @@ def _one(console: screen.Console, config: Config, key: str) -> None:
                     console.print(f"  {(said := f.metadata['doc'])}{_bounds(f.metadata)}", soft_wrap=True)
 
 
-def _bounds(about: Mapping[str, Any]) -> str:
+def _bounds(about: Mapping[str, Chosen]) -> str:
     if about["choices"]:
         return f"; one of {', '.join(about['choices'])}"
     least = f"at least {about['least']:g}" if about["least"] is not None else ""
@@ -108,7 +107,7 @@ def _bounds(about: Mapping[str, Any]) -> str:
 
 
 def _table(
-    console: screen.Console, title: str, settings: Any, prefix: str = "", without: frozenset[str] = frozenset()
+    console: screen.Console, title: str, settings: Chosen, prefix: str = "", without: frozenset[str] = frozenset()
 ) -> None:
     from rich.table import Table
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from random import Random
-from typing import Any
 
 from hvdllm.errors import UserError
 from hvdllm.world.parts import World
 
 
-def slowed(value: Any, size: int) -> dict[int, float]:
+def slowed(value: object, size: int) -> dict[int, float]:
     """world.slow, `1:4` or a list of such, as {rank: factor}. Raises UserError."""
     words = [] if value is None else value if isinstance(value, list) else str(value).split(",")
     out: dict[int, float] = {}

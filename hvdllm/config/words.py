@@ -23,7 +23,7 @@ GROUPS = ("experiment", *registry.GROUPS)
 FUNCTION = re.compile(r"(choice|range|interval|glob|tag|shuffle|sort|int|float|str|bool|json_str)\(.*\)", re.S)
 NUMBER = re.compile(r"(?<![\w.+-])([0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE]\+?([0-9]+))?([kKmMbBgG]?)(?![\w.])")
 TIMES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}  # powers of ten
-KINDS = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Any": "texts"}
+KINDS = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Several": "texts"}
 LONGEST = 30  # digits of a number that is written out; bounds are far below
 
 

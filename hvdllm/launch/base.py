@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from hvdllm.interpreter import PYTHON
+from hvdllm.settings import Chosen
 
 TERMINAL = "HVDLLM_TERMINAL"  # in the environment of ranks that are started here: where a person looks on
 STOP_FILE = "HVDLLM_STOP_FILE"  # in the environment of a Slurm job's ranks: where to leave the tokens of a stop
@@ -37,10 +38,10 @@ class Point:
 class Launcher(Protocol):
     """A module. settings: those that it is registered with."""
 
-    def ready(self, settings: Any) -> None:
+    def ready(self, settings: Chosen) -> None:
         """Raises UserError where these settings cannot start anything on this machine."""
 
-    def launch(self, point: Point, settings: Any, stop: threading.Event, say: Say) -> int:
+    def launch(self, point: Point, settings: Chosen, stop: threading.Event, say: Say) -> int:
         """Starts the point and waits for its end. Raises UserError where nothing could be started (and why, in a
         sentence, before any rank ran).
 

@@ -106,7 +106,7 @@ def _register() -> None:
     class Points(Launcher):
         """Hands each batch to the task function, which is not Hydra's but ours."""
 
-        def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        def setup(self, *, hydra_context: object, task_function: Any, config: object) -> None:
             self.task = task_function
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:

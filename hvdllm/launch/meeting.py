@@ -30,7 +30,7 @@ from hvdllm.plain import Json
 class MeetingPoint:
     """The server, and the two values by which ranks find it. address: to listen at, "" for all interfaces."""
 
-    def __init__(self, address: str, plan: Sequence[Any] = ()) -> None:
+    def __init__(self, address: str, plan: Sequence[object] = ()) -> None:
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
         self.secret = secrets.token_hex(16)
@@ -82,11 +82,11 @@ class Rendezvous:
     def __init__(self, verbose: int = 0) -> None:
         pass
 
-    def start(self, handler_cls: Any = None) -> int:
+    def start(self, handler_cls: object = None) -> int:
         type(self).point = MeetingPoint(self.address)
         return self.point.port
 
-    def init(self, host_alloc_plan: Any) -> None:
+    def init(self, host_alloc_plan: object) -> None:
         self.point.server.init(host_alloc_plan)
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ def guard(gloo_run: Any) -> None:
     launch, variables_of = gloo_run.launch_gloo, gloo_run.create_run_env_vars
 
     def launch_gloo(
-        command: Any, exec_command: Any, settings: Any, nics: Any, env: dict[str, str], server_ip: str
+        command: object, exec_command: object, settings: Any, nics: object, env: dict[str, str], server_ip: str
     ) -> None:
         hosts = [part.partition(":")[0] for part in settings.hosts.split(",")]
         here = all(_is_here(host, gloo_run.network) for host in hosts)
@@ -113,7 +113,7 @@ def guard(gloo_run: Any) -> None:
 
 
 def _variables(original: Callable[..., Json], here: bool) -> Callable[..., Json]:
-    def create_run_env_vars(server_ip: str, nics: Any, port: int, elastic: bool = False) -> Json:
+    def create_run_env_vars(server_ip: str, nics: object, port: int, elastic: bool = False) -> Json:
         ours = Rendezvous.point.variables(server_ip)
         rest = {name: value for name, value in original(server_ip, nics, port, elastic).items() if name not in ours}
         if here:

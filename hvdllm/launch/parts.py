@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hvdllm.registry import LauncherFacts, part
-from hvdllm.settings import HOSTS, INTERFACES, MODULE, NAME, NAMES, TIME, Settings, setting
+from hvdllm.settings import HOSTS, INTERFACES, MODULE, NAME, NAMES, TIME, Settings, Several, setting
 from hvdllm.world.detect import Place
 
 
@@ -102,8 +101,8 @@ class Slurm(Launch):
     partition: str | None = setting(None, "partition; null: the cluster's default", form=NAMES)
     account: str | None = setting(None, "account that pays; null: the user's default", form=NAME)
     interface: str | None = setting(None, "network interfaces of the nodes; null: any", form=INTERFACES)
-    modules: Any = setting(None, "environment modules that a job loads, a name or a list; null: none", form=MODULE)
-    options: Any = setting(None, "further options of sbatch, one or a list (--constraint=a100); null: none")
+    modules: Several = setting(None, "environment modules that a job loads, a name or a list; null: none", form=MODULE)
+    options: Several = setting(None, "further options of sbatch, one or a list (--constraint=a100); null: none")
 
     def place(self) -> Place:
         launcher = "srun" if self.how == "srun" else "horovodrun"

@@ -285,7 +285,7 @@ def init_weights(model: GPT, seed: int) -> None:
         parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
 
 
-def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(model: GPT, backend: str | Callable[..., object] = "inductor") -> None:
     """Compiles each block in place with torch.compile.
 
     The whole model is never compiled as one: its backward would be a single graph, and all gradient hooks would fire in

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+
+from hvdllm.settings import Chosen
 
 
 @dataclass(frozen=True)
@@ -37,5 +39,5 @@ class Optimizer(Protocol):
 
     VECTORS: tuple[str, ...]
 
-    def step(self, settings: Any, on: Slices) -> None:
+    def step(self, settings: Chosen, on: Slices) -> None:
         """Makes one step. `settings` are those of the class that the optimizer is registered with."""

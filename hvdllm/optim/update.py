@@ -11,15 +11,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from hvdllm import registry
 from hvdllm.device import Later
+from hvdllm.flat import Flat, Span
 from hvdllm.optim import adamw
 from hvdllm.optim.base import Optimizer, Slices
 from hvdllm.optim.parts import SGD, AdamW, NAdam
+from hvdllm.plain import Json
 
 Total = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,7 +61,7 @@ class Update:
         self.steps = 0
         self.frozen_at: int | None = None  # how many steps v has had when it was frozen
 
-    def attach(self, flat: Any, pieces: list[Any]) -> None:
+    def attach(self, flat: Flat, pieces: list[Span]) -> None:
         """Makes the vectors of the optimizer for the pieces that this rank owns, which are spans of the map.
 
         A vector holds the elements of all pieces, one piece after the other.
@@ -171,11 +173,11 @@ class Update:
         """Within it, the weights are those to evaluate with. For these optimizers they are the weights themselves."""
         return nullcontext()
 
-    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def state(self) -> tuple[Json, dict[str, torch.Tensor]]:
         """Values that all ranks share, and the vectors over the pieces of this rank."""
         return {"steps": self.steps, "frozen_at": self.frozen_at}, self.vectors
 
-    def load(self, shared: dict[str, Any], vectors: dict[str, torch.Tensor]) -> None:
+    def load(self, shared: Json, vectors: dict[str, torch.Tensor]) -> None:
         # An older version corrected a frozen v as if it had gone on learning: from here on it does not.
         self.steps, self.frozen_at = shared["steps"], shared.get("frozen_at")
         for name, vector in self.vectors.items():

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
-from hvdllm.canvas import pyplot
+from hvdllm.canvas import Drawn, pyplot
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.report.figures import Figures, Line, Reach
@@ -27,7 +26,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
 )  # fmt: skip
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
-DASHES: tuple[Any, ...] = (
+DASHES: tuple[Drawn, ...] = (
     "-",
     (0, (6, 2)),
     (0, (2, 1.5)),
@@ -65,11 +64,11 @@ def check_file(flag: str, path: Path, kinds: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[Any]:
+def _style() -> Iterator[Drawn]:
     import matplotlib
 
     plain = pyplot()
-    settings: Any = {
+    settings: Drawn = {
         "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9.5,
         "legend.fontsize": 9, "text.parse_math": False, "svg.hashsalt": "hvdllm", "svg.fonttype": "path",
         "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
@@ -114,7 +113,7 @@ def short(label: str) -> str:
 
 
 # ------------------------------------------------------------------ loss
-def loss(f: Figures, pyplot: Any) -> Any:
+def loss(f: Figures, pyplot: Drawn) -> Drawn:
     """The loss against tokens, seconds and bytes: each seed as a thin line, the mean of the seeds as a thick one."""
     axes_of: list[tuple[str, Callable[[Point], float | None], tuple[tuple[str, float], ...]]] = [
         ("tokens", lambda p: p.tokens, COUNTS),
@@ -151,7 +150,7 @@ def loss(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _curves(axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: Json) -> None:
+def _curves(axis: Drawn, line: Line, quantity: Callable[[Point], float | None], scale: float, style: Json) -> None:
     curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
     if not curves:
         return
@@ -189,7 +188,7 @@ def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
 
 
 # ------------------------------------------------------------------ to the target
-def target(f: Figures, pyplot: Any) -> Any:
+def target(f: Figures, pyplot: Drawn) -> Drawn:
     """Time (or tokens) and bytes to the target: seeds as small marks, and their mean with its interval."""
     panels: list[tuple[str, Callable[[Line], Reach], tuple[tuple[str, float], ...]]] = [
         ("training seconds to the target", lambda line: line.seconds, (("", 1.0),)),
@@ -223,7 +222,7 @@ def target(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: Json) -> None:
+def _dot(axis: Drawn, row: int, line: Line, reach: Reach, scale: float, style: Json) -> None:
     values = [value / scale for value in reach.by_seed.values()]
     colour, marker = style["color"], style["marker"]
     if len(values) > 1 or not line.all_reached:
@@ -257,7 +256,7 @@ def unranked(line: Line) -> str:
 
 
 # ------------------------------------------------------------------ where the time went
-def time(f: Figures, pyplot: Any) -> Any:
+def time(f: Figures, pyplot: Drawn) -> Drawn:
     lines = [(line, line.split) for line in f.lines if line.split is not None]
     if not lines:
         return None
@@ -291,7 +290,7 @@ def time(f: Figures, pyplot: Any) -> Any:
 
 
 # ------------------------------------------------------------------ staleness, stragglers
-def ranks(f: Figures, pyplot: Any) -> Any:
+def ranks(f: Figures, pyplot: Drawn) -> Drawn:
     panels: list[tuple[str, Callable[[Line], list[float]]]] = [
         (
             "staleness, updates\n(mean; small: most)",
@@ -338,7 +337,7 @@ def ranks(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-PICTURES: dict[str, tuple[str, Callable[[Figures, Any], Any]]] = {
+PICTURES: dict[str, tuple[str, Callable[[Figures, Drawn], Drawn]]] = {
     "loss": ("Validation loss against tokens, training seconds and bytes sent; thin lines are single runs", loss),
     "target": ("To the target: means with 95 % intervals over seeds; small marks are seeds", target),
     "time": ("Where the time went", time),

@@ -19,7 +19,6 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
@@ -253,7 +252,7 @@ def read(folder: Path) -> Run | Skipped:
     return run
 
 
-def _records(path: Path, run: Run, digest: Any) -> Iterator[Json]:
+def _records(path: Path, run: Run, digest: hashlib._Hash) -> Iterator[Json]:
     """The JSON objects of a file of records. Raises OSError or ValueError if there is no such file."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
@@ -311,12 +310,12 @@ def _yaml(path: Path) -> Json:
     return values
 
 
-def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
+def _flat(values: Json) -> Iterator[tuple[str, str]]:
     """Pairs such as (`optim.lr`, text).
 
     Raises ValueError if there are more settings than a run can have: aliases of YAML can multiply without bound.
     """
-    todo: list[tuple[str, Any]] = [("", values)]
+    todo: list[tuple[str, object]] = [("", values)]
     count = 0
     while todo:
         key, value = todo.pop()
@@ -474,7 +473,7 @@ def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
     return sums
 
 
-def _by_rank(sums: list[float], values: Any) -> list[float]:
+def _by_rank(sums: list[float], values: object) -> list[float]:
     """The sums of each rank. The first values, and those of another number of ranks, begin anew."""
     counts = [max(0.0, number(one) or 0.0) for one in _list(values)[:4096]]
     return [a + b for a, b in zip(sums, counts, strict=True)] if len(sums) == len(counts) else counts
@@ -505,7 +504,7 @@ def _setting(words: str | None) -> float | None:
         return None
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """The value as a finite number of a size that a run can have, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -516,7 +515,7 @@ def number(value: Any) -> float | None:
     return out if abs(out) < LARGEST else None
 
 
-def _loss(value: Any) -> float | None:
+def _loss(value: object) -> float | None:
     """The value as a loss: inf if the run diverged, None if it is no number."""
     if isinstance(value, float) and not math.isfinite(value):
         return math.inf
@@ -524,13 +523,13 @@ def _loss(value: Any) -> float | None:
     return None if out is None else out
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """The value as one line of bounded length that can be printed."""
     out = "".join(c if c.isprintable() else "�" for c in str(value)[: MOST_TEXT + 1])
     return out if len(out) <= MOST_TEXT else out[: MOST_TEXT - 1] + "…"
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A setting as text. Equal values give equal texts: 0.001 and 1e-3, or 1 and 1.0."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -539,9 +538,9 @@ def plain(value: Any) -> str:
     return text(value)
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _dict(value: Any) -> dict[Any, Any]:
+def _dict(value: object) -> dict[object, object]:
     return value if isinstance(value, dict) else {}

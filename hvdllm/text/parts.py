@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hvdllm.registry import part
-from hvdllm.settings import DIGEST, Settings, Setup, setting
+from hvdllm.settings import DIGEST, Settings, Setup, Several, setting
 
 
 @dataclass
@@ -25,7 +24,7 @@ class Text(Settings):
         ours=True,
     )
     vocab: int = setting(2048, "tokens; asked of tokenizer=bpe, the corpus may yield fewer", least=258, most=10_000_000)
-    validation: Any = setting(
+    validation: Several = setting(
         None, "path, list or glob of the validation text; null: documents chosen by a hash of their content", ours=True
     )
     prepared: str | None = setting(
@@ -69,7 +68,9 @@ class Stdlib(Text):
 class Files(Text):
     """The user's own files: .txt .md .py, .jsonl with a text column, each also as .gz."""
 
-    path: Any = setting(None, "file, folder or glob, or a list of them; folders are walked in sorted order", ours=True)
+    path: Several = setting(
+        None, "file, folder or glob, or a list of them; folders are walked in sorted order", ours=True
+    )
     column: str = setting("text", "name of the field that holds the text of a .jsonl line")
 
     def refusal(self, setup: Setup) -> str | None:

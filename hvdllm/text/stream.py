@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -387,7 +387,7 @@ class Turns:
 
 
 # Inputs, targets and, on CUDA, the event after their copies. None if this rank has no share.
-_Loaded = tuple[torch.Tensor, torch.Tensor, Any] | None
+_Loaded = tuple[torch.Tensor, torch.Tensor, torch.cuda.Event | None] | None
 
 
 def count_windows(tokens: np.ndarray, context: int) -> int:

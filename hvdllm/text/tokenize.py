@@ -157,7 +157,7 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     It can encode every text. The same texts give the same tokenizer, whatever the number of threads. A small corpus
     yields fewer tokens than asked for: see Tokenizer.vocab.
     """
-    bpe: Any = tokenizers.Tokenizer(models.BPE())
+    bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -172,7 +172,7 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def _types(part: Any) -> set[str]:
+def _types(part: object) -> set[str]:
     """Every value of "type" in a part of a tokenizer.json."""
     if isinstance(part, dict):
         return {str(part.get("type"))}.union(*map(_types, part.values()))

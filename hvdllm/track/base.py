@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
 from hvdllm.plain import Json
 from hvdllm.settings import Config
@@ -53,7 +53,7 @@ class Refused(Exception):
     """The tracker cannot do what its settings ask for. The message is one sentence."""
 
 
-def named(record: Json) -> Iterator[tuple[str, Any]]:
+def named(record: Json) -> Iterator[tuple[str, object]]:
     """The names and values of a record, such as `train/loss` or `eval/loss`, without `kind` and `tokens`.
 
     Of a list with a number for each rank there are three, `train/micro_batches_by_rank/min`, `/mean` and `/max`.

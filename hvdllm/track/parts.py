@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from hvdllm.paths import short
 from hvdllm.registry import TrackerFacts, part
-from hvdllm.settings import Settings, Setup, setting
+from hvdllm.settings import Settings, Setup, Several, setting
 
 LONGEST = 128  # letters of a name, to W&B
 
@@ -27,7 +26,7 @@ class Wandb(Settings):
     project: str = setting("hvdllm", "project of the run")
     entity: str | None = setting(None, "user or team; null: the key's own")
     group: str | None = setting(None, "group of the run; null: its sweep")
-    tags: Any = setting(None, "a tag or a list of tags; null: none")
+    tags: Several = setting(None, "a tag or a list of tags; null: none")
     mode: str = setting(
         "auto",
         "auto (online where a server and a key are there within start_s, else offline with a sentence), online "

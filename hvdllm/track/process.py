@@ -17,12 +17,13 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from hvdllm import registry, runs, untrusted
 from hvdllm.plain import Json
+from hvdllm.settings import Config
 from hvdllm.track.base import END_S, Make, Refused
 
 EVERY_S = 0.5  # seconds between two looks at the file
@@ -39,7 +40,7 @@ def main(folder: Path, plugins: list[str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
 
-    def tell(what: str, value: Any) -> None:
+    def tell(what: str, value: object) -> None:
         with contextlib.suppress(OSError):  # the run is gone
             words.write(json.dumps({what: value}) + "\n")
 
@@ -56,7 +57,14 @@ def main(folder: Path, plugins: list[str]) -> int:
     return int(failed)
 
 
-def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[Json]], tell: Any) -> bool:
+def serve(
+    folder: Path,
+    name: str,
+    config: Config,
+    make: Make,
+    batches: Iterator[list[Json]],
+    tell: Callable[[str, object], None],
+) -> bool:
     """Makes the tracker and hands it the records that it has not had.
 
     Returns whether the run failed or was killed.

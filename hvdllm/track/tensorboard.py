@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hvdllm.plain import Json
 from hvdllm.settings import Config
@@ -56,7 +55,7 @@ class Tracker:
     def close(self, failed: bool) -> None:
         self._files.close()
 
-    def _value(self, tag: str, value: Any) -> Json:
+    def _value(self, tag: str, value: object) -> Json:
         if isinstance(value, (int, float)):
             return {"simple_value": float(value) if math.isfinite(value) else math.nan}
         return self._text(str(value))

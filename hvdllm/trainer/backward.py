@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from hvdllm.errors import RunError
-from hvdllm.exchange.base import Batch, NotFinite
+from hvdllm.exchange.base import Batch, NotFinite, Stream
 from hvdllm.flat import Flat
 from hvdllm.plain import Json
 from hvdllm.world.base import World
@@ -19,7 +18,7 @@ from hvdllm.world.base import World
 NOTHING = torch.zeros((), dtype=torch.float64)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """bf16: matrix products in bfloat16, weights and sums stay fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
@@ -61,7 +60,7 @@ def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
     return value
 
 
-def explain(error: NotFinite, stream: Any, model: nn.Module, flat: Flat, world: World) -> RunError:
+def explain(error: NotFinite, stream: Stream, model: nn.Module, flat: Flat, world: World) -> RunError:
     """Replays the bad round on every rank without exchange (a batch is a function of its position, and the
     weights are still those before the round) and says where the first bad number came up. Collective.
     """

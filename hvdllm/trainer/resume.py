@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hvdllm import lock, registry, runs, untrusted
 from hvdllm.checkpoint import read
@@ -99,7 +98,7 @@ def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) ->
         )
 
 
-def _is_file(key: str, value: Any) -> bool:
+def _is_file(key: str, value: object) -> bool:
     if key == "tokenizer":
         return value not in ("bytes", "bpe")
     return key in ("path", "validation") and value is not None

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
+from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
 from hvdllm.settings import Config
 from hvdllm.world.base import World, from_first
@@ -29,7 +29,7 @@ class Trunk:
     steps: int
 
 
-def begin(config: Config, tokenizer_hash: str, exchange: Any, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
     """Loads weights (and optimizer) into an attached exchange that has not trained yet. Collective.
 
     Raises UserError, on every rank, where the trunk has another tokenizer, model or optimizer, or is not whole.

@@ -59,7 +59,7 @@ class Arriving:
 
     box: str
     letter: Letter
-    requests: list[Any] = field(default_factory=list)
+    requests: list[MPI.Request] = field(default_factory=list)
 
 
 def parts(body: torch.Tensor) -> list[Any]:
@@ -90,7 +90,7 @@ class MpiMail:
         self.world, self.boxes = world, Boxes(world.threads)
         self._comm = MPI.COMM_WORLD.Dup()
         self._outgoing: deque[tuple[int, bytes, torch.Tensor | None]] = deque()
-        self._leaving: list[tuple[list[Any], Any]] = []  # requests, and what they read
+        self._leaving: list[tuple[list[MPI.Request], object]] = []  # requests, and what they read
         self._arriving: dict[int, deque[Arriving]] = defaultdict(deque)  # by sender
         self._wake, self._closed, self._gone = threading.Event(), threading.Event(), threading.Event()
         self._drained = threading.Event()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hvdllm.registry import TransportFacts, part
-from hvdllm.settings import Settings, setting
+from hvdllm.settings import Settings, Several, setting
 
 
 @part("world", "world", None)
@@ -29,7 +28,7 @@ class World(Settings):
     hosts: int = setting(
         1, "logical hosts of world=virtual, a divisor of its size; for wire.hierarchical", least=1, most=4096
     )
-    slow: Any = setting(
+    slow: Several = setting(
         None,
         "ranks made slower than they are, for experiments: rank:factor such as 1:4, or a list, [1:4,3:2]; by computing "
         "that much more, by sleeping where ranks outnumber cores, on a simulated clock by its time; null: none",
