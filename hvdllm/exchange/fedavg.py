@@ -46,11 +46,11 @@ from torch import nn
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.anchor import Anchor, Fragment, Sent
 from hvdllm.exchange.base import Divisor, Federation, Rounded, State, Stream, Total, Update, Values, Wire
-from hvdllm.exchange.group import Group
+from hvdllm.exchange.group import LocalGroup
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
 from hvdllm.exchange.local_rounds import Together
 from hvdllm.exchange.meta import MetaSum
-from hvdllm.exchange.outer import Adam, Mean, Nesterov, Outer
+from hvdllm.exchange.outer import FedAdam, Mean, Nesterov, Outer
 from hvdllm.flat import Flat, Span
 from hvdllm.world.base import World
 
@@ -78,7 +78,7 @@ class Proximal:
         return self.update.step(pieces, grad, meta, total, share)
 
 
-class Clients:
+class ClientRounds:
     """Who is trained by whom, and when: the pace of the rounds (local_rounds.py).
 
     round: number of this one; turns: the rounds that each client has been through
@@ -88,7 +88,7 @@ class Clients:
 
     federation: Federation
 
-    def __init__(self, settings: exchanges.FedAvg, group: Group) -> None:
+    def __init__(self, settings: exchanges.FedAvg, group: LocalGroup) -> None:
         self.settings, self.group = settings, group
         self.planned = [settings.local_steps] * group.count
         self.round = 0
@@ -150,7 +150,7 @@ class Gathered(Anchor):
     """An anchor whose buffer gathers what one client after the other has made, while the next one is trained. All drawn
     clients together have the weight of a batch's tokens, since a wire expects the size of a sum of gradients."""
 
-    clients: Clients
+    clients: ClientRounds
 
     def gather(self, fragment: Fragment, steps: int) -> None:
         """Adds what the client that is being trained has made in so many steps."""
@@ -184,13 +184,13 @@ class FedAvg(LocalSteps[exchanges.FedAvg]):
         rate, momentum = float(settings.rate), settings.outer_momentum
         outer: Outer = Nesterov(rate, momentum) if momentum else Mean(rate)
         if settings.server == "adam":
-            outer = Adam(rate, settings.beta1, settings.beta2, settings.tau)
+            outer = FedAdam(rate, settings.beta1, settings.beta2, settings.tau)
         super().__init__(settings, nominal, outer)
 
     def between(self, world: World) -> World:
         across = super().between(world)
         self.group.replicas = self.settings.sampled or self.settings.clients
-        self.clients = Clients(self.settings, self.group)
+        self.clients = ClientRounds(self.settings, self.group)
         return across
 
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:

@@ -29,7 +29,7 @@ from hvdllm.world.single import SingleWorld
 INNER_WIRES = {"fp32": wires.Fp32, "fp16": wires.Fp16, "bf16": wires.Bf16, "int8": wires.Int8}
 
 
-class Group:
+class LocalGroup:
     """number: of this group among `count`. replicas: how many train at the same time, as the learning rate counts them.
     inside, across: the ranks of this group, and those of all groups that meet in this rank's place.
 

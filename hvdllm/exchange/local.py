@@ -53,7 +53,7 @@ from hvdllm.exchange.base import (
     Wire,
 )  # fmt: skip
 from hvdllm.exchange.common import Common
-from hvdllm.exchange.group import Group
+from hvdllm.exchange.group import LocalGroup
 from hvdllm.exchange.meta import MetaPost, Metas, MetaSum
 from hvdllm.exchange.outer import Outer
 from hvdllm.exchange.tally import Heard, RankReport, Tally
@@ -82,7 +82,7 @@ class Replica:
     """What meetings work with: this rank's group, the anchor, and what ranks tell each other."""
 
     tally: Tally
-    group: Group
+    group: LocalGroup
     anchor: Anchor
     update: Update
     world: World  # of the ranks that meet
@@ -192,7 +192,7 @@ class LocalSteps(Common[L]):
         self.outer = outer
 
     def between(self, world: World) -> World:
-        self.group = Group(self.settings, world)
+        self.group = LocalGroup(self.settings, world)
         return self.group.across
 
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:

@@ -23,7 +23,7 @@ import torch
 from hvdllm.device import Mark
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.base import Commit, State, Values
-from hvdllm.exchange.group import Group
+from hvdllm.exchange.group import LocalGroup
 from hvdllm.exchange.local import Pulse, Replica
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.world.base import Flight
@@ -80,7 +80,7 @@ class Steps:
     """A round of local_steps steps, or by speed. warmup_tokens: at first a round is one step, until the tokens at a
     meeting have reached this number (post-local SGD)."""
 
-    def __init__(self, settings: exchanges.LocalRounds, group: Group, warmup_tokens: int = 0) -> None:
+    def __init__(self, settings: exchanges.LocalRounds, group: LocalGroup, warmup_tokens: int = 0) -> None:
         self.settings, self.group, self.warmup_tokens = settings, group, warmup_tokens
         self.planned = [settings.local_steps] * group.count
 

@@ -59,8 +59,8 @@ class Nesterov:
 
 
 @dataclass(frozen=True)
-class Adam:
-    """FedAdam (Reddi et al., 2020, arXiv 2003.00295, algorithm 2): Adam without bias correction, with tau in the place
+class FedAdam:
+    """FedOpt (Reddi et al., 2020, arXiv 2003.00295, algorithm 2): Adam without bias correction, with tau in the place
     of epsilon; the second moment begins at tau²."""
 
     rate: float

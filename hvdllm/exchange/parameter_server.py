@@ -74,7 +74,7 @@ from hvdllm.exchange.base import (
     Wire,
 )  # fmt: skip
 from hvdllm.exchange.common import Common
-from hvdllm.exchange.server_log import Log, Progress
+from hvdllm.exchange.server_log import Log, Standing
 from hvdllm.exchange.server_shard import Shard
 from hvdllm.exchange.tally import RankReport
 from hvdllm.exchange.wire.plain import Plain
@@ -175,7 +175,7 @@ class Desk:
 
 
 class ParameterServer(Common[exchanges.ParameterServer]):
-    """progress: of the whole run, at the last mark. in_act: this rank stands in the acts of a frozen mark."""
+    """standing: of the whole run, at the last mark. in_act: this rank stands in the acts of a frozen mark."""
 
     identical = False
     marks_on_ask = True
@@ -183,7 +183,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
     def __init__(self, settings: exchanges.ParameterServer, nominal: int) -> None:
         super().__init__(settings, nominal)
         self.milestones = replace(self.milestones, logs=(nominal,))
-        self.progress = Progress()
+        self.standing = Standing()
         self.in_act = False
         self._serving = False
         self._norm_due = False  # the norm of the last commit is still to come
@@ -199,7 +199,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
             )
         self.flat, self.update, self.world = flat, update, world
         self.places = places = Places(flat, self.settings.dedicated, world)
-        self.progress.clocks = [0] * places.workers
+        self.standing.clocks = [0] * places.workers
         self.worker = Worker(Mark(flat.x.device), "compute" if world.rank < places.workers else "serve")
         self.desk = Desk(world, places.log, self.settings.lease_s)
         update.attach(flat, places.spans)
@@ -217,7 +217,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         """Begins to serve; called once, by the first `feed`."""
         self._serving = True
         if self.shard is not None:
-            self.shard.start(self.progress.pushes)
+            self.shard.start(self.standing.pushes)
             self.world.spawn(self.shard.serve, "server")
         if self.world.rank == self.places.log:
             self.world.spawn(self._keep_log, "log")
@@ -228,8 +228,8 @@ class ParameterServer(Common[exchanges.ParameterServer]):
                 self.desk.mail.post(server, "server", head, None if weights is None else weights[part])
 
     def _keep_log(self) -> None:
-        progress = Progress(**asdict(self.progress))
-        log = Log(self.places.workers, self.world.size, self.settings.staleness, self.milestones, progress)
+        standing = Standing(**asdict(self.standing))
+        log = Log(self.places.workers, self.world.size, self.settings.staleness, self.milestones, standing)
         lease, mail = self.settings.lease_s, self.desk.mail
 
         def look() -> None:
@@ -376,13 +376,13 @@ class ParameterServer(Common[exchanges.ParameterServer]):
                 self.desk.mail.post(self.world.rank, "server", {"kind": "wait", "need": mark["pushes"]})
                 self.desk.mail.take("reached", self.desk.meanwhile)
             self.in_act = True
-        before = self.progress
-        self.progress = Progress(**{name: mark[name] for name in asdict(before)})
+        before = self.standing
+        self.standing = Standing(**{name: mark[name] for name in asdict(before)})
         self._norm_due = self.settings.staleness == 0
         (mean, most), asks = mark["staleness"], Asks(mark["stop"], mark["save"])
         return self.tally.commit(
-            self.progress.tokens - before.tokens, self.update.rate(self.progress.tokens), Report(**mark["report"]),
-            asks, mean, most, self.progress.steps - before.steps,
+            self.standing.tokens - before.tokens, self.update.rate(self.standing.tokens), Report(**mark["report"]),
+            asks, mean, most, self.standing.steps - before.steps,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ acts: all ranks stand in one frozen mark
@@ -411,13 +411,13 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         if own := [norm for norm in norms if not math.isnan(norm)]:
             self._complete_report(own[0])
         report, self.tally.held = self.tally.held, None
-        return Settled(report, 0, self.progress.dropped + int(left))
+        return Settled(report, 0, self.standing.dropped + int(left))
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> State:
         values, vectors = self.update.state()
         worker = self.worker
-        shared = {**self.tally.state(), "steps": self.progress.steps, "counts": asdict(self.progress)}
+        shared = {**self.tally.state(), "steps": self.standing.steps, "counts": asdict(self.standing)}
         mine = {
             "phase": worker.phase, "n": worker.tokens, "loss": worker.loss, "squares": worker.squares,
             "norm": worker.norm, "seen": worker.seen, "slot": self.tally.own.slot(),
@@ -431,16 +431,16 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         self.flat.x.copy_(model)
         self.theta.copy_(model[self.places.own])
         if moments:
-            self.progress.steps = self.progress.trunk = steps
+            self.standing.steps = self.standing.trunk = steps
             self.update.load({"steps": steps}, {name: vector[self.places.own] for name, vector in moments.items()})
 
     def load(self, state: State, mine: list[Values]) -> None:
         shared, own, size = state.shared, self.places.own, self.world.size
         same = len(mine) == size
         self.tally.load(shared, None if same else size)
-        self.progress = Progress(**shared["counts"])
-        self.progress.steps = shared["steps"]
-        self.tally.step = self.progress.steps - self.progress.trunk
+        self.standing = Standing(**shared["counts"])
+        self.standing.steps = shared["steps"]
+        self.tally.step = self.standing.steps - self.standing.trunk
         self.flat.x.copy_(state.sharded["model"])
         self.theta.copy_(self.flat.x[own])
         self._norm_due = self.settings.staleness == 0
@@ -452,11 +452,11 @@ class ParameterServer(Common[exchanges.ParameterServer]):
             {"steps": shared["steps"], "frozen_at": frozen}, {name: state.sharded[name][own] for name in names}
         )
         if not same:
-            self.progress.clocks = [0] * self.places.workers
+            self.standing.clocks = [0] * self.places.workers
             lost = sum(each["n"] for each in mine)
-            self.progress.dropped += lost
+            self.standing.dropped += lost
             self.resized = f"gradients of {lost:,} tokens that no server had yet were dropped" if lost else ""
-            self.worker.seen = [float(self.progress.pushes), self.progress.pushes]
+            self.worker.seen = [float(self.standing.pushes), self.standing.pushes]
             return
         self._load_worker(mine[self.world.rank])
         if self.worker.phase == "push":

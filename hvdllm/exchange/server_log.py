@@ -27,7 +27,7 @@ from hvdllm.world.base import Asks
 
 
 @dataclass
-class Progress:
+class Standing:
     """Where a run stands.
 
     tokens: committed; pushes: that have a ticket
@@ -90,23 +90,23 @@ class Lease:
 
 
 class Log:
-    """workers: the first ranks; the others only serve. progress: where the run stands.
+    """workers: the first ranks; the others only serve. standing: where the run stands.
 
     waiting: what each rank has asked for, in the order of arrival
     frozen: the last mark holds all ranks; left: those that have left it
     """
 
     def __init__(
-        self, workers: int, ranks: int, staleness: int | None, milestones: Milestones, progress: Progress
+        self, workers: int, ranks: int, staleness: int | None, milestones: Milestones, standing: Standing
     ) -> None:
-        self.staleness, self.milestones, self.progress = staleness, milestones, progress
+        self.staleness, self.milestones, self.standing = staleness, milestones, standing
         self.waiting: dict[int, Values] = {}
         self.frozen = False
         self._left: set[int] = set()
         self._untold: list[deque[Values]] = [deque() for _ in range(ranks)]  # marks, for each rank
         self._lease = Lease(ranks)
-        self._marked = progress.tokens  # at the last mark
-        self._whole = progress.pushes  # when all clocks were last equal
+        self._marked = standing.tokens  # at the last mark
+        self._whole = standing.pushes  # when all clocks were last equal
         self._held = 0  # tokens of pushes since then, where they count together
         self._own = [0] * workers  # last ticket of each
         self._asks = Asks()
@@ -180,7 +180,7 @@ class Log:
         return None
 
     def may_begin(self, rank: int) -> bool:
-        clocks = self.progress.clocks
+        clocks = self.standing.clocks
         return self.staleness is None or clocks[rank] - min(clocks) <= self.staleness
 
     def _need(self, rank: int) -> int:
@@ -188,35 +188,35 @@ class Log:
         asynchronous: its own pushes."""
         if self.staleness == 0:
             return self._whole
-        return self._own[rank] if self.staleness is None else self.progress.pushes
+        return self._own[rank] if self.staleness is None else self.standing.pushes
 
     def _ticket(self, rank: int, said: Values) -> Values:
         """n: tokens; loss: their sum; norm: the last that is known; seen: mean and least version of its weights."""
-        progress, n, since = self.progress, said["n"], self._since
-        progress.clocks[rank] += 1
-        progress.pushes += 1
-        self._own[rank] = progress.pushes
+        standing, n, since = self.standing, said["n"], self._since
+        standing.clocks[rank] += 1
+        standing.pushes += 1
+        self._own[rank] = standing.pushes
         self._held += n
         since.push(rank, said)
-        committed = progress.tokens + self._held
+        committed = standing.tokens + self._held
         if self.staleness != 0:
             mean, least = said["seen"]
-            since.stale += progress.pushes - 1 - mean
-            since.stalest = max(since.stalest, progress.pushes - 1 - least)
+            since.stale += standing.pushes - 1 - mean
+            since.stalest = max(since.stalest, standing.pushes - 1 - least)
         if self.staleness != 0 or self._is_whole():
-            progress.tokens, self._held, self._whole = committed, 0, progress.pushes
-            progress.steps += 1
-        return {"ticket": progress.pushes, "committed": committed}
+            standing.tokens, self._held, self._whole = committed, 0, standing.pushes
+            standing.steps += 1
+        return {"ticket": standing.pushes, "committed": committed}
 
     def _is_whole(self) -> bool:
-        return len(set(self.progress.clocks)) == 1
+        return len(set(self.standing.clocks)) == 1
 
     # ------------------------------------------------------------------ marks
     def _mark(self) -> None:
         bad = self._bad is not None
         if self.frozen or not (bad or self.staleness != 0 or self._is_whole()):
             return
-        here, before, wanted = self.progress.tokens, self._marked, self.milestones
+        here, before, wanted = self.standing.tokens, self._marked, self.milestones
 
         def crossed(cadences: tuple[int, ...]) -> bool:
             return any(every and here // every != before // every for every in cadences)
@@ -227,9 +227,9 @@ class Log:
         acts = bad or asks.stop or asks.save or crossed(wanted.acts) or before < wanted.budget <= here
         if not acts and not crossed(wanted.logs):
             return
-        self.progress.mark += 1
+        self.standing.mark += 1
         mark = {
-            **asdict(self.progress), "frozen": acts, "stop": asks.stop, "save": asks.save, "bad": self._bad,
+            **asdict(self.standing), "frozen": acts, "stop": asks.stop, "save": asks.save, "bad": self._bad,
             "report": since.report(), "staleness": [since.stale / max(since.pushes, 1), since.stalest],
         }  # fmt: skip
         for untold in self._untold:

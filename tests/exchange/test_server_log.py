@@ -7,14 +7,14 @@ from __future__ import annotations
 from typing import Any
 
 from hvdllm.exchange.base import Milestones
-from hvdllm.exchange.server_log import Log, Progress
+from hvdllm.exchange.server_log import Log, Standing
 
 PUSH: dict[str, Any] = {"kind": "push", "n": 10, "loss": 1.0, "norm": 2.0, "seen": [0.0, 0]}
 BEGIN = {"kind": "begin"}
 
 
 def log(staleness: int | None, workers: int = 2, ranks: int = 2, **milestones: Any) -> Log:
-    return Log(workers, ranks, staleness, Milestones(**milestones), Progress(clocks=[0] * workers))
+    return Log(workers, ranks, staleness, Milestones(**milestones), Standing(clocks=[0] * workers))
 
 
 def say(log: Log, rank: int, said: dict[str, Any], now: float = 0.0) -> list[tuple[int, dict[str, Any]]]:
@@ -27,15 +27,15 @@ def test_tickets_are_numbered_and_tokens_counted_push_by_push() -> None:
     assert say(here, 0, PUSH) == [(0, {"ticket": 1, "committed": 10})]
     assert say(here, 0, BEGIN) == [(0, {"need": 1})], "its own pushes at least"
     assert say(here, 1, {**PUSH, "n": 5}) == [(1, {"ticket": 2, "committed": 15})]
-    assert here.progress.tokens == 15 and here.progress.steps == 2 and here.progress.clocks == [1, 1]
+    assert here.standing.tokens == 15 and here.standing.steps == 2 and here.standing.clocks == [1, 1]
 
 
 def test_at_staleness_0_tokens_count_by_whole_clocks() -> None:
     here = log(0)
     assert say(here, 0, PUSH) == [(0, {"ticket": 1, "committed": 10})]
-    assert say(here, 0, BEGIN) == [] and here.progress.tokens == 0
+    assert say(here, 0, BEGIN) == [] and here.standing.tokens == 0
     assert say(here, 1, PUSH) == [(1, {"ticket": 2, "committed": 20}), (0, {"need": 2})]
-    assert here.progress.tokens == 20 and here.progress.steps == 1
+    assert here.standing.tokens == 20 and here.standing.steps == 1
     assert say(here, 0, PUSH) == [(0, {"ticket": 3, "committed": 30})], "rank 0 is one clock ahead"
     assert say(here, 1, BEGIN) == [(1, {"need": 2})], "of whole clocks: its own part of the next is still to come"
 

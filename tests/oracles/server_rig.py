@@ -137,7 +137,7 @@ def serve(
                 if acts or commit.asks.save:
                     with part.consensus():
                         out.kept.append(flatten(flat))
-                if part.progress.mark == stop_at:
+                if part.standing.mark == stop_at:
                     out.state = freeze(state), stream.at
                     break
                 world.sum(torch.zeros(1), "act.end").land()

@@ -29,7 +29,7 @@ import torch
 from hvdllm.errors import UserError
 from hvdllm.exchange.wire import codecs
 from hvdllm.exchange.wire import parts as wires
-from hvdllm.exchange.wire.feedback import Feedback, Kept, Launch, of_bucket
+from hvdllm.exchange.wire.feedback import Feedback, Kept, Launched, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work, scatter
 from hvdllm.flat import Flat
 from hvdllm.world.base import Flight, World
@@ -43,7 +43,7 @@ UNIT = 4096  # the elements of a chunk are a multiple of this, so that they are 
 C = TypeVar("C", bound=wires.Coded)
 
 
-class Coded(Feedback[C]):
+class CodedWire(Feedback[C]):
     """coarse: the code is too coarse for vectors (biases, norms), whose bucket is therefore summed exactly."""
 
     coarse = False
@@ -70,14 +70,14 @@ class Coded(Feedback[C]):
             return lambda x: scatter(self.world, self.spend(x, launch), launch.name).land()
         return lambda x: Travel(self, launch, code, x).scatter()
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: Chunk) -> torch.Tensor:
+    def feed(self, x: torch.Tensor, launch: Launched, part: Chunk) -> torch.Tensor:
         """What of x[part] is to be coded, before the residual is added."""
         return x[part]
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: Chunk) -> None:
+    def sent(self, left: torch.Tensor, launch: Launched, part: Chunk) -> None:
         """left: what the first rounding has left out of that chunk."""
 
-    def _code(self, launch: Launch) -> codecs.Codec | None:
+    def _code(self, launch: Launched) -> codecs.Codec | None:
         if self.world.size == 1 or (self.coarse and not launch.bucket.span.decayed):
             return None
         return self.code(launch.committed)
@@ -87,7 +87,7 @@ class Travel:
     """One sum on its way. x: [elements of the bucket], summed in place; rows: the same, with one row for the piece of
     each rank; chunks: of a piece."""
 
-    def __init__(self, wire: Coded[Any], launch: Launch, code: codecs.Codec, x: torch.Tensor) -> None:
+    def __init__(self, wire: CodedWire[Any], launch: Launched, code: codecs.Codec, x: torch.Tensor) -> None:
         self.wire, self.world, self.launch, self.x = wire, wire.world, launch, x
         self.code, self.back = code, code.back(wire.world.size)
         self.rows = x.view(self.world.size, -1)
@@ -177,7 +177,7 @@ class Travel:
 
 
 # ------------------------------------------------------------------ the wires
-class Fp16Wire(Coded[wires.Fp16]):
+class Fp16Wire(CodedWire[wires.Fp16]):
     """Sums over tokens easily pass 65504, so they are scaled by 2^10 / nominal (rounded up to a power of two) in fp32
     before the cast. From mean gradients of 64 on they become infinite, and the run stops on the norm."""
 
@@ -185,24 +185,24 @@ class Fp16Wire(Coded[wires.Fp16]):
         return codecs.CastCode(torch.float16, 2.0 ** (10 - math.ceil(math.log2(self.nominal))))
 
 
-class Bf16Wire(Coded[wires.Bf16]):
+class Bf16Wire(CodedWire[wires.Bf16]):
     def code(self, committed: int) -> codecs.Codec:
         return codecs.CastCode(torch.bfloat16)
 
 
-class Int8Wire(Coded[wires.Int8]):
+class Int8Wire(CodedWire[wires.Int8]):
     def code(self, committed: int) -> codecs.Codec:
         return codecs.Int8Code(self.settings.block)
 
 
-class SignWire(Coded[wires.Sign]):
+class SignWire(CodedWire[wires.Sign]):
     coarse = rough = True
 
     def code(self, committed: int) -> codecs.Codec | None:
         return None if committed < self.settings.warmup_tokens else codecs.SignCode(self.settings.scale)
 
 
-class TopKWire(Coded[wires.TopK]):
+class TopKWire(CodedWire[wires.TopK]):
     """Deep Gradient Compression (Lin et al., 2018, arXiv 1712.01887) by pieces: the k largest of each piece and chunk.
 
     With momentum mu each rank chooses from its velocity: v_i = mu v_i + x_i; u_i = v_i + e_i. Where all of u_i was
@@ -237,19 +237,19 @@ class TopKWire(Coded[wires.TopK]):
     def code(self, committed: int) -> codecs.Codec:
         return codecs.TopKCode(self.density(committed))
 
-    def spend(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
+    def spend(self, x: torch.Tensor, launch: Launched) -> torch.Tensor:
         if self.settings.momentum:
             x.copy_(self._speed(x, launch).mul_(self.settings.momentum).add_(x))
         return super().spend(x, launch)
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: Chunk) -> torch.Tensor:
+    def feed(self, x: torch.Tensor, launch: Launched, part: Chunk) -> torch.Tensor:
         if not self.settings.momentum:
             return x[part]
         return self._speed(x, launch)[part].mul_(self.settings.momentum).add_(x[part])
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: Chunk) -> None:
+    def sent(self, left: torch.Tensor, launch: Launched, part: Chunk) -> None:
         if self.settings.momentum:
             self.velocity[launch.bucket.index].view(self.world.size, -1)[part].mul_(left != 0)
 
-    def _speed(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
+    def _speed(self, x: torch.Tensor, launch: Launched) -> torch.Tensor:
         return of_bucket(self.velocity, launch.bucket.index, x.view(-1)).view(x.shape)

@@ -40,7 +40,7 @@ Kept = dict[int, torch.Tensor]  # by bucket
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launched:
     """What a launch fixes.
 
     factor: a residual is multiplied by it, so that it moves the weights as far as it would have done before. It is 0
@@ -78,16 +78,16 @@ class Feedback(Staged[W], ABC):
     @abstractmethod
     def scattering(self, key: str) -> Work: ...
 
-    def launch(self, key: str) -> Launch:
+    def launch(self, key: str) -> Launched:
         bucket = self.flat.buckets[int(key.rpartition(".")[2])]
         before = self.worth.get(bucket.index, self.weight)
         factor = 0.0
         if self.weight > 0:
             self.worth[bucket.index] = self.weight
             factor = before / self.weight
-        return Launch(bucket, self.name(key), factor, self.committed)
+        return Launched(bucket, self.name(key), factor, self.committed)
 
-    def spend(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
+    def spend(self, x: torch.Tensor, launch: Launched) -> torch.Tensor:
         """x and all that was kept for it, for a sum that is exact and leaves nothing."""
         if launch.factor == 0:
             return x

@@ -24,8 +24,7 @@ import torch
 
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Spanned, Values
-from hvdllm.exchange.wire import parts as wires
-from hvdllm.exchange.wire.feedback import Feedback, Launch, of_bucket
+from hvdllm.exchange.wire.feedback import Feedback, Launched, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work
 from hvdllm.flat import Flat
 from hvdllm.world.base import World
@@ -63,7 +62,7 @@ class PowerSGDWire(Feedback[wires.PowerSGD]):
             "another wire"
         )
 
-    def _sum(self, x: torch.Tensor, launch: Launch, thin: list[str]) -> torch.Tensor:
+    def _sum(self, x: torch.Tensor, launch: Launched, thin: list[str]) -> torch.Tensor:
         residual = of_bucket(self.residual, launch.bucket.index, x)
         x.add_(residual, alpha=launch.factor)
         whole = [self._view(name, x, launch).view(-1) for name in launch.bucket.names if name not in self.q]
@@ -85,7 +84,7 @@ class PowerSGDWire(Feedback[wires.PowerSGD]):
             tensor.copy_(total)
         return x
 
-    def _view(self, name: str, x: torch.Tensor, launch: Launch) -> torch.Tensor:
+    def _view(self, name: str, x: torch.Tensor, launch: Launched) -> torch.Tensor:
         """A tensor's elements of a vector over the bucket, as a matrix."""
         place, start = self.flat.at[name], launch.bucket.span.start
         return x[place.start - start : place.stop - start].view(len(self.flat.parameters[name]), -1)
