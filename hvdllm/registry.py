@@ -170,8 +170,11 @@ def all_kinds() -> dict[str, dict[str, type]]:
 
 
 def of(group: str, settings: object) -> Part:
-    """The part whose settings these are."""
-    return next(part for part in parts(group).values() if part.settings is type(settings))
+    """The part whose settings these are. Raises TypeError for those of none."""
+    for part in parts(group).values():
+        if part.settings is type(settings):
+            return part
+    raise TypeError(f"no {group} has settings of the class {type(settings).__name__}: register it")
 
 
 def name_of(group: str, settings: object) -> str:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Sets everything up for development (jobs/setup.sh --dev), then lints, checks types and runs the tests; the first
-# that fails ends it. Arguments go to pytest:
+# that fails ends it. Any other argument goes to pytest:
 #
-#   jobs/test.sh [--all | PYTEST ARGUMENT ...]
+#   jobs/test.sh [--quick | --all | PYTEST ARGUMENT ...]
 #
+#   --quick    without the tests that start real ranks; the others on two processes
 #   --all      also what is marked `thorough`: the same for more kinds, launchers or numbers of ranks
 #
-# Without arguments the tests that start real ranks run beside those that do not. On two cores it takes about three
-# minutes for the set-up, once, and half an hour for the tests. It printed at its end:
+# Without arguments the tests that start real ranks run beside those that do not. tests/README.md says how tests are
+# sorted, how to run a few of them, and how long each stage takes. It printed at its end:
 #
 #   == pytest -m ranks and not thorough
 #   ... passed
@@ -18,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 jobs/setup.sh --dev
 export PATH=$PWD/.venv/bin:$PATH
-unset PYTHONDONTWRITEBYTECODE # a thousand processes would compile hvdllm anew
+unset PYTHONDONTWRITEBYTECODE # each process would compile hvdllm anew
 
 stage() {
   printf '\n== %s\n' "$*"
@@ -27,7 +28,9 @@ stage() {
 stage ruff check .
 stage ruff format --check .
 stage mypy
-if [ "${1-}" = --all ]; then
+if [ "${1-}" = --quick ]; then
+  stage pytest -n 2 --dist loadfile -m "not ranks and not thorough" "${@:2}"
+elif [ "${1-}" = --all ]; then
   stage pytest "${@:2}"
 elif [ $# -gt 0 ]; then
   stage pytest "$@"

@@ -119,6 +119,8 @@ class Job:
         env = environment(**{MARK: self.mark, **env})
         self.process: Forked | subprocess.Popen[bytes]
         kind, forked = how.removeprefix("real "), not how.startswith("real ") and forkable(words)
+        if forked:
+            env |= {ADDRESS: address(), TOLD: str(self.told)}
         if forked and kind == "alone":
             self.process = Forked(words, [env], self.file.fileno(), alone=True)
         elif forked and kind in ("gloo", "two hosts"):
@@ -127,7 +129,6 @@ class Job:
         else:
             if forked:
                 words = [sys.executable, "-S", str(RANKS / "stand_in.py"), *words]
-                env |= {ADDRESS: address(), TOLD: str(self.told)}
             self.words = [*launcher(kind, n), *words]
             self.process = subprocess.Popen(
                 self.words, stdin=subprocess.DEVNULL, stdout=self.file, stderr=subprocess.STDOUT, env=env, cwd=ROOT,
@@ -192,6 +193,9 @@ class Job:
             self.process.poll()
             time.sleep(0.01)
         self.process.wait()
+        end = time.monotonic() + 10.0
+        while any(Path("/proc", str(pid)).exists() for pid in self.forks().values()) and time.monotonic() < end:
+            time.sleep(0.01)  # until the fork server has reaped them: their number is in the lock of a run
 
     def until_gone(self, limit_s: float = 60.0) -> None:
         """Polls until none of its processes lives."""

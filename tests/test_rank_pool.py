@@ -39,7 +39,11 @@ def test_a_program_alone(how: str) -> None:
 
 @BOTH
 def test_ctrl_c_and_what_a_program_starts(how: str) -> None:
-    code = "import subprocess; print('here', flush=True); subprocess.run(['sleep', '600'])"
+    # A shell has what it starts in the background ignore Ctrl-C, and this test may be started so.
+    code = (
+        "import signal, subprocess; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('here', flush=True); subprocess.run(['sleep', '600'])"
+    )
     with Job(python(code), how) as job:
         job.until(lambda: "here" in job.out and len(job.pids()) == 2)
         os.kill(job.process.pid, signal.SIGINT)

@@ -140,7 +140,7 @@ def test_a_failing_step_names_its_log(clone: Path) -> None:
     assert "HVDLLM_PIP_ARGS" in done.stderr
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_an_interrupted_run_leaves_nothing_that_breaks_the_next(
     clone: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:

@@ -103,6 +103,7 @@ def test_it_trains_where_there_is_no_horovod(hvdllm: str, tmp_path: Path) -> Non
     for n in range(40):
         (text / f"{n}.txt").write_text(f"Text number {n} says that {n} and {n} are {2 * n}. " * 40)
     words = ["text=files", f"text.path={text}", "text.tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
+    words += ["model.layers=2", "model.width=64", "model.heads=2", "model.kv_heads=1", "optim.lr=0.01"]
     words += ["name=first", "batch_tokens=2048", "budget_tokens=10240", "eval_tokens=1024"]
     call(hvdllm, "train", *words, cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text().splitlines()]

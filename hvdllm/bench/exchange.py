@@ -39,6 +39,7 @@ from hvdllm.errors import UserError
 from hvdllm.interpreter import PYTHON
 from hvdllm.launch import group, lab
 from hvdllm.launch.horovodrun import mpi, starter
+from hvdllm.plain import Json
 from hvdllm.world.detect import Place
 
 MODEL = (
@@ -253,7 +254,7 @@ def environment(case: Case, network: lab.Lab | None) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------ measuring
-def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, Any]:
+def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
     """Measures everything, and returns what the JSON file holds.
 
     Args:
@@ -274,7 +275,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     # The cases that others are compared with are measured for as long as a commit of theirs takes.
     least = max(batches_a_commit(compose.merged(base, case.words), False) for case in todo)
     words = {case.label: words_of(case, base, asked, config.batch_tokens, config.model.context, least) for case in todo}
-    results: dict[str, dict[str, Any]] = {
+    results: dict[str, Json] = {
         case.label: {"kind": case.kind, "settings": words[case.label], "refused": None, "failed": None} for case in todo
     }
     for case in todo:
@@ -284,7 +285,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
         raise UserError(asked_for[0])
     shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)  # once, not by each rank
     raws: dict[str, list[Repetition]] = {case.label: [] for case in todo}
-    seen: dict[str, Any] = {}
+    seen: Json = {}
     with ended_by_signals(), folder_of(keep) as folder, network_of(asked) as network:
         for turn in range(1, asked.repetitions + 1):
             for number, case in enumerate(todo):
@@ -316,9 +317,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> dict[str, A
     }  # fmt: skip
 
 
-def run(
-    case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path
-) -> Repetition | dict[str, Any]:
+def run(case: Case, words: Sequence[str], asked: Asked, network: lab.Lab | None, folder: Path) -> Repetition | Json:
     """Runs one repetition of a case.
 
     Returns why there is none as {"refused": ...} or {"failed": ..., "tail": [...]}.
@@ -353,7 +352,7 @@ def read(folder: Path, ranks: int) -> Raw:
 
 def _conclude(
     todo: Sequence[Case],
-    results: dict[str, dict[str, Any]],
+    results: dict[str, Json],
     raws: Mapping[str, Sequence[Repetition]],
     asked: Asked,
     batch_tokens: int,

@@ -29,6 +29,7 @@ from statistics import fmean, median
 from typing import Any
 
 from hvdllm.launch.lab import FRAME
+from hvdllm.plain import Json
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Raw:
     """
 
     marks: list[list[list[Any]]]
-    records: list[list[dict[str, Any]]]
-    sums: dict[str, Any] | None = None
+    records: list[list[Json]]
+    sums: Json | None = None
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.report.draw import check_file
 
 KINDS = (".png", ".svg", ".pdf")
@@ -23,7 +23,7 @@ def check(path: Path) -> None:
     check_file("--plot", path, KINDS)
 
 
-def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]]:
+def bars(figures: Json) -> list[tuple[str, float, float, float, float]]:
     """The parts of each bar in ms: (label, compute alone, compute while gradients travel, blocked, the rest).
 
     Together they are the step, whose number stands behind the bar. Each figure is a median of its own. If compute and
@@ -45,7 +45,7 @@ def bars(figures: dict[str, Any]) -> list[tuple[str, float, float, float, float]
     return out
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def draw(figures: Json, path: Path) -> None:
     """Draws the picture. Raises UserError if the file cannot be written."""
     rows = bars(figures)
     labels, parts = [row[0] for row in rows], list(zip(*(row[1:] for row in rows), strict=True))
@@ -81,7 +81,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         plain.close(figure)
 
 
-def note(figures: dict[str, Any], label: str) -> str:
+def note(figures: Json, label: str) -> str:
     """The text behind a bar.
 
     It names the tokens of an update if they are not those of the title, as with an exchange whose rounds are timed.
@@ -96,7 +96,7 @@ def note(figures: dict[str, Any], label: str) -> str:
     return ", ".join(parts)
 
 
-def title(figures: dict[str, Any]) -> str:
+def title(figures: Json) -> str:
     asked = figures["asked"]
     link = "loopback of one machine"
     if asked["link"]:

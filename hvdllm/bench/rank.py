@@ -16,13 +16,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hvdllm import device as devices
 from hvdllm import registry
 from hvdllm.flat import Flat
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account, assemble
@@ -42,7 +42,7 @@ class Watch:
         self.world, self.marks = world, list[list[float | None]]()
         self.interface = COUNTERS / interface / "statistics" if interface else None
 
-    def progress(self, values: dict[str, Any]) -> None:
+    def progress(self, values: Json) -> None:
         self.marks.append(
             [
                 time.perf_counter(),
@@ -60,7 +60,7 @@ class Watch:
     def header(self, lines: dict[str, str]) -> None:
         pass
 
-    def finish(self, end: dict[str, Any], run: str, sample: str) -> None:
+    def finish(self, end: Json, run: str, sample: str) -> None:
         pass
 
     def _count(self, name: str) -> int | None:
@@ -89,7 +89,7 @@ def run(
     (folder / f"rank-{index}.json").write_text(json.dumps(seen))
 
 
-def sums_alone(config: Config, world: World, folder: Path) -> dict[str, Any]:
+def sums_alone(config: Config, world: World, folder: Path) -> Json:
     """The seconds of each sum over all buckets of the run's model, and the bytes that one sum sends. Collective."""
     device = devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)
     tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")

@@ -6,12 +6,12 @@ import re
 import subprocess
 import tempfile
 import time
-from typing import Any
 
 from hvdllm.errors import RunError, UserError
+from hvdllm.plain import Json
 
 
-def measure(ranks: int, tokens: int) -> dict[str, Any]:
+def measure(ranks: int, tokens: int) -> Json:
     """Starts two runs of model=tiny under horovodrun --gloo.
 
     The first finds its text prepared, and gives the seconds to the first step. The second prepares the text anew in an

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from hvdllm.exchange.parts import AllReduce
 from hvdllm.exchange.wire.parts import Fp32
 from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.text.shards import Corpus
 from hvdllm.trainer.assemble import assemble, build_model, make_stream
@@ -36,7 +36,7 @@ EVERY_S = 5.0
 def measure(
     config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Json:  # fmt: skip
     """The figures of both sides: tokens a second, milliseconds of the optimizer alone, and the paired ratio.
 
     Args:

@@ -20,6 +20,7 @@ from hvdllm.checkpoint.whole import broken, newest, steps
 from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat, Part
+from hvdllm.plain import Json
 from hvdllm.world.base import World, from_first
 
 __all__ = ["broken", "newest", "steps"]  # from whole.py; what is defined below is public too
@@ -31,7 +32,7 @@ MOST_STATE = 2**28  # bytes of a state.json, which has some hundred for each ran
 T = TypeVar("T")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> Json:
     """The state.json of a complete checkpoint. Raises UserError if it cannot be read."""
     try:
         values = untrusted.read_json(path / "state.json", MOST_STATE, path)
@@ -44,7 +45,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> Json:
     """The state.json of a complete checkpoint, with all that a run needs to go on.
 
     Raises UserError if it cannot be read or lacks something.
@@ -86,7 +87,7 @@ def fitting(path: Path) -> Iterator[None]:
         ) from None
 
 
-def tokens_of(state: dict[str, Any], path: Path) -> int:
+def tokens_of(state: Json, path: Path) -> int:
     """The tokens committed at the checkpoint of this state. Raises UserError if the state does not say."""
     tokens = state["shared"].get("tokens")
     if not isinstance(tokens, int):
@@ -94,7 +95,7 @@ def tokens_of(state: dict[str, Any], path: Path) -> int:
     return tokens
 
 
-def saved_ranks(state: dict[str, Any]) -> int:
+def saved_ranks(state: Json) -> int:
     """How many ranks wrote the checkpoint of this state.json."""
     return len(state["mine"])
 

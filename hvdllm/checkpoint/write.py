@@ -35,6 +35,7 @@ from hvdllm.checkpoint.whole import MANIFEST, broken, steps
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import State
 from hvdllm.flat import Flat
+from hvdllm.plain import Json
 from hvdllm.runs import no_longer_ours, sync_folder, write_whole
 from hvdllm.world.base import World, first_problem
 
@@ -50,10 +51,10 @@ def write(
     folder: Path,
     flat: Flat,
     state: State,
-    extra: dict[str, Any],
+    extra: Json,
     world: World,
     keep: int,
-    mine: dict[str, Any] | None = None,
+    mine: Json | None = None,
 ) -> Path | None:
     """Writes folder/checkpoints/<step> and deletes all but the newest `keep` whole checkpoints. Collective.
 
@@ -82,7 +83,7 @@ def write(
             beside.mkdir()
         except OSError as error:
             problem = _refused(folder, step, error)
-    head: dict[str, Any] = {"problem": problem, "folder": str(folder.absolute()), "writes": bool(tensors)}
+    head: Json = {"problem": problem, "folder": str(folder.absolute()), "writes": bool(tensors)}
     head["mine"] = state.mine | (mine or {})
     heads = [json.loads(text) for text in world.texts(json.dumps(head), "act.save")]
     if heads[0]["problem"]:
@@ -208,7 +209,7 @@ def _write_own(folder: Path, step: int, tensors: dict[str, torch.Tensor], rank: 
         return _refused(folder, step, error), ""
 
 
-def _finish(folder: Path, step: int, values: dict[str, Any], hashes: dict[str, str], keep: int) -> str | None:
+def _finish(folder: Path, step: int, values: Json, hashes: dict[str, str], keep: int) -> str | None:
     """On rank 0: writes the plain values and the manifest, and gives the folder its final name.
 
     Returns what was wrong, or None.

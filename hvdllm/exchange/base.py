@@ -19,16 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from hvdllm.device import Later, Mark
 from hvdllm.flat import Flat, Span
+from hvdllm.plain import Json
 from hvdllm.world.base import Asks, Flight, World
 
-Values = dict[str, Any]  # plain values by name, as JSON has them
+Values = Json  # plain values by name, as JSON has them
 Watch = Callable[[int, str, Mark, Mark], None]  # is told of an interval: number of the step, lane, begin, end
 Total = Callable[[torch.Tensor], torch.Tensor]  # sums a small vector over the ranks that own the pieces
 Spanned = tuple[list[Span], torch.Tensor]  # spans of the flat vector, and their elements one after the other

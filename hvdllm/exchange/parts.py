@@ -246,7 +246,7 @@ class DiLoCo(LocalRounds):
     "exchange",
     "streaming_diloco",
     "hvdllm.exchange.streaming_diloco:StreamingDiLoCo",
-    ExchangeFacts(identical=False, local=True),
+    ExchangeFacts(identical=False, local=True, gradients=2),
 )
 @dataclass
 class StreamingDiLoCo(LocalSteps):
@@ -352,7 +352,7 @@ class ParameterServer(Exchange):
     "exchange",
     "fedavg",
     "hvdllm.exchange.fedavg:FedAvg",
-    ExchangeFacts(identical=False, local=True, fresh_optimizer=True, clients=True),
+    ExchangeFacts(identical=False, local=True, gradients=2, fresh_optimizer=True, clients=True),
 )
 @dataclass
 class FedAvg(LocalSteps):

@@ -18,6 +18,7 @@ from typing import Any
 
 from hvdllm.canvas import pyplot
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 from hvdllm.report.figures import Figures, Line, Reach
 from hvdllm.report.read import Point, Run
 from hvdllm.report.table import BYTES, unit
@@ -95,7 +96,7 @@ def pictures(f: Figures, kind: str) -> dict[str, tuple[str, bytes]]:
     return out
 
 
-def looks(f: Figures) -> dict[str, dict[str, Any]]:
+def looks(f: Figures) -> dict[str, Json]:
     """Colour, dashes and marker of each group, the same in every picture.
 
     No two of the first 168 groups look alike, and in grey no two of the first 24.
@@ -150,9 +151,7 @@ def loss(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _curves(
-    axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: dict[str, Any]
-) -> None:
+def _curves(axis: Any, line: Line, quantity: Callable[[Point], float | None], scale: float, style: Json) -> None:
     curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
     if not curves:
         return
@@ -224,7 +223,7 @@ def target(f: Figures, pyplot: Any) -> Any:
     return figure
 
 
-def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: dict[str, Any]) -> None:
+def _dot(axis: Any, row: int, line: Line, reach: Reach, scale: float, style: Json) -> None:
     values = [value / scale for value in reach.by_seed.values()]
     colour, marker = style["color"], style["marker"]
     if len(values) > 1 or not line.all_reached:

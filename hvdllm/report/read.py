@@ -23,6 +23,7 @@ from typing import Any
 
 from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
+from hvdllm.plain import Json
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl: six million `commit` records
 MOST_POINTS = 100_000  # of a curve over tokens; a longer one loses every second point until it fits
@@ -232,7 +233,7 @@ def read(folder: Path) -> Run | Skipped:
     """The run in this folder, or why there is none that can be used."""
     run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
     digest = hashlib.sha256()
-    lives: list[dict[str, Any]] = []
+    lives: list[Json] = []
     try:
         begun = _fill(run, _records(folder / "metrics.jsonl", run, digest), lives)
     except (OSError, ValueError) as error:
@@ -252,7 +253,7 @@ def read(folder: Path) -> Run | Skipped:
     return run
 
 
-def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
+def _records(path: Path, run: Run, digest: Any) -> Iterator[Json]:
     """The JSON objects of a file of records. Raises OSError or ValueError if there is no such file."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
@@ -277,7 +278,7 @@ def _records(path: Path, run: Run, digest: Any) -> Iterator[dict[str, Any]]:
         run.note(f"metrics.jsonl {problem}")
 
 
-def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, str]:
+def _settings(folder: Path, lives: list[Json], run: Run) -> dict[str, str]:
     """The flat settings of the last life, and what was found where the run ran.
 
     What changed between the lives of the run is noted.
@@ -296,7 +297,7 @@ def _settings(folder: Path, lives: list[dict[str, Any]], run: Run) -> dict[str, 
     return out
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(path: Path) -> Json:
     if not path.exists():
         raise ValueError("neither a `run` record nor a config.yaml")
     try:
@@ -332,7 +333,7 @@ def _flat(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
             yield key, plain(value)
 
 
-def _found(life: dict[str, Any]) -> dict[str, str]:
+def _found(life: Json) -> dict[str, str]:
     """What a `run` record says of where the run ran, under the names of the groups of settings that it belongs to."""
     ranks = [one for one in _list(life.get("ranks")) if isinstance(one, dict)]
     out = {
@@ -371,14 +372,14 @@ class Curve:
             self._every *= 2
 
 
-def _fill(run: Run, records: Iterator[dict[str, Any]], lives: list[dict[str, Any]]) -> bool:
+def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
     """Fills the evaluations and sums of a run, and appends its `run` records to `lives`.
 
     A record that goes back in tokens is left out. An evaluation that was made again replaces the earlier one. Returns
     False if there is no evaluation and no commit.
     """
     sums, odd, begun = run.sums, 0, False
-    evals: list[tuple[int, dict[str, Any], float, float]] = []  # life, record, tokens, loss
+    evals: list[tuple[int, Json, float, float]] = []  # life, record, tokens, loss
     begins: list[float] = []  # tokens at which each life begins
     clock, sent, made = Curve(), Curve(), Curve()
     no_bytes = False
@@ -446,7 +447,7 @@ def _fill(run: Run, records: Iterator[dict[str, Any]], lives: list[dict[str, Any
     return begun
 
 
-def _add(sums: Sums, record: dict[str, Any], tokens: float) -> Sums | None:
+def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
     """Adds a `commit` record. Returns None, and adds nothing, if it lacks what every such record has."""
     needed = [number(record.get(key)) for key in ("seconds", "compute_s", "blocked_s", "flight_s")]
     seconds, compute, blocked, flight = needed

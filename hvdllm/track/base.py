@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 
 PREFIXES = {"commit": "train"}  # prefixes of names that differ from the kind of the record
@@ -38,21 +39,21 @@ class Tracker(Protocol):
         say: takes one sentence for a person.
     """
 
-    def record(self, number: int, record: dict[str, Any]) -> None:
+    def record(self, number: int, record: Json) -> None:
         """Takes a record. `number` counts the records of all lives, so it only grows; `tokens` may go back."""
 
     def close(self, failed: bool) -> None:
         """Ends the tracker. `failed` says that the run raised an error or was killed."""
 
 
-Make = Callable[[Config, Path, dict[str, Any], list[dict[str, Any]], Say], Tracker]
+Make = Callable[[Config, Path, Json, list[Json], Say], Tracker]
 
 
 class Refused(Exception):
     """The tracker cannot do what its settings ask for. The message is one sentence."""
 
 
-def named(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named(record: Json) -> Iterator[tuple[str, Any]]:
     """The names and values of a record, such as `train/loss` or `eval/loss`, without `kind` and `tokens`.
 
     Of a list with a number for each rank there are three, `train/micro_batches_by_rank/min`, `/mean` and `/max`.

@@ -13,10 +13,10 @@ import signal
 import subprocess
 import threading
 from pathlib import Path
-from typing import Any
 
 from hvdllm import registry, untrusted
 from hvdllm.interpreter import PYTHON, found
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.track.base import END_S, Say
 
@@ -96,7 +96,7 @@ class Mirror:
         refused = False
         for line in self._process.stdout:
             with contextlib.suppress(ValueError, AttributeError):
-                message: dict[str, Any] = json.loads(line)
+                message: Json = json.loads(line)
                 if "say" in message:
                     self._said = True
                     self._say(str(message["say"]))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdllm import registry, runs, untrusted
+from hvdllm.plain import Json
 from hvdllm.track.base import END_S, Make, Refused
 
 EVERY_S = 0.5  # seconds between two looks at the file
@@ -55,7 +56,7 @@ def main(folder: Path, plugins: list[str]) -> int:
     return int(failed)
 
 
-def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[dict[str, Any]]], tell: Any) -> bool:
+def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[list[Json]], tell: Any) -> bool:
     """Makes the tracker and hands it the records that it has not had.
 
     Returns whether the run failed or was killed.
@@ -87,24 +88,24 @@ def serve(folder: Path, name: str, config: Any, make: Make, batches: Iterator[li
     return failed
 
 
-def chain(first: list[dict[str, Any]], rest: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+def chain(first: list[Json], rest: Iterator[list[Json]]) -> Iterator[list[Json]]:
     yield first
     yield from rest
 
 
-def split(records: list[dict[str, Any]], tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split(records: list[Json], tokens: int) -> tuple[list[Json], list[Json]]:
     """Splits the records of a run into those that were sent and those that were not.
 
     Sent are the records of earlier lives up to `tokens`. A life begins with its `run` record.
     """
     life = max((i for i, record in enumerate(records) if record.get("kind") == "run"), default=0)
-    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    parts: tuple[list[Json], list[Json]] = [], []
     for i, record in enumerate(records):
         parts[i >= life or record.get("tokens", -1) > tokens].append(record)
     return parts
 
 
-def follow(file: TextIO, run: int) -> Iterator[list[dict[str, Any]]]:
+def follow(file: TextIO, run: int) -> Iterator[list[Json]]:
     """The records of a growing file, in batches, until the pipe `run` ends. The first batch comes at once.
 
     The file stays open. The next life of the run replaces it, but what is read here is still the file of this life.
@@ -121,7 +122,7 @@ def follow(file: TextIO, run: int) -> Iterator[list[dict[str, Any]]]:
         first = False
 
 
-def parsed(line: str) -> dict[str, Any]:
+def parsed(line: str) -> Json:
     try:
         record = untrusted.parsed(line)
     except ValueError:
@@ -132,7 +133,7 @@ def parsed(line: str) -> dict[str, Any]:
     return record
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> Json:
     """The parts of track.json that have the form which this version writes. A stranger's folder may hold anything."""
     try:
         state = untrusted.read_json(folder / "track.json", MOST_STATE, folder)

@@ -20,6 +20,7 @@ from typing import Any
 
 from hvdllm import untrusted
 from hvdllm.config import compose
+from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.track.base import UPLOAD_S, Refused, Say, named
 from hvdllm.track.parts import Wandb
@@ -28,7 +29,7 @@ ROWS = 100  # of the table of samples; W&B stores the whole table each time it i
 AXES = ("train", "eval", "audit", "event", "save")
 
 
-def make(config: Config, folder: Path, kept: dict[str, Any], before: list[dict[str, Any]], say: Say) -> Tracker:
+def make(config: Config, folder: Path, kept: Json, before: list[Json], say: Say) -> Tracker:
     kept.setdefault("id", secrets.token_hex(6))
     (folder / "wandb").mkdir(exist_ok=True)
     os.environ |= {name: value for name, value in environment(folder).items() if name not in os.environ}
@@ -45,7 +46,7 @@ def environment(folder: Path) -> dict[str, str]:
 class Tracker:
     """A run of W&B, which is online if its server answers."""
 
-    def __init__(self, config: Config, folder: Path, name: str, before: list[dict[str, Any]], say: Say) -> None:
+    def __init__(self, config: Config, folder: Path, name: str, before: list[Json], say: Say) -> None:
         self.settings: Wandb = config.track
         self.id, self.folder, self.say = name, folder.resolve(), say
         self.rows = [[r["tokens"], r["text"]] for r in before if r.get("kind") == "sample"]
@@ -54,7 +55,7 @@ class Tracker:
         for prefix in AXES:
             self.run.define_metric(f"{prefix}/*", step_metric="tokens")
 
-    def record(self, number: int, record: dict[str, Any]) -> None:
+    def record(self, number: int, record: Json) -> None:
         import wandb
 
         values = dict(named(record))

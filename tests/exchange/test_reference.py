@@ -62,5 +62,5 @@ def test_settings_without_a_wire_are_an_error() -> None:
     class Morse(wires.Wire):
         pass
 
-    with pytest.raises(TypeError, match="no wire for settings of Morse"):
+    with pytest.raises(TypeError, match="no wire has settings of the class Morse"):
         make(Morse(), SingleWorld(), Flat(nn.Linear(3, 2), 1, 1), NOMINAL)

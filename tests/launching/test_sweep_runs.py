@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from launch import BATCH, HVDLLM, Job, environment, records, words_of
+from launch import ADDRESS, BATCH, HVDLLM, Job, address, environment, records, words_of
+from ranks.body_sweep import FORKED
 
 from hvdllm.cli import train
 from hvdllm.errors import STOPPED
-from hvdllm.launch import lab, local
+from hvdllm.launch import base, lab, local
 
 needs_lab = pytest.mark.skipif(lab.missing() is not None, reason=f"the network lab cannot be here: {lab.missing()}")
 
@@ -32,6 +33,13 @@ def a_shells_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     yield
     assert not local._marks
+
+
+@pytest.fixture
+def forked_points(monkeypatch: pytest.MonkeyPatch, a_shells_environment: None) -> None:
+    """Points are forks of the tests' server: what is tested does not need them to be commands."""
+    monkeypatch.setattr(base, "PYTHON", FORKED)
+    monkeypatch.setenv(ADDRESS, address())
 
 
 def words(tmp: Path, *more: str, steps: int = 2) -> list[str]:
@@ -85,7 +93,9 @@ def test_a_sweep_runs_its_points_and_again_only_what_is_missing(
     assert not [file.name for file in Path().iterdir() if file.name in ("multirun", "outputs")]
 
 
-def test_a_point_that_fails_is_listed_and_the_others_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_point_that_fails_is_listed_and_the_others_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_points: None
+) -> None:
     given = words(tmp_path, "batch_tokens=704,320000")  # the text has fewer windows than the second
     out = run(capsys, "-m", *given, "launch.parallel=2", code=1)
     assert begun(out) == ["batch_tokens=704", "batch_tokens=320000"]  # at once: both begin before one ends
@@ -99,7 +109,7 @@ def test_a_point_that_fails_is_listed_and_the_others_train(tmp_path: Path, capsy
 
 
 def test_optuna_gets_the_validation_loss_and_finds_its_trials_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_points: None
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     given = words(tmp_path, "hydra/sweeper=optuna", "optim.lr=interval(1e-4,1e-1)", "hydra.sweeper.n_trials=2")

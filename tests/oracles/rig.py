@@ -221,6 +221,7 @@ def train(
     data: Data = own_examples,
     ask: tuple[int, int] | None = None,
     catch: bool = False,
+    unlike: bool = False,
 ) -> list[Rig]:
     """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
     ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it. data:
@@ -230,7 +231,7 @@ def train(
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
         config = settings_of(exchange, optim, wire or wires.Fp32())
-        parts = assemble(config, net_, net_, world, rate)
+        parts = assemble(config, net_, net_, world, rate, unlike)
         part, flat = parts.exchange, parts.flat
         stream = Examples(world.rank, world.size, data)
         if states is not None:

@@ -174,11 +174,11 @@ def growth(exchange: Any, lr: float, momentum: float = 0.0, nesterov: bool = Fal
     """Largest weight in the last quarter of 600 updates over that in the second quarter."""
     optim = SGD(lr=lr, momentum=momentum, nesterov=nesterov, clip=0.0)
     try:
-        (rig,) = train(exchange, 1, 600, optim=optim, model=Point, cost=quadratic)
+        (rig,) = train(exchange, 1, 400, optim=optim, model=Point, cost=quadratic)
     except NotFinite:
         return float("inf")
     sizes = [w.abs().max().item() for w in rig.weights]
-    return max(sizes[450:]) / max(sizes[150:300])
+    return max(sizes[300:]) / max(sizes[100:200])
 
 
 LATE = Delayed(warmup_tokens=0)

@@ -119,6 +119,17 @@ def test_each_local_step_counts_once_wherever_a_run_ends(exchange: Any, steps: i
         torch.testing.assert_close(moved, torch.full_like(moved, float(each.taken)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("exchange", [
+    exchanges.LocalSGD(local_steps=4, pulses=4), exchanges.DiLoCo(local_steps=4, pulses=4),
+    exchanges.StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
+], ids=["local_sgd", "diloco", "streaming"])  # fmt: skip
+def test_the_norm_that_is_reported_is_that_of_one_group_and_not_of_all_together(exchange: Any) -> None:
+    """Every group's gradient is 1 in each of P places, so sqrt(P) is the root mean square over any number of them."""
+    out = train(exchange, 3, 7, optim=PLAIN, cost=slope, data=steady())
+    norms = [commit.before.grad_norm for commit in out[0].commits if commit.before]
+    assert norms == pytest.approx([math.sqrt(out[0].begun.numel())] * len(norms)) and norms
+
+
 STREAMING = exchanges.StreamingDiLoCo(local_steps=6, fragments=4, delay=1, outer_lr=0.5, outer_momentum=0.5)
 
 
@@ -159,6 +170,15 @@ def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> 
     assert all(each.bad is not None for each in out)
     (step,) = {each.bad.step for each in out if each.bad is not None}
     assert step < 12, "soon, not at the end"
+
+
+@pytest.mark.parametrize(
+    "exchange", [exchanges.AllReduce(), exchanges.Sharded(), exchanges.Delayed(warmup_tokens=0)], ids=str
+)
+def test_a_norm_that_overflows_stops_all_ranks(exchange: Any) -> None:
+    """Every gradient is a number and so is the loss; only the sum of their squares is infinite."""
+    out = train(exchange, 2, 4, optim=PLAIN, cost=lambda model, x, t: 1e300 * slope(model, x, t), catch=True)
+    assert [each.bad is not None and each.bad.norm for each in out] == [math.inf] * 2
 
 
 @pytest.mark.parametrize("exchange", [

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import rig
 import torch
 from rig import NOMINAL, train
 
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.wire import parts as wires
 from hvdllm.optim import parts as optims
+from hvdllm.trainer import assemble
 
 LR = 0.05
 OPTIM = optims.SGD(lr=LR, momentum=0.0, weight_decay=0.0, clip=0.0)
@@ -73,13 +73,13 @@ CASES: dict[str, tuple[Any, Callable[[int], float], str | None]] = {
 def test_what_is_kept_is_worth_what_it_was(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exchange, weight, flying = CASES[name]
     spies: list[Spy] = []
-    made = rig.make
+    made = assemble.make_wire
 
     def make(*args: Any) -> Spy:
         spies.append(Spy(made(*args)))
         return spies[-1]
 
-    monkeypatch.setattr(rig, "make", make)
+    monkeypatch.setattr(assemble, "make_wire", make)
     out = train(exchange, 2, 9, optim=OPTIM, wire=WIRES[code], rate=rate, stop_at=9, settle=False)
     flat = spies[0].wire.flat
     whole = torch.zeros_like(flat.x)

@@ -140,8 +140,8 @@ def test_on_a_simulated_clock_a_whole_run_repeats_with_its_records(tmp_path: Pat
     words = ["world=virtual", "world.size=5", "world.tokens_per_s=1000", "world.speed_spread=0.4", "world.jitter=0.2",
              "world.bandwidth=1mbit", "world.latency_ms=3", "exchange=acco_timed", "micro_batch=1", "world.slow=2:8",
              f"eval_every={4 * BATCH}", f"audit_every={4 * BATCH}", "trace_steps=2:4"]  # fmt: skip
-    specs = [{"words": words_of(tmp_path, name, 24, *words)} for name in "ab"]
-    runs([*specs, {"words": words_of(tmp_path, "c", 24, *words, "seed=1")}], 1, tmp_path)
+    specs = [{"words": words_of(tmp_path, name, 14, *words)} for name in "ab"]
+    runs([*specs, {"words": words_of(tmp_path, "c", 14, *words, "seed=1")}], 1, tmp_path)
     a, b, c = (tmp_path / "runs" / name for name in "abc")
     assert same_bits(a, b) and curve(a) != curve(c)
     host = ("cpu_s_per_token",)
@@ -155,11 +155,11 @@ def test_on_a_simulated_clock_a_whole_run_repeats_with_its_records(tmp_path: Pat
     speeds = [count / seconds for count, seconds in zip(done, took, strict=True)]
     assert speeds.index(min(speeds)) == 2 and not records(a, "event"), "nobody waits, so nobody is named"
     seconds = records(a, "end")[-1]["seconds"]
-    assert seconds < 24 * BATCH / 1000, "simulated: five ranks of about 1,000 tokens/s"
+    assert seconds < 14 * BATCH / 1000, "simulated: five ranks of about 1,000 tokens/s"
     assert (a / "trace.json").read_text() == (b / "trace.json").read_text()
-    runs([{"words": words_of(tmp_path, name, 30, *words)} for name in "ab"], 1, tmp_path)
+    runs([{"words": words_of(tmp_path, name, 24, *words)} for name in "ab"], 1, tmp_path)
     assert same_bits(a, b) and records(a, "end")[-1]["seconds"] > seconds
     lock = [*words, "exchange=allreduce"]
-    runs([{"words": words_of(tmp_path, "d", 24, *lock)}], 1, tmp_path)
+    runs([{"words": words_of(tmp_path, "d", 14, *lock)}], 1, tmp_path)
     (event,) = records(tmp_path / "runs" / "d", "event")
     assert event["straggler"] == 2 and event["what"] in (tmp_path / "runs" / "d" / "log.txt").read_text()

@@ -30,7 +30,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     tmp = tmp_path_factory.mktemp("convergence")
-    more = ["world=virtual", "world.size=4"]
+    more = ["world=virtual", "world.size=4", "micro_batch=6"]  # a share is one or two
     runs([{"words": words_of(tmp, name, STEPS, *words, *more)} for name, (words, _) in RUNS.items()], 1, tmp)
     return {name: losses(tmp / "runs" / name) for name in RUNS}
 

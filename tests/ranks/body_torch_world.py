@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from body_world import collectives, parts, write
@@ -40,7 +41,8 @@ def gone(world: TorchWorld) -> dict[str, str]:
 
 what = sys.argv[2]
 world = TorchWorld(place(), 60.0)
-assert "horovod" not in sys.modules
+# A fork has what its server has imported.
+assert "horovod" not in sys.modules or "pool.py" in Path("/proc/self/cmdline").read_text()
 out = {"all": collectives, "parts": parts, "gone": gone}[what](world)
 if what == "all":
     out["sum_bf16"] = world.sum(torch.full((2,), world.rank + 1.0, dtype=torch.bfloat16), "grad.bf16").land().tolist()

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -40,6 +41,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "HVDLLM_TEST_POOL"  # in the environment of what a launcher starts: name of the server's abstract socket
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 GRACE_S = 5  # as horovodrun gives
 POLL_S = 0.02
 SPARED = (
@@ -92,6 +94,7 @@ def serve(lifeline: socket.socket, listener: socket.socket) -> list[str]:
                 pass
 
     signal.signal(signal.SIGCHLD, reap)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # ranks that have lost their parent are reaped here, at once
     while lifeline not in (ready := select.select([lifeline, listener], [], [])[0]):
         if listener in ready:
             job = listener.accept()[0]

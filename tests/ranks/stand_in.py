@@ -15,8 +15,10 @@ job.connect("\0" + os.environ["HVDLLM_TEST_POOL"])
 ask = {"words": sys.argv[2:], "envs": [dict(os.environ)], "alone": True, "cwd": os.getcwd()}
 socket.send_fds(job, [json.dumps(ask).encode()], [0, 1, 2])
 (pid,) = json.loads(job.recv(1 << 16))
-with open(os.environ["HVDLLM_TEST_PIDS"], "a") as file:
-    file.write(f"{os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ.get('RANK')} {pid}\n")
+rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("RANK")
+if rank is not None:
+    with open(os.environ["HVDLLM_TEST_PIDS"], "a") as file:
+        file.write(f"{rank} {pid}\n")
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
 said = job.recv(1 << 16)
