@@ -125,7 +125,7 @@ class Acco(Owners[exchanges.Acco]):
                 self.arm(batch)
                 yield batch
 
-    def finish(self, flights: list[Flight]) -> Commit | None:
+    def end_round(self, flights: list[Flight]) -> Commit | None:
         before, kind, now = self._half, self._kind, self.now
         launched, meta = now.flies, now.meta
         assert meta is not None

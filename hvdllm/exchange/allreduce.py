@@ -43,7 +43,7 @@ class AllReduce(Rounds[exchanges.AllReduce]):
     def send(self, bucket: Bucket) -> Flight:
         return self._adasum(bucket) if self.adasum else super().send(bucket)
 
-    def finish(self, flights: list[Flight]) -> Commit:
+    def end_round(self, flights: list[Flight]) -> Commit:
         for flight in flights:
             flight.land()
         meta = self.hear()

@@ -317,7 +317,9 @@ class Exchange(Protocol):
     unlike: the ranks compute on several models of processor
     milestones: where the run wants marks
 
-    watch: is told of every interval of compute, blocked and flight; it may be set after `attach`
+    After `attach`:
+    watch: is told of every interval of compute, blocked and flight; it may be set at any time
+    update: what was attached
     """
 
     copies: int
@@ -328,6 +330,7 @@ class Exchange(Protocol):
     unlike: bool
     milestones: Milestones
     watch: Watch | None
+    update: Update
 
     def between(self, world: World) -> World:
         """The ranks that its wire joins. Collective; it is called once, before `attach`."""

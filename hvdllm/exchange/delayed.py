@@ -70,7 +70,7 @@ class Delayed(Rounds[exchanges.Delayed]):
     def applied_at(self) -> int:
         return self.tokens + self.nominal * (1 if self._flying is None else 2)
 
-    def finish(self, flights: list[Flight]) -> Commit | None:
+    def end_round(self, flights: list[Flight]) -> Commit | None:
         launched, wait = self.now.flies, self.now.wait
 
         def journey() -> Interval:

@@ -33,5 +33,5 @@ class DiLoCo(LocalSteps[exchanges.DiLoCo]):
         if settings.overlap:
             self.copies = 3  # the deltas of one round travel while the next one's gradients, then its deltas, are made
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)

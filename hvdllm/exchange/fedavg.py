@@ -1,24 +1,29 @@
 """Federated averaging: clients with text of their own, and a server (McMahan et al., 2016, arXiv 1602.05629).
 
-client   owner of whole documents; n_k: tokens of its text
-round    the drawn clients, dealt to the groups (a rank each, or several: `inner`), which train theirs one after the
-         other. Who is drawn, and what each then reads, is a function of seed and round: the same for any world
+client   the owner of whole documents; n_k are the tokens of its text round    the drawn clients are dealt to the groups
+(a rank each, or several with `inner`), and a group trains its clients
+         one after the other. Who is drawn, and what each client reads, is a function of seed and round, the same for
+         any world
 
     each drawn client k:   x = anchor, a fresh optimizer;  H times  x = Update(x, g + μ (x - anchor));  x_k = x
     d = sum n_k (anchor - x_k) / sum n_k                              # over the drawn ones
     server=sgd:    u = m u + d;  anchor = anchor - γ (d + m u)        # γ = 1, m = 0: the mean of the x_k
     server=adam:   a = β1 a + (1-β1) d;  v = β2 v + (1-β2) d²;  anchor = anchor - γ a / (sqrt(v) + τ);  v_0 = τ²
 
-The server's rule is FedOpt's (Reddi et al., 2020, arXiv 2003.00295, algorithm 2); μ (prox) is FedProx (Li et al., 2018,
-arXiv 1812.06127): it goes into the gradient before norm, clipping and moments, and keeps a client near the anchor.
+The server's rule is that of FedOpt (Reddi et al., 2020, arXiv 2003.00295, algorithm 2). μ (prox) is that of FedProx (Li
+et al., 2018, arXiv 1812.06127): its term is added to the gradient before norm, clipping and moments, and keeps a client
+near the anchor.
 
-Invariant: one client a rank, H = 1, plain descent and γ = 1 are synchronous descent, with gradients weighted by text.
-Weights are by text, not by tokens of a step, which all clients have alike. A step's rate is that of the tokens at the
-last meeting and, since then, the client's own times the number of clients drawn: it does not depend on the ranks.
+Invariant: with one client a rank, H = 1, plain descent and γ = 1 it is synchronous descent, with gradients weighted by
+text. The weights are by text and not by the tokens of a step, of which all clients have as many. The learning rate of a
+step is that of the tokens at the last meeting and, since then, of the client's own tokens times the number of drawn
+clients, so it does not depend on the ranks.
 
-Where clients differ in curvature λ_k the fixed point (γ > 0, any H) is sum n_k q_k x*_k / sum n_k q_k with
-q_k = 1 - (1 - ηλ_k)^H, not the optimum: those that curve most are heard most. With μ, λ_k becomes λ_k + μ in the power
-and q_k is weighed by λ_k / (λ_k + μ). Stability: inside η (λ + μ) < 2; the server's sgd as DiLoCo's.
+Where clients differ in curvature λ_k, the fixed point (γ > 0, any H) is not the optimum but
+sum n_k q_k x*_k / sum n_k q_k with q_k = 1 - (1 - ηλ_k)^H: the clients with the largest curvature count most. With μ,
+λ_k becomes λ_k + μ in the power, and q_k is multiplied by λ_k / (λ_k + μ).
+
+Stability: inside a client η (λ + μ) < 2; the server's sgd is stable as DiLoCo's outer step.
 
 Marks, pulses, consensus (the anchor) and settling are those of local_rounds.py. Where a round is settled early, clients
 count by FedNova's normalisation, and those that made no step do not count. A checkpoint in the middle of a round goes
@@ -200,7 +205,7 @@ class FedAvg(LocalSteps[exchanges.FedAvg]):
         self.gathered.clients = self.clients
         return self.gathered
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, self.clients)
 
     # ------------------------------------------------------------------ one client after the other
@@ -213,7 +218,7 @@ class FedAvg(LocalSteps[exchanges.FedAvg]):
     def trains(self) -> bool:
         return super().trains() and self.fragments[0].steps < self.clients.steps()
 
-    def stepped(self) -> None:
+    def after_step(self) -> None:
         """The next client begins with the anchor, and with nothing of the one before but the mask of a bad gradient."""
         whole, every = self.fragments[0], self.settings.local_steps
         if not self.clients.own or whole.steps % every:

@@ -54,7 +54,7 @@ from hvdllm.exchange.base import (
 )  # fmt: skip
 from hvdllm.exchange.common import Common
 from hvdllm.exchange.group import Group
-from hvdllm.exchange.meta import Metas, MetaSum
+from hvdllm.exchange.meta import MetaPost, Metas, MetaSum
 from hvdllm.exchange.outer import Outer
 from hvdllm.exchange.tally import Heard, RankReport, Tally
 from hvdllm.flat import Flat
@@ -64,19 +64,15 @@ from hvdllm.world.single import Landed
 L = TypeVar("L", bound=exchanges.LocalSteps)
 
 
-class Posted(Protocol):
-    def land(self) -> MetaSum: ...
-
-
 @dataclass
 class Pulse:
     """A pulse on its way. meeting: it was posted where a round ended."""
 
-    meta: Posted
+    meta: MetaPost | Landed
     meeting: bool
 
     @staticmethod
-    def again(values: Values, meeting: bool) -> Pulse:
+    def arrived(values: Values, meeting: bool) -> Pulse:
         """One that has arrived, from the plain values of a checkpoint."""
         return Pulse(Landed(MetaSum.of(values)), meeting)
 
@@ -104,7 +100,7 @@ class Replica:
     def post(self, meeting: bool = False, sent: Sent | None = None) -> Pulse:
         """Posts what this rank has to tell. sent: the deltas that travel with it."""
         self.group.land()
-        self.tally.read()
+        self.tally.read_seconds()
         own, self.tally.own = self.tally.own, RankReport()
         asks = self.tally.take_asks()
         values = {"loss": own.loss, "loss_tokens": own.loss_tokens}
@@ -117,7 +113,7 @@ class Replica:
 
     def hear(self, pulse: Pulse) -> MetaSum:
         """Lands it. Raises NotFinite, on every rank, where any group has masked a step."""
-        meta = pulse.meta.land()
+        meta: MetaSum = pulse.meta.land()
         if meta.bad:
             raise self._not_finite()
         return meta
@@ -164,7 +160,7 @@ class Meetings(Protocol):
     def stepped(self) -> Commit | None:
         """A local step is over: pulses and meetings that are due. A Commit at a mark."""
 
-    def finish(self) -> tuple[MetaSum, ...]:
+    def meet_last(self) -> tuple[MetaSum, ...]:
         """Lands and applies what flies and ends the round early; afterwards the weights are the anchor. Returns the
         metas that were heard, at least one."""
 
@@ -182,13 +178,13 @@ class Meetings(Protocol):
 
 
 class LocalSteps(Common[L]):
-    """outer: the outer optimizer. An exchange of this kind fills in `meetings`."""
+    """outer: the outer optimizer. An exchange of this kind fills in `arrange`."""
 
     identical = False
     anchored = True
     resized = (
-        "what each rank had of its own (weights since they last met, moments) has no place, all begin with the shared "
-        "weights and with clocks at 0, so the curve is not that of an unchanged world"
+        "what each rank had of its own (moments, and weights since they last met) is left out, and all ranks begin "
+        "with the shared weights and with clocks at 0, so the curve is not that of an unchanged world"
     )
 
     def __init__(self, settings: L, nominal: int, outer: Outer) -> None:
@@ -201,12 +197,12 @@ class LocalSteps(Common[L]):
 
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
         """wire: over the ranks of `between`."""
-        self.flat, self.wire, self.world = flat, wire, world
+        self.flat, self.update, self.wire, self.world = flat, update, wire, world
         module = self.group.attach(model, flat, update, self.nominal, self.tally, self.unlike)
         self.anchor = self.anchored_at(flat, wire)
         self.fragments = self.divide(flat)
         replica = Replica(self.tally, self.group, self.anchor, update, world, self.fragments)
-        self.replica, self.meeting = replica, self.meetings(replica)
+        self.replica, self.meetings = replica, self.arrange(replica)
         return module
 
     def anchored_at(self, flat: Flat, wire: Wire) -> Anchor:
@@ -217,7 +213,7 @@ class LocalSteps(Common[L]):
         """What meets together."""
         return [Fragment(list(flat.buckets))]
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the loop
@@ -250,10 +246,10 @@ class LocalSteps(Common[L]):
         for fragment in self.fragments:
             fragment.tokens += tokens or 0
             fragment.steps += 1
-        self.stepped()
-        return self.meeting.stepped()
+        self.after_step()
+        return self.meetings.stepped()
 
-    def stepped(self) -> None:
+    def after_step(self) -> None:
         """A local step is over; pulses and meetings come after this."""
 
     # ------------------------------------------------------------------ acts
@@ -275,28 +271,28 @@ class LocalSteps(Common[L]):
 
     def settle(self) -> Settled:
         self.replica.land()
-        metas = self.meeting.finish()
+        metas = self.meetings.meet_last()
         tokens = sum(int(meta.tokens) for meta in metas)
         self.tally.tokens += tokens
         self.anchor.tokens = self.tokens
         late, held, self.tally.held = self.replica.report(*metas), self.tally.held, None
         if held is not None:
-            late = (Heard.again(held) + Heard.again(late)).report(held.grad_norm, self.world.size)
+            late = (Heard.of_report(held) + Heard.of_report(late)).report(held.grad_norm, self.world.size)
         return Settled(late, tokens)
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> State:
         self.replica.land()
         mine, local = self.group.state(self.flat)
-        self.tally.read()
+        self.tally.read_seconds()
         wire, summed, tensors = self.wire.state()
-        values = {**self.tally.state(), "wire": wire, "anchor_tokens": self.anchor.tokens, **self.meeting.values()}
-        mine |= self.meeting.mine() | {
+        values = {**self.tally.state(), "wire": wire, "anchor_tokens": self.anchor.tokens, **self.meetings.values()}
+        mine |= self.meetings.mine() | {
             "now": asdict(self.tally.own), "asks": [self.tally.asks.stop, self.tally.asks.save],
             "fragments": [[fragment.tokens, fragment.steps] for fragment in self.fragments],
         }  # fmt: skip
         outer = {f"outer.{name}": vector for name, vector in self.anchor.state.items()}
-        sharded = {"model": self.anchor.x, **outer, **self.meeting.vectors()}
+        sharded = {"model": self.anchor.x, **outer, **self.meetings.vectors()}
         spans = self.flat.pieces(0, 1) if self.world.rank == 0 else []
         if self.anchor.x.device != self.flat.x.device:
             wait_for_stream(self.flat.x.device)  # what is on its way to the host has arrived
@@ -324,4 +320,4 @@ class LocalSteps(Common[L]):
             for fragment, (tokens, steps) in zip(self.fragments, own["fragments"], strict=True):
                 fragment.tokens, fragment.steps = tokens, steps
             self.group.load(own, state.local)
-        self.meeting.load(state, own)
+        self.meetings.load(state, own)

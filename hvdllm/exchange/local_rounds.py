@@ -191,7 +191,7 @@ class Together:
         self.pace.next_round(self._compute_s)
         self._compute_s = [0.0] * len(self._compute_s)
 
-    def finish(self) -> tuple[MetaSum, ...]:
+    def meet_last(self) -> tuple[MetaSum, ...]:
         metas, anchor = [], self.replica.anchor
         if self._pulse is not None:
             metas.append(self._hear(self._pulse))
@@ -237,7 +237,7 @@ class Together:
         if mine is not None:
             self.pace.planned, self._compute_s = shared["steps_of"], shared["compute_s"]
             if shared["pulse"] is not None:
-                self._pulse = Pulse.again(*shared["pulse"])
+                self._pulse = Pulse.arrived(*shared["pulse"])
             return
         # At another world size the tokens of the last pulse are lost with the local steps that they were computed in,
         # but the deltas of a late meeting are not.

@@ -26,7 +26,7 @@ class LocalSGD(LocalSteps[exchanges.LocalSGD]):
     def __init__(self, settings: exchanges.LocalSGD, nominal: int) -> None:
         super().__init__(settings, nominal, Mean())
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group, self.settings.warmup_tokens))
 
     def agree(self) -> int | None:

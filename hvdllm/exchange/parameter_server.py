@@ -74,7 +74,7 @@ from hvdllm.exchange.base import (
     Wire,
 )  # fmt: skip
 from hvdllm.exchange.common import Common
-from hvdllm.exchange.server_log import Answer, Log, Progress
+from hvdllm.exchange.server_log import Log, Progress
 from hvdllm.exchange.server_shard import Shard
 from hvdllm.exchange.tally import RankReport
 from hvdllm.exchange.wire.plain import Plain
@@ -82,7 +82,7 @@ from hvdllm.flat import Flat
 from hvdllm.world.base import Asks, World
 
 
-class Kept:
+class PushBatches:
     """The micro-batches of one push, to be computed again where its gradient was not finite."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class Worker:
     norm: float | None = None
     seen: list[float] = field(default_factory=lambda: [0.0, 0])
     cpu_s: float = 0.0
-    kept: Kept = field(default_factory=Kept)
+    kept: PushBatches = field(default_factory=PushBatches)
     resumed: bool = False
 
 
@@ -154,7 +154,7 @@ class Desk:
         asks, self._posted = self.world.asks.take(), time.monotonic()
         self.mail.post(self.log, "log", {"kind": kind, "stop": asks.stop, "save": asks.save, **said})
 
-    def request(self, kind: str, **said: Any) -> Answer:
+    def request(self, kind: str, **said: Any) -> Values:
         """Posts and waits for the answer."""
         self.post(kind, **said)
         return self.mail.take("answer", self.meanwhile).head
@@ -308,13 +308,13 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         worker.micro_batches = 0
         worker.phase = "push"
 
-    def _ask_for_ticket(self) -> Answer:
+    def _ask_for_ticket(self) -> Values:
         worker = self.worker
         if worker.bad:
             return self._request("bad", norm=worker.norm)
         return self._request("push", n=worker.tokens, loss=worker.loss, norm=worker.norm, seen=worker.seen)
 
-    def _push(self, ticket: Answer) -> None:
+    def _push(self, ticket: Values) -> None:
         worker, since = self.worker, Mark(self.flat.x.device)
         head = {"kind": "push", "n": worker.tokens, "squares": worker.squares, **ticket}
         for server, part in zip(self.places.servers, self.places.parts, strict=True):
@@ -355,9 +355,9 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         now = Mark(self.flat.x.device)
         for name in (lane, "flight") if lane == "blocked" else (lane,):
             self.tally.passed(name, since, now)
-        self.tally.read()
+        self.tally.read_seconds()
 
-    def _request(self, kind: str, **said: Any) -> Answer:
+    def _request(self, kind: str, **said: Any) -> Values:
         """Tells the log what this rank has done, asks for something and waits for the answer."""
         since, now, own = Mark(self.flat.x.device), time.process_time(), self.tally.own
         own.cpu_s, self.worker.cpu_s = own.cpu_s + now - self.worker.cpu_s, now
@@ -367,7 +367,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
             self._passed("blocked", since)
         return answer
 
-    def _enter(self, mark: Answer) -> Commit:
+    def _enter(self, mark: Values) -> Commit:
         if mark["bad"] is not None:
             rounds = [0] if self.worker.bad else []
             raise NotFinite(self.step + 1, rounds, mark["bad"], stream=self.worker.kept, again=True)

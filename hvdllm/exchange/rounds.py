@@ -3,7 +3,7 @@
 A round is what a rank computes between two launches of its gradients. Where it is closed by count, which is the rule,
 its meta is posted when it begins, with its tokens and what came of the round before. What is said of round r is
 therefore known when the meta of round r + 1 has landed, and the report of a commit is handed out with the next commit.
-An exchange fills in `finish`: what happens once the buckets of a round are on their way.
+An exchange fills in `end_round`: what happens once the buckets of a round are on their way.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hvdllm.world.base import Flight, World
 
 
 @dataclass
-class Open:
+class CurrentRound:
     """The round that this rank computes now.
 
     begin, cpu_s: when it began, and the CPU seconds of the process at that time
@@ -127,7 +127,7 @@ class RoundTally(Tally):
             self.own = RankReport(
                 0, loss, tokens, squares / max(tokens, 1.0), cpu_s=done.cpu_s, micro_batches=float(done.micro_batches)
             )
-            self.read(done.round // self.parts + 1)
+            self.read_seconds(done.round // self.parts + 1)
         if self.applied is not None:
             applied, self.applied = self.applied, None
             norm = applied.norm.read()[0]
@@ -169,7 +169,7 @@ class RoundTally(Tally):
         }  # fmt: skip
 
     def mine(self) -> Values:
-        return {"said": self.own.sums(), "slot": self.own.slot()}
+        return {"said": self.own.totals(), "slot": self.own.slot()}
 
     def load(self, shared: Values, size: int | None = None) -> None:
         self.tokens, self.step, self.round = shared["tokens"], shared["step"], shared["round"]
@@ -184,7 +184,7 @@ class RoundTally(Tally):
         if len(mine) == size:
             self.own = RankReport(**mine[rank]["said"], **mine[rank]["slot"])
         elif rank == 0:  # it speaks for all ranks that there were, and their seconds are left out
-            self.own = RankReport(**{key: sum(each["said"][key] for each in mine) for key in self.own.sums()})
+            self.own = RankReport(**{key: sum(each["said"][key] for each in mine) for key in self.own.totals()})
 
 
 class Rounds(Common[S]):
@@ -266,7 +266,7 @@ class Rounds(Common[S]):
         self.tally.read_round()
         self.wire.begin(self.tokens, self.update.rate(self.applied_at()) / self.nominal)
         begin = Mark(self.device)
-        self.now = Open(begin, time.process_time(), begin)
+        self.now = CurrentRound(begin, time.process_time(), begin)
 
     def applied_at(self) -> int:
         """The tokens that will be committed with the round that begins, if all batches are nominal."""
@@ -284,7 +284,7 @@ class Rounds(Common[S]):
             return None
         flights = self.buckets.launch_rest()
         self.now.wait, self.now.stream = Mark(self.device), batch.round
-        commit = self.finish(flights)
+        commit = self.end_round(flights)
         self.tally.round += 1
         return commit
 
@@ -294,7 +294,7 @@ class Rounds(Common[S]):
         self.now.tokens += batch.tokens
         self.now.micro_batches += batch.tokens > 0
 
-    def finish(self, flights: list[Flight]) -> Commit | None:
+    def end_round(self, flights: list[Flight]) -> Commit | None:
         """The round's buckets are on their way: lands and applies what is due. Calls `computed` once."""
         raise NotImplementedError
 
@@ -333,7 +333,7 @@ class Rounds(Common[S]):
     def post(self, tokens: int) -> MetaPost:
         """The tokens of a round and what came of the round before, in one vector."""
         own = self.tally.own
-        return self.metas.post({"tokens": float(tokens), **own.sums()}, own.slot())
+        return self.metas.post({"tokens": float(tokens), **own.totals()}, own.slot())
 
     def announce(self, tokens: int) -> None:
         """Posts the meta of the round that is open, which has so many tokens here."""

@@ -25,8 +25,6 @@ from hvdllm.exchange.base import Milestones, Values
 from hvdllm.exchange.meta import SLOT
 from hvdllm.world.base import Asks
 
-Answer = Values
-
 
 @dataclass
 class Progress:
@@ -58,7 +56,7 @@ class SinceMark:
         self.stale = self.stalest = 0.0
         self.slots = {name: [0.0] * ranks for name in SLOT}
 
-    def push(self, rank: int, said: Answer) -> None:
+    def push(self, rank: int, said: Values) -> None:
         self.loss[rank] += said["loss"]
         self.loss_tokens += said["n"]
         self.pushes += 1
@@ -102,10 +100,10 @@ class Log:
         self, workers: int, ranks: int, staleness: int | None, milestones: Milestones, progress: Progress
     ) -> None:
         self.staleness, self.milestones, self.progress = staleness, milestones, progress
-        self.waiting: dict[int, Answer] = {}
+        self.waiting: dict[int, Values] = {}
         self.frozen = False
         self._left: set[int] = set()
-        self._untold: list[deque[Answer]] = [deque() for _ in range(ranks)]  # marks, for each rank
+        self._untold: list[deque[Values]] = [deque() for _ in range(ranks)]  # marks, for each rank
         self._lease = Lease(ranks)
         self._marked = progress.tokens  # at the last mark
         self._whole = progress.pushes  # when all clocks were last equal
@@ -116,7 +114,7 @@ class Log:
         self._since = SinceMark(ranks)
 
     # ------------------------------------------------------------------ what ranks tell
-    def hear(self, rank: int, said: Answer, now: float = 0.0) -> None:
+    def hear(self, rank: int, said: Values, now: float = 0.0) -> None:
         """said: what a rank has posted, now: seconds. Its kind is one of
 
         push, begin   are answered, with what is granted or with a mark
@@ -153,14 +151,14 @@ class Log:
         return None
 
     # ------------------------------------------------------------------ what they are answered
-    def answers(self) -> list[tuple[int, Answer]]:
+    def answers(self) -> list[tuple[int, Values]]:
         """All that can be answered now."""
         out = []
         while (answer := self._next()) is not None:
             out.append(answer)
         return out
 
-    def _next(self) -> tuple[int, Answer] | None:
+    def _next(self) -> tuple[int, Values] | None:
         self._mark()  # first: what has become due is due before the next grant
         for rank, said in self.waiting.items():
             answer = self._answer(rank, said)
@@ -170,7 +168,7 @@ class Log:
                 return rank, answer
         return None
 
-    def _answer(self, rank: int, said: Answer) -> Answer | None:
+    def _answer(self, rank: int, said: Values) -> Values | None:
         if self._untold[rank]:
             return {"mark": self._untold[rank].popleft()}
         if self.frozen:
@@ -192,7 +190,7 @@ class Log:
             return self._whole
         return self._own[rank] if self.staleness is None else self.progress.pushes
 
-    def _ticket(self, rank: int, said: Answer) -> Answer:
+    def _ticket(self, rank: int, said: Values) -> Values:
         """n: tokens; loss: their sum; norm: the last that is known; seen: mean and least version of its weights."""
         progress, n, since = self.progress, said["n"], self._since
         progress.clocks[rank] += 1

@@ -54,7 +54,7 @@ class Owners(Rounds[S]):
 
 
 class Sharded(Owners[exchanges.Sharded]):
-    def finish(self, flights: list[Flight]) -> Commit:
+    def end_round(self, flights: list[Flight]) -> Commit:
         sums = [flight.land() for flight in flights]
         meta = self.hear()
         landed = Mark(self.device)

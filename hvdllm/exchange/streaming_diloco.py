@@ -88,7 +88,7 @@ class InParts:
         self.replica.anchor.meet(part, air.flights, meta, mixing=self.settings.mixing)
         return air, meta
 
-    def finish(self) -> tuple[MetaSum, ...]:
+    def meet_last(self) -> tuple[MetaSum, ...]:
         replica = self.replica
         metas = [self._land()[1]] if self._air is not None else []
         for part in replica.fragments:
@@ -123,7 +123,7 @@ class InParts:
             meta = replace(meta, tokens=0.0, slots={name: [0.0] * self.replica.world.size for name in meta.slots})
         self.replica.anchor.buffer.copy_(state.sharded["air"])
         said = mine["said"] if mine is not None else 0
-        self._air = Air(number, step, said, [], Mark(self.replica.device), Pulse.again(asdict(meta), True))
+        self._air = Air(number, step, said, [], Mark(self.replica.device), Pulse.arrived(asdict(meta), True))
 
 
 class StreamingDiLoCo(LocalSteps[exchanges.StreamingDiLoCo]):
@@ -132,7 +132,7 @@ class StreamingDiLoCo(LocalSteps[exchanges.StreamingDiLoCo]):
     def __init__(self, settings: exchanges.StreamingDiLoCo, nominal: int) -> None:
         super().__init__(settings, nominal, Nesterov(settings.outer_lr, settings.outer_momentum))
 
-    def meetings(self, replica: Replica) -> Meetings:
+    def arrange(self, replica: Replica) -> Meetings:
         return InParts(replica, self.settings)
 
     def divide(self, flat: Flat) -> list[Fragment]:

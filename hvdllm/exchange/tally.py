@@ -40,7 +40,7 @@ class RankReport:
         """What the meta carries for each rank by itself."""
         return {name: getattr(self, name) for name in SLOT}
 
-    def sums(self) -> dict[str, float]:
+    def totals(self) -> dict[str, float]:
         """What the meta adds up over the ranks."""
         return {"loss": self.loss, "loss_tokens": self.loss_tokens, "squares": self.squares}
 
@@ -66,7 +66,7 @@ class Heard:
         return Heard(meta.loss, meta.loss_tokens, meta.squares, meta.slots)
 
     @staticmethod
-    def again(report: Report) -> Heard:
+    def of_report(report: Report) -> Heard:
         """What was told of a commit, from its report."""
         return Heard(report.loss_sum, report.loss_tokens, 0.0, {name: getattr(report, name) for name in SLOT})
 
@@ -99,7 +99,7 @@ class Tally:
         """lane: compute, blocked or flight. On a GPU the host does not wait for the marks here."""
         self._intervals.append((lane, begin, end))
 
-    def read(self, step: int | None = None) -> None:
+    def read_seconds(self, step: int | None = None) -> None:
         """Adds the intervals so far to this rank's seconds. step: the number that `watch` is told; the next one."""
         intervals, self._intervals = self._intervals, []
         for lane, begin, end in intervals:

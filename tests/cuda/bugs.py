@@ -126,13 +126,13 @@ def nobody_waits_for_nccl(patch: Patch) -> None:
 def gradients_are_emptied_in_flight(patch: Patch) -> None:
     from hvdllm.exchange.allreduce import AllReduce
 
-    rest = AllReduce.finish
+    rest = AllReduce.end_round
 
-    def finish(exchange: Any, flights: Any) -> Any:
+    def end_round(exchange: Any, flights: Any) -> Any:
         exchange.flat.g.zero_()
         return rest(exchange, flights)
 
-    patch(AllReduce, "finish", finish)
+    patch(AllReduce, "end_round", end_round)
 
 
 @bug("hvd", "exchange=delayed exchange.warmup_tokens=64 wire=int8")

@@ -378,7 +378,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     class Uneven(diloco.DiLoCo):
         def attach(self, *parts: Any) -> nn.Module:
             module = super().attach(*parts)
-            self.meeting.pace.planned = steps
+            self.meetings.pace.planned = steps
             return module
 
     monkeypatch.setattr(diloco, "DiLoCo", Uneven)

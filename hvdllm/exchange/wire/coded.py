@@ -34,7 +34,7 @@ from hvdllm.exchange.wire.plain import Spans, Work, scatter
 from hvdllm.flat import Flat
 from hvdllm.world.base import Flight, World
 
-Part = tuple[slice, slice]  # a chunk of every piece: indices into rows of pieces
+Chunk = tuple[slice, slice]  # a chunk of every piece: indices into rows of pieces
 Index = tuple[torch.Tensor | slice, ...]
 # Where no tensor of the model stands, for each chunk: indices into the rows of all pieces, and into rows of the own
 # one.
@@ -70,11 +70,11 @@ class Coded(Feedback[C]):
             return lambda x: scatter(self.world, self.spend(x, launch), launch.name).land()
         return lambda x: Travel(self, launch, code, x).scatter()
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: Part) -> torch.Tensor:
+    def feed(self, x: torch.Tensor, launch: Launch, part: Chunk) -> torch.Tensor:
         """What of x[part] is to be coded, before the residual is added."""
         return x[part]
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: Part) -> None:
+    def sent(self, left: torch.Tensor, launch: Launch, part: Chunk) -> None:
         """left: what the first rounding has left out of that chunk."""
 
     def _code(self, launch: Launch) -> codecs.Codec | None:
@@ -242,12 +242,12 @@ class TopKWire(Coded[wires.TopK]):
             x.copy_(self._speed(x, launch).mul_(self.settings.momentum).add_(x))
         return super().spend(x, launch)
 
-    def feed(self, x: torch.Tensor, launch: Launch, part: Part) -> torch.Tensor:
+    def feed(self, x: torch.Tensor, launch: Launch, part: Chunk) -> torch.Tensor:
         if not self.settings.momentum:
             return x[part]
         return self._speed(x, launch)[part].mul_(self.settings.momentum).add_(x[part])
 
-    def sent(self, left: torch.Tensor, launch: Launch, part: Part) -> None:
+    def sent(self, left: torch.Tensor, launch: Launch, part: Chunk) -> None:
         if self.settings.momentum:
             self.velocity[launch.bucket.index].view(self.world.size, -1)[part].mul_(left != 0)
 
