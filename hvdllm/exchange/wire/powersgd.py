@@ -24,6 +24,7 @@ import torch
 
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Spanned, Values
+from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.feedback import Feedback, Launched, of_bucket
 from hvdllm.exchange.wire.plain import Spans, Work
 from hvdllm.flat import Flat
