@@ -250,7 +250,6 @@ def bench_rank(argv: list[str]) -> int:
     from hvdllm.cli.train import open_world, set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
-    from hvdllm.config.composition import setup_of
     from hvdllm.config.words import of
     from hvdllm.world import signals
     from hvdllm.world.detect import Place, place
@@ -271,7 +270,7 @@ def bench_rank(argv: list[str]) -> int:
         config = compose(words)
         check(config, trains)
         set_threads(config, here)
-        world = open_world(setup_of(config, here), here)
+        world = open_world(config, here)
         signals.watch_launcher(world.asks)
         own: Any = world if together else SingleWorld()
         rank.run(config, words, trains, own, spec["interface"], folder, index)

@@ -14,7 +14,7 @@ from hvdllm.config.check import check
 from hvdllm.config.composition import setup_of
 from hvdllm.errors import STOPPED, UserError
 from hvdllm.launch import sweep as sweeps
-from hvdllm.settings import Config, Setup
+from hvdllm.settings import Config
 from hvdllm.world.detect import Place, place
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def train(config: Config, words: list[str], here: Place) -> int:
             stopped.append(tokens)
         world.close()
 
-    setup = setup_of(config, here)
-    transport = registry.parts("transport")[setup.transport]
+    transport = registry.parts("transport")[setup_of(config, here).transport]
     if transport.facts.logical:
         from hvdllm.world.base import Asks
 
@@ -145,7 +144,7 @@ def train(config: Config, words: list[str], here: Place) -> int:
         run_all = registry.built(transport)
         run_all(config.world.size, live, asks, hosts=config.world.hosts, links=simulated_links(config))
         return STOPPED if stopped else 0
-    world = open_world(setup, here)
+    world = open_world(config, here)
     signals.listen(world.asks, alone=world.size == 1)
     if here.launcher != "none":
         signals.watch_launcher(world.asks)
@@ -162,8 +161,9 @@ def tell_of_stop(tokens: int) -> None:
             Path(path).write_text(f"{tokens}\n")
 
 
-def open_world(setup: Setup, here: Place) -> World:
+def open_world(config: Config, here: Place) -> World:
     """This process's rank among those of the launcher."""
+    setup = setup_of(config, here)
     world: World = registry.built(registry.parts("transport")[setup.transport])(setup, here)
     return world
 
