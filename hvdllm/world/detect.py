@@ -86,9 +86,10 @@ def tasks_per_node(text: str) -> list[int]:
 
 def started(pid: int) -> str:
     """Start time of a process in clock ticks, so that a pid used again is not taken for the old one; "" if it is gone,
-    or where there is no /proc."""
+    if it has ended and nobody has collected it yet (a zombie), or where there is no /proc."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -109,19 +109,26 @@ def case(world: str, size: int, words: list[str], bug: str | None) -> dict[str, 
 
 
 def main() -> None:
-    # Ranks that do not exist write no files, and say that they are on the first one's place.
     finish = write._finish
-    write._finish = lambda folder, step, values, hashes, keep: finish(  # type: ignore[assignment]
-        folder, step, values, {name: found for name, found in hashes.items() if name.startswith("rank-00000")}, keep
-    )
+
+    def finishing(folder: Path, step: int, values: Any, hashes: dict[str, Any], keep: int) -> Any:
+        """Ranks that do not exist write no files, and say that they are on the first one's place."""
+        if not logical:
+            hashes = {name: found for name, found in hashes.items() if name.startswith("rank-00000")}
+        return finish(folder, step, values, hashes, keep)
+
+    write._finish = finishing  # type: ignore[assignment]
     save = write.save_file
     write.save_file = lambda tensors, path: save({name: x.clone() for name, x in tensors.items()}, path)  # seen to read
     hierarchical._layout = lambda world: (2, world.size // 2)
+    logical = False  # are the ranks of this case threads?
     gc.freeze()  # each case ends with a collection, and torch's modules are most of what it would look at
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        answers.write(json.dumps(case(**json.loads(line))) + "\n")
+        asked = json.loads(line)
+        logical = asked["world"] == "virtual"
+        answers.write(json.dumps(case(**asked)) + "\n")
         answers.flush()
     os._exit(0)  # autograd's threads of the fake devices do not end by themselves
 

@@ -1,3 +1,8 @@
+import subprocess
+from pathlib import Path
+
+from hvdllm.world.detect import started
+
 """Which launcher started us, from environments as the launchers make them."""
 
 import os
@@ -124,3 +129,12 @@ def test_a_terminal_that_is_gone_asks_for_a_stop_and_nohup_does_not(monkeypatch:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_process_that_nobody_has_collected_is_gone() -> None:
+    """A container's first process may never collect a rank that was killed, and its run's folder would stay locked."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert started(process.pid) == started(process.pid) != ""
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert started(process.pid) == "" and Path(f"/proc/{process.pid}").exists()
