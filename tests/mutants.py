@@ -107,8 +107,8 @@ MUTANTS = [
     ("exchange/local.py", "meta.steps / meta.weight**2", "meta.steps / meta.weight", LOCAL),
     ("exchange/local.py", "lerp_(anchor, 1 - mixing)", "lerp_(anchor, mixing)", LOCAL),
     ("exchange/local.py", '"bad": float(self._bad is not None)', '"bad": 0.0', f"{LOCAL} {RECORDS}"),
-    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.groups)", "math.sqrt(metas[-1].squares)", LOCAL),
-    ("exchange/local_rounds.py", "self.flat.x.add_(mine)", "pass", LOCAL),
+    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.groups)", "math.sqrt(metas[-1].squares)", RECORDS),
+    ("exchange/local_rounds.py", "self.flat.x.add_(mine)", "pass", RECORDS),
     (
         "exchange/local_rounds.py",
         "max(most / max(speeds), 1 / min(speeds))",
