@@ -6,8 +6,8 @@ start real ranks, and thorough ones, are left out: what only they would notice i
     python tests/mutants.py [PART ...]          a part is the beginning of a file's name: optim/ exchange/acco.py
 
 dead: a test failed. SURVIVED: none did, and a test is missing. NO END: the tests were ended at their limit, because
-they hang or the machine is slow. NOT APPLICABLE: the old text is not there exactly once,
-and the line below has to follow the code. See jobs/bench/mutants.sh.
+they hang or the machine is slow. NOT APPLICABLE: the old text is not there exactly once, and the line below has to
+follow the code. See jobs/bench/mutants.sh.
 """
 
 from __future__ import annotations
