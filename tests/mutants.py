@@ -5,8 +5,9 @@ start real ranks, and thorough ones, are left out: what only they would notice i
 
     python tests/mutants.py [PART ...]          a part is the beginning of a file's name: optim/ exchange/acco.py
 
-dead: a test failed. SURVIVED: none did, and a test is missing. NOT APPLICABLE: the old text is not there exactly once,
-and the line below has to follow the code. See jobs/bench/mutants.sh.
+dead: a test failed. SURVIVED: none did, and a test is missing. NO END: the tests were ended at their limit, because
+they hang or the machine is slow. NOT APPLICABLE: the old text is not there exactly once, and the line below has to
+follow the code. See jobs/bench/mutants.sh.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tokenizers  # noqa: F401
 import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 240.0
+LIMIT_S = 900.0
 ROUNDS = "tests/oracles/test_exchange_oracles.py"
 RECORDS = "tests/oracles/test_exchange_records.py"
 LOCAL = "tests/oracles/test_local_oracles.py"
@@ -107,8 +108,8 @@ MUTANTS = [
     ("exchange/local.py", "meta.steps / meta.weight**2", "meta.steps / meta.weight", LOCAL),
     ("exchange/local.py", "lerp_(anchor, 1 - mixing)", "lerp_(anchor, mixing)", LOCAL),
     ("exchange/local.py", '"bad": float(self._bad is not None)', '"bad": 0.0', f"{LOCAL} {RECORDS}"),
-    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.groups)", "math.sqrt(metas[-1].squares)", LOCAL),
-    ("exchange/local_rounds.py", "self.flat.x.add_(mine)", "pass", LOCAL),
+    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.groups)", "math.sqrt(metas[-1].squares)", RECORDS),
+    ("exchange/local_rounds.py", "self.flat.x.add_(mine)", "pass", RECORDS),
     (
         "exchange/local_rounds.py",
         "max(most / max(speeds), 1 / min(speeds))",
@@ -238,13 +239,15 @@ def verdict(copy: Path, path: Path, old: str, new: str, tests: list[str]) -> str
             os._exit(3)
     end = time.monotonic() + LIMIT_S
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > end:  # a hang is noticed
+        if time.monotonic() > end:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             break
         time.sleep(0.05)
     path.write_text(text)
-    code = os.waitstatus_to_exitcode(done[1]) if done[0] else 1
+    if not done[0]:
+        return "NO END"
+    code = os.waitstatus_to_exitcode(done[1])
     if code not in (0, 1):
         print((copy.parent / "pytest.log").read_text())
     return {0: "SURVIVED", 1: "dead"}.get(code, f"pytest ended with {code}")
