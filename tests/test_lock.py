@@ -74,10 +74,10 @@ ELSEWHERE = {"host": "another"}
 def test_whose_lock_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], age: float, free: bool
 ) -> None:
-    from hvdllm.launch import slurm
+    from hvdllm import squeue
 
-    states = {"8": slurm.State("", "CANCELLED", "", 0), "9": slurm.State("", "RUNNING", "", 0), "10": None}
-    monkeypatch.setattr(slurm, "ask", lambda job: states[job])
+    states = {"8": squeue.State("", "CANCELLED", "", 0), "9": squeue.State("", "RUNNING", "", 0), "10": None}
+    monkeypatch.setattr(squeue, "ask", lambda job: states[job])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     left(tmp_path / "a", age, **said)

@@ -1,20 +1,17 @@
-import subprocess
-from pathlib import Path
-
-from hvdllm.world.detect import started
-
 """Which launcher started us, from environments as the launchers make them."""
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hvdllm.errors import UserError
 from hvdllm.world import signals
 from hvdllm.world.base import Asks, first_problem
-from hvdllm.world.detect import Place, place
+from hvdllm.world.detect import Place, place, started
 
 HOROVOD = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
 MPI = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2312", strict=True)}
