@@ -162,14 +162,21 @@ def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 # ------------------------------------------------------------------ inside
+_registered: dict[tuple[str, str], type] = {}  # what Hydra has been told, by group and name
+
+
 def _register() -> None:
-    """Tells Hydra of every part: as an option of its group, and as schema/GROUP/NAME for presets to begin with."""
+    """Tells Hydra of every part that it does not know yet: as an option of its group, and as schema/GROUP/NAME for
+    presets to begin with."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Config, package="_global_")
     for group, kinds in registry.all_kinds().items():
         for name, kind in kinds.items():
+            if _registered.get((group, name)) is kind:
+                continue
+            _registered[group, name] = kind
             store.store(group=f"schema/{group}", name=name, node=kind)
             if group not in NOT_OPTIONS:
                 store.store(group=group, name=name, node=kind)
