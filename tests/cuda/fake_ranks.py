@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from fake_cuda import Stream, current_stream, on_stream
 
+from hvdllm.world import torch as world_torch
+
 
 def launch(name: str, reads: list[Any], writes: list[Any], lane: str) -> dict[Any, int]:
     books, device = fake_cuda.the_books(), reads[0].device
@@ -229,7 +231,18 @@ def put_distributed(size: int) -> None:
         setattr(dist, stand_in.__name__, stand_in)
     dist.is_nccl_available = lambda: True
     dist.init_process_group = dist.destroy_process_group = lambda *a, **k: None  # type: ignore[assignment]
+    world_torch.Watch = Nobody  # type: ignore[misc, assignment]
     torch.nn.parallel.DistributedDataParallel = Replicas  # type: ignore[misc, assignment]
+
+
+class Nobody:
+    """In the place of the watch for ranks that end: these never began."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None: ...
+
+    def gone(self, within_s: float = 0.0) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Replicas(torch.nn.Module):

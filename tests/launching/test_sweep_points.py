@@ -14,7 +14,7 @@ from hvdllm.cli import train
 from hvdllm.config import compose
 from hvdllm.errors import UserError
 from hvdllm.exchange import parts as exchanges
-from hvdllm.launch import horovodrun, lab, local, sweep
+from hvdllm.launch import horovodrun, lab, local, sweep, watched
 from hvdllm.launch import parts as launchers
 from hvdllm.launch.sweep import Sweep, point_of, safe
 from hvdllm.world.detect import Place
@@ -314,16 +314,16 @@ def test_the_last_sentence_is_quoted(text: str, says: str, tmp_path: Path) -> No
 
 
 def test_progress_reads_what_is_new_and_a_file_that_was_cut(tmp_path: Path) -> None:
-    watched, path = sweep.Watched(tmp_path), tmp_path / "metrics.jsonl"
-    watched.look()
-    assert watched.tokens == 0
+    seen, path = watched.Watched(tmp_path), tmp_path / "metrics.jsonl"
+    seen.look()
+    assert seen.tokens == 0
     lines = [json.dumps({"kind": "commit", "tokens": k, "loss": 9.0 - k}) + "\n" for k in (1, 2, 3)]
     path.write_text("".join(lines) + '{"kind": "commit", "tokens": 4')
-    watched.look()
-    assert (watched.tokens, watched.loss) == (3, 6.0)
+    seen.look()
+    assert (seen.tokens, seen.loss) == (3, 6.0)
     path.write_text(lines[0])
-    watched.look()
-    assert watched.tokens == 1
+    seen.look()
+    assert seen.tokens == 1
     path.write_text(lines[0] + "not json\n[]\n" + lines[1])
-    watched.look()
-    assert watched.tokens == 2
+    seen.look()
+    assert seen.tokens == 2

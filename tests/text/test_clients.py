@@ -152,7 +152,7 @@ def test_a_client_reads_every_window_once_an_epoch_in_an_order_of_its_own() -> N
         assert all(sorted(epoch) == one.clients._windows[client].tolist() for epoch in epochs)
         assert all(a != b for a, b in pairwise(epochs))
         assert read(one, [(client, k) for k in range(2)]) == [
-            one.stream._windows[positions[3 * k : 3 * k + 3], :-1].tolist() for k in range(2)
+            one.stream._text.windows[positions[3 * k : 3 * k + 3], :-1].tolist() for k in range(2)
         ]
 
 
