@@ -13,6 +13,7 @@ from launch import BATCH, CURVE, curve, records, words_of
 
 from hvdllm.cli.main import main
 from hvdllm.errors import STOPPED, UserError
+from hvdllm import squeue
 from hvdllm.launch import slurm
 from hvdllm.launch.base import Point
 from hvdllm.launch.parts import Slurm
@@ -157,10 +158,10 @@ def test_a_point_is_submitted_once_and_waited_for(
     assert "training loss" in (one.folder / "launch.log").read_text()
     # Forgotten by Slurm, it is judged by what the run says of itself.
     (tmp_path / "runs" / ".seed=0,a b.job").write_text("987654\n")
-    assert slurm.ask("987654") is None
+    assert squeue.ask("987654") is None
     assert slurm.finished(one.folder)
     # While Slurm does not answer, nothing is submitted.
-    monkeypatch.setattr(slurm, "ask", lambda job: slurm.State("", "UNKNOWN", "Unable to contact slurm controller", 0))
+    monkeypatch.setattr(slurm, "ask", lambda job: squeue.State("", "UNKNOWN", "Unable to contact slurm controller", 0))
     with pytest.raises(UserError, match=r"job 987654 of seed=0,a b is .Unable to contact slurm controller"):
         slurm.submit_once(one, settings)
 
