@@ -11,9 +11,9 @@ import pytest
 import slurmd
 from launch import BATCH, CURVE, curve, records, words_of
 
+from hvdllm import squeue
 from hvdllm.cli.main import main
 from hvdllm.errors import STOPPED, UserError
-from hvdllm import squeue
 from hvdllm.launch import slurm
 from hvdllm.launch.base import Point
 from hvdllm.launch.parts import Slurm
