@@ -1,4 +1,4 @@
-"""What starts the ranks of a run: the settings of each launcher."""
+"""Registers the launchers, which start the ranks of a run, with their settings."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Launch(Settings):
     )
 
     def place(self) -> Place:
-        """Where rank 0 of what it starts will stand."""
+        """The place of rank 0 among the ranks that this launcher starts."""
         return Place()
 
     @property
     def ranks_here(self) -> int:
-        """The ranks of a run that compute on this machine; 0: they compute elsewhere."""
+        """How many ranks of a run compute on this machine; 0 if they compute elsewhere."""
         return 0
 
 
@@ -70,7 +70,7 @@ class Horovodrun(Launch):
         return Place("horovodrun", 0, self.np, 0, self.slots()[0])
 
     def slots(self) -> list[int]:
-        """Ranks on each host, in order."""
+        """The number of ranks on each host, in order."""
         if self.link is not None:
             return [1] * self.np
         return [int(part.rpartition(":")[2]) for part in self.hosts.split(",")] if self.hosts else [self.np]
