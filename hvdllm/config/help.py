@@ -12,7 +12,7 @@ from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
 from hvdllm.settings import LARGEST, Chosen, Config
 
-# What a first screen shows of settings that belong to no group.
+# The settings of no group that the first screen shows.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
 ALL, OWN = "all", "settings"  # topics beside the groups: everything, and the settings of no group
 
