@@ -159,6 +159,7 @@ def show(rows: list[Row], able: bool) -> None:
 
 
 def torch_rows(torch: Json) -> list[Row]:
+    """The line for torch."""
     gpu = Path("/dev/nvidia0").exists()
     if "error" in torch:
         return [Row("torch", why(torch, "torch"), setup())]
@@ -171,6 +172,7 @@ def torch_rows(torch: Json) -> list[Row]:
 
 
 def library_rows() -> list[Row]:
+    """The line for the other packages that hvdllm needs."""
     versions = {name: version(name) for name in REQUIRED}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
@@ -178,6 +180,7 @@ def library_rows() -> list[Row]:
 
 
 def horovod_rows(horovod: Json) -> list[Row]:
+    """The line for Horovod."""
     if "error" in horovod:
         return [Row("Horovod", why(horovod, "horovod"), setup())]
     found = f"{horovod['version']} with {', '.join(horovod['built'])}"
@@ -187,6 +190,7 @@ def horovod_rows(horovod: Json) -> list[Row]:
 
 
 def mpi_rows(horovod: Json, mpi4py: Json) -> list[Row]:
+    """The lines for MPI, ssh and mpi4py, which must use the same MPI library as Horovod."""
     if "mpi" not in horovod.get("built", ["mpi"]):
         mend = setup("--nccl" if "nccl" in horovod["built"] else "--cpu")
         return [Row("MPI", "not built into Horovod: horovodrun --gloo only", mend, needed=False)]
@@ -238,6 +242,7 @@ def interface_row() -> Row:
 
 
 def slurm_rows() -> list[Row]:
+    """The lines for Slurm, and for PMIx in its srun."""
     if not shutil.which("sbatch"):
         mend = "on a cluster's login node: module load slurm"
         return [Row("Slurm", "no sbatch on PATH, which launch=slurm needs", mend, needed=False)]
@@ -255,6 +260,7 @@ def slurm_rows() -> list[Row]:
 
 
 def wandb_row(wandb: Json) -> Row:
+    """The line for W&B."""
     if "error" in wandb:
         return Row("W&B", why(wandb, "wandb"), "pip install wandb", needed=False)
     mode = os.environ.get("WANDB_MODE", "online")
@@ -329,6 +335,7 @@ def launcher() -> str:
 
 
 def usable_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -148,7 +148,7 @@ def _prepare(node: Any, words: Sequence[str]) -> int | None:
         for key, value in (sweeper.get("params") or {}).items():
             sweeper.params[key] = typed(f"{key}={value}", sweep=True).partition("=")[2]
         if "n_trials" not in sweeper:
-            sweeper.max_batch_size = None  # every point is checked before the first begins
+            sweeper.max_batch_size = None  # one batch, so that every point is checked before the first begins
             return None
         if OmegaConf.select(sweeper, "sampler.seed", default=0) is None:
             sweeper.sampler.seed = 0  # the same command gets the same trials, and runs only those that are missing
@@ -171,7 +171,8 @@ def _check_optuna(words: Sequence[str]) -> None:
     except ImportError:
         raise UserError(NO_OPTUNA) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)  # failed points are listed
+    # The sweep lists failed points itself.
+    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)
 
 
 def _sentence(error: Exception, words: Sequence[str]) -> str:

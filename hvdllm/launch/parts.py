@@ -107,6 +107,6 @@ class Slurm(Launch):
     def place(self) -> Place:
         launcher = "srun" if self.how == "srun" else "horovodrun"
         ranks = self.nodes * self.ranks_per_node
-        if ranks == 1 and self.how == "srun":  # srun with one task is a run alone
+        if ranks == 1 and self.how == "srun":  # with one task there is no launcher to be seen
             return Place()
         return Place(launcher, 0, ranks, 0, self.ranks_per_node)

@@ -183,7 +183,8 @@ class Sweep:
             except UserError as error:
                 if first:
                     raise
-                self.show(f"not tried: {' '.join(self.differing(job))}: {error}")  # an optimizer goes on without it
+                # An optimizer goes on without this point.
+                self.show(f"not tried: {' '.join(self.differing(job))}: {error}")
                 names.append(None)
                 continue
             self.tasks.setdefault(task.point.name, task)

@@ -46,7 +46,7 @@ def git() -> Json:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A wheel installed below somebody's own repository is not in a clone of ours.
+    # A wheel that is installed inside another repository is not in a clone of hvdllm.
     if not (root / "conf" / "train.yaml").exists():
         return {"commit": None, "dirty": None}
     status = ask("status", "--porcelain")

@@ -47,7 +47,7 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
         try:
             lock = held.enter_context(closing(Lock(folder_of(named))))
         except UserError:
-            with suppress(UserError):  # a finished run needs no lock, and may be kept where nobody can write
+            with suppress(UserError):  # a finished run needs no lock, and its folder may be read-only
                 if (start := decide(named, lambda text: None)).finished:
                     return asdict(start)
             raise
@@ -103,7 +103,7 @@ def wrong_gpus(gpus: list[str], share: bool) -> str | None:
 
 def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
     """Raises UserError on every rank if the model cannot fit into the memory of some host or GPU. Collective."""
-    # In a virtual world local_size counts all ranks, since they share this process.
+    # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
     together = world.local_size if device.type == "cpu" or config.device.share else 1
     rows = size.pad_vocab(vocab)
     needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)

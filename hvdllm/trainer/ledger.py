@@ -20,7 +20,7 @@ from hvdllm.world.base import World
 
 @dataclass
 class Window:
-    """Sums since the last `commit` record. They are part of the checkpoint. Seconds are means over ranks, if not said
+    """Sums since the last `commit` record, which are part of the checkpoint. Seconds are means over ranks unless said
     otherwise."""
 
     loss_sum: float = 0.0
@@ -31,7 +31,7 @@ class Window:
     flight_s: float = 0.0
     cpu_s: float = 0.0  # of all ranks
     skew_s: float = 0.0  # compute of the slowest rank minus that of the fastest
-    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    micro_batches: list[float] = field(default_factory=list)  # of each rank, like the next two
     compute_s_by_rank: list[float] = field(default_factory=list)
     blocked_s_by_rank: list[float] = field(default_factory=list)
     updates: int = 0
@@ -115,7 +115,7 @@ class Ledger:
         They are the seconds of the training clock, the bytes that rank 0 has sent, and the seconds that ranks waited
         for the exchange in all booked commits, as a mean over ranks.
         """
-        sent = round(self.bytes_before + self.world.bytes_sent)  # threads add up in any order
+        sent = round(self.bytes_before + self.world.bytes_sent)  # rounded, since threads add to it in any order
         return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
 
     def open(self, commit: Commit, extra: bool) -> None:

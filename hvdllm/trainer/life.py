@@ -59,7 +59,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
 def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
     """Loads the checkpoint if there is one, opens the folder, writes the first records and tells the user of them.
 
-    Collective. Raises RunError or UserError if the checkpoint does not fit.
+    Collective. Raises UserError if the checkpoint does not fit, and RunError if the disk refuses.
     """
     config, start, resumed, folder = run.config, run.start, run.resumed, run.folder
     notes = [*run.corpus.notes, *repeated_text(config, run.corpus), *clients_without_text(config, run.stream)]

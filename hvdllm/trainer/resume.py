@@ -87,7 +87,7 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
                 f"{folder} began with weights from elsewhere and has no checkpoint: give init_from={theirs.init_from} "
                 "again, files are not taken from a run's folder"
             )
-        config.init_from = theirs.init_from  # for the record: it goes on from its checkpoint
+        config.init_from = theirs.init_from  # only for the records, since the run goes on from its checkpoint
     if left := _left_behind(theirs, named):
         say(
             f"{folder}: {', '.join(left)} of this run are not taken from its folder, which may be anybody's: give them "

@@ -86,7 +86,7 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     Raises UserError on every rank if the ranks do not agree on device, text or weights, or if the model does not fit.
     """
     device = agreed_device(config, world, show.say)
-    agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
+    agreed_room(config, LEAST_VOCAB, device, world)  # before the text is prepared, which may take hours
     corpus = agreed_corpus(config, start, world, show)
     agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)

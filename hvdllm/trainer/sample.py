@@ -13,7 +13,7 @@ from hvdllm.text.tokenize import Tokenizer
 
 def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:
     """The prompt of the settings and its continuation. Equal weights and committed tokens give equal text."""
-    seed = (config.seed * 1_000_003 + tokens) % 2**63  # what torch takes
+    seed = (config.seed * 1_000_003 + tokens) % 2**63  # the range that torch takes
     return continue_text(model, corpus.tokenizer, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
 
 

@@ -39,7 +39,7 @@ class Slow(nn.Module):
         super().__init__()
         self.module, self.loss, self.factor, self.asleep = module, loss, factor, asleep
         self.weights = list(loss.parameters())
-        self._owed = 0.0  # sequences
+        self._owed = 0.0  # sequences that are still to be computed once more
         self._began = self._took = 0.0  # forward and backward of the last micro-batch, seconds
         if asleep:
             # The backward pass ends with the first tensor in the order of the forward pass.

@@ -78,7 +78,7 @@ class Trace:
         texts = self.world.texts(json.dumps({"clock": clock, "noted": own}), "act.trace")
         ranks = [json.loads(text) for text in texts]
         noted = sum(len(rank["noted"]) for rank in ranks)
-        if self.world.rank == 0 and noted:  # a run resumed behind these steps keeps the file it has
+        if self.world.rank == 0 and noted:  # a run that is resumed after these steps keeps its file
             try:
                 write_whole(path, json.dumps({"traceEvents": _events(ranks)}))
             except OSError as error:

@@ -32,7 +32,7 @@ def run_record(run: Run, overrides: list[str]) -> Json:
         "world": run.world.size,
         "ranks": run.hosts,
         "threads": run.hosts[0]["threads"],
-        "fp32_products": torch.get_float32_matmul_precision(),  # highest: without TF32
+        "fp32_products": torch.get_float32_matmul_precision(),  # "highest" means without TF32
         "clock": "simulated" if devices.simulated() else "host",
         "slurm": account.slurm(),
         "link": account.link(),

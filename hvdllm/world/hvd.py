@@ -258,7 +258,7 @@ class HorovodWorld(HorovodRanks):
     def mail(self) -> Mail:
         if not hvd.mpi_enabled():
             raise UserError("Gloo's ranks know collectives and no letters: start them with horovodrun --mpi or mpirun")
-        from hvdllm.world.mpi import MpiMail  # here, because it needs the MPI that Horovod has initialised
+        from hvdllm.world.mpi import MpiMail  # imported here, because it needs the MPI that Horovod has initialised
 
         return MpiMail(self)
 

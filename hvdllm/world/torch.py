@@ -39,7 +39,7 @@ from hvdllm.world.watch import AGES, Watch
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
 SLICE = timedelta(seconds=1)  # the longest wait in C++, after which Python handles signals
 IFACE = "GLOO_SOCKET_IFNAME"
-NEWS_S = 2.0  # seconds that a failed collective waits for the news which rank is gone
+NEWS_S = 2.0  # seconds that a failed collective waits to learn which rank is gone
 
 
 class Channel:
