@@ -11,7 +11,7 @@ from hvdllm.world.detect import Place
 
 @dataclass
 class Launch(Settings):
-    """What is common to every way to start ranks."""
+    """The settings that all launchers share."""
 
     sweep: str | None = setting(
         None,
@@ -38,7 +38,7 @@ class Launch(Settings):
 @part("launch", "local", "hvdllm.launch.local", LauncherFacts())
 @dataclass
 class Local(Launch):
-    """Here: this process is the run, or a rank of it where a launcher started it; a sweep's points are processes."""
+    """This process is the run, or one of its ranks if a launcher started it. Points of a sweep are processes here."""
 
     @property
     def ranks_here(self) -> int:
@@ -83,7 +83,7 @@ class Horovodrun(Launch):
 @part("launch", "slurm", "hvdllm.launch.slurm", LauncherFacts(queues=True))
 @dataclass
 class Slurm(Launch):
-    """Each run is a Slurm job, submitted by sbatch; this process waits for it and tells how it ended."""
+    """Each run is a Slurm job, submitted by sbatch. This process waits for it and says how it ended."""
 
     how: str = setting(
         "srun",
