@@ -1,12 +1,12 @@
-"""Where a GPU is told from a CPU: choosing it, reading it late, telling time on it.
+"""Everything that differs between GPUs and CPUs: choosing a device, reading from it later, and telling time on it.
 
-Its rules for threads and streams, which the rest of the package keeps by calling this file:
-    threads  every thread starts on GPU 0; those that we start begin on their parent's (`pool`, `start_thread`)
+The rest of the package keeps three rules for threads and streams by calling this file:
+    threads  torch starts every thread on GPU 0; `pool` and `start_thread` start threads on their parent's GPU
     events   are recorded on a stream of the tensor's own device (`Later`, `Mark`)
-    memory   returns to the stream it was made on once the last reference is gone, whatever other streams still do with
-             it; so what arrives from another stream is recorded on the one that uses it (`used_here`)
+    memory   returns to the stream on which it was made once its last reference is gone, even if other streams still
+             use it; so a tensor from another stream is recorded on the stream that uses it (`used_here`)
 
-Not yet run on a GPU: the CUDA branches. tests/cuda runs them on fake CUDA tensors.
+The CUDA branches have not yet run on a GPU. tests/cuda runs them on fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -31,37 +31,38 @@ from hvdllm.errors import PeerError, UserError
 
 _told = threading.local()
 T = TypeVar("T")
-LAST_S = 10.0  # that a GPU may still need, once a rank has gone, for work that did not wait for that rank
-_patience_s = math.inf  # of a wait for a GPU that may itself wait for another rank's
+LAST_S = 10.0  # seconds that a GPU may still need, after a rank is gone, for work that does not wait for that rank
+_patience_s = math.inf  # the longest wait for a GPU, which may itself wait for another rank's
 
 
 def nobody() -> int | None:
-    """The rank that has gone, in a world that watches none."""
+    """The rank that is gone, for a world that watches none: always None."""
     return None
 
 
-_gone = nobody  # or what `be_patient` was given
+_gone = nobody  # replaced by `be_patient`
 
 
 def now() -> float:
-    """Seconds on this thread's clock: the host's, or a simulated one."""
+    """Seconds on the clock of the calling thread, which is the host's or a simulated one."""
     return float(_told.clock()) if simulated() else time.perf_counter()
 
 
 def simulated() -> bool:
-    """Is time simulated for this thread?"""
+    """Whether time is simulated for the calling thread."""
     return hasattr(_told, "clock")
 
 
 def tell_time_by(clock: Callable[[], float]) -> None:
-    """From here on `now` is what `clock` says, for the calling thread (world/virtual.py)."""
+    """Makes `clock` the time that `now` tells the calling thread (world/virtual.py)."""
     _told.clock = clock
 
 
 class Later:
-    """Numbers of a device tensor, read by the host later: copied through pinned memory, no stall of the stream.
+    """Numbers of a device tensor that the host reads later. They are copied to pinned memory without a stall.
 
-    x: a small tensor; its values at the time of the call count.
+    Args:
+        x: a small tensor, whose values at the time of the call count.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -73,7 +74,7 @@ class Later:
             self.host = x.clone()
 
     def read(self) -> list[float]:
-        """The values. On CUDA waits until the copy, and no later work, is done."""
+        """The values in a flat list. On CUDA this waits for the copy, but for no later work."""
         if hasattr(self, "event"):
             wait_for(self.event)
         values: list[float] = self.host.reshape(-1).tolist()
@@ -81,8 +82,11 @@ class Later:
 
 
 class Mark:
-    """A point in time: of the host, or on CUDA of the current stream (an event), since the host runs ahead there; where
-    time is simulated, of that."""
+    """A point in time on a device.
+
+    It is a time of the host, or on CUDA an event of the current stream, since the host runs ahead of the device. If
+    time is simulated, it is a simulated time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and not simulated():
@@ -92,7 +96,7 @@ class Mark:
             self.time = now()
 
     def until(self, later: Mark) -> float:
-        """Seconds between the two. On CUDA both must have passed: read it a round later."""
+        """Seconds from this mark to a later one. On CUDA this waits for the later one, so read it a round later."""
         if hasattr(self, "event"):
             wait_for(later.event)
             return float(self.event.elapsed_time(later.event)) / 1e3
@@ -101,20 +105,26 @@ class Mark:
 
 # ------------------------------------------------------------------ waiting, streams and threads
 def be_patient(seconds: float, gone: Callable[[], int | None] = nobody) -> None:
-    """From here on no wait for a GPU is longer: world.timeout_s, where there are other ranks. gone: says which of them
-    has ended, None: none that is known of; then a wait ends at once."""
+    """Limits waits for a GPU, which may itself wait for other ranks.
+
+    Args:
+        seconds: the longest wait from here on (world.timeout_s).
+        gone: returns a rank that is known to be gone, which ends waits, or None.
+    """
     global _patience_s, _gone
     _patience_s, _gone = seconds, gone
 
 
 def wait_for(event: torch.cuda.Event) -> None:
-    """The host waits until what the event marks is done, by poll and sleeps of 20 µs to 1 ms, so that it hears signals.
-    Raises PeerError after `be_patient`'s seconds, or when a rank has gone: a kernel of NCCL that waits for it runs for
-    ever."""
+    """Waits on the host for an event. It polls, with sleeps of 20 µs to 1 ms, so that signals are handled.
+
+    Raises PeerError after the seconds of `be_patient`, or if a rank is gone, since an NCCL kernel that waits for that
+    rank runs for ever.
+    """
     pause, begin, due = 2e-5, time.monotonic(), 0.1
     while not event.query():
         waited = time.monotonic() - begin
-        if waited > due:  # rarely, and late enough for work that the others had finished before
+        if waited > due:  # asked rarely, and only in waits that are not short
             due = waited + 0.1
             if (rank := _gone()) is not None and not _done_within(event, LAST_S):
                 raise PeerError(f"the GPU waits for rank {rank}, which is gone")
@@ -137,14 +147,17 @@ def _done_within(event: torch.cuda.Event, seconds: float) -> bool:
 
 
 def wait_for_stream(device: torch.device) -> None:
-    """The host waits for all that the current stream of a CUDA device holds; on a CPU there is nothing to wait for."""
+    """Waits on the host for all that the current stream of a CUDA device holds. On a CPU it returns at once."""
     if device.type == "cuda":
         wait_for(torch.cuda.current_stream(device).record_event())
 
 
 def used_here(value: T) -> T:
-    """Records every CUDA tensor in `value`, however deep in lists, tuples, dicts and dataclasses, on the current stream
-    of its device: its memory is not given away before this stream is done with it. Returns the value."""
+    """Records every CUDA tensor in `value` on the current stream of its device, and returns `value`.
+
+    The memory of the tensors is then not reused before that stream is done with it. Tensors are found at any depth in
+    lists, tuples, dicts and dataclasses.
+    """
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             value.record_stream(torch.cuda.current_stream(value.device))
@@ -159,12 +172,12 @@ def used_here(value: T) -> T:
 
 
 def pool(name: str) -> ThreadPoolExecutor:
-    """One thread that runs what is submitted, in order, on the GPU of the thread that calls this."""
+    """An executor of one thread, which runs what is submitted in order, on the GPU of the calling thread."""
     return ThreadPoolExecutor(1, thread_name_prefix=f"hvdllm-{name}", initializer=_same_gpu())
 
 
 def start_thread(work: Callable[[], None], name: str) -> None:
-    """A daemon thread that runs `work` on the GPU of the thread that calls this."""
+    """Starts a daemon thread that runs `work` on the GPU of the calling thread."""
     settle = _same_gpu()
 
     def run() -> None:
@@ -175,7 +188,7 @@ def start_thread(work: Callable[[], None], name: str) -> None:
 
 
 def _same_gpu() -> Callable[[], None]:
-    """What a new thread calls first."""
+    """A function that a new thread calls first, so that it uses the GPU of the thread that called this one."""
     if not torch.cuda.is_initialized():
         return lambda: None
     index = torch.cuda.current_device()
@@ -184,8 +197,11 @@ def _same_gpu() -> Callable[[], None]:
 
 # ------------------------------------------------------------------ the device
 def usable_memory(device: torch.device) -> int | None:
-    """Bytes that this process and those beside it can still take: of the host, or all there are on the GPU. None:
-    unknown. A container's limit (cgroup v2) counts where it is the smaller one."""
+    """The bytes of memory that can be used, or None if that is not known.
+
+    On a GPU this is all its memory. On the host it is what this and other processes can still take; the limit of a
+    container (cgroup v2) counts if it is smaller.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
@@ -200,13 +216,13 @@ def usable_memory(device: torch.device) -> int | None:
         try:
             limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
             free = min(free, max(0, int(limit) - int(used)))
-        except (OSError, ValueError):  # there is no limit
+        except (OSError, ValueError):  # this group has no limit
             continue
     return free
 
 
 def cgroups() -> list[Path]:
-    """The folders of this process's control group (v2) and of those around it."""
+    """The folders of this process's control group (v2) and of the groups that contain it."""
     try:
         found = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
@@ -216,9 +232,19 @@ def cgroups() -> list[Path]:
 
 
 def choose(kind: str, local_rank: int, *, share: bool = False, no_cuda: str = "") -> torch.device:
-    """auto, cpu or cuda as this process's device. A rank takes the GPU of its local rank; where it sees a single one
-    (srun --gpus-per-task, a slice of MIG), that. share: may there be fewer GPUs than ranks? no_cuda: why the
-    world carries no CUDA tensors; "": it does. Raises UserError where CUDA is asked for and cannot be had."""
+    """Chooses the device of this process.
+
+    A rank takes the GPU with the number of its local rank. If it sees only one (srun --gpus-per-task, a MIG slice), it
+    takes that.
+
+    Args:
+        kind: auto, cpu or cuda.
+        local_rank: of this rank.
+        share: whether several ranks may use one GPU.
+        no_cuda: why the world carries no CUDA tensors, or "" if it does.
+
+    Raises UserError if CUDA is asked for and not available.
+    """
     here = torch.cuda.is_available()
     if kind == "cpu" or (kind == "auto" and (no_cuda or not here)):
         return torch.device("cpu")
@@ -238,7 +264,7 @@ def choose(kind: str, local_rank: int, *, share: bool = False, no_cuda: str = ""
 
 
 def gpu(device: torch.device) -> str:
-    """What tells this GPU from all others; "" for a CPU. Slices of MIG may share their GPU's number."""
+    """What identifies a GPU among all others, or "" for a CPU. MIG slices may share the number of their GPU."""
     if device.type != "cuda":
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -247,18 +273,18 @@ def gpu(device: torch.device) -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: an affinity mask counts, and the quota of a container."""
+    """The number of cores that this process may use. Its affinity mask counts, and so does the quota of a container."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return math.ceil(min(found, quota()))
 
 
 def quota() -> float:
-    """Cores that the control groups around this process (v2, else v1) leave it in the mean; infinite without one."""
+    """The number of cores that control groups (v2, else v1) allow this process on average; infinite without a quota."""
     found = math.inf
     for folder in cgroups():
         with contextlib.suppress(OSError, ValueError):
             most, period = (folder / "cpu.max").read_text().split()
-            found = min(found, int(most) / int(period))  # "max": there is none
+            found = min(found, int(most) / int(period))  # "max", which means no quota, raises ValueError
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         most, period = (Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         found = min(found, int(most) / int(period)) if int(most) > 0 else found
@@ -266,10 +292,14 @@ def quota() -> float:
 
 
 def fair_share(ranks: int, apart: int | None = None) -> int:
-    """Cores for one of so many ranks on this host. apart: of a rank, where the launcher gave each its own.
+    """The number of cores for one of several ranks on this host.
 
-    Ranks that are bound to cores have them for themselves; what binds them is not bound itself, so its cores are those
-    of all ranks here.
+    Ranks that are bound to cores have these for themselves. Their parent, which bound them, is not bound itself, so its
+    cores are those of all ranks here.
+
+    Args:
+        ranks: how many ranks are on this host.
+        apart: cores of each rank, if the launcher gave each its own.
     """
     mine = usable_cores()
     everybodys: float = mine
@@ -282,7 +312,7 @@ def fair_share(ranks: int, apart: int | None = None) -> int:
 
 
 def name(device: torch.device) -> str:
-    """The GPU's or the CPU's name."""
+    """The name of the GPU's or the CPU's model."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -293,7 +323,7 @@ def name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process held at most: of GPU memory, or resident on the host."""
+    """The most bytes that this process has held, of GPU memory or resident on the host."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,10 +1,11 @@
-"""The one map: all parameters are views of one flat vector, all gradients of another.
+"""The flat map: all parameters are views of one flat vector, and all gradients are views of another.
 
-Layout: decayed tensors (two dimensions or more, embeddings included) first, then the rest, each in
-registration order; every tensor starts at a multiple of 64 bytes. Buckets are cut at tensor borders, a bucket
-is either all decayed or the undecayed one, and each is padded to a multiple of `ranks` x 64 bytes, so that a
-rank's pieces are its equal slice of *every* bucket. (One contiguous shard a rank would make each bucket's
-reduce-scatter a reduce to one or two ranks.) Padding stays zero: it enters no norm and no checkpoint.
+Decayed tensors (two dimensions or more, embeddings included) come first, then the others, each in registration order.
+Every tensor starts at a multiple of 64 bytes. Buckets are cut at the borders of tensors. The tensors of a bucket are
+all decayed, except in the last one, which holds those that are not. Each bucket is padded to a multiple of `ranks` x 64
+bytes, so a rank's pieces are its equal slice of *every* bucket. (With one contiguous shard for each rank, the
+reduce-scatter of a bucket would be a reduce to one or two ranks.) Padding stays zero, and enters no norm and no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ALIGN_BYTES = 64
 
 
 class Span(NamedTuple):
-    """A range of the flat vector whose elements all decay, or all do not."""
+    """A range of the flat vector, in elements. Weight decay applies to all of them or to none."""
 
     start: int
     stop: int
@@ -27,7 +28,7 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of one tensor, unpadded: `values` begin at its element `start`."""
+    """A range of the elements of one tensor, without padding. `values` begin at element `start` of the tensor."""
 
     name: str
     start: int
@@ -36,7 +37,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that travel together."""
+    """Gradients that travel together.
+
+    Attributes:
+        index: its number.
+        span: its range, padding included.
+        names: of its tensors, in the order of the vector.
+    """
 
     index: int
     span: Span
@@ -44,11 +51,13 @@ class Bucket:
 
 
 class Flat:
-    """Re-points a model's parameters and gradients into flat vectors.
+    """Makes a model's parameters and gradients views of flat vectors.
 
-    model: its parameters must all have one dtype and device. ranks: the divisor that each bucket is padded
-    for. bucket_bytes: a bucket closes at the first tensor border from here on. copies: gradient vectors, 2
-    where an exchange keeps one in flight and `flip()` changes over.
+    Args:
+        model: whose parameters have one dtype and device.
+        ranks: each bucket is padded so that it can be cut into so many equal slices.
+        bucket_bytes: a bucket ends at the first border between tensors at which it has at least so many bytes.
+        copies: how many gradient vectors there are; 2 if an exchange keeps one in flight and calls `flip()`.
     """
 
     def __init__(self, model: nn.Module, ranks: int, bucket_bytes: float, copies: int = 1) -> None:
@@ -59,7 +68,7 @@ class Flat:
         undecayed = [name for name, p in self.parameters.items() if p.dim() < 2]
         groups = [*((group, True) for group in self._groups(decayed, bucket_bytes)), (undecayed, False)]
 
-        self.at: dict[str, slice] = {}  # tensor -> its elements
+        self.at: dict[str, slice] = {}  # the elements of each tensor, by its name
         self.buckets: list[Bucket] = []
         end = 0
         for names, decays in groups:
@@ -93,22 +102,22 @@ class Flat:
         return groups
 
     def flip(self) -> None:
-        """The next gradient vector becomes the current one: backward adds into it from here on."""
+        """Makes the next gradient vector the current one, to which backward adds from here on."""
         self.current = (self.current + 1) % len(self.gradients)
         for p, view in zip(self.parameters.values(), self._views[self.current], strict=True):
             p.grad = view
 
     @property
     def g(self) -> torch.Tensor:
-        """The gradient vector that backward adds into."""
+        """The current gradient vector, to which backward adds."""
         return self.gradients[self.current]
 
     def view(self, name: str, vector: torch.Tensor | None = None) -> torch.Tensor:
-        """This tensor's elements of a flat vector (the weights' by default), in the tensor's shape."""
+        """A tensor's elements of a flat vector (by default that of the weights), in the shape of the tensor."""
         return (self.x if vector is None else vector)[self.at[name]].view(self.parameters[name].shape)
 
     def slices(self, index: int, of: int) -> list[Span]:
-        """Piece `index` of `of` of every bucket, one span a bucket."""
+        """Slice number `index` of `of` equal ones of every bucket, one span for each bucket."""
         spans: list[Span] = []
         for bucket in self.buckets:
             start, stop, decayed = bucket.span
@@ -117,7 +126,7 @@ class Flat:
         return spans
 
     def pieces(self, index: int, of: int) -> list[Span]:
-        """The same elements in as few spans as possible: neighbours that decay alike are joined."""
+        """The elements of `slices` in as few spans as possible. Neighbours that decay alike are joined."""
         spans: list[Span] = []
         for span in self.slices(index, of):
             if spans and spans[-1].stop == span.start and spans[-1].decayed == span.decayed:
@@ -126,11 +135,16 @@ class Flat:
         return spans
 
     def tensors(self) -> list[Span]:
-        """One span a tensor, in registration order, unpadded."""
+        """One span for each tensor, in registration order, without padding."""
         return [Span(self.at[name].start, self.at[name].stop, p.dim() >= 2) for name, p in self.parameters.items()]
 
     def cut(self, spans: list[Span], vector: torch.Tensor) -> list[Part]:
-        """A vector over these spans (their elements one after the other) as parts of named tensors."""
+        """Cuts a vector into parts of named tensors.
+
+        Args:
+            spans: ranges of the flat vector.
+            vector: the elements of these spans, one span after the other.
+        """
         parts: list[Part] = []
         offset = 0
         for span in spans:
@@ -143,7 +157,7 @@ class Flat:
         return parts
 
     def paste(self, parts: list[Part], vector: torch.Tensor) -> None:
-        """The inverse of cut: writes parts of named tensors into a vector over the whole map."""
+        """Writes parts of named tensors to their places in a vector over the whole map."""
         for name, start, values in parts:
             begin = self.at[name].start + start
             vector[begin : begin + values.numel()].copy_(values.reshape(-1))

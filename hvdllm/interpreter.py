@@ -1,6 +1,6 @@
-"""How another process of this Python is started, so that it finds what this one found.
+"""How to start another process of this Python so that it finds the same modules.
 
-It finds nothing by the folder that it stands in: a file random.py of the user's would be imported in place of Python's.
+It does not look in the current folder, where a file random.py of the user would be imported instead of Python's.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ PYTHON = (sys.executable, "-P", "-m")
 
 
 def found() -> dict[str, str]:
-    """This interpreter's path, for the environment of another."""
+    """The variable that gives another interpreter the module path of this one."""
     return {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}

@@ -1,11 +1,11 @@
-"""Who trains in a run's folder: one process at a time; the lock of one that is gone clears itself.
+"""The lock of a run's folder, in which one process trains at a time. The lock of a process that is gone is taken over.
 
-`lock` in the folder is made by O_EXCL, at which one process alone succeeds, also on NFS; its content says who holds it,
-and the holder touches it every BEAT_S. It is stale, and the next process takes it over, where
+The file `lock` is made with O_EXCL, which succeeds for only one process, also on NFS. It says who holds the lock, and
+the holder touches it every BEAT_S seconds. The lock is stale, and the next process takes it over,
 
-  on the same host       no process of that pid and start time lives (the same boot and the same pid namespace)
-  in Slurm               its job has ended, or it is ours in an earlier life (a requeue on another node)
-  elsewhere              it was not touched for STALE_S, by the clock of the file system itself
+  on the same host       if no process with its pid and start time lives (in the same boot and pid namespace)
+  in Slurm               if its job has ended, or if it was an earlier life of this job (a requeue on another node)
+  elsewhere              if it was not touched for STALE_S seconds, by the clock of the file system itself
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from hvdllm.world.detect import started
 NAME = "lock"
 BEAT_S = 20.0
 STALE_S = 180.0
-LONGEST = 4096  # bytes that are read of a lock
+LONGEST = 4096  # the most bytes that are read of a lock
 
 
 class Lock:
-    """Of one folder, which is made where it is not there. Raises UserError where another process holds it, or the
-    folder cannot be written."""
+    """The lock of a folder, which is made if it does not exist.
+
+    Raises UserError if another process holds the lock, or if the folder cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / NAME
@@ -47,14 +49,14 @@ class Lock:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def intact(self) -> bool:
-        """Is it still there and ours? It is not where the folder was removed or moved, or another process took it."""
+        """Whether this process still holds it. It does not if the folder was removed, moved or taken over."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except OSError:
             return False
 
     def close(self) -> None:
-        """Gives it back; a folder that was made for it and has nothing else in it goes too."""
+        """Releases the lock, and removes the folder if it was made for the lock and holds nothing else."""
         self._done.set()
         with contextlib.suppress(OSError):
             if self.intact():
@@ -76,18 +78,18 @@ class Lock:
             return file
 
     def _clear(self, mark: str) -> None:
-        """Takes a stale lock away. Raises UserError where it is none."""
+        """Removes a stale lock. Raises UserError if the lock is not stale."""
         try:
             said = _read(self.path)
             age = _now(self.folder) - self.path.stat().st_mtime
-        except FileNotFoundError:  # just given back
+        except FileNotFoundError:  # it has just been released
             return
         if not stale(said, age):
             raise UserError(in_use(self.folder, said))
         aside = self.path.with_name(f".{NAME}.{mark}")
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.path, aside)
-            if _read(aside) != said:  # another process was faster, and this is its lock
+            if _read(aside) != said:  # another process was faster, and this is its new lock
                 os.replace(aside, self.path)
                 raise UserError(in_use(self.folder, _read(self.path)))
             aside.unlink()
@@ -100,7 +102,7 @@ class Lock:
 
 
 def here() -> Json:
-    """This process, as a lock names it."""
+    """What a lock says of this process."""
     return {
         "host": socket.gethostname(), "boot": _text("/proc/sys/kernel/random/boot_id"), "pids": _pids(),
         "pid": os.getpid(), "started": started(os.getpid()), "job": os.environ.get("SLURM_JOB_ID"),
@@ -110,7 +112,12 @@ def here() -> Json:
 
 
 def stale(said: Json, age: float) -> bool:
-    """Is the holder gone? age: seconds since it last touched its lock."""
+    """Whether the holder of a lock is gone.
+
+    Args:
+        said: what the lock says.
+        age: seconds since the lock was last touched.
+    """
     me = here()
     if all(said.get(key) == me[key] for key in ("host", "boot", "pids")) and isinstance(said.get("pid"), int):
         return not _lives(said["pid"], said.get("started"))
@@ -125,11 +132,12 @@ def stale(said: Json, age: float) -> bool:
 
 
 def cannot_write(folder: Path, error: OSError) -> str:
+    """The sentence for a folder that cannot be written."""
     return f"cannot write to {folder} ({error.strerror or error}): choose another runs_dir, or make it writable"
 
 
 def in_use(folder: Path, said: Json) -> str:
-    """The sentence for whoever comes second."""
+    """The sentence for a process that finds the folder locked."""
     job = f" (job {said['job']})" if str(said.get("job")).isdecimal() else ""
     pid, since = (json.dumps(said.get(key, "?")).strip('"') for key in ("pid", "since"))
     who = f"process {pid} on {json.dumps(said.get('host', '?'))}{job} has trained in it since {since}"
@@ -140,7 +148,7 @@ def in_use(folder: Path, said: Json) -> str:
 
 
 def _read(path: Path) -> Json:
-    """What a lock says; nothing where that is no JSON (yet)."""
+    """What a lock says, or nothing if it is not JSON (yet)."""
     with open(path, "rb") as file:
         text = file.read(LONGEST)
     try:
@@ -151,7 +159,7 @@ def _read(path: Path) -> Json:
 
 
 def _now(folder: Path) -> float:
-    """By the clock that a touch of the lock goes by, which may be a file server's."""
+    """The time by the clock that dates the lock, which may be that of a file server."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
 
@@ -167,7 +175,7 @@ def _lives(pid: int, since: object) -> bool:
 
 
 def _pids() -> str:
-    """The pid namespace: in another container a pid is another process."""
+    """The pid namespace, since the same pid is another process in another container."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -182,7 +190,7 @@ def _text(path: str) -> str:
 
 
 def _ended(job: str) -> bool:
-    """Has this Slurm job ended? False where Slurm does not say."""
+    """Whether a Slurm job has ended. False if Slurm does not say."""
     from hvdllm import squeue
 
     try:

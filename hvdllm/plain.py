@@ -1,4 +1,4 @@
-"""Plain values: numbers, text, lists and dicts of them, as JSON has them in records, states and messages."""
+"""Plain values, as JSON has them: numbers, text, and lists and dicts of these, in records, states and messages."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""The parts that hvdllm is made of, each described once: an exchange, a wire, an optimizer, a launcher, and so on.
+"""The registry of the parts that hvdllm is made of: exchanges, wires, optimizers, launchers, and so on.
 
-An entry stands in `parts.py` of the part's room, as a decorator of the class of its settings:
+Each part is described once. Its entry is in the file parts.py of its room, as a decorator of the class of its settings:
 
     @part("exchange", "acco", "hvdllm.exchange.acco:Acco", ExchangeFacts(carries=PIECES))
     @dataclass
     class Acco(Exchange): ...
 
-It says under which group and name the command line chooses the part (`exchange=acco`), where its implementation stands
-(imported only when it is built, so that `--help`, composition and checks need no torch), and its facts: what it can do.
-What goes with what is decided by facts alone (config/composition.py), so a part that nobody here knows is treated like
-any other. A module of a user's registers parts in the same way (`plugins=[my_module]`).
+An entry says under which group and name the command line chooses the part (`exchange=acco`), where its implementation
+is, and what it can do (its facts). The implementation is imported only when it is built, so `--help`, composition and
+checks need no torch. Facts alone decide which parts go together (config/composition.py), so a part from outside is
+treated like any other. A user's module registers parts in the same way (`plugins=[my_module]`).
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ GROUPS = ("text", "model", "exchange", "wire", "world", "optim", "schedule", "de
 """The groups of the configuration, in the order in which they are shown."""
 ROOMS = ("text", "models", "exchange", "exchange.wire", "world", "optim", "launch", "track")
 
-# What an exchange asks its wire to carry, and what a wire can: whole sums; pieces of sums, a slice a rank; letters from
-# one rank to another; or what the named library has a code for and moves by itself.
+# What an exchange asks its wire to carry, and what a wire can carry: whole sums; pieces of sums, one slice for each
+# rank; letters from one rank to another; or sums that the named library encodes and moves by itself.
 SUMS, PIECES, LETTERS, TORCH, HOROVOD = "sums", "pieces", "letters", "torch", "horovod"
 LIBRARIES = (TORCH, HOROVOD)
 
 
 @dataclass(frozen=True)
 class ExchangeFacts:
-    """
-    carries: what its wire must be able to carry: SUMS, PIECES, LETTERS, TORCH or HOROVOD. One that leaves the sums to a
-        library needs the world of that name.
-    identical: are the replicas of all ranks bit-equal at every mark?
-    local: do ranks, or groups of ranks, train on their own between meetings? Then no optimizer sees the sums.
-    gradients: gradient vectors that a rank holds, 2 where one travels while the next is filled.
-    shares_state: does each rank hold only its share of the optimizer's state?
-    sums_per_update: sums that one optimizer step is made of.
-    fresh_optimizer: does the optimizer begin anew within a run?
-    buckets: does it read exchange.bucket_mb?
-    clients: is the text dealt to clients (settings clients, alpha and sampled)?
+    """What an exchange does and needs.
+
+    Attributes:
+        carries: what its wire must be able to carry: SUMS, PIECES, LETTERS, TORCH or HOROVOD. An exchange that leaves
+          the sums to a library needs the world of that name.
+        identical: whether the replicas of all ranks are bit-equal at every mark.
+        local: whether ranks, or groups of ranks, train on their own between meetings. Then no optimizer sees the sums.
+        gradients: how many gradient vectors a rank holds; 2 if one travels while the next is filled.
+        shares_state: whether each rank holds only its share of the optimizer's state.
+        sums_per_update: how many sums one optimizer step is made of.
+        fresh_optimizer: whether the optimizer begins anew within a run.
+        buckets: whether it reads exchange.bucket_mb.
+        clients: whether the text is dealt to clients (settings clients, alpha and sampled).
     """
 
     carries: str = SUMS
@@ -63,11 +65,13 @@ class ExchangeFacts:
 
 @dataclass(frozen=True)
 class WireFacts:
-    """
-    carries: what it can carry, of SUMS, PIECES, LETTERS, TORCH and HOROVOD.
-    exact: does what arrives equal what was sent?
-    signs: does it send no magnitudes, so that second moments cannot be learnt from what arrives?
-    hooked: do the libraries that have this code read the wire's settings?
+    """What a wire can do.
+
+    Attributes:
+        carries: what it can carry, of SUMS, PIECES, LETTERS, TORCH and HOROVOD.
+        exact: whether what arrives equals what was sent.
+        signs: whether it sends no magnitudes, so that second moments cannot be learnt from what arrives.
+        hooked: whether the libraries that have this code read the wire's settings.
     """
 
     carries: frozenset[str]
@@ -78,10 +82,13 @@ class WireFacts:
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """
-    vectors: numbers that it keeps for each weight.
-    linear: is its step linear in the gradient, like that of plain descent?
-    second_moments: does it learn second moments? freezes: can it keep them as they are (optim.freeze_tokens)?
+    """What an optimizer does.
+
+    Attributes:
+        vectors: how many numbers it keeps for each weight.
+        linear: whether its step is linear in the gradient, like that of plain descent.
+        second_moments: whether it learns second moments.
+        freezes: whether it can keep them as they are (optim.freeze_tokens).
     """
 
     vectors: int
@@ -92,9 +99,11 @@ class OptimizerFacts:
 
 @dataclass(frozen=True)
 class TransportFacts:
-    """
-    letters: under which launchers it carries letters between two ranks.
-    logical: are its ranks threads of one process?
+    """What a transport can do.
+
+    Attributes:
+        letters: the launchers under which it carries letters between two ranks.
+        logical: whether its ranks are threads of one process.
     """
 
     letters: tuple[str, ...] = ()
@@ -103,21 +112,37 @@ class TransportFacts:
 
 @dataclass(frozen=True)
 class LauncherFacts:
-    """queues: does what it starts go on without the process that started it?"""
+    """What a launcher does.
+
+    Attributes:
+        queues: whether what it starts goes on without the process that started it.
+    """
 
     queues: bool = False
 
 
 @dataclass(frozen=True)
 class TrackerFacts:
-    """package: that must be installed; "": none."""
+    """What a tracker needs.
+
+    Attributes:
+        package: the package that must be installed, or "".
+    """
 
     package: str = ""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One entry. made: the implementation, as `module:name`, as a module, or as the object itself."""
+    """One entry of the registry.
+
+    Attributes:
+        group: in which the command line chooses it.
+        name: by which the command line chooses it.
+        settings: the class of its settings.
+        made: the implementation: `module:name`, the name of a module, or the object itself.
+        facts: of the class that belongs to the group, such as ExchangeFacts.
+    """
 
     group: str
     name: str
@@ -132,7 +157,10 @@ _complete = False
 
 
 def part(group: str, name: str, made: Any, facts: Any = None) -> Callable[[type[S]], type[S]]:
-    """Registers the class of a part's settings. Raises UserError where the name is taken by another part."""
+    """A decorator that registers a part by the class of its settings. The arguments are the fields of Part.
+
+    Raises UserError if another part has the name.
+    """
 
     def register(settings: type[S]) -> type[S]:
         known = _parts.setdefault(group, {})
@@ -160,17 +188,17 @@ def parts(group: str) -> dict[str, Part]:
 
 
 def kinds(group: str) -> dict[str, type]:
-    """The classes of settings of a group, by name; none where there is no such group."""
+    """The classes of settings of a group, by the names of their parts. Empty if there is no such group."""
     return {name: part.settings for name, part in parts(group).items()} if group in GROUPS else {}
 
 
 def all_kinds() -> dict[str, dict[str, type]]:
-    """Those of all groups of the configuration."""
+    """The result of `kinds` for all groups of the configuration."""
     return {group: kinds(group) for group in GROUPS}
 
 
 def of(group: str, settings: object) -> Part:
-    """The part whose settings these are. Raises TypeError for those of none."""
+    """The part that these settings belong to. Raises TypeError if they belong to none."""
     for part in parts(group).values():
         if part.settings is type(settings):
             return part
@@ -178,12 +206,12 @@ def of(group: str, settings: object) -> Part:
 
 
 def name_of(group: str, settings: object) -> str:
-    """`allreduce`, for the settings of that exchange."""
+    """The name of the part that these settings belong to, such as `allreduce`."""
     return of(group, settings).name
 
 
 def built(part: Part) -> Any:
-    """The implementation of a part; imports it. Raises UserError where a plugin names what is not there."""
+    """Imports and returns the implementation of a part. Raises UserError if that of a plugin cannot be imported."""
     if not isinstance(part.made, str):
         return part.made
     module, _, name = part.made.partition(":")
@@ -199,12 +227,16 @@ def built(part: Part) -> Any:
 
 
 def load(modules: str | list[str] | None) -> None:
-    """Imports a user's modules, which register parts. Each is found as Python finds it, or in the current folder, which
-    is not searched for anything else. Raises UserError where one is not there, or fails."""
+    """Imports a user's modules, which register parts.
+
+    Each is found as Python finds modules, or else in the current folder, which is searched for nothing else.
+
+    Raises UserError if a module is not found, or if it fails.
+    """
     for name in [modules] if isinstance(modules, str) else modules or []:
         if name in sys.modules:
             continue
-        parts("exchange")  # so that a name which is taken is the plugin's fault
+        parts("exchange")  # register own parts first, so that the error for a taken name blames the plugin
         try:
             if importlib.util.find_spec(name.partition(".")[0]) is None:
                 _from_folder(name, Path.cwd())

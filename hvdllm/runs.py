@@ -1,14 +1,15 @@
-"""A run's folder: where it is, what stands in it, and how it is written so that a kill at any moment leaves it whole.
+"""The folder of a run: what it holds, and how it is written so that it stays whole if the run is killed at any moment.
 
 runs/<name>/
-  config.yaml         the resolved configuration, its sum and that of tokenizer.json in its last lines
-  metrics.jsonl       one JSON object a line, `kind` first: run, commit, eval, audit, sample, save, event, end; last
-                      its `sum`, by which a changed or lost line shows (sums.py)
-  checkpoints/<step>/ to go on from (checkpoint/write.py)
+  config.yaml         the resolved configuration; the last lines are sums of tokenizer.json and of the file itself
+  metrics.jsonl       one JSON object for each record; the first key is `kind` (run, commit, eval, audit, sample, save,
+                      event or end), and the last is `sum`, by which changed and lost lines are noticed (sums.py)
+  checkpoints/<step>/ the checkpoints to go on from (checkpoint/write.py)
   final/              the weights to keep, once the budget is met, and their sum
-  tokenizer.json      so that a copied run can be sampled
-  samples.txt, log.txt
-  lock                who trains in it (lock.py), as long as it does
+  tokenizer.json      the tokenizer, so that a copied run can be sampled
+  samples.txt         the samples of text
+  log.txt             what was printed
+  lock                says which process trains in the folder, as long as it does (lock.py)
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from hvdllm.lock import Lock
 from hvdllm.plain import Json
 from hvdllm.settings import Config
 
-MOST_CONFIG = 256 * 2**10  # bytes of a config.yaml
-Say = Callable[[str], None]  # takes one sentence for a person
+MOST_CONFIG = 256 * 2**10  # the most bytes of a config.yaml
+Say = Callable[[str], None]  # takes one sentence for the user
 
 
 def new_name() -> str:
-    """Date, time and four hex digits."""
+    """A name for a new run, made of the date, the time and four hex digits."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def sync_folder(path: Path) -> None:
-    """Makes names in a folder (a rename, a new file) survive a power cut."""
+    """Syncs a folder to the disk, so that new and renamed files in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +49,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """The file has either its old content or the new one, whatever happens. A link is replaced, not written through."""
+    """Writes a file so that it always has either its old content or the new one. A link is replaced, not followed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
     with open(beside, "xb") as file:
@@ -60,8 +61,12 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def records(folder: Path, say: Say | None = None) -> Iterator[Json]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out. say: hears, at its end, of lines
-    that were changed or lost."""
+    """Yields the records of metrics.jsonl. A last line that a kill has cut short is left out.
+
+    Args:
+        folder: of the run.
+        say: is told, at the end, of lines that were changed or lost.
+    """
     log = sums.Log()
     try:
         with untrusted.opened(folder / "metrics.jsonl", folder) as file:
@@ -78,18 +83,24 @@ def records(folder: Path, say: Say | None = None) -> Iterator[Json]:
 
 
 def read_config(folder: Path, say: Say | None = None) -> Config:
-    """The configuration of an existing run, its types, choices and bounds checked as those of the command line. Raises
-    UserError where there is none, where it was changed, or is one of another version. say: hears that it has no sum."""
+    """The configuration of an existing run. Types, choices and bounds are checked as on the command line.
+
+    Args:
+        folder: of the run.
+        say: is told if the file has no sum.
+
+    Raises UserError if there is no configuration, if it was changed, or if it does not fit this version.
+    """
     return compose.from_dict(_config_text(folder, say)[0], f"{folder}/config.yaml")
 
 
 def tokenizer_sum(folder: Path) -> str | None:
-    """The sha256 that the tokenizer.json of a run has; None: it was written before there were sums."""
+    """The sha256 that the tokenizer.json of a run must have, or None if the run was written before there were sums."""
     return _config_text(folder, None)[1].get("tokenizer.json")
 
 
 def _config_text(folder: Path, say: Say | None) -> tuple[Json, dict[str, str]]:
-    """The settings of config.yaml, unchecked, and the sums that it has of other files."""
+    """The settings in config.yaml, unchecked, and its sums of other files."""
     path = folder / "config.yaml"
     try:
         text = untrusted.read(path, MOST_CONFIG, folder)
@@ -109,6 +120,7 @@ def _config_text(folder: Path, say: Say | None) -> tuple[Json, dict[str, str]]:
 
 
 def no_longer_ours(folder: Path) -> str:
+    """The sentence of a run that has lost its folder."""
     return (
         f"{folder} was removed, moved or taken over by another process while this run trained in it, so the run ends: "
         "start it again, which goes on from the last checkpoint where there is one"
@@ -116,31 +128,42 @@ def no_longer_ours(folder: Path) -> str:
 
 
 class Folder:
-    """Writes a run's files; on rank 0 only. Each method raises RunError where the disk does not take it, or where the
-    folder is no longer the one that `lock` was taken in."""
+    """Writes the files of a run, on rank 0 only.
+
+    Each method raises RunError if the disk refuses, or if the folder is no longer the one that was locked.
+
+    Args:
+        path: of the folder.
+        lock: of the folder, if there is one.
+    """
 
     def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path, self.lock = path, lock
         self._metrics: Any = None
-        self._sum = ""  # of the last line
+        self._sum = ""  # the sum of the last line
 
     def check(self) -> None:
-        """Raises RunError where the folder was removed, moved or taken over while the run trained."""
+        """Raises RunError if the folder was removed, moved or taken over while the run trained."""
         if self.lock is not None and not self.lock.intact():
             raise RunError(no_longer_ours(self.path))
 
     def create(self, config: Config, others: dict[str, str] | None = None) -> None:
-        """Makes the folder and its config.yaml. others: sums of other files that it keeps, by their names."""
+        """Makes the folder and its config.yaml. others: sums of other files by their names, which it also holds."""
         self.check()
         with self._guard():
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", sums.signed(compose.to_yaml(config), others or {}))
 
     def cut(self, tokens: int | None) -> list[str]:
-        """Takes back what was recorded after a checkpoint at `tokens`; None: all but runs and events. Returns what was
-        wrong with the lines, which nobody will see in the new ones.
+        """Deletes the records that were written after a checkpoint.
 
-        The commit record at the checkpoint itself goes too: it was pending there and is written again.
+        The commit record at the checkpoint itself is deleted, too, since it was pending there and is written again.
+        Records of runs and events are always kept.
+
+        Args:
+            tokens: of the checkpoint, or None if there is none.
+
+        Returns what was wrong with the old lines, since the new ones do not show it.
         """
         kept, problems, last = [], list[str](), ""
         for record in records(self.path, problems.append):
@@ -159,7 +182,7 @@ class Folder:
         return problems
 
     def record(self, kind: str, values: Json, *, sync: bool = False) -> None:
-        """Appends a record. sync: it must survive a power cut."""
+        """Appends a record. sync: whether it must survive a power cut."""
         self.check()
         with self._guard():
             if self._metrics is None:
@@ -178,14 +201,15 @@ class Folder:
             file.write(screen.clean(text))
 
     def close(self) -> None:
+        """Closes metrics.jsonl."""
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # a record that did not fit is in its buffer still; record() said so
+            with contextlib.suppress(OSError):  # the buffer may still hold a record that did not fit
                 self._metrics.close()
             self._metrics = None
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """An OSError inside becomes the one sentence that a user needs."""
+        """A context in which an OSError becomes the sentence that a user needs."""
         try:
             yield
         except untrusted.Unfit as error:

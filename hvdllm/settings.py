@@ -1,14 +1,14 @@
-"""What a setting is: its type, its default, its unit and why the default is what it is. And `Config`, all of a run's.
+"""What a setting is, with its type, default and description, and `Config`, which holds all settings of a run.
 
-The settings of a part (an exchange, an optimizer, a launcher) are a dataclass in the part's own room, registered there
-(registry.py). conf/ chooses among parts and gives presets; `hvdllm train --help` prints what stands in the fields.
+The settings of a part (an exchange, an optimizer, a launcher) are a dataclass in the part's own room, where they are
+registered (registry.py). conf/ chooses among parts and gives presets. `hvdllm train --help` prints the descriptions.
 
-Types are what OmegaConf 2.3 can hold. It knows no Literal and no Union, so a choice is a string with `choices` beside
-it, and a path that may be one or several is Any.
+Types are those that OmegaConf 2.3 can hold. It has no Literal and no Union, so a choice is a string with `choices`
+beside it, and a setting that may be one path or several is Any.
 
-A run's folder may be a stranger's, and `resume=FOLDER`, `hvdllm sample` and others read it. A setting with `ours=True`
-is therefore never taken from one: what is started, where, by whom, from and to which files, with which tracker and
-which plugins. What is left shapes numbers alone.
+A run's folder may be a stranger's, and `resume=FOLDER`, `hvdllm sample` and other commands read it. A setting with
+`ours=True` is therefore never taken from a folder. Such settings say what is started, where and by whom, which files
+are read and written, and which tracker and plugins are used. All others only shape numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-Several = Any  # one text, or a list of them; OmegaConf knows no union here either
-Chosen = Any  # the settings of the part that was chosen; OmegaConf knows no union
+Several = Any  # one text or a list of them, since OmegaConf has no unions
+Chosen = Any  # the settings of the part that was chosen, since OmegaConf has no unions
 LARGEST = 1e15
 """The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
 
@@ -32,19 +32,21 @@ def setting(
     form: tuple[str, str] | None = None,
     ours: bool = False,
 ) -> Any:
-    """A field with what can be checked of it alone.
+    """A field of a settings class, with what can be checked without other settings.
 
-    doc: what `--help` says of it.
-    choices: the values that it may have.
-    least, most: its bounds.
-    form: a regular expression that it must match (each part, where it is a list), and what to give, in words.
-    ours: may only the user say it, and never a run's folder?
+    Args:
+        default: its value if nothing else is said.
+        doc: what `--help` says of it.
+        choices: the values that it may have.
+        least, most: its bounds.
+        form: a regular expression that it, or each element of a list, must match, and what to give, in words.
+        ours: whether only the user may choose it, and never a run's folder.
     """
     about = {"doc": doc, "choices": choices, "least": least, "most": most, "form": form, "ours": ours}
     return field(default=default, metadata=about)
 
 
-# What goes into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
+# Forms of values that go into command lines. None begins with a hyphen, holds a blank or means anything to a shell.
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 HOST = rf"({WORD}@)?{WORD}:[0-9]+"
 HOSTS = rf"{HOST}(,{HOST})*", "host:slots, several with commas between, in quotes"
@@ -59,22 +61,26 @@ DIGEST = r"[0-9a-f]{64}", "the data hash that `hvdllm prepare` prints"
 
 
 class Settings:
-    """What is common to the settings of all parts."""
+    """The base of the settings of all parts."""
 
     def refusal(self, setup: Setup) -> str | None:
-        """Why these settings cannot be in this setup, in one sentence; None where they can. It imports nothing heavy,
-        and asks for facts of other parts (registry.py), never for their names."""
+        """Why these settings cannot work in this setup, in one sentence, or None if they can.
+
+        An implementation imports nothing heavy, and asks for the facts of other parts (registry.py), never for their
+        names.
+        """
         return None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the check of a part may ask.
+    """What the checks of a part may depend on.
 
-    config: the whole configuration.
-    ranks, local_ranks: that train together, and those of them on this host.
-    launcher: what started them: none, horovodrun, torchrun, mpirun or srun.
-    transport: what carries their bytes: single, horovod, torch or virtual.
+    Attributes:
+        config: the whole configuration.
+        ranks, local_ranks: how many ranks train together, and how many of them are on this host.
+        launcher: what started them: none, horovodrun, torchrun, mpirun or srun.
+        transport: what carries their bytes: single, horovod, torch or virtual.
     """
 
     config: Config
@@ -107,7 +113,7 @@ class Device(Settings):
 
 @dataclass
 class Config:
-    """A run. `*_tokens` and `*_every` are counted in tokens committed by all ranks together."""
+    """All settings of a run. `*_tokens` and `*_every` count tokens that all ranks together have committed."""
 
     name: str | None = setting(None, "folder of the run under runs_dir; null: date-time and four hex digits", ours=True)
     runs_dir: str = setting("runs", "folder that holds the runs; shared by all hosts", ours=True)

@@ -1,4 +1,4 @@
-"""What Slurm says of a job."""
+"""Asks Slurm for the state of a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ ENDED = {
 
 @dataclass(frozen=True)
 class State:
-    """What Slurm says of a job. code: of its script, or 128 + the signal that ended it."""
+    """What Slurm says of a job.
+
+    Attributes:
+        name: of the job.
+        state: in Slurm's words, such as RUNNING.
+        reason: why it is in that state.
+        code: the exit code of its script, or 128 + the signal that ended it.
+    """
 
     name: str
     state: str
@@ -26,7 +33,10 @@ class State:
 
 
 def ask(job: str) -> State | None:
-    """None: Slurm knows no such job (any more). Waits out a controller that does not answer."""
+    """The state of a job, or None if Slurm does not know it (any more).
+
+    If the controller does not answer, the state is UNKNOWN, so the caller can ask again.
+    """
     done = slurm(["scontrol", "--oneliner", "show", "job", job])
     if done.returncode:
         return None if "Invalid job id" in done.stderr else State("", "UNKNOWN", said(done.stderr), 0)
@@ -37,7 +47,10 @@ def ask(job: str) -> State | None:
 
 
 def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of Slurm. What an allocation around us says is not the job's: sbatch would hand it on."""
+    """Runs a command of Slurm, without the variables of an allocation around this process, which sbatch would pass on.
+
+    Raises UserError if Slurm is not installed.
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     env |= found()
     try:
@@ -50,6 +63,6 @@ def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def said(text: str) -> str:
-    """Slurm's own message, as part of a sentence: without the programs' names before its lines."""
+    """Slurm's own message as a part of a sentence, without the names of programs before its lines."""
     lines = (line.removeprefix("error: ") for line in (part.partition(": ")[2] or part for part in text.splitlines()))
     return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) or "it does not say why"

@@ -1,8 +1,8 @@
-"""Sums by which a file shows that it is what was written: of whole files, of a text that carries its own, of a log.
+"""Checksums that show whether a file is still what was written: of whole files, of signed texts, and of logs.
 
-A text carries its sum in its last line, so that both are written in one piece. A log's lines carry one each, over the
-line and the sum of the line before: a changed digit shows in its line, a lost line in the next one. Sums show damage,
-not malice: who rewrites a file can rewrite its sum.
+A signed text has its sum in its last line, so both are written in one piece. Each line of a log has a sum over the line
+and the sum of the line before, so a changed line is noticed at once, and a lost line at the next one. Sums show damage
+and not malice, because whoever rewrites a file can rewrite its sum.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ SUM = re.compile(rb'(\{.*), "sum": "([0-9a-f]{16})"\}', re.S)
 
 # ------------------------------------------------------------------ a file beside another
 def of_file(path: Path, inside: Path | None = None) -> str:
-    """sha256 of a file. Raises OSError or Unfit."""
+    """The sha256 of a file. inside: the folder that it must lie in. Raises OSError or Unfit (untrusted.py)."""
     with opened(path, inside) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def beside(path: Path) -> Path:
-    """Where the sum of a file stands, as `sha256sum --check` reads it."""
+    """The path of the file with the sum of another file, which `sha256sum --check` can read."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def line_for(path: Path) -> str:
+    """The content of that file."""
     return f"{of_file(path)}  {path.name}\n"
 
 
 def changed(path: Path, inside: Path | None = None) -> str | None:
-    """Why a file is not the one whose sum stands beside it; None: it is, or there is no sum."""
+    """Why a file does not match the sum beside it, or None if it does, or if there is no sum."""
     if not beside(path).exists():
         return None
     expected = read(beside(path), 4096, inside).decode(errors="replace").split()
@@ -46,14 +47,13 @@ def changed(path: Path, inside: Path | None = None) -> str | None:
 
 # ------------------------------------------------------------------ a text with its own sum
 def signed(text: str, others: dict[str, str]) -> str:
-    """The text, the sums of other files by their names, and last that of all of this."""
+    """A signed text: the text, then the sums of other files by their names, then the sum of all that."""
     text += "".join(f"# sha256 of {name}: {digest}\n" for name, digest in others.items())
     return f"{text}{ABOVE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def verified(text: bytes) -> dict[str, str] | None:
-    """The sums of other files that a signed text has; None where it is not signed. Raises Unfit where it has been
-    changed."""
+    """The sums of other files in a signed text, or None if it is not signed. Raises Unfit if it was changed."""
     above, found, last = text.rpartition(ABOVE.encode())
     if not found:
         return None
@@ -64,13 +64,20 @@ def verified(text: bytes) -> dict[str, str] | None:
 
 # ------------------------------------------------------------------ a log
 def sealed(line: str, before: str) -> tuple[str, str]:
-    """A JSON object in one line with its sum, and that sum. before: of the line above, "" at the beginning."""
+    """Adds a sum to a line of a log.
+
+    Args:
+        line: a JSON object.
+        before: the sum of the line before, "" at the beginning.
+
+    Returns the line with its sum, and the sum.
+    """
     digest = _seal(line.encode(), before.encode())
     return f'{line[:-1]}, "sum": "{digest}"}}', digest
 
 
 def last(path: Path) -> str:
-    """The sum of a log's last line; "" where it has none."""
+    """The sum of a log's last line, or "" if it has none."""
     try:
         with opened(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
@@ -81,18 +88,18 @@ def last(path: Path) -> str:
 
 
 class Log:
-    """Reads a log from its first line on."""
+    """Reads the lines of a log from the first one on, and notes which were changed or lost."""
 
     def __init__(self) -> None:
         self._before = b""
         self._lines = self._sealed = 0
         self._changed: list[int] = []
-        self._open: int | None = None  # the last line, where it is cut short
+        self._open: int | None = None  # the number of the last line, if that is cut short
 
     def record(self, raw: bytes) -> Json | None:
-        """The record of the next line, without its sum; None where it is none."""
+        """The record of the next line, without its sum, or None if the line holds none."""
         self._lines += 1
-        if self._open is not None:  # only the very last one is cut short by a kill
+        if self._open is not None:  # a kill cuts only the very last line short
             self._changed.append(self._open)
         self._open = None if raw.endswith(b"\n") else self._lines
         line = raw.strip()
@@ -113,7 +120,7 @@ class Log:
         return None
 
     def problem(self) -> str | None:
-        """What is wrong with the lines so far, as words to go on after the file's name."""
+        """What is wrong with the lines so far, as words that follow the file's name in a sentence, or None."""
         if not self._lines:
             return None
         if not self._sealed:

@@ -1,9 +1,12 @@
-"""Opening what somebody else may have written: the files of a run's folder, of a text, of a cache.
+"""Opens files that somebody else may have written, such as those of a run's folder, of a text or of a cache.
 
-Only regular files are opened (a pipe would be waited for, a device has no end); of a folder only what lies inside it
-once links are followed; no more is read than `most` bytes; JSON and YAML are no deeper than DEPTH, and YAML has no
-aliases, which multiply. Nothing here imports or starts anything. What a folder's files may decide is written
-down in settings.py (`setting(ours=...)`) and, for people, in hvdllm/checkpoint/README.md.
+- Only regular files are opened. A pipe would have to be waited for, and a device has no end.
+- A file must lie inside its folder after links are followed.
+- No more than `most` bytes are read.
+- JSON and YAML are nested at most DEPTH deep, and YAML has no aliases, which could multiply its size.
+
+Nothing here imports or starts anything. What the files of a folder may decide is written down in settings.py
+(`setting(ours=...)`) and, for users, in hvdllm/checkpoint/README.md.
 """
 
 from __future__ import annotations
@@ -17,19 +20,22 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-DEPTH = 32  # of what hvdllm writes, at most 6
-MOST_LINE = 16 * 2**20  # bytes of a line of JSON
+DEPTH = 32  # how deep JSON and YAML may be nested; what hvdllm writes needs 6
+MOST_LINE = 16 * 2**20  # the most bytes of a line of JSON
 
 
 class Unfit(ValueError):
-    """A file that is not read further; what is wrong with it, as words that go on after its name: `is no regular
-    file`."""
+    """A file must not be read. The message follows the file's name in a sentence: `is no regular file`."""
 
 
 def opened(path: Path, inside: Path | None = None) -> BufferedReader:
-    """A regular file, to be read. inside: the folder that it must lie in, once links are followed.
+    """Opens a regular file for reading.
 
-    Raises OSError where there is none, Unfit where it is something else.
+    Args:
+        path: of the file.
+        inside: the folder in which it must lie after links are followed.
+
+    Raises OSError if there is no such file, and Unfit if it is not a regular file or lies elsewhere.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if inside is not None:
@@ -38,9 +44,9 @@ def opened(path: Path, inside: Path | None = None) -> BufferedReader:
 
 
 def appended(path: Path) -> TextIO:
-    """A file to be written to at its end, made where there is none; a link is not followed, for it may lead anywhere.
+    """Opens a file for appending, and makes it if there is none. A link is not followed, since it may lead anywhere.
 
-    Raises OSError or Unfit.
+    Raises OSError, or Unfit if it is a link or not a regular file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     if path.is_symlink():
@@ -49,8 +55,7 @@ def appended(path: Path) -> TextIO:
 
 
 def within(path: Path, folder: Path) -> Path:
-    """The path with its links followed. Raises Unfit where it lies outside the folder, OSError where it leads
-    nowhere."""
+    """The path with its links followed. Raises Unfit if it leads out of the folder, and OSError if it leads nowhere."""
     with _names():
         real, root = os.path.realpath(path, strict=True), os.path.realpath(folder)
     if os.path.commonpath([real, root]) != root:
@@ -59,7 +64,7 @@ def within(path: Path, folder: Path) -> Path:
 
 
 def read(path: Path, most: int, inside: Path | None = None) -> bytes:
-    """The whole file. Raises OSError or Unfit, before anything is read where it is too large."""
+    """The content of a file. Raises OSError or Unfit. A file of more than `most` bytes is not read."""
     with opened(path, inside) as file:
         if os.fstat(file.fileno()).st_size <= most and len(data := file.read(most + 1)) <= most:
             return data
@@ -67,7 +72,7 @@ def read(path: Path, most: int, inside: Path | None = None) -> bytes:
 
 
 def lines(file: IO[bytes], most: int = MOST_LINE) -> Iterator[bytes]:
-    """The lines of a file, their ends included. Raises Unfit at one that is too long."""
+    """Yields the lines of a file, with their ends. Raises Unfit at a line of more than `most` bytes."""
     number = 0
     while line := file.readline(most + 1):
         number += 1
@@ -77,7 +82,7 @@ def lines(file: IO[bytes], most: int = MOST_LINE) -> Iterator[bytes]:
 
 
 def parsed(text: bytes | str) -> Any:
-    """The value of a JSON text. Raises Unfit."""
+    """The value of a JSON text. Raises Unfit if it is not JSON, or nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -91,12 +96,12 @@ def parsed(text: bytes | str) -> Any:
 
 
 def read_json(path: Path, most: int, inside: Path | None = None) -> Any:
-    """Raises OSError or Unfit."""
+    """The value of a JSON file of at most `most` bytes. Raises OSError or Unfit."""
     return parsed(read(path, most, inside))
 
 
 def parsed_yaml(text: bytes) -> Any:
-    """The value of a YAML text of plain values without aliases. Raises Unfit."""
+    """The value of a YAML text. Raises Unfit if it is not YAML, is nested too deeply, or has aliases or other tags."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
@@ -117,7 +122,11 @@ def parsed_yaml(text: bytes) -> Any:
 
 # ------------------------------------------------------------------ inside
 def _regular(path: Path, flags: int) -> int:
-    """Looked at before it is opened, for some devices act when they are opened, and after, for it may have changed."""
+    """Opens a regular file, and returns its descriptor.
+
+    It is checked before it is opened, because some devices act when they are opened, and again afterwards, because it
+    may have been replaced.
+    """
     with _names():
         if (flags & os.O_CREAT) == 0 or path.exists():
             _check(path.stat().st_mode)
@@ -132,7 +141,8 @@ def _regular(path: Path, flags: int) -> int:
 
 @contextmanager
 def _names() -> Iterator[None]:
-    """Python has a ValueError for a path with a zero byte or half a surrogate pair, where the system has none."""
+    """A context in which ValueError, which Python raises for a path with a null byte or half a surrogate pair, becomes
+    Unfit."""
     try:
         yield
     except Unfit:

@@ -1,1 +1,1 @@
-"""The commands: one file each."""
+"""The commands of `hvdllm`, one file for each."""

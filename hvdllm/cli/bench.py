@@ -1,4 +1,4 @@
-"""`hvdllm bench step|start|exchange`: measurements, as a table and as JSON."""
+"""`hvdllm bench step|start|exchange`: measures, and shows the figures as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ about as long as its gradients at 200mbit. What a column means: hvdllm/bench/fig
 ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 
 
-# What is measured with --slow: one that waits, and those that need not.
+# The exchanges that are measured with --slow: one that waits for the slowest rank, and those that need not.
 UNEVEN = "allreduce,acco+exchange.timed=true,local_sgd,parameter_server+exchange.staleness=null"
 
 
 def run(argv: list[str]) -> int:
-    if argv[:1] == ["rank"]:  # a process of bench exchange, started by it
+    """Runs the command, and returns its exit code. Raises UserError."""
+    if argv[:1] == ["rank"]:  # this process was started by bench exchange
         return bench_rank(argv[1:])
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
     which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
@@ -79,6 +80,7 @@ def run(argv: list[str]) -> int:
 
 
 def bench_step(given: argparse.Namespace) -> Json:
+    """Compares a training step with a plain PyTorch loop, prints a table, and returns the figures."""
     from hvdllm import device as devices
     from hvdllm.bench import step
     from hvdllm.cli.train import set_threads
@@ -113,6 +115,7 @@ def bench_step(given: argparse.Namespace) -> Json:
 
 
 def bench_start(given: argparse.Namespace) -> Json:
+    """Measures how long a run takes to start, prints a table, and returns the figures."""
     from hvdllm.bench import start
 
     figures = start.measure(given.ranks, given.tokens)
@@ -125,6 +128,7 @@ def bench_start(given: argparse.Namespace) -> Json:
 
 
 def bench_exchange(given: argparse.Namespace) -> Json:
+    """Measures exchanges in the network lab or over the loopback, prints tables, and returns the figures."""
     from hvdllm.bench import exchange, plot
     from hvdllm.launch import lab
 
@@ -159,7 +163,7 @@ def bench_exchange(given: argparse.Namespace) -> Json:
 
 
 def ask(given: argparse.Namespace) -> Any:
-    """The request, checked. Raises UserError."""
+    """The request of `bench exchange`, checked. Raises UserError if it cannot work."""
     from hvdllm.bench.exchange import Asked
     from hvdllm.config.pace import bits_per_second, slowed
     from hvdllm.config.words import split
@@ -197,7 +201,7 @@ def ask(given: argparse.Namespace) -> Any:
 
 
 def exchange_tables(figures: Json) -> list[list[tuple[str, ...]]]:
-    """Time, traffic and learning of what was measured; the last two of cases with an exchange only."""
+    """The tables of times, traffic and learning. The last two have only the cases in which ranks exchange something."""
     found = {label: case["figures"] for label, case in figures["cases"].items() if "figures" in case}
     joined = {label: f for label, f in found.items() if figures["cases"][label]["kind"] == "together"}
 
@@ -225,7 +229,7 @@ def exchange_tables(figures: Json) -> list[list[tuple[str, ...]]]:
 
 
 def uneven_tables(figures: Json, joined: Json) -> list[list[tuple[str, ...]]]:
-    """With --slow: what the ranks could do, and what each exchange keeps of it."""
+    """The tables for --slow: the speeds of the ranks alone, and how much of their sum each exchange keeps."""
     from hvdllm.bench.exchange import ALONE, SLOWED
 
     speeds = figures.get("rank_tokens_per_s", {})
@@ -245,7 +249,11 @@ def uneven_tables(figures: Json, joined: Json) -> list[list[tuple[str, ...]]]:
 
 
 def bench_rank(argv: list[str]) -> int:
-    """SPEC.json [INDEX]: one rank of bench exchange. INDEX: of a process that stands alone."""
+    """Runs one rank of bench exchange, and returns its exit code.
+
+    Args:
+        argv: the path of the specification; for a process that trains alone also its index.
+    """
     from hvdllm.bench import rank
     from hvdllm.cli.train import open_world, set_threads
     from hvdllm.config.check import check
@@ -282,6 +290,7 @@ def bench_rank(argv: list[str]) -> int:
 
 
 def table(*rows: tuple[str, ...]) -> None:
+    """Prints a table. The first row has the titles of the columns."""
     from rich.table import Table
 
     grid = Table(box=None, padding=(0, 3, 0, 0))
@@ -289,5 +298,5 @@ def table(*rows: tuple[str, ...]) -> None:
         grid.add_column(title, justify="left" if i == 0 else "right")
     for row in rows[1:]:
         grid.add_row(*row)
-    # A file takes lines as long as they are; without a terminal rich would fold them at 80.
+    # Without a terminal rich would fold lines at 80 characters, although a file takes longer ones.
     screen.console(highlight=False, width=None if sys.stdout.isatty() else 120).print(grid)

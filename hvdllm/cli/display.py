@@ -1,7 +1,7 @@
-"""What a person sees of a run: a header, a progress line, a summary. Rank 0 only; the others are silent.
+"""Shows a run to its user: a header, a progress line and a summary. Only rank 0 shows anything.
 
-On a terminal the progress line is live; elsewhere (under horovodrun, in a log file) a plain line comes every few
-seconds. What stays on the screen also goes to the run's log.txt.
+On a terminal the progress line is live. Elsewhere (under horovodrun, in a log file) a plain line is printed every few
+seconds. What stays on the screen is also written to the run's log.txt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN_EVERY_S = 5.0
 
 
 class Silent:
-    """Of every rank but 0."""
+    """The display of all ranks but 0, which shows nothing."""
 
     def __enter__(self) -> Silent:
         return self
@@ -47,11 +47,16 @@ class Silent:
 
 
 class Screen:
-    """Of rank 0."""
+    """The display of rank 0, as trainer/show.py describes it.
+
+    Args:
+        alone: whether no launcher stands between this process and the terminal.
+        out: a stream to write to instead of standard output.
+    """
 
     def __init__(self, alone: bool, out: Any = None) -> None:
-        # Texts, paths and samples are shown as they are, whatever stands between their brackets and colons. mpirun
-        # gives its ranks a terminal of their own, but puts a prefix before every line of theirs.
+        # Texts, paths and samples are shown as they are, without markup or emoji. mpirun gives its ranks a terminal,
+        # but puts a prefix before each of their lines, so lines cannot be live there.
         self.console = screen.console(
             out, highlight=False, markup=False, emoji=False, soft_wrap=True,
             force_terminal=None if alone or out is not None else False,
@@ -65,7 +70,7 @@ class Screen:
         self._log: Path | None = None
         self._shown = 0.0
         self._blocked = math.nan  # smoothed: a single step is too noisy to read
-        self._rate: tuple[float, float] | None = None  # seconds and tokens when this process began
+        self._rate: tuple[float, float] | None = None  # seconds and tokens when this process started
 
     def __enter__(self) -> Screen:
         return self
@@ -81,7 +86,7 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(screen.one_line(text))
         if self._log is not None:
-            # A disk that is full ends the run where a record or checkpoint does not fit, with a sentence.
+            # A full disk is reported when a record or a checkpoint does not fit, which ends the run.
             with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self._log) as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {screen.one_line(text)}\n")
 
@@ -153,8 +158,13 @@ class Screen:
 
 
 def make_show(rank: int, alone: bool, launcher: Sequence[int] = ()) -> Screen | Silent:
-    """alone: no launcher stands between this process and the terminal. launcher: the processes up to it that are on
-    this machine, the nearest first."""
+    """The display of a rank.
+
+    Args:
+        rank: which one.
+        alone: whether no launcher stands between this process and the terminal.
+        launcher: the pids of the ancestors up to the launcher that are on this machine, the nearest first.
+    """
     return Screen(alone, of_launcher(launcher)) if rank == 0 else Silent()
 
 

@@ -1,7 +1,7 @@
-"""`hvdllm doctor`: what this machine has, and the command that mends what it lacks.
+"""`hvdllm doctor`: shows what this machine has, and which command installs or repairs the rest.
 
-Whatever could be broken is loaded in a process of its own, so a build that crashes or hangs is a line in the
-table. Exit code 1 if the main job, two ranks under horovodrun, cannot run.
+Whatever could be broken is loaded in a process of its own, so a build that crashes or hangs is a line in the table. The
+exit code is 1 if the main job, two ranks under horovodrun, cannot run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ library = MPI.Get_library_version().strip(chr(0)).split(",")[0].splitlines()[0]
 print(json.dumps(dict(version=mpi4py.__version__, library=library, libmpi=libmpi)))
 """
 
-# Whether there is a key, never the key.
+# It prints whether there is a key, but never the key.
 WANDB = """
 import json, wandb
 try:
@@ -83,7 +83,13 @@ assert hvd.allreduce(torch.tensor([1.0 + hvd.rank()]), op=hvd.Sum).item() == 3
 
 @dataclass
 class Row:
-    """One line of the table: a thing, what was found of it, and the command that mends it where it is amiss."""
+    """One line of the table.
+
+    Attributes:
+        name: what was looked for.
+        found: what was found.
+        mend: the command that repairs it; "": nothing is wrong.
+    """
 
     name: str
     found: str
@@ -93,10 +99,12 @@ class Row:
 
     @property
     def mark(self) -> str:
+        """ok, lacking or broken."""
         return "ok" if not self.mend else "broken" if self.needed else "lacking"
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="hvdllm doctor", description="What this machine has, and how to mend the rest."
     )
@@ -113,6 +121,7 @@ def run(argv: list[str]) -> int:
 
 
 def examine() -> list[Row]:
+    """Looks at everything, and returns the lines of the table."""
     with ThreadPoolExecutor() as pool:
         torch, horovod, mpi4py, wandb = pool.map(probe, (TORCH, HOROVOD, MPI4PY, WANDB))
     rows = [
@@ -133,6 +142,7 @@ def examine() -> list[Row]:
 
 
 def show(rows: list[Row], able: bool) -> None:
+    """Prints the table, and whether the main job can run."""
     from rich.table import Table
     from rich.text import Text
 
@@ -149,6 +159,7 @@ def show(rows: list[Row], able: bool) -> None:
 
 
 def torch_rows(torch: Json) -> list[Row]:
+    """The line for torch."""
     gpu = Path("/dev/nvidia0").exists()
     if "error" in torch:
         return [Row("torch", why(torch, "torch"), setup())]
@@ -161,6 +172,7 @@ def torch_rows(torch: Json) -> list[Row]:
 
 
 def library_rows() -> list[Row]:
+    """The line for the other packages that hvdllm needs."""
     versions = {name: version(name) for name in REQUIRED}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
@@ -168,6 +180,7 @@ def library_rows() -> list[Row]:
 
 
 def horovod_rows(horovod: Json) -> list[Row]:
+    """The line for Horovod."""
     if "error" in horovod:
         return [Row("Horovod", why(horovod, "horovod"), setup())]
     found = f"{horovod['version']} with {', '.join(horovod['built'])}"
@@ -177,6 +190,7 @@ def horovod_rows(horovod: Json) -> list[Row]:
 
 
 def mpi_rows(horovod: Json, mpi4py: Json) -> list[Row]:
+    """The lines for MPI, ssh and mpi4py, which must use the same MPI library as Horovod."""
     if "mpi" not in horovod.get("built", ["mpi"]):
         mend = setup("--nccl" if "nccl" in horovod["built"] else "--cpu")
         return [Row("MPI", "not built into Horovod: horovodrun --gloo only", mend, needed=False)]
@@ -204,7 +218,7 @@ def mpi_rows(horovod: Json, mpi4py: Json) -> list[Row]:
 
 
 def gpu_rows(torch: Json, horovod: Json) -> list[Row]:
-    """CUDA and NCCL. What torch and Horovod lack as such their own rows say."""
+    """The lines for CUDA and NCCL. Whether torch and Horovod load at all is told by their own lines."""
     built = "nccl" in horovod.get("built", [])
     parts = [f"torch built for {torch['cuda']}"] if torch.get("cuda") else []
     nvcc = shutil.which("nvcc", path=path_of_nvcc())
@@ -220,13 +234,15 @@ def gpu_rows(torch: Json, horovod: Json) -> list[Row]:
 
 
 def interface_row() -> Row:
-    """Those that are up, with their IPv4 addresses: what launch.interface and horovodrun --network-interfaces take."""
+    """The line with the interfaces that are up and their IPv4 addresses. Their names are what launch.interface and
+    horovodrun --network-interfaces take."""
     up = network.addresses()
     found = ", ".join(f"{name} {address}" for name, address in up.items()) or "none is up"
     return Row("interfaces", found, "" if "lo" in up else "as root: ip link set lo up", needed=False)
 
 
 def slurm_rows() -> list[Row]:
+    """The lines for Slurm, and for PMIx in its srun."""
     if not shutil.which("sbatch"):
         mend = "on a cluster's login node: module load slurm"
         return [Row("Slurm", "no sbatch on PATH, which launch=slurm needs", mend, needed=False)]
@@ -244,6 +260,7 @@ def slurm_rows() -> list[Row]:
 
 
 def wandb_row(wandb: Json) -> Row:
+    """The line for W&B."""
     if "error" in wandb:
         return Row("W&B", why(wandb, "wandb"), "pip install wandb", needed=False)
     mode = os.environ.get("WANDB_MODE", "online")
@@ -255,6 +272,7 @@ def wandb_row(wandb: Json) -> Row:
 
 
 def two_ranks(horovod: Json) -> Row:
+    """Runs two ranks under horovodrun, and returns the line for them."""
     controller = "gloo" if "gloo" in horovod["built"] else "mpi"
     command = [launcher(), f"--{controller}", "-np", "2", sys.executable, "-P", "-c", TWO_RANKS]
     try:
@@ -269,7 +287,7 @@ def two_ranks(horovod: Json) -> Row:
 
 
 def probe(code: str) -> Json:
-    """What `code` prints as JSON in a process of its own, or {"error": why it did not}."""
+    """Runs `code` in a process of its own. Returns what it prints as JSON, or {"error": why it printed nothing}."""
     try:
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -283,12 +301,13 @@ def probe(code: str) -> Json:
 
 
 def why(facts: Json, module: str) -> str:
+    """Why a probe of a module failed, in words."""
     missing = facts["error"].endswith(f"No module named '{module}'")
     return "missing" if missing else f"does not load: {facts['error']}"
 
 
 def output(command: list[str], seconds: float = SECONDS) -> str:
-    """What it prints, errors behind the rest."""
+    """What a command prints to standard output and then to standard error, or why it could not be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
         return done.stdout + done.stderr
@@ -297,10 +316,12 @@ def output(command: list[str], seconds: float = SECONDS) -> str:
 
 
 def last_line(text: str) -> str:
+    """The last line that is not empty, or ""."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def version(name: str) -> str:
+    """The version of an installed package, or ""."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -308,21 +329,23 @@ def version(name: str) -> str:
 
 
 def launcher() -> str:
-    """horovodrun beside this Python, which need not be on PATH."""
+    """The path of horovodrun, or "". The one beside this Python need not be on PATH."""
     beside = Path(sys.executable).with_name("horovodrun")
     return str(beside) if beside.exists() else shutil.which("horovodrun") or ""
 
 
 def usable_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def path_of_nvcc() -> str:
-    """Where jobs/setup.sh looks for it."""
+    """The folders in which jobs/setup.sh looks for nvcc."""
     home = os.environ.get("CUDA_HOME")
     return f"{home}/bin" if home else os.environ.get("PATH", "")
 
 
 def setup(option: str = "") -> str:
+    """The command line of jobs/setup.sh."""
     clone = Path(__file__).parents[2] / "jobs" / "setup.sh"
     return f"{'' if clone.exists() else 'from a clone of hvdllm: '}jobs/setup.sh {option}".rstrip()

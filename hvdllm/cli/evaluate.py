@@ -1,4 +1,4 @@
-"""`hvdllm evaluate RUN`: a run's validation loss again, by the definition that the run itself used."""
+"""`hvdllm evaluate RUN`: computes a run's validation loss again, by the same definition as the run itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hvdllm.paths import argument
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code. Raises UserError."""
     parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
     parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The flags of the commands whose words are settings."""
+"""The flags of commands whose words are settings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ def settings_only(
     short: str = "",
     groups: tuple[str, ...] = GROUPS,
 ) -> list[str] | None:
-    """The words that are settings. None: --help or --cfg job was asked for, and has been printed.
+    """Handles --help and --cfg job.
 
-    usage: on top of `--help all`; short: of the screen that `--help` is. groups: those that the command reads.
+    Args:
+        argv: the words of the command line.
+        usage: the text above `--help all`.
+        compose: composes settings, whose values are shown.
+        short: the text above `--help`, if it is another one.
+        groups: the groups that the command reads.
+
+    Returns the words that are settings, or None if --help or --cfg job was asked for and has been printed.
+
+    Raises UserError for an unknown flag.
     """
     argv = _with_folders(argv)
     words = [word for word in argv if not word.startswith("-") or word.startswith(CONFIG_DIR)]
@@ -51,13 +60,13 @@ def settings_only(
 
 
 def plugged(argv: list[str]) -> list[str]:
-    """The words without `plugins=MODULES`, which are imported: for commands whose words are no settings."""
+    """Imports the modules of `plugins=MODULES`, and returns the other words. For commands without settings."""
     registry.load(plugins(argv))
     return [word for word in argv if not word.startswith("plugins=")]
 
 
 def _with_folders(argv: list[str]) -> list[str]:
-    """`--config-dir DIR` and `--config-dir=DIR` as one word each, which compose() understands."""
+    """Turns `--config-dir DIR` and `--config-dir=DIR` into one word each, as compose() takes it."""
     out, rest = [], iter(argv)
     for word in rest:
         if word == CONFIG_DIR.rstrip("="):

@@ -1,7 +1,7 @@
 """`hvdllm COMMAND ...`: finds the command, and turns what it raises into one sentence and an exit code.
 
-Exit codes: 0 done; 75 a run was stopped and has saved (errors.STOPPED); 1 the run failed; 2 the request cannot work;
-130 ended by a second Ctrl-C.
+Exit codes: 0 if all is done; 75 if a run was stopped and has saved (errors.STOPPED); 1 if the run failed; 2 if the
+request cannot work; 130 after a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ COMMANDS = {
     "track": "send to W&B what was tracked offline",
     "doctor": "what this machine has, and what to do about what it has not",
 }
-FOLDERS = ("sample", "evaluate", "report", "track")  # of runs, made with parts that a module of the user's may have
-WAIT_S = 10.0  # that other ranks give the launcher to end them, so that rank 0's sentence is not lost
+FOLDERS = ("sample", "evaluate", "report", "track")  # commands on runs, which may use parts of the user's modules
+WAIT_S = 10.0  # seconds that other ranks wait for the launcher to end them, so that rank 0's sentence is not lost
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. argv: without the program's name."""
+    """Runs a command, and returns its exit code. argv: the words after the program's name, or None for sys.argv."""
     words = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     with spared() as out, screen.guarded():
         code = obey(parser, words)
         out.flush()
-        # What is written to the screen is all that most commands do; a run has its folder.
+        # Most commands do nothing but print, so lost output is a failure. A run still has its folder.
         return 1 if code == 0 and out.lost and words[:1] != ["train"] else code
 
 
 def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """The command, and how it ended. Returns the exit code."""
+    """Runs the command, says how it failed if it did, and returns the exit code."""
     try:
         if not words:
             parser.print_help()
@@ -78,7 +78,7 @@ def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
         return _end(str(error), 1, once=False, quiet=True)
     except KeyboardInterrupt:
         return _end("ended at once; the last checkpoint counts", 130, once=False)
-    except OSError as error:  # of this machine, and where it enters nobody had a better sentence
+    except OSError as error:  # an error of this machine for which no other place has a better sentence
         where = f"{error.filename}: " if error.filename else ""
         return _end(f"{where}{error.strerror or error}", 1, once=False)
     except MemoryError:
@@ -89,10 +89,17 @@ def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 
 def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
-    """Says the sentence and ends the process, past Horovod's own end, which would wait for the other ranks.
+    """Prints the sentence and ends a rank at once, without Horovod's shutdown, which would wait for the other ranks.
 
-    once: all ranks raised the same, rank 0 says it and the others wait to be ended by the launcher. quiet: another
-    rank says why. Should nobody end this rank within WAIT_S, it says what it knows.
+    Args:
+        sentence: why it ends.
+        code: the exit code.
+        once: all ranks raised the same, so rank 0 says it, and the others wait for the launcher to end them.
+        quiet: another rank says why, so this one waits, too.
+
+    A rank that waits prints its sentence after WAIT_S seconds if it has not been ended.
+
+    Returns the exit code if this process is not one of several ranks.
     """
     from hvdllm.world.detect import Place, place
     from hvdllm.world.signals import TERMINATED, deafen
@@ -100,15 +107,15 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
     deafen()
     try:
         here = place()
-    except UserError:  # ranks that know nothing of each other still have numbers
+    except UserError:  # the ranks cannot find each other, but they have numbers
         rank = next((int(os.environ[v]) for v in ("SLURM_PROCID", "RANK", "PMIX_RANK") if v in os.environ), 0)
         here = Place("srun", rank, rank + 1)
     who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
     if (once and here.rank > 0) or quiet:
-        if TERMINATED.is_set():  # by the launcher, while this rank still took it for an ask
+        if TERMINATED.is_set():  # the launcher has sent SIGTERM already
             os._exit(code)
         time.sleep(WAIT_S)
-    if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end nobody: rank 0 has spoken
+    if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end no rank, but rank 0 has said it
         print(f"{who}{screen.one_line(sentence)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:

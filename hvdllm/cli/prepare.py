@@ -1,4 +1,4 @@
-"""hvdllm prepare: makes the token shards that train would make by itself, and says what is in them."""
+"""`hvdllm prepare`: makes the token shards that train would make by itself, and says what is in them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ Makes the token shards that train would make by itself. It reads the settings te
 
 
 def run(words: Sequence[str]) -> int:
-    """Takes the settings that train takes: text=files text.path=… text.tokenizer=… data_dir=…
+    """Runs the command, and returns its exit code.
 
-    The table goes to stdout, what happens meanwhile to stderr. Raises UserError.
+    It takes the settings of train, such as text=files text.path=… text.tokenizer=… data_dir=…. The table is written to
+    standard output, and progress to standard error. Raises UserError.
     """
     settings = settings_only(list(words), USAGE, compose, groups=("text",))
     if settings is None:
@@ -37,6 +38,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def table(corpus: Corpus, config: Config, seconds: float) -> str:
+    """What is in a prepared text, as lines. seconds: how long it took to prepare."""
     share = corpus.repeated(config.model.context, 0)
     known = "not known" if share is None else f"{share:.2%} of its windows of {config.model.context} tokens"
     rows = [

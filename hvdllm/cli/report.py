@@ -1,4 +1,4 @@
-"""`hvdllm report RUNS…`: which exchange won, by how much, and whether that is more than noise."""
+"""`hvdllm report RUNS…`: says which exchange won, by how much, and whether that is more than noise."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code. Raises UserError."""
     parser = argparse.ArgumentParser(
         "hvdllm report", description="Compares runs: pictures, tables and a verdict.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +80,7 @@ def run(argv: list[str]) -> int:
 
 
 def check_packages() -> None:
+    """Raises UserError if scipy is not installed."""
     try:
         import scipy.special  # noqa: F401 - for Student's t
     except ImportError:
@@ -86,7 +88,15 @@ def check_packages() -> None:
 
 
 def write(figures: Figures, out: Path, command: str) -> list[Path]:
-    """Raises UserError where a file cannot be written."""
+    """Writes the report.
+
+    Args:
+        figures: what was measured.
+        out: the file; its ending says in which form.
+        command: the command line, which the page shows.
+
+    Returns the files. Raises UserError if one cannot be written.
+    """
     from hvdllm.report import draw
     from hvdllm.report.page import page
     from hvdllm.report.table import markdown
@@ -110,7 +120,7 @@ def write(figures: Figures, out: Path, command: str) -> list[Path]:
 
 
 def show(figures: Figures) -> None:
-    """The verdict and the final table. What came from folders is printed as it is: no markup."""
+    """Prints the verdict and the table of results. Texts from folders are printed without markup."""
     from rich.table import Table
     from rich.text import Text
 
@@ -134,6 +144,7 @@ def show(figures: Figures) -> None:
 
 
 def tell_skipped(skipped: list[Skipped]) -> None:
+    """Prints which folders were skipped, and why."""
     for one in skipped[:20]:
         print(f"skipped {one.where}: {one.why}")
     if len(skipped) > 20:

@@ -1,4 +1,4 @@
-"""`hvdllm sample RUN TEXT`: let a run's model continue a text."""
+"""`hvdllm sample RUN TEXT`: lets a run's model continue a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hvdllm.paths import argument
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code. Raises UserError."""
     parser = argparse.ArgumentParser("hvdllm sample", description="Lets a run's model continue a text.")
     parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument("text", nargs="?", default="", help="what to continue; default: a new document")

@@ -1,7 +1,7 @@
-"""Standard output and error, written with protection in this one place: output may be lost, never the work.
+"""Standard output and error that never raise, so that output may be lost, but never the work.
 
-The reader of a pipe may go away (tee, a terminal behind ssh), a disk be full, a service start us with its outputs
-closed, and a terminal may not know a letter.
+The reader of a pipe may go away (tee, a terminal behind ssh), a disk may be full, a service may start this process with
+closed outputs, and a terminal may not be able to show a character.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from hvdllm.launch.base import TERMINAL
 
 
 class Spared:
-    """A stream that raises nothing when it is written to. lost: did something not arrive?"""
+    """A stream that does not raise when it is written to.
+
+    Attributes:
+        lost: whether some output could not be written.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.lost = stream, False
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show is a question mark
+            stream.reconfigure(errors="replace")  # a question mark for what a terminal cannot show
 
     def write(self, text: str) -> int:
         with self._sparing():
@@ -52,15 +56,15 @@ class Spared:
             yield
         except (OSError, ValueError):  # ValueError: it is closed
             self.lost = True
-            # What is in its buffer would be tried again, at the latest when Python ends.
+            # The stream would try to write its buffer again, at the latest when Python ends.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextlib.contextmanager
 def spared() -> Iterator[Spared]:
-    """Within, sys.stdout and sys.stderr are spared; yields the first."""
-    for number in (0, 1, 2):  # a file that is opened later must not become a closed output
+    """A context in which sys.stdout and sys.stderr are Spared. Yields the first."""
+    for number in (0, 1, 2):  # otherwise a file that is opened later would get the number of a closed output
         try:
             os.fstat(number)
         except OSError:
@@ -75,10 +79,17 @@ def spared() -> Iterator[Spared]:
 
 
 def of_launcher(launcher: Sequence[int]) -> Spared | None:
-    """The standard output of horovodrun or mpirun, where that is on this machine and a terminal or a pipe: it puts a
-    prefix before every line of its ranks, and gives them no terminal. launcher: the processes up to it, the nearest
-    first. TERMINAL is that of `train launch=horovodrun`, which keeps what the launcher prints. None: write to our
-    own."""
+    """The standard output of the launcher that started this rank, if it can be written to directly.
+
+    horovodrun and mpirun put a prefix before each line of their ranks, and give them no terminal. So a rank writes to
+    the launcher's own output, if that is on this machine and is a terminal or a pipe. Under `train launch=horovodrun`,
+    which keeps what the launcher prints, it is the user's terminal (TERMINAL).
+
+    Args:
+        launcher: the pids of the ancestors up to the launcher, the nearest first.
+
+    Returns None if the rank should write to its own standard output.
+    """
     found = [pid for pid in launcher if _is_launcher(pid)]
     if not found:
         return None
@@ -90,12 +101,12 @@ def of_launcher(launcher: Sequence[int]) -> Spared | None:
     if os.isatty(number) or stat.S_ISFIFO(os.fstat(number).st_mode):
         os.set_blocking(number, True)
         return Spared(open(number, "w", encoding="utf-8", errors="replace"))
-    os.close(number)  # of a file we would not know where its end is
+    os.close(number)  # it is a file, whose end another process moves
     return None
 
 
 def _is_launcher(pid: int) -> bool:
-    """Not what may stand above it, such as Slurm's own, whose output is another."""
+    """Whether a process is horovodrun or mpirun, and not one above it such as Slurm's, which has another output."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode(errors="replace").split("\0")[:2]

@@ -1,4 +1,4 @@
-"""`hvdllm track sync RUN...`: sends the offline W&B runs of run folders to the server, by W&B's own `wandb sync`."""
+"""`hvdllm track sync RUN...`: sends the offline W&B runs in run folders to the server, by W&B's own `wandb sync`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from hvdllm import untrusted
 from hvdllm.errors import RunError, UserError
 from hvdllm.paths import argument
 
-ANSWER_S = 10.0  # that a server may take to accept a connection
+ANSWER_S = 10.0  # seconds that a server may take to accept a connection
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code. Raises UserError or RunError."""
     parser = argparse.ArgumentParser("hvdllm track", description="What is between a run and its trackers.")
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser("sync", help="send what was tracked offline by track=wandb to the W&B server")
@@ -41,14 +42,16 @@ def run(argv: list[str]) -> int:
 
 
 def lives(folder: Path) -> list[Path]:
-    """W&B's folders of a run, one for each time it was started, in that order. Runs that were online may have lost the
-    server on their way."""
+    """W&B's folders of a run, one for each time it was started, in that order.
+
+    Folders of online runs are among them, because such a run may have lost its server.
+    """
     found = [path.parent for path in folder.resolve().glob("wandb/*run-*/run-*.wandb") if _is_ours(path, folder)]
     return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
 
 
 def _is_ours(path: Path, folder: Path) -> bool:
-    """A file of this folder: a stranger's may have links to anything, which would be sent."""
+    """Whether a file lies in this folder. A stranger's folder may link to any file, which would then be sent."""
     try:
         untrusted.opened(path, folder).close()
     except (OSError, untrusted.Unfit):
@@ -57,14 +60,17 @@ def _is_ours(path: Path, folder: Path) -> bool:
 
 
 def server() -> str:
-    """The address that W&B would take: of the environment, its settings files, or its own."""
+    """The address of the server that W&B would use, from the environment, its settings files or its defaults."""
     import wandb
 
     return str(wandb.Settings().base_url if "WANDB_BASE_URL" not in os.environ else os.environ["WANDB_BASE_URL"])
 
 
 def reach(url: str, limit_s: float) -> None:
-    """Raises RunError where nothing answers: `wandb sync` would try for ever."""
+    """Raises RunError if the server does not answer, since `wandb sync` would try for ever.
+
+    With a proxy for HTTPS nothing is checked.
+    """
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return
     parts = urlsplit(url)
@@ -76,7 +82,7 @@ def reach(url: str, limit_s: float) -> None:
 
 
 def send(folder: Path, limit_s: float) -> None:
-    """Raises RunError with W&B's own reason."""
+    """Sends the W&B runs in a folder, in at most limit_s seconds. Raises RunError, with W&B's reason, if it fails."""
     from hvdllm.track.wandb import environment
 
     words = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", "--include-online", *map(str, lives(folder))]

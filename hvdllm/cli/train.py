@@ -1,4 +1,4 @@
-"""`hvdllm train`: compose, check, and let trainer/life.py run it, or launch/ start ranks that do."""
+"""`hvdllm train`: composes and checks the settings, then trains (trainer/life.py) or starts ranks that do (launch/)."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ the same command goes on; 1 the run failed; 2 the request cannot work; 130 ended
 
 
 def run(argv: list[str]) -> int:
+    """Runs the command, and returns its exit code. Raises UserError or RunError."""
     from hvdllm.cli.flags import settings_only
 
     here = place()
@@ -94,31 +95,39 @@ def run(argv: list[str]) -> int:
 
 
 def say_first(text: str) -> None:
-    """Before there is a screen: of a run's folder."""
+    """Prints what is found in a run's folder, before there is a display."""
     print(text, file=sys.stderr, flush=True)
 
 
 def set_threads(config: Config, here: Place) -> None:
-    """Before the first tensor: left alone, two ranks on two cores ran 20 times slower."""
+    """Sets the number of threads, before the first tensor. By default two ranks on two cores ran 20 times slower."""
     import torch
 
     from hvdllm import device
 
-    together = 1 if config.world.kind == "virtual" else here.local_size  # of logical ranks one computes at a time
+    together = 1 if config.world.kind == "virtual" else here.local_size  # only one logical rank computes at a time
     threads = config.device.threads or device.fair_share(together, cores_of_task(here))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_num_threads(threads)
 
 
 def cores_of_task(here: Place) -> int | None:
-    """Cores that srun gave each rank, where ranks are its tasks."""
+    """The number of cores that srun gave to each rank, or None if ranks are not its tasks."""
     tasks = here.launcher == "srun" or os.environ.get("SLURM_STEP_NUM_TASKS") == str(here.size) != "1"
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(cores) if tasks and "SLURM_STEP_ID" in os.environ and cores.isdecimal() and int(cores) else None
 
 
 def train(config: Config, words: list[str], here: Place) -> int:
-    """This process's rank, or all logical ones. Returns the exit code: 0, or STOPPED."""
+    """Trains as this process's rank, or as all logical ranks.
+
+    Args:
+        config: the checked settings.
+        words: of the command line, for the records.
+        here: the place of this process among those that its launcher started.
+
+    Returns the exit code, 0 or STOPPED.
+    """
     from hvdllm.cli.display import make_show
     from hvdllm.trainer import life
     from hvdllm.world import signals
@@ -153,7 +162,7 @@ def train(config: Config, words: list[str], here: Place) -> int:
 
 
 def tell_of_stop(tokens: int) -> None:
-    """Tells launch/inside.py, where it started us, that this life of the run ended in good order."""
+    """Tells launch/inside.py, if it started this process, that this life of the run ended in good order."""
     from hvdllm.launch.base import STOP_FILE
 
     if path := os.environ.get(STOP_FILE):
@@ -162,14 +171,14 @@ def tell_of_stop(tokens: int) -> None:
 
 
 def open_world(config: Config, here: Place) -> World:
-    """This process's rank among those of the launcher."""
+    """The world of the ranks that the launcher of this process started."""
     setup = setup_of(config, here)
     world: World = registry.built(registry.parts("transport")[setup.transport])(setup, here)
     return world
 
 
 def simulated_links(config: Config) -> Links | None:
-    """Of world=virtual with a simulated clock; None without one."""
+    """The links of world=virtual with a simulated clock, or None without such a clock."""
     from hvdllm.config import pace
     from hvdllm.world.hub import Links
 

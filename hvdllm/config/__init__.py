@@ -1,1 +1,1 @@
-"""Settings: compose.py reads them from files and words, check.py what fits together."""
+"""Settings: compose.py reads them from files and the command line, and check.py checks that they fit together."""

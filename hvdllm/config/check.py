@@ -1,6 +1,7 @@
-"""What involves the machine, the world or the whole run: checked before anything is built, said in one sentence.
+"""Checks of settings that involve the machine, the world or the whole run, before anything is built.
 
-What a part demands of itself and of others stands beside its settings (`refusal`); composition.py asks for it.
+What a part demands of its own settings and of other parts is checked beside its settings (`refusal`), which
+composition.py calls. Every check raises UserError with one sentence.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from hvdllm.paths import check_name, path_of
 from hvdllm.settings import Config, Setup
 from hvdllm.world.detect import Place
 
-MOST_LOGICAL = 4096  # ranks of world=virtual
+MOST_LOGICAL = 4096  # the most ranks of world=virtual
 
 
 def check(config: Config, place: Place) -> None:
-    """Raises UserError for the first combination that cannot work."""
+    """Checks a whole configuration.
+
+    Args:
+        config: the settings.
+        place: the place of this process among those that its launcher started.
+
+    Raises UserError for the first combination that cannot work.
+    """
     context = config.model.context
     check_model(config.model)
     if config.batch_tokens % context:
@@ -65,12 +73,12 @@ def check_paths(config: Config) -> None:
 
 
 def check_track(config: Config) -> None:
-    """Raises UserError where a tracker's package is not installed. Imports none."""
+    """Raises UserError if the package of the tracker is not installed. The package is not imported."""
     tracker = registry.of("track", config.track)
     if not tracker.facts.package:
         return
     spec = importlib.util.find_spec(tracker.facts.package)
-    if spec is None or spec.origin is None:  # a folder wandb/, which W&B makes where it is started, is no package
+    if spec is None or spec.origin is None:  # a folder wandb/ that W&B has made here would have no origin
         raise UserError(
             f"track={tracker.name}: the package is not installed: pip install {tracker.facts.package}, or leave track "
             "at none"
@@ -78,7 +86,7 @@ def check_track(config: Config) -> None:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """trace_steps `20:24` as (20, 24): steps 20, 21, 22 and 23. Raises UserError for anything else."""
+    """Parses trace_steps: `20:24` becomes (20, 24), for steps 20, 21, 22 and 23. Raises UserError for anything else."""
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text, re.ASCII)
     if found is None or int(found[1]) >= int(found[2]):
         raise UserError(
@@ -89,7 +97,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def check_batch(setup: Setup) -> None:
-    """Raises UserError where a global batch cannot be dealt."""
+    """Raises UserError if a global batch cannot be dealt to the ranks."""
     config, exchange = setup.config, setup.config.exchange
     context, parts = config.model.context, exchange.parts
     sequences, size = config.batch_tokens // context, setup.ranks - exchange.dedicated
@@ -108,7 +116,7 @@ def check_batch(setup: Setup) -> None:
 
 
 def check_world(setup: Setup, place: Place) -> None:
-    """Raises UserError where what started us cannot be this world."""
+    """Raises UserError if what started this process cannot be the world that the settings ask for."""
     kind, launcher, world = setup.transport, place.launcher, setup.config.world
     if kind in ("horovod", "torch") and launcher == "none":
         start = "horovodrun -np 2" if kind == "horovod" else "torchrun --nproc-per-node 2 -m"

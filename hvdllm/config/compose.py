@@ -1,8 +1,8 @@
-"""From the files in conf/ and the words of the command line to a typed Config, or to one sentence.
+"""Composes a typed Config from the files in conf/ and the words of the command line, or says in one sentence why not.
 
-Hydra composes (groups, presets, overrides); its schemas catch unknown keys and wrong types, but not what
-`+`, `++` and `~` add or take away, so the result is compared with the dataclasses field by field. Classes
-are looked up in a dict, never named by a file.
+Hydra composes groups, presets and overrides. Its schemas catch unknown keys and wrong types, but not what `+`, `++` and
+`~` add or take away, so the result is compared with the dataclasses field by field. Classes are looked up in a dict. No
+file can name one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config
 
 CONFIG_DIR = "--config-dir="
-NOT_OPTIONS = ("model", "world", "device")  # groups with one class of settings, which presets choose among
+NOT_OPTIONS = ("model", "world", "device")  # groups with one class of settings, whose options are presets alone
 
 
 def conf_dir() -> Path:
-    """The folder of the yaml files: inside the package when installed from a wheel, beside it in a clone.
+    """The folder of the yaml files, which is inside the package if that was installed from a wheel, else beside it.
 
-    `pkg://` would fail where a clone shadows the wheel, so Hydra gets a path.
+    Hydra gets a path, because `pkg://` would fail if a clone shadows the wheel.
     """
     package = Path(__file__).resolve().parents[1]
     return next(d for d in (package / "conf", package.parent / "conf") if (d / "train.yaml").exists())
@@ -45,10 +45,14 @@ def options(group: str) -> list[str]:
 
 
 def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
-    """The configuration of the defaults and these overrides. Raises UserError with one sentence.
+    """Composes the defaults and the words of a command line.
 
-    A word `--config-dir=DIR` adds a folder of the user's own, whose launch/site.yaml is `launch=site`. beneath: that of
-    a run's folder, which takes the defaults' place in what a folder may say (settings.setting) and no word does.
+    Args:
+        words: the overrides. `--config-dir=DIR` adds a folder of the user, whose launch/site.yaml is `launch=site`.
+        beneath: the configuration of a run's folder. It replaces the defaults for settings that a folder may choose
+          (settings.setting) and that no word gives.
+
+    Raises UserError, with one sentence, if the words cannot be composed.
     """
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
@@ -68,14 +72,20 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         config = _typed(node)
         return config if beneath is None else _over(beneath, config, given)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
-        # ValueError: model=null; AssertionError: a word without a key; RecursionError: brackets without end
+        # ValueError comes from model=null, AssertionError from a word without a key, RecursionError from deep brackets.
         raise UserError(sentence(error, words)) from None
 
 
 @contextlib.contextmanager
 def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]:
-    """Hydra, ready to compose from conf/ and the user's folder; the words as its overrides. sweep: with several values
-    of some."""
+    """A context in which Hydra is ready to compose from conf/ and the user's folders.
+
+    Args:
+        words: of the command line.
+        sweep: whether words may have several values.
+
+    Yields the words as Hydra's overrides.
+    """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -90,7 +100,7 @@ def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]
 
 
 def plugins(words: Sequence[str]) -> list[str]:
-    """The modules that the word `plugins=` names. Raises UserError for what is no name of a module."""
+    """The modules that the word `plugins=` names. Raises UserError for a name that no module can have."""
     text = last(words, "plugins", "null").strip()
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     names = [] if text == "null" else [unquoted(part.strip()) for part in split(inner) if part.strip()]
@@ -101,7 +111,7 @@ def plugins(words: Sequence[str]) -> list[str]:
 
 
 def config_folder(path: str) -> str:
-    """The word that stands for `--config-dir path`. Raises UserError where there is no such folder."""
+    """The word for `--config-dir path`, as `compose` takes it. Raises UserError if there is no such folder."""
     folder = path_of(path, "--config-dir ")
     if not path or not folder.is_dir():
         raise UserError(f"--config-dir {path}: there is no such folder; it may hold launch/site.yaml for launch=site")
@@ -109,7 +119,7 @@ def config_folder(path: str) -> str:
 
 
 def to_dict(config: Any) -> Json:
-    """Plain values, each group with the `name` of the option whose settings it holds."""
+    """The configuration as plain values. Each group also holds the `name` of its option."""
     out: Json = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -120,10 +130,18 @@ def to_dict(config: Any) -> Json:
 
 
 def from_dict(values: Json, where: str = "the configuration of this run") -> Config:
-    """The inverse of to_dict, for a run folder's config.yaml: types, choices and bounds are those of the command line.
-    Text stays as it is, nothing in it is looked up. Raises UserError where it does not fit this version."""
+    """The inverse of `to_dict`, for the config.yaml of a run's folder.
+
+    Types, choices and bounds are checked as on the command line. Text stays as it is, and nothing in it is looked up.
+
+    Args:
+        values: the plain values.
+        where: where they come from, for the sentence of the error.
+
+    Raises UserError if the values do not fit this version.
+    """
     try:
-        # A later version's settings are at their defaults in an earlier one's file; a group none lacks.
+        # A file of an earlier version may lack settings, which then have their defaults, but it has all groups.
         plain = dataclasses.asdict(Config()) | values
         for group, kinds in registry.all_kinds().items():
             inner = values.get(group)
@@ -141,19 +159,21 @@ def from_dict(values: Json, where: str = "the configuration of this run") -> Con
 
 
 def to_yaml(config: Config) -> str:
-    """What --cfg job prints and what a run folder's config.yaml holds."""
+    """The configuration as YAML, as --cfg job prints it and config.yaml in a run's folder holds it."""
     import yaml
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # it has no types
-        def ignore_aliases(self, data: object) -> bool:  # which nobody reads who reads what may be a stranger's
+        def ignore_aliases(self, data: object) -> bool:  # files of a stranger are read without aliases
             return True
 
     return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Overrides of a run and those given on top: the last word for a key counts (Hydra takes a group only once). Where
-    another option of a group is chosen, what the old words said of the one before is left behind."""
+    """Joins the overrides of a run with new ones. The last word for a key counts, since Hydra takes a group only once.
+
+    If the new words choose another option of a group, old words for settings of that group are dropped.
+    """
     old, new = ([each for word in words for each in expand(word)] for words in (old, new))
     was, now = ({key_of(word): word for word in words if key_of(word) in registry.GROUPS} for words in (old, new))
     left = {group for group in now.keys() & was.keys() if value_of(now[group]) != value_of(was[group])}
@@ -166,8 +186,8 @@ _registered: dict[tuple[str, str], type] = {}  # what Hydra has been told, by gr
 
 
 def _register() -> None:
-    """Tells Hydra of every part that it does not know yet: as an option of its group, and as schema/GROUP/NAME for
-    presets to begin with."""
+    """Registers every part that Hydra does not know yet, as an option of its group and as schema/GROUP/NAME, with which
+    presets begin."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -198,7 +218,7 @@ def _typed(node: Chosen) -> Config:
 
 
 def _groups(beneath: Config, given: dict[str, str]) -> list[str]:
-    """The words that choose its options, of the groups that no word chooses."""
+    """Words that choose the options of a folder's configuration, for groups that no given word chooses."""
     names = {
         group: registry.name_of(group, getattr(beneath, group)) for group in registry.GROUPS if _theirs(beneath, group)
     }
@@ -206,7 +226,7 @@ def _groups(beneath: Config, given: dict[str, str]) -> list[str]:
 
 
 def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
-    """The composed configuration, in place, with what the folder's has where no word said anything."""
+    """Changes the composed configuration in place: settings that no word gives become those of the folder."""
     for f in dataclasses.fields(Config):
         if not _theirs(beneath, f.name):
             continue
@@ -218,7 +238,7 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
         name = registry.name_of(f.name, theirs)
         if (
             type(theirs) is type(getattr(config, f.name)) and given.get(f.name, name) == name
-        ):  # else a preset was asked for
+        ):  # otherwise a preset was asked for
             for inner in dataclasses.fields(theirs):
                 if _theirs(theirs, inner.name) and f"{f.name}.{inner.name}" not in given:
                     setattr(getattr(config, f.name), inner.name, getattr(theirs, inner.name))
@@ -226,16 +246,19 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
 
 
 def _theirs(settings: Chosen, name: str) -> bool:
-    """May a folder say this setting of a configuration, or of one of its groups?"""
-    if name == "world":  # logical ranks are no processes: how many there are shapes numbers
+    """Whether a run's folder may choose this setting of a configuration, or of one of its groups."""
+    if name == "world":  # logical ranks are not processes, and their number shapes results
         return bool(settings.world.kind == "virtual")
-    if name == "tokenizer":  # two that are no file
+    if name == "tokenizer":  # only these two are not files
         return settings.tokenizer in ("bytes", "bpe")
     return not next(f for f in dataclasses.fields(settings) if f.name == name).metadata["ours"]
 
 
 def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    """Each field with its plain value. Raises UserError for extras, gaps, and values that alone are wrong."""
+    """Yields each field with its plain value.
+
+    Raises UserError for fields that are unknown or missing, and for values that are wrong by themselves.
+    """
     from omegaconf import DictConfig, ListConfig, OmegaConf
 
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -270,7 +293,7 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
 
 
 def _of_type(value: Any, hint: Any, where: str) -> Any:
-    """The value, a whole number as a float where that is asked for. Raises UserError where it is of another type."""
+    """The value, with a whole number as a float if a float is asked for. Raises UserError if it is of another type."""
     kinds = typing.get_args(hint) or (hint,)
     if hint is Any:
         _plain(value, where)
@@ -287,7 +310,7 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
 
 
 def _plain(value: object, where: str) -> None:
-    """Raises UserError for what no setting is: a date, bytes."""
+    """Raises UserError for values that no setting can have, such as a date or bytes."""
     if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
             _plain(one, where)
@@ -314,7 +337,7 @@ def _unknown(key: str) -> str:
 
 
 def settings() -> list[str]:
-    """The keys of all settings, of all options."""
+    """The keys of all settings of all options, such as `optim.lr`."""
     names = [f.name for f in dataclasses.fields(Config)]
     for group, kinds in registry.all_kinds().items():
         names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
@@ -322,13 +345,19 @@ def settings() -> list[str]:
 
 
 def meant(word: str, names: Sequence[str]) -> str:
-    """`, did you mean acco?`, where one of the names is near; else nothing."""
+    """A hint such as `, did you mean acco?` if one of the names is similar to the word, else ""."""
     near = difflib.get_close_matches(word, names, 2, 0.6)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def sentence(error: Exception, words: Sequence[str], sweep: bool = False) -> str:
-    """Hydra's and OmegaConf's paragraphs as one sentence."""
+    """One sentence for an error of Hydra or OmegaConf.
+
+    Args:
+        error: what was raised.
+        words: that were to be composed.
+        sweep: whether words may have several values.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,6 +1,7 @@
-"""Which parts go together, by their facts (registry.py): the one place that the check and the pages read.
+"""Which parts go together, according to their facts (registry.py). Both the checks and the pages are derived from this.
 
-A pair that is not refused here is run by tests/oracles/test_composition.py, references by test_exchange_ranks.py.
+Each pair that is not refused here is run by tests/oracles/test_composition.py; those with a reference exchange are run
+by test_exchange_ranks.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from hvdllm.registry import HOROVOD, LETTERS, LIBRARIES, PIECES, SUMS, TORCH, Pa
 from hvdllm.settings import Config, Setup
 from hvdllm.world.detect import Place
 
-# Why a wire that cannot carry what an exchange asks for is refused.
+# Why a wire is refused that cannot carry what an exchange sends.
 CANNOT = {
     SUMS: "this wire carries no whole sums: take another",
     PIECES: "this wire needs whole matrices, and this exchange hands out slices of sums: take allreduce or delayed",
@@ -22,7 +23,12 @@ START = {TORCH: "torchrun --nproc-per-node 2 -m hvdllm train", HOROVOD: "horovod
 
 
 def setup_of(config: Config, place: Place) -> Setup:
-    """The ranks that these settings come to, and what carries their bytes."""
+    """How many ranks a run with these settings has, and what carries their bytes.
+
+    Args:
+        config: the settings.
+        place: the place of this process among those that its launcher started.
+    """
     exchange = registry.of("exchange", config.exchange).facts
     if config.world.kind != "auto":
         transport = str(config.world.kind)
@@ -37,7 +43,7 @@ def setup_of(config: Config, place: Place) -> Setup:
 
 
 def refusal(setup: Setup) -> str | None:
-    """Why these parts do not go together, or cannot be as their settings say, in one sentence; None where they do."""
+    """Why these parts do not go together, or why the settings of one cannot work, in one sentence; None if they can."""
     config = setup.config
     exchange, wire = registry.of("exchange", config.exchange), registry.of("wire", config.wire)
     why = unfit(exchange, wire) or _library(setup, exchange, wire) or _letters(setup, exchange) or _hierarchy(config)
@@ -49,14 +55,14 @@ def refusal(setup: Setup) -> str | None:
 
 
 def unfit(exchange: Part, wire: Part) -> str | None:
-    """Why this wire does not carry what this exchange asks of it."""
+    """Why this wire cannot carry what this exchange sends, or None if it can."""
     if exchange.facts.carries in wire.facts.carries:
         return None
     return f"exchange={exchange.name} with wire={wire.name}: {CANNOT[exchange.facts.carries]}"
 
 
 def _library(setup: Setup, exchange: Part, wire: Part) -> str | None:
-    """A reference exchange lets its library move the sums."""
+    """Why a reference exchange, whose library moves the sums, does not fit these settings, or None."""
     library, settings = exchange.facts.carries, setup.config.wire
     if not exchange.facts.buckets and setup.config.exchange.bucket_mb is not None:
         return f"exchange.bucket_mb with exchange={exchange.name}: it sends no buckets of ours, leave it at null"
@@ -75,7 +81,7 @@ def _library(setup: Setup, exchange: Part, wire: Part) -> str | None:
 
 
 def _letters(setup: Setup, exchange: Part) -> str | None:
-    """Under Gloo mpi4py would see, in every rank, a world of one."""
+    """Why letters cannot travel between these ranks, or None. Under Gloo each rank would see an MPI world of one."""
     if exchange.facts.carries != LETTERS:
         return None
     transport = registry.parts("transport")[setup.transport]
@@ -110,7 +116,7 @@ def _fresh(config: Config, exchange: Part) -> str | None:
 
 
 def matrix() -> str:
-    """The table of exchanges and wires as hvdllm/exchange/wire/README.md shows it, in Markdown."""
+    """The table of exchanges and wires in hvdllm/exchange/wire/README.md, in Markdown."""
     wires = registry.parts("wire")
     notes: dict[str, int] = {}
     lines = ["| | " + " | ".join(f"`{name}`" for name in wires) + " |", "|---" * (len(wires) + 1) + "|"]

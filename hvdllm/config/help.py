@@ -1,4 +1,4 @@
-"""`--help` of the commands that take settings: a screen of its own, a group, one setting, or everything."""
+"""`--help` of the commands that take settings. It shows one screen, a group, one setting, or everything."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
 from hvdllm.settings import LARGEST, Chosen, Config
 
-# What a first screen shows of settings that belong to no group.
+# The settings of no group that the first screen shows.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
-ALL, OWN = "all", "settings"  # topics beside the groups: everything; the settings of no group
+ALL, OWN = "all", "settings"  # topics beside the groups: everything, and the settings of no group
 
 
 def print_help(usage: str, config: Config, topic: str | None = None, groups: tuple[str, ...] = GROUPS) -> None:
-    """usage: what stands on top. config: the composed one, whose values are shown as they are now. topic: a group, a
-    setting, or one of ALL and OWN; None: one screen. groups: those that the command reads. Raises UserError for another
-    topic."""
+    """Prints the help of a command.
+
+    Args:
+        usage: what stands on top.
+        config: the composed configuration, whose values are shown.
+        topic: a group, a setting, ALL or OWN; None: one screen.
+        groups: the groups that the command reads.
+
+    Raises UserError for an unknown topic.
+    """
     console = screen.console(highlight=False, markup=False, emoji=False)
     known = (*GROUPS, ALL, OWN, *compose.settings())
     if topic is not None and topic not in known:
@@ -44,7 +51,7 @@ def print_help(usage: str, config: Config, topic: str | None = None, groups: tup
 
 # ------------------------------------------------------------------ inside
 def _screen(console: screen.Console, config: Config, groups: tuple[str, ...]) -> None:
-    """Groups with their options, and the settings that are needed most."""
+    """Prints the groups with their options, and the settings that are needed most."""
 
     def line(left: str, right: str, cut: bool = False) -> None:
         if cut:
@@ -85,7 +92,7 @@ def _group(console: screen.Console, config: Config, group: str) -> None:
 
 
 def _one(console: screen.Console, config: Config, key: str) -> None:
-    """Of each option that has it: the value it begins with; where it differs, what it is."""
+    """Prints one setting: its default in each option that has it, and its description whenever that differs."""
     group, _, name = key.rpartition(".")
     kinds = {"": config} if not group else {option: kind() for option, kind in registry.kinds(group).items()}
     said = ""

@@ -1,4 +1,7 @@
-"""What world= says of speed, as numbers: who is slowed, and on virtual ranks the simulated clock. No torch."""
+"""Reads what the group world says of speed: which ranks are slowed, and the simulated clock of virtual ranks.
+
+It does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,14 @@ from hvdllm.world.parts import World
 
 
 def slowed(value: object, size: int) -> dict[int, float]:
-    """world.slow, `1:4` or a list of such, as {rank: factor}. Raises UserError."""
+    """Parses world.slow.
+
+    Args:
+        value: `1:4`, several such with commas between, a list of them, or None.
+        size: how many ranks there are.
+
+    Returns the factor of each slowed rank. Raises UserError for any other value.
+    """
     words = [] if value is None else value if isinstance(value, list) else str(value).split(",")
     out: dict[int, float] = {}
     for word in words:
@@ -32,7 +42,15 @@ def slowed(value: object, size: int) -> dict[int, float]:
 
 
 def bits_per_second(link: str, setting: str = "--link ", without: str = "none for the network as it is") -> float:
-    """200mbit, 1gbit, 2.5gbit, 512kbit. Raises UserError. setting, without: how one gives it, and what else."""
+    """Parses a rate such as 200mbit, 2.5gbit or 512kbit.
+
+    Args:
+        link: the rate.
+        setting: the beginning of the setting or flag, for the sentence of the error.
+        without: what else may be given, for the same sentence.
+
+    Returns bits per second. Raises UserError for any other text.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", link)
     if not found or not float(found[1]):
         raise UserError(f"{setting}{link}: give a rate such as 200mbit or 1gbit, or {without}")
@@ -40,15 +58,18 @@ def bits_per_second(link: str, setting: str = "--link ", without: str = "none fo
 
 
 def bandwidth(world: World) -> float:
-    """Bytes a second of a rank's link on the simulated clock. Raises UserError."""
+    """The rate of a rank's link on the simulated clock, in bytes per second. Raises UserError if it is not a rate."""
     if world.bandwidth is None:
         return math.inf
     return bits_per_second(world.bandwidth, "world.bandwidth=", "null for transfers that take no time") / 8
 
 
 def speeds(world: World, seed: int) -> list[float]:
-    """Tokens a second of each rank on the simulated clock: log-normal about tokens_per_s, less what it is slowed. A
-    rank's is the same whatever the size of the world."""
+    """The speed of each rank on the simulated clock, in tokens per second.
+
+    Speeds are drawn from a log-normal distribution around tokens_per_s and divided by the factor of world.slow. The
+    speed of a rank does not depend on the size of the world.
+    """
     assert world.tokens_per_s is not None
     by = slowed(world.slow, world.size)
     draws = (Random(f"speed {seed} {rank}").gauss(0, 1) for rank in range(world.size))
@@ -58,7 +79,15 @@ def speeds(world: World, seed: int) -> list[float]:
 
 
 def check(world: World, kind: str, size: int) -> None:
-    """kind, size: what world= comes to. Raises UserError where it cannot be so."""
+    """Checks the settings of speed.
+
+    Args:
+        world: the settings of the group.
+        kind: which transport they come to.
+        size: how many ranks there are.
+
+    Raises UserError if they cannot work.
+    """
     by = slowed(world.slow, size)
     bandwidth(world)
     if world.tokens_per_s is None:

@@ -1,10 +1,11 @@
-"""The words of a command line, `setting=value`: the one place where values are read before Hydra sees them.
+"""The words of a command line, `setting=value`. Only this module reads values before Hydra sees them.
 
-Text stays as it is typed, whatever it looks like: name=84e1573 is no number, resume=runs/s/optim.lr=0.001,seed=1 is one
-path. Whole numbers may be written 1e6, 64k, 1.5M or 2B (thousands, millions, billions). The name of an option takes
-settings of its own after a plus each: exchange=diloco+exchange.local_steps=10. Hydra's own spellings of text, in quotes
-or with backslashes, mean what they mean there. Under `train -m` commas separate the values of any setting; a text with
-commas is put in quotes there, or names something that exists.
+- Text stays as it is typed: name=84e1573 is not a number, and resume=runs/s/optim.lr=0.001,seed=1 is one path.
+- Whole numbers may be written as 1e6, 64k, 1.5M or 2B (thousands, millions, billions).
+- The name of an option may be followed by settings, each after a plus: exchange=diloco+exchange.local_steps=10.
+- Text in quotes or with backslashes means what it means to Hydra.
+- Under `train -m` commas separate the values of any setting. A text with commas must be quoted there, unless it is the
+  path of something that exists.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ FUNCTION = re.compile(r"(choice|range|interval|glob|tag|shuffle|sort|int|float|s
 NUMBER = re.compile(r"(?<![\w.+-])([0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE]\+?([0-9]+))?([kKmMbBgG]?)(?![\w.])")
 TIMES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}  # powers of ten
 KINDS = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Several": "texts"}
-LONGEST = 30  # digits of a number that is written out; bounds are far below
+LONGEST = 30  # the most digits of a number that is written out; the bounds of settings are far below
 
 
 def key_of(word: str) -> str:
-    """optim.lr of `+optim.lr=1`."""
+    """The key of a word: that of `+optim.lr=1` is optim.lr."""
     return word.lstrip("+~").partition("=")[0]
 
 
 def value_of(word: str) -> str:
-    """The text of a word's value, without what Hydra's grammar would make of it."""
+    """The value of a word as plain text, with Hydra's quotes and backslashes undone."""
     text = unquoted(word.partition("=")[2])
     return re.sub(r"(\\+)\$\{", lambda found: "\\" * (len(found[1]) // 2) + "${", text)
 
 
 def of(key: str, text: str) -> str:
-    """The word that gives a setting exactly this text, in which nothing is looked up (`${...}`)."""
+    """The word that gives a setting exactly this text. `${...}` in it is not looked up."""
     literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
     return f"{key}={quoted(literal)}"
 
 
 def last(words: Sequence[str], key: str, default: str) -> str:
-    """The text that the last word for a setting gives it."""
+    """The value of the last word for a setting as plain text, or `default` if there is none."""
     return next((value_of(word) for word in reversed(words) if key_of(word) == key), default)
 
 
 def expand(word: str) -> list[str]:
-    """`exchange=diloco+exchange.local_steps=10` as its two words; any other word as itself."""
+    """Splits `exchange=diloco+exchange.local_steps=10` into its two words. Any other word stays as it is."""
     key, equals, value = word.partition("=")
     if not equals or key not in GROUPS:
         return [word]
@@ -59,7 +60,7 @@ def expand(word: str) -> list[str]:
 
 
 def typed(word: str, sweep: bool = False) -> str:
-    """The word as Hydra is to read it. sweep: commas separate values."""
+    """The word in the form that Hydra must read. sweep: whether commas separate values."""
     key, equals, value = word.partition("=")
     kind = _kinds().get(key.lstrip("+"))
     if not equals or key.startswith("~") or (kind == "text?" and value == "null"):
@@ -77,18 +78,18 @@ def typed(word: str, sweep: bool = False) -> str:
 
 
 def plain(word: str) -> str:
-    """A word with its text as one would type it, for names of folders and for people."""
+    """The word without quotes around its text, for names of folders and for messages."""
     key, _, value = word.partition("=")
     return f"{key}={unquoted(value)}" if is_text(word) else word
 
 
 def is_text(word: str) -> bool:
-    """Does it give a setting that is text?"""
+    """Whether a word gives a setting whose values are text."""
     return _kinds().get(key_of(word)) not in (None, "int")
 
 
 def split(value: str) -> list[str]:
-    """At commas outside quotes and brackets."""
+    """Splits a value at commas that are outside quotes and brackets."""
     parts, depth, quote, at = [""], 0, "", 0
     while at < len(value):
         letter = value[at]
@@ -109,13 +110,13 @@ def split(value: str) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """As a string of Hydra's grammar: backslashes count only before a quote."""
+    """The text as a quoted string of Hydra's grammar, in which backslashes count only before a quote."""
     inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", inner) + "'"
 
 
 def unquoted(value: str) -> str:
-    """The inverse; a value without quotes loses Hydra's backslashes alone."""
+    """The inverse of `quoted`. A value without quotes loses only Hydra's backslashes."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         mark, inner = value[0], value[1:-1]
         if not re.search(rf"(?<!\\)(?:\\\\)*{mark}", inner):
@@ -135,7 +136,7 @@ def _text(value: str, kind: str) -> str:
 
 
 def _written_out(value: str) -> str:
-    """1e6, 64k and 1.5M as digits: OmegaConf takes no float for an int, even a whole one."""
+    """Writes 1e6, 64k and 1.5M as digits, because OmegaConf does not take a float for an int."""
 
     def digits(found: re.Match[str]) -> str:
         power = int((found[2] or "0")[:4]) + TIMES[found[3].lower()]
@@ -153,9 +154,9 @@ def _kinds() -> dict[str, str]:
 
 @cache
 def _kinds_of(parts: int) -> dict[str, str]:
-    """Of each setting: int, text, text? (or null), texts (or a list of them); choices and others are Hydra's.
+    """The kind of each setting: int, text, text? (or null) or texts (or a list of them). Hydra reads all others itself.
 
-    parts: how many are registered, since plugins may add some.
+    parts: how many parts are registered. It is a key of the cache, since plugins may add some.
     """
     fields = [("", f) for f in dataclasses.fields(Config) if f.name not in registry.GROUPS]
     for group, kinds in registry.all_kinds().items():

@@ -1,1 +1,1 @@
-"""Starts runs: a sweep of points (sweep.py), each by a launcher (base.py): here, under horovodrun, as a Slurm job."""
+"""Starts runs. sweep.py trains the points of a sweep, each by a launcher (base.py): here, by horovodrun or by Slurm."""

@@ -1,4 +1,4 @@
-"""Processes that belong together: started at once, ended together, their last words kept."""
+"""Runs a group of processes that start and end together, and keeps their last lines of output."""
 
 from __future__ import annotations
 
@@ -15,27 +15,38 @@ from pathlib import Path
 from hvdllm.interpreter import found
 from hvdllm.launch.lab import held
 
-GRACE_S = 8.0  # seconds between SIGTERM and SIGKILL: horovodrun takes 5 to end its ranks
-FOREIGN = ("HOROVOD_", "OMPI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "OMP_")  # what another launcher left in here
+GRACE_S = 8.0  # seconds between SIGTERM and SIGKILL; horovodrun takes 5 to end its ranks
+FOREIGN = ("HOROVOD_", "OMPI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "OMP_")  # variables of other launchers
 
 
 @dataclass(frozen=True)
 class Ended:
-    """problem: None where all returned 0, else half a sentence. tail: the last lines of all output."""
+    """How a group ended.
+
+    Attributes:
+        problem: what went wrong, as a clause, or None if all processes returned 0.
+        tail: the last lines of all output.
+    """
 
     problem: str | None
     tail: list[str]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what would tell a rank that another launcher started it."""
+    """The environment of this process, with `more`, and without variables by which a rank detects a launcher."""
     return {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)} | found() | more
 
 
 def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, limit_s: float) -> Ended:
-    """Runs them side by side to their end, at most limit_s seconds; their output goes to `log`.
+    """Runs processes side by side to their end. If one fails, all are ended.
 
-    One that fails ends all. Whatever happens, Ctrl-C included, no process of them is left.
+    No process is left when this returns or raises, also after Ctrl-C.
+
+    Args:
+        commands: one for each process.
+        env: their environment.
+        log: the file for their output.
+        limit_s: the most seconds that they may take.
     """
     started: list[subprocess.Popen[bytes]] = []
     problem, end = None, time.monotonic() + limit_s
@@ -65,14 +76,14 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, li
 
 
 def last_lines(text: str, most: int = 12) -> list[str]:
-    """The lines that say why: the launcher's own traceback is left out where ranks have spoken."""
+    """The last lines of an output that say why it ended. If ranks have printed lines, the launcher's are left out."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     ranks = [line for line in lines if re.match(r"\[\d+\]<std(out|err)>:", line)]
     return (ranks or lines)[-most:]
 
 
 def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, which launchers pass on to their ranks, then SIGKILL to whatever descends from them."""
+    """Sends SIGTERM, which launchers pass on to their ranks, and then SIGKILL to all descendants that are left."""
     alive = [process for process in started if process.poll() is None]
     family = descendants([process.pid for process in alive])
     for process in alive:
@@ -93,7 +104,10 @@ def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def descendants(roots: Sequence[int]) -> dict[int, str]:
-    """Living processes below and including `roots`, with their start times, so that a pid used again is not one."""
+    """The living processes among `roots` and their descendants, as a map from pid to start time.
+
+    The start time tells a process from a later one with the same pid.
+    """
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (fields := _stat(int(entry))):
@@ -108,13 +122,13 @@ def descendants(roots: Sequence[int]) -> dict[int, str]:
 
 
 def _living(pid: int) -> str:
-    """Start time in clock ticks; empty if gone, or a zombie that its parent has not asked for."""
+    """The start time of a process in clock ticks, or "" if it is gone or a zombie."""
     fields = _stat(pid)
     return "" if not fields or fields[0] in "ZX" else fields[19]
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and what follows in /proc/<pid>/stat; empty if gone."""
+    """The fields of /proc/<pid>/stat from the state on, or nothing if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,7 @@
-"""A point as a horovodrun job of its own, on this machine, on hosts of the user's, or on those of the network lab.
+"""Starts a point as a horovodrun job, on this machine, on the user's hosts, or on those of the network lab.
 
-horovodrun gives its ranks SIGKILL 5 s after Ctrl-C, and under MPI forgets them at SIGTERM. So a stop is asked of the
-ranks themselves (one is enough: the next meta tells all), and horovodrun ends when they have.
+horovodrun kills its ranks 5 s after Ctrl-C, and under MPI leaves them alone at SIGTERM. So the ranks themselves are
+asked to stop (one is enough, since the next meta tells all), and horovodrun ends when they have ended.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ RANK = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def launch(point: Point, settings: Horovodrun, stop: threading.Event, say: Say) -> int:
+    """Runs the point as a horovodrun job, as base.Launcher says."""
     with network(settings) as hosts:
         words = [*launcher(settings, hosts), *command(point)]
         return local.run(words, environment(settings, hosts), point.folder / "launch.log", stop, ask_ranks)
 
 
 def ready(settings: Horovodrun) -> None:
-    """Raises UserError where these settings cannot start anything."""
+    """Raises UserError if nothing can be started with these settings."""
     program()
     if settings.hosts is not None:
         if not re.fullmatch(r"[^\s,:]+:\d+(,[^\s,:]+:\d+)*", settings.hosts):
@@ -61,7 +62,7 @@ def ready(settings: Horovodrun) -> None:
 
 
 def program() -> str:
-    """horovodrun of this environment. Raises UserError where there is none."""
+    """The path of this environment's horovodrun. Raises UserError if there is none."""
     beside = Path(sys.executable).with_name("horovodrun")
     found = str(beside) if beside.exists() else shutil.which("horovodrun")
     if found is None:
@@ -70,12 +71,12 @@ def program() -> str:
 
 
 def starter(controller: str) -> list[str]:
-    """horovodrun; over Gloo with a meeting point that is not open to everybody (launch/meeting.py)."""
+    """The command for horovodrun. Over Gloo it uses a meeting point that asks for a secret (launch/meeting.py)."""
     return [sys.executable, "-P", meeting.__file__] if controller == "gloo" else [program()]
 
 
 def launcher(settings: Horovodrun, hosts: lab.Lab | None) -> list[str]:
-    """The words before those of a rank."""
+    """The words of the command line before those of a rank. hosts: of the network lab, if it is used."""
     words = [*starter(settings.controller), f"--{settings.controller}", "-np", str(settings.np), "--disable-cache"]
     if hosts is not None:
         where = ",".join(f"{host.address}:1" for host in hosts.hosts)
@@ -85,30 +86,41 @@ def launcher(settings: Horovodrun, hosts: lab.Lab | None) -> list[str]:
 
 
 def environment(settings: Horovodrun, hosts: lab.Lab | None) -> dict[str, str]:
-    """This process's; what the user has set of Open MPI stays."""
+    """The environment for horovodrun: that of this process, with what the settings need.
+
+    Variables of Open MPI that the user has set stay as they are.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     interface = lab.INTERFACE if hosts is not None else settings.interface
     env = {"PYTHONUNBUFFERED": "1", "PATH": f"{hosts.folder}{os.pathsep}{path}" if hosts is not None else path}
     if settings.link is not None:
         env[LINK] = settings.link  # for the run's records
     if interface and "," not in interface:
-        env["GLOO_SOCKET_IFNAME"] = interface  # torch's Gloo asks no launcher
+        env["GLOO_SOCKET_IFNAME"] = interface  # torch's Gloo is not told by horovodrun
     if settings.controller == "mpi":
         env |= mpi(here=settings.hosts is None)
     return {**os.environ, **env}
 
 
 def mpi(here: bool) -> dict[str, str]:
-    """What mpirun needs, but for what the user has set. here: all ranks are on this machine."""
+    """The variables that mpirun needs, without those that the user has set. here: all ranks are on this machine."""
     env = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
     env |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_odls_base_sigkill_timeout": "5"}
     if here and not shutil.which("ssh"):
-        env["OMPI_MCA_plm"] = "isolated"  # else mpirun looks for ssh even where it needs none
+        env["OMPI_MCA_plm"] = "isolated"  # otherwise mpirun looks for ssh even if it does not need it
     return {name: value for name, value in env.items() if name not in os.environ}
 
 
 def ask_ranks(pid: int, mark: str) -> None:
-    """The ranks on this machine; where there is none (yet, or all are elsewhere) horovodrun, as Ctrl-C does."""
+    """Asks a job to save and end.
+
+    The ranks on this machine are asked. If there are none, because they are elsewhere or have not begun, horovodrun
+    gets SIGINT, as from Ctrl-C.
+
+    Args:
+        pid: of horovodrun.
+        mark: of the job's processes (local.py).
+    """
     ranks = [
         one for one, env in local.family(mark).items() if any(name in env for name in RANK) and _is_rank(one)
     ]  # fmt: skip
@@ -121,7 +133,7 @@ def ask_ranks(pid: int, mark: str) -> None:
 
 @contextlib.contextmanager
 def network(settings: Horovodrun) -> Iterator[lab.Lab | None]:
-    """The lab, one host a rank, where launch.link asks for it; gone at the end, whatever happens."""
+    """A context with the network lab, one host for each rank, if launch.link asks for it. The lab is always removed."""
     if settings.link is None:
         yield None
         return
@@ -132,7 +144,7 @@ def network(settings: Horovodrun) -> Iterator[lab.Lab | None]:
 
 
 def _is_rank(pid: int) -> bool:
-    """Not the shell that started it, which has the same environment."""
+    """Whether a process is a rank and not the shell that started it, which has the same environment."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

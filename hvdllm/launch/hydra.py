@@ -1,8 +1,8 @@
-"""Hydra's own sweepers, basic and optuna, with a launcher of ours: batches of points go to one function.
+"""Drives Hydra's own sweepers, basic and optuna, with a launcher that passes batches of points to one function.
 
-Hydra takes plugins from the package hydra_plugins alone and looks classes up by name, so ours is registered by hand
-under such a name; a folder hydra_plugins/ would be a second top-level package. What Hydra would write (multirun.yaml)
-goes to a temporary folder.
+Hydra takes plugins only from the package hydra_plugins, and looks classes up by name. The launcher is therefore
+registered by hand under such a name, since a folder hydra_plugins/ would be a second top-level package. What Hydra
+writes (multirun.yaml) goes to a temporary folder.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from hvdllm.config.words import typed
 from hvdllm.errors import RunError, UserError
 
 Task = Callable[[Sequence[Sequence[str]]], list[float | None]]
-OURS = ("hydra/sweeper", "hydra.sweeper.")  # the words of Hydra's own that a sweep reads
+OURS = ("hydra/sweeper", "hydra.sweeper.")  # the settings of Hydra itself that a sweep reads
 NO_OPTUNA = "hydra/sweeper=optuna needs the optuna sweeper of Hydra: pip install hvdllm[optuna]"
 
 
 class Ended(Exception):
-    """Raised by a task: no further points."""
+    """A task raises it to get no further points."""
 
 
 @dataclass
 class Returned:
-    """As a sweeper reads Hydra's JobReturn."""
+    """The result of a point, in the form of Hydra's JobReturn.
+
+    Attributes:
+        value: the validation loss, or None.
+        must: whether the sweeper needs a value, because it is an optimizer.
+    """
 
     value: float | None
     must: bool
@@ -44,10 +49,14 @@ class Returned:
 
 
 def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None:
-    """Lets the sweeper that the words choose hand out its points.
+    """Runs the sweeper that the words choose.
 
-    make_task(trials): trials of an optimizer, or None where all points are known from the start; its task takes a batch
-    of points, each as words, and returns what each came to (a validation loss; None: nothing), or raises Ended.
+    Args:
+        words: of `train -m`.
+        make_task: is given the number of an optimizer's trials, or None if all points are known from the start. It
+          returns the task, which takes a batch of points, each as words, and returns their validation losses (None if
+          a point has none). The task raises Ended to get no further points.
+
     Raises UserError for words that cannot work.
     """
     from hydra.core.global_hydra import GlobalHydra
@@ -61,7 +70,7 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
     with tempfile.TemporaryDirectory() as scratch, compose.hydra_over(words, sweep=True) as overrides:
         try:
             with warnings.catch_warnings():
-                # Of optuna and its storage, at what Hydra's sweeper calls.
+                # Hydra's sweeper calls functions that optuna and its storage have deprecated.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
                 _check_optuna(words)
@@ -83,13 +92,13 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
                 sweeper = Plugins.instance().instantiate_sweeper(
                     config=node, hydra_context=context, task_function=counted
                 )
-                # The task composes and checks all points itself, and knows words that Hydra does not.
+                # The task composes and checks all points itself, and takes words that Hydra does not know.
                 vars(sweeper)["validate_batch_is_legal"] = lambda batch: None
                 sweeper.sweep(arguments=list(node.hydra.overrides.task))
         except (Ended, UserError, RunError):
             raise
         except Exception as error:
-            if began and "No trials are completed" in str(error):  # optuna looks for the best of none
+            if began and "No trials are completed" in str(error):  # optuna found no trial to call the best
                 return
             if began:
                 raise
@@ -98,13 +107,13 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
 
 # ------------------------------------------------------------------ inside
 def _register() -> None:
-    """Our launcher under the name that Hydra will look for."""
+    """Registers the launcher under the name that Hydra will look for."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
     from hydra.plugins.launcher import Launcher
 
     class Points(Launcher):
-        """Hands each batch to the task function, which is not Hydra's but ours."""
+        """Passes each batch to the task."""
 
         def setup(self, *, hydra_context: object, task_function: Any, config: object) -> None:
             self.task = task_function
@@ -131,7 +140,7 @@ def _register() -> None:
 
 
 def _prepare(node: Any, words: Sequence[str]) -> int | None:
-    """What this house wants of a sweeper; how many trials an optimizer has."""
+    """Sets the sweeper's defaults. Returns how many trials an optimizer has, or None for a sweeper that is none."""
     from omegaconf import OmegaConf, flag_override
 
     sweeper = node.hydra.sweeper
@@ -139,19 +148,19 @@ def _prepare(node: Any, words: Sequence[str]) -> int | None:
         for key, value in (sweeper.get("params") or {}).items():
             sweeper.params[key] = typed(f"{key}={value}", sweep=True).partition("=")[2]
         if "n_trials" not in sweeper:
-            sweeper.max_batch_size = None  # every point is checked before the first begins
+            sweeper.max_batch_size = None  # one batch, so that every point is checked before the first begins
             return None
         if OmegaConf.select(sweeper, "sampler.seed", default=0) is None:
-            sweeper.sampler.seed = 0  # the same command comes to the same trials, and runs only those that are missing
+            sweeper.sampler.seed = 0  # the same command gets the same trials, and runs only those that are missing
         if not any(word.lstrip("+").startswith("hydra.sweeper.max_failure_rate=") for word in words):
             sweeper.max_failure_rate = 1.0  # a failed point does not stop the others
         if not any(word.lstrip("+").startswith("hydra.sweeper.n_jobs=") for word in words):
-            sweeper.n_jobs = node.launch.parallel or 1  # what is asked for at once knows nothing of each other
+            sweeper.n_jobs = node.launch.parallel or 1  # trials of one batch do not learn from each other
     return int(sweeper.n_trials)
 
 
 def _check_optuna(words: Sequence[str]) -> None:
-    """Raises UserError where optuna is asked for by a word and cannot be imported; else makes it silent."""
+    """Raises UserError if a word asks for optuna and it cannot be imported. Otherwise its messages are switched off."""
     import logging
 
     if not any(word.lstrip("+") == "hydra/sweeper=optuna" for word in words):
@@ -162,7 +171,8 @@ def _check_optuna(words: Sequence[str]) -> None:
     except ImportError:
         raise UserError(NO_OPTUNA) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)  # failed points are listed
+    # The sweep lists failed points itself.
+    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)
 
 
 def _sentence(error: Exception, words: Sequence[str]) -> str:

@@ -1,31 +1,34 @@
-"""What runs inside a Slurm job: takes hosts and ranks from Slurm, starts the ranks, hands signals on to them.
+"""What runs inside a Slurm job. It takes hosts and ranks from Slurm, starts the ranks, and passes signals on to them.
 
     exec python -m hvdllm.launch.inside [--how srun|gloo|horovodrun] [--interface eth0] -- hvdllm train …
 
-as the last line of a batch script (or within salloc). With `exec`, because the signal before a time limit
-(`--signal=B:USR1@60`) reaches only the process that is the batch script:
+is the last line of a batch script, or is typed within salloc. `exec` is needed because the signal before a time limit
+(`--signal=B:USR1@60`) reaches only the process of the batch script itself:
 
-  SIGUSR1          the limit is near: the ranks save and stop, then the job is queued again, under its number
+  SIGUSR1          the limit is near: the ranks save and stop, then the job is queued again under its number
   SIGTERM, SIGINT  the ranks save and stop
 
-Only a run that stopped in good order is queued again: rank 0 has left its tokens in a hidden file of the folder that
-the job was submitted from. LIVES lives one after the other that got no further end it.
+A job is queued again only if the run stopped in good order. Rank 0 then leaves its tokens in a hidden file in the
+folder that the job was submitted from. After LIVES lives in a row that got no further, the job ends.
 
-A queued-again job trains on where the run has a name of its own (`name=`): that is what finds the checkpoint. To save
-without an end: `scancel --signal=USR1 JOB`, which reaches the ranks and not this process.
+A job that is queued again goes on with training only if its run has a name (`name=`), by which it finds the checkpoint.
+To save without ending, use `scancel --signal=USR1 JOB`, which reaches the ranks and not this process.
 
-how: srun starts the ranks itself and introduces them by PMIx. gloo is for clusters without a PMIx that fits Open MPI
-and without ssh: srun starts the ranks and here runs the key-value server by which horovodrun lets them meet
-(launch/meeting.py; launch/task.py tells them where). It takes what comes with its secret, as long as the ranks live, on
-the interface that is named, else on that towards the other nodes where it is known. horovodrun needs ssh between the
-nodes, none in a job of one.
+There are three ways to start ranks (--how):
 
-srun kills its ranks at a SIGTERM, and horovodrun does 5 s later: so the ranks are told, by scancel or on this node
-(one is enough: the next meta tells all), and what started them ends when they have.
+  srun        srun starts the ranks and connects them by PMIx.
+  gloo        For clusters without ssh, and without a PMIx that fits Open MPI. srun starts the ranks, and this process
+              runs the key-value server by which horovodrun lets ranks meet (launch/meeting.py); launch/task.py tells
+              them where it is. The server accepts requests with its secret as long as the ranks live. It listens on
+              the interface that is named, else on the one towards the other nodes if that is known.
+  horovodrun  It needs ssh between nodes; a job of one node needs none.
 
-Always --kill-on-bad-exit: without it a rank that died leaves the others waiting for it until the time limit. GPUs are
-not bound: each rank sees those of its node and takes the one of its local rank (device.choose). As many ranks on each
-node: Horovod's hierarchy of hosts needs that.
+srun kills its ranks at a SIGTERM, and horovodrun 5 s after it. The ranks are therefore asked to stop by scancel, or by
+a signal on this node (one rank is enough, since the next meta tells all). What started them ends when they have ended.
+
+srun always gets --kill-on-bad-exit, because otherwise a rank that died would leave the others waiting until the time
+limit. GPUs are not bound: each rank sees those of its node and takes the one of its local rank (device.choose). All
+nodes have the same number of ranks, because Horovod's hierarchy of hosts needs that.
 """
 
 from __future__ import annotations
@@ -63,26 +66,39 @@ LIVES = 3
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave this job. job: as scontrol takes it. each: ranks on a node."""
+    """What Slurm has given to this job.
+
+    Attributes:
+        job: its number, as scontrol takes it.
+        nodes: how many it has.
+        each: ranks on each node.
+        nodelist: the nodes, in Slurm's notation.
+        cpus: cores for each rank, if Slurm says so.
+        gpus: whether it has any.
+    """
 
     job: str
     nodes: int
     each: int
     nodelist: str
-    cpus: str | None = None  # a rank
+    cpus: str | None = None
     gpus: bool = False
 
     @property
     def ranks(self) -> int:
+        """How many ranks the job has."""
         return self.nodes * self.each
 
 
 def allocation(env: Mapping[str, str] = os.environ) -> Allocation:
-    """Raises UserError outside a job, and where nodes have unequal numbers of tasks."""
+    """Reads the allocation from Slurm's variables.
+
+    Raises UserError outside a job, or if nodes have unequal numbers of tasks.
+    """
     if "SLURM_JOB_ID" not in env:
         raise UserError("this is no Slurm job: start it from a batch script (jobs/slurm/train.sbatch) or within salloc")
     nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
-    # Without a number of tasks SLURM_TASKS_PER_NODE may count cores: then it is one a node.
+    # If no number of tasks was asked for, SLURM_TASKS_PER_NODE may count cores, and there is one task on each node.
     if "SLURM_NTASKS" in env:
         counts = tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))
     else:
@@ -92,7 +108,7 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation:
             f"the {nodes} nodes of this job have {', '.join(map(str, counts))} tasks, and ranks need as many on each: "
             "ask for them by --nodes and --ntasks-per-node, without --ntasks"
         )
-    # An array's number is also that of one of its tasks: to requeue it would requeue all of them.
+    # The number of an array is also that of one of its tasks, and requeueing it would requeue all of them.
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -101,7 +117,7 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation:
 
 
 def interfaces(names: str | None) -> dict[str, str]:
-    """The environment that keeps all traffic on these interfaces (`eth0` or `eth0,eth1`). Gloo takes the first."""
+    """The variables that keep all traffic on these interfaces (`eth0` or `eth0,eth1`). Gloo uses only the first."""
     if not names:
         return {}
     return {
@@ -113,7 +129,13 @@ def interfaces(names: str | None) -> dict[str, str]:
 
 
 def by_srun(here: Allocation, mpi: str, command: list[str]) -> list[str]:
-    """srun over the whole job. It does not inherit the cores a task of sbatch since Slurm 22.05."""
+    """The srun command for all ranks. Cores are passed, since srun has not inherited them from sbatch since 22.05.
+
+    Args:
+        here: the allocation.
+        mpi: as srun's --mpi takes it.
+        command: what each rank runs.
+    """
     words = ["srun", f"--mpi={mpi}", "--kill-on-bad-exit=1", "--distribution=block", f"--nodes={here.nodes}"]
     words += [f"--ntasks={here.ranks}", f"--ntasks-per-node={here.each}"]
     words += [f"--cpus-per-task={here.cpus}"] if here.cpus else []
@@ -122,7 +144,8 @@ def by_srun(here: Allocation, mpi: str, command: list[str]) -> list[str]:
 
 
 def by_horovodrun(here: Allocation, hosts: list[str], interface: str | None, command: list[str]) -> list[str]:
-    """A job of one node needs no ssh: to horovodrun a node's name may be another host's, localhost is not."""
+    """The horovodrun command for all ranks. In a job of one node the host is `localhost`, for which horovodrun does not
+    need ssh; it could take the node's name for another host."""
     names = hosts if here.nodes > 1 else ["localhost"]
     slots = ",".join(f"{host}:{here.each}" for host in names)
     nics = ["--network-interfaces", interface] if interface else []
@@ -131,7 +154,7 @@ def by_horovodrun(here: Allocation, hosts: list[str], interface: str | None, com
 
 @contextlib.contextmanager
 def meeting_point(here: Allocation, interface: str | None) -> Iterator[str]:
-    """Horovod's key-value server, as launch/task.py is told of it: address, port, secret. It ends with the context."""
+    """A context with Horovod's key-value server. Yields `ADDRESS PORT SECRET`, as launch/task.py takes it."""
     try:
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     except ImportError as error:
@@ -146,8 +169,11 @@ def meeting_point(here: Allocation, interface: str | None) -> Iterator[str]:
 
 
 def address_of(here: Allocation, interface: str | None) -> str:
-    """Of this host, for the ranks: on the interface named; of a job on one node the loopback; else on the interface
-    towards another node. "" where no name of a node has an address here: then on all interfaces."""
+    """The address of this host at which the key-value server listens.
+
+    It is that of the named interface; else the loopback, in a job of one node; else that of the interface towards
+    another node. It is "", for all interfaces, if none of this is known.
+    """
     if interface:
         first = interface.split(",")[0]
         if not (address := network.addresses().get(first, "")):
@@ -167,8 +193,11 @@ def address_of(here: Allocation, interface: str | None) -> str:
 
 
 class Ranks:
-    """The process that starts the ranks, and what signals ask of it. job: whose steps are the ranks; None: they are
-    processes of this node, and others."""
+    """The process that starts the ranks, and the handlers of the signals that this process gets.
+
+    Args:
+        job: the ranks are steps of this job; None: they are processes that horovodrun has started.
+    """
 
     def __init__(self, job: str | None) -> None:
         self.job, self.mark = job, uuid.uuid4().hex
@@ -178,15 +207,16 @@ class Ranks:
             signal.signal(number, self.hear)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
         if self.process is not None and self.process.poll() is not None:
-            return  # they are done: nothing to save, nothing to queue again for
+            return  # the ranks have ended, so there is nothing to save or to queue again
         self.again |= number == signal.SIGUSR1
         self.ended.set()
         if self.process is not None:
             self.end()
 
     def end(self) -> None:
-        """Tells all ranks to save and stop, and again while they live: they may not have been started yet."""
+        """Asks all ranks to save and stop. An alarm repeats it, because they may not have been started yet."""
         if self.job is None:
             local.ask([pid for pid, env in local.family(self.mark).items() if "HOROVOD_RANK" in env and not shell(pid)])
         else:
@@ -194,8 +224,11 @@ class Ranks:
         signal.alarm(REPEAT_S)
 
     def run(self, command: list[str], env: dict[str, str]) -> int:
-        """Starts them and waits. In a process group of its own: a terminal's Ctrl-C reaches it through us alone."""
-        if self.ended.is_set():  # before there were any
+        """Starts the ranks, waits for their end, and returns the exit code.
+
+        They are started in a session of their own, so a terminal's Ctrl-C reaches them only through this process.
+        """
+        if self.ended.is_set():  # before there were any ranks
             return 128 + signal.SIGTERM
         try:
             self.process = subprocess.Popen(command, env={**env, local.MARK: self.mark}, start_new_session=True)
@@ -209,14 +242,22 @@ class Ranks:
 
 
 def shell(pid: int) -> bool:
-    """By which horovodrun starts a rank: with the same environment."""
+    """Whether a process is the shell by which horovodrun starts a rank, which has the same environment."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip() in ("sh", "bash", "dash")
     return True
 
 
 def start(how: str, interface: str | None, command: list[str]) -> int:
-    """Runs the command on all ranks of this job. Returns its exit code: the largest of the ranks under srun."""
+    """Runs a command on all ranks of this job.
+
+    Args:
+        how: what starts the ranks, one of HOW.
+        interface: network interfaces, or None for any.
+        command: what each rank runs.
+
+    Returns the exit code, which under srun is the largest of the ranks', or STOPPED if the run stopped in good order.
+    """
     here = allocation()
     ranks = Ranks(None if how == "horovodrun" else here.job)
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
@@ -227,7 +268,7 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
         if how == "srun":
             words = by_srun(here, "pmix", command)
         elif how == "gloo":
-            # By the environment, for other users of a node can read a command line.
+            # The secret is in the environment, because other users of a node can read command lines.
             env[MEETING] = stack.enter_context(meeting_point(here, interface))
             words = by_srun(here, "none", ["--export=ALL", *PYTHON, "hvdllm.launch.task", "--", *command])
         else:
@@ -240,12 +281,14 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
         requeue(here.job)
     else:
         life.forget()
-    return STOPPED  # whatever the launcher made of it: it may have ended the other ranks once rank 0 had
+    return STOPPED  # the launcher's code does not count: it may have killed the other ranks after rank 0 ended
 
 
 class Life:
-    """What one life of a job leaves to the next: a file that rank 0 writes the tokens of its stop to, and behind them
-    how many lives had got no further."""
+    """The file that one life of a job leaves to the next.
+
+    Rank 0 writes the tokens at which it stopped, and this process adds how many lives in a row got no further.
+    """
 
     def __init__(self, job: str, folder: Path) -> None:
         self.path = (folder / f".hvdllm-{job}.stopped").absolute()
@@ -255,7 +298,7 @@ class Life:
             self.path.unlink()
 
     def _read(self) -> tuple[int, int]:
-        """Tokens, -1 where there is no file, and lives that got no further."""
+        """The tokens, or -1 if there is no file, and the number of lives that got no further."""
         try:
             numbers = [int(word) for word in self.path.read_text().split()[:2]]
         except (OSError, ValueError):
@@ -263,11 +306,11 @@ class Life:
         return (numbers[0], numbers[1]) if len(numbers) == 2 else (numbers[0] if numbers else -1, 0)
 
     def stopped(self) -> bool:
-        """Did rank 0 stop in good order?"""
+        """Whether rank 0 has stopped in good order."""
         return self._read()[0] >= 0
 
     def keep(self) -> None:
-        """For the next life. Raises RunError where lives have come to nothing too often."""
+        """Writes the file for the next life. Raises RunError if LIVES lives in a row got no further."""
         tokens, _ = self._read()
         idle = self.idle + 1 if tokens == self.before else 0
         if idle >= LIVES:
@@ -279,10 +322,12 @@ class Life:
         self.path.write_text(f"{tokens} {idle}\n")
 
     def forget(self) -> None:
+        """Removes the file."""
         self.path.unlink(missing_ok=True)
 
 
 def hosts_of(here: Allocation) -> list[str]:
+    """The names of the job's nodes. Raises UserError if Slurm does not know them."""
     done = subprocess.run(["scontrol", "show", "hostnames", here.nodelist], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"Slurm does not know the hosts {here.nodelist} ({said(done.stderr)})")
@@ -290,7 +335,7 @@ def hosts_of(here: Allocation) -> list[str]:
 
 
 def requeue(job: str) -> None:
-    """Ends this job, and so this process, and queues it again."""
+    """Queues this job again, which also ends it and this process. Raises UserError if Slurm refuses."""
     print(f"hvdllm: the time limit is near: the run has stopped, and job {job} is queued again", flush=True)
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
@@ -300,6 +345,7 @@ def requeue(job: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Runs this module as a program, and returns its exit code."""
     parser = argparse.ArgumentParser(
         "python -m hvdllm.launch.inside", description="Starts the ranks of a Slurm job, from inside it."
     )

@@ -1,15 +1,17 @@
-"""The network lab: several hosts on one machine, each a network namespace, joined by a link of a known rate.
+"""The network lab: several hosts on one machine, which are network namespaces joined by links of a known rate.
 
     host h1: eth0 10.77.0.1 --veth--+
     host h2: eth0 10.77.0.2 --veth--+-- bridge, in a namespace of its own
     ...
 
-Every host shapes what it sends (token bucket, tc tbf), so both directions of every pair have that rate. Segmentation
-offloads are off, so that an interface's tx_packets are packets on the wire and tx_bytes an independent count.
+Every host shapes what it sends (a token bucket, tc tbf), so both directions between any two hosts have that rate.
+Segmentation offloads are off, so an interface's tx_packets are packets on the wire, and tx_bytes is an independent
+count of the bytes.
 
-Invariant: only names that this lab made are ever touched, `hvdllm-<pid>-h<k>` and `hvdllm-<pid>-sw` of this process,
-and all of them are gone after close(), also after a failure or a signal. What a lab left behind whose process was
-killed is swept by the next. Needs root, iproute2's ip and tc; nothing outside the namespaces changes.
+Invariant: a lab touches only namespaces that it has made itself, `hvdllm-<pid>-h<k>` and `hvdllm-<pid>-sw` with the pid
+of this process. All of them are gone after close(), also after a failure or a signal. What is left of a lab whose
+process was killed is removed by the next lab. A lab needs root and iproute2's ip and tc. It changes nothing outside its
+namespaces.
 """
 
 from __future__ import annotations
@@ -40,14 +42,21 @@ OURS = re.compile(r"hvdllm-(\d+)-(?:h[1-8]|sw|lab-\w+)")
 MOST_HOSTS = 8
 INTERFACE = "eth0"
 FRAME = 66  # bytes of an Ethernet, IPv4 and TCP header with timestamps, as tx_bytes counts them
-MTU = 9000  # bytes a packet, as on the links of clusters: with 1500 the kernel's work on packets, which no network
-# card takes over here, slowed compute by another 5 %
-BURST = 256 * 1024  # bytes; from 8 Gbit/s on what the link sends in a kernel tick of 4 ms is more, and tbf needs that
+# Bytes of a packet, as on the links of clusters. With 1500, the kernel's work on packets, which no network card takes
+# over here, slowed compute by another 5 %.
+MTU = 9000
+# Bytes. tbf needs at least what the link sends in a kernel tick of 4 ms, which from 8 Gbit/s on is more than this.
+BURST = 256 * 1024
 
 
 @dataclass(frozen=True)
 class Host:
-    """name: of its namespace."""
+    """A host of a lab.
+
+    Attributes:
+        name: of its namespace.
+        address: its IPv4 address in the lab.
+    """
 
     name: str
     address: str
@@ -59,7 +68,15 @@ def hosts_of(prefix: str, hosts: int) -> list[Host]:
 
 
 def build_plan(prefix: str, hosts: int, link: str) -> list[list[str]]:
-    """The commands that build a lab, in order. No link-local addresses: their announcements would be counted."""
+    """The commands that build a lab, in order.
+
+    Interfaces get no link-local addresses, because the packets that announce those would be counted.
+
+    Args:
+        prefix: of all names.
+        hosts: how many there are.
+        link: the rate of each host's link, such as 200mbit.
+    """
     switch, rate = f"{prefix}-sw", bits_per_second(link)
     burst = max(BURST, int(rate / 8 / 250))
     plan = [
@@ -84,7 +101,7 @@ def build_plan(prefix: str, hosts: int, link: str) -> list[list[str]]:
 
 
 def stand_in(hosts: Sequence[Host]) -> str:
-    """A script in place of ssh: skips options, finds the host's namespace, runs the command in it."""
+    """The text of a script that replaces ssh. It skips options, and runs the command in the host's namespace."""
     cases = "\n".join(f"{host.address}) name={host.name} ;;" for host in hosts)
     return f"""#!/bin/sh
 host=
@@ -104,7 +121,7 @@ exec ip netns exec "$name" bash -c "$*"
 
 
 def missing() -> str | None:
-    """Why there can be no lab here, as the first half of a sentence; None: there can."""
+    """Why there can be no lab on this machine, as a clause, or None if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     lacking = [tool for tool in ("ip", "tc", "bash") if not shutil.which(tool)]
@@ -112,7 +129,12 @@ def missing() -> str | None:
 
 
 class Lab:
-    """build() makes it, close() takes it away, however far build() came: use contextlib.closing()."""
+    """A network lab. build() makes it, and close() removes it, however far build() came: use contextlib.closing().
+
+    Args:
+        hosts: how many there are, at most MOST_HOSTS.
+        link: the rate of each host's link, such as 200mbit.
+    """
 
     def __init__(self, hosts: int, link: str) -> None:
         if not 2 <= hosts <= MOST_HOSTS:
@@ -124,7 +146,10 @@ class Lab:
         self.folder: Path | None = None
 
     def build(self) -> None:
-        """Raises UserError where this process has a lab already, RunError where the kernel refuses."""
+        """Makes the namespaces and links.
+
+        Raises UserError if this process has a lab already, and RunError if the kernel refuses.
+        """
         sweep()
         with held():
             self.folder = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-lab-"))
@@ -140,17 +165,18 @@ class Lab:
                 do(self.inside(host, [sys.executable, "-P", "-m", "hvdllm.launch.lab", INTERFACE]))
 
     def inside(self, host: Host, command: Sequence[str]) -> list[str]:
-        """The command, run on that host."""
+        """The command line that runs a command on that host."""
         return ["ip", "netns", "exec", host.name, *command]
 
     def remove(self, name: str) -> None:
-        """Ends what runs in one of this lab's namespaces, and takes it away."""
+        """Ends all processes in one of this lab's namespaces, and removes it."""
         if name not in self.made:
             raise ValueError(f"{name} was not made by this lab")
         _remove(name)
         self.made.remove(name)
 
     def close(self) -> None:
+        """Removes the lab. Raises RunError, at the end, if something could not be removed."""
         with held():
             problems = []
             for name in reversed(self.made.copy()):
@@ -173,12 +199,12 @@ class Lab:
 
 # ------------------------------------------------------------------ namespaces
 def names() -> list[str]:
-    """All network namespaces that have a name."""
+    """The names of all network namespaces."""
     return sorted(os.listdir(NAMES)) if NAMES.is_dir() else []
 
 
 def leftovers(found: Sequence[str], alive: Mapping[int, bool] | None = None) -> list[str]:
-    """Those that a lab made whose process is gone. alive: instead of asking the kernel."""
+    """The names that belong to labs whose process is gone. alive: which pids live, instead of asking the kernel."""
     out = []
     for name in found:
         if ours := OURS.fullmatch(name):
@@ -189,7 +215,7 @@ def leftovers(found: Sequence[str], alive: Mapping[int, bool] | None = None) -> 
 
 
 def sweep() -> list[str]:
-    """Takes away what dead labs left behind."""
+    """Removes what is left of labs whose process is gone, and returns the names of the namespaces."""
     dead = leftovers(names())
     for name in dead:
         _remove(name)
@@ -213,8 +239,8 @@ def _remove(name: str) -> None:
 
 
 def do(command: Sequence[str]) -> str:
-    """What a short command prints. Raises RunError."""
-    # In a session of its own: Ctrl-C in a terminal must not end a command halfway.
+    """Runs a short command and returns what it prints. Raises RunError if it fails."""
+    # It has a session of its own, so that Ctrl-C in a terminal does not end it halfway.
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if done.returncode:
         said = (done.stderr.strip() or f"code {done.returncode}").splitlines()[-1]
@@ -224,7 +250,7 @@ def do(command: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Signals that would end this process wait until what is begun here is done."""
+    """A context in which SIGINT, SIGTERM and SIGHUP wait."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         yield
@@ -236,7 +262,8 @@ def held() -> Iterator[None]:
 def offloads_off(interface: str) -> None:
     """Switches off segmentation and receive offloads of an interface in this process's namespace.
 
-    As ethtool -K does (which may not be installed): ioctl SIOCETHTOOL with (command, value) of linux/ethtool.h.
+    It does what ethtool -K does, which may not be installed: ioctl SIOCETHTOOL with (command, value) of
+    linux/ethtool.h.
     """
     siocethtool = 0x8946
     commands = {"tso": 0x1F, "gso": 0x24, "gro": 0x2C}

@@ -1,8 +1,8 @@
-"""A point as a process of this machine; and how launchers that stay here start, ask and end what they start.
+"""Starts a point as a process of this machine; other launchers start and end their processes here by the same means.
 
-Invariant: when run() returns, or raises, none of the processes it started is left; when this process is killed, the
+Invariant: when run() returns or raises, none of the processes that it started is left. If this process is killed, the
 kernel sends them SIGTERM, at which a run saves and ends, and horovodrun ends its ranks. Processes are found by a mark
-in their environment, which also those have that lost their parent (as the ranks of mpirun do).
+in their environment, which processes keep when they lose their parent, as the ranks of mpirun do.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from hvdllm.lock import cannot_write
 
 MARK = "HVDLLM_FAMILY"
 POLL_S = 0.1
-GRACE_S = 3.0  # that what is left of a job has to end by itself, once its launcher has
-KILL_S = 10.0  # longest wait for processes after SIGKILL: one that hangs in the kernel is left to it
+GRACE_S = 3.0  # seconds that processes of a job have to end by themselves after their launcher has ended
+KILL_S = 10.0  # longest wait after SIGKILL; a process that hangs in the kernel is left alone then
 PDEATHSIG = 1  # linux/prctl.h
-_marks: set[str] = set()  # of what runs now
+_marks: set[str] = set()  # the marks of what runs now
 
 
 def ready(settings: Launch) -> None:
-    """Nothing need be there."""
+    """Does nothing, because this launcher needs nothing."""
 
 
 def launch(point: Point, settings: Launch, stop: threading.Event, say: Say) -> int:
-    """The point as one process; asked by SIGTERM to save and to end."""
+    """Runs the point as one process, as base.Launcher says. SIGTERM asks it to save and end."""
     from hvdllm.launch.base import command
 
     return run(command(point), os.environ, point.folder / "launch.log", stop, lambda pid, mark: ask([pid]))
@@ -53,9 +53,19 @@ def run(
     stop: threading.Event,
     ask: Callable[[int, str], None],
 ) -> int:
-    """Runs a command to its end, its output at the end of `log`, and returns its code (128 + the signal that ended it).
+    """Runs a command to its end.
 
-    ask(pid, mark): called once when stop is set. It may take as long as it takes: end_all() is for the impatient.
+    Args:
+        words: the command.
+        env: its environment.
+        log: the file to which its output is appended.
+        stop: asks for an early end when it is set.
+        ask: is then called once, with the pid and the mark, and asks the processes to end. How long they take is not
+          limited; end_all() ends them at once.
+
+    Returns its exit code, which is 128 + the signal that ended it.
+
+    Raises UserError if the log cannot be written.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +73,7 @@ def run(
     except OSError as error:
         raise UserError(cannot_write(log.parent, error)) from None
     mark = uuid.uuid4().hex
-    # The thread that starts a process is the parent whose death the kernel tells it of: it waits here.
+    # The kernel watches the thread that starts the process, not the whole parent; that thread waits here.
     tied = [*PYTHON, "hvdllm.launch.local", str(os.getpid()), *words]
     _marks.add(mark)
     try:
@@ -89,7 +99,7 @@ def run(
 
 
 def appended_to(log: Path) -> TextIO:
-    """Raises UserError where the log is a link, which a folder of somebody else's may have laid anywhere."""
+    """Opens a log for appending. Raises UserError if it is a link, which in a stranger's folder could lead anywhere."""
     try:
         return untrusted.appended(log)
     except untrusted.Unfit as error:
@@ -97,20 +107,20 @@ def appended_to(log: Path) -> TextIO:
 
 
 def ask(pids: Sequence[int]) -> None:
-    """SIGTERM: to a run the ask to save and to end."""
+    """Asks processes to save and end, by SIGTERM."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
 def end_all() -> None:
-    """At once, everything that run() has started in this process; its callers then return."""
+    """Ends at once everything that run() has started in this process. The calls of run() then return."""
     for mark in list(_marks):
         end(mark, 0.0)
 
 
 def end(mark: str, grace_s: float) -> None:
-    """Waits grace_s for a family to end by itself, then ends it by SIGKILL."""
+    """Waits grace_s seconds for the processes with this mark to end by themselves, then ends them by SIGKILL."""
     began = time.monotonic()
     while left := family(mark):
         if time.monotonic() - began > grace_s:
@@ -123,7 +133,7 @@ def end(mark: str, grace_s: float) -> None:
 
 
 def family(mark: str) -> dict[int, dict[str, str]]:
-    """Living processes with this mark, and the environment each was started with."""
+    """The living processes with this mark, as a map from pid to the environment that each was started with."""
     found = {}
     sign = f"{MARK}={mark}".encode()
     for entry in os.listdir("/proc"):
@@ -137,7 +147,7 @@ def family(mark: str) -> dict[int, dict[str, str]]:
 
 def _tied_to(parent: int, words: list[str]) -> None:
     """Becomes the command, which gets SIGTERM when its parent dies."""
-    with contextlib.suppress(AttributeError):  # Linux alone
+    with contextlib.suppress(AttributeError):  # only Linux has prctl
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit("who started this is gone")

@@ -1,16 +1,16 @@
-"""Where Horovod's ranks meet over Gloo: its key-value server, on one interface and for those who know a secret.
+"""The key-value server by which Horovod's ranks meet over Gloo, on one interface and protected by a secret.
 
-As Horovod has it, the server listens on all interfaces and takes writes from anybody: a neighbour's PUT before the
-ranks have met ends the job, or makes a rank connect to him. Its clients know no passwords, but they put together an
-address from what their environment says of host and port, so the secret travels as the beginning of every path:
+Horovod's own server listens on all interfaces and takes writes from anybody. Another user's PUT before the ranks have
+met ends the job, or makes a rank connect to that user. Horovod's clients know no passwords, but they build the server's
+address from the host and port in their environment. The secret is therefore the beginning of every path:
 
     HOROVOD_GLOO_RENDEZVOUS_ADDR=10.0.0.1:4242/SECRET  HOROVOD_GLOO_RENDEZVOUS_PORT=0
     GET http://10.0.0.1:4242/SECRET:0/global/rank_0
 
-launch/inside.py opens such a server under srun. As a program this is horovodrun with such a server in the place of its
-own: `python -P hvdllm/launch/meeting.py --gloo -np 2 …`. Where all ranks are on this machine the server listens on the
-loopback and neither the secret nor the environment stands in a command line; else both stand in that of ssh, as
-Horovod has it, where other users of the same hosts can read them.
+launch/inside.py opens such a server under srun. As a program, this module is horovodrun with such a server instead of
+its own: `python -P hvdllm/launch/meeting.py --gloo -np 2 …`. If all ranks are on this machine, the server listens on
+the loopback, and neither the secret nor the environment is part of a command line. Otherwise both are part of ssh's
+command line, as in horovodrun itself, where other users of the same hosts can read them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from hvdllm.plain import Json
 
 
 class MeetingPoint:
-    """The server, and the two values by which ranks find it. address: to listen at, "" for all interfaces."""
+    """The server, and the variables by which ranks find it.
+
+    Args:
+        address: where it listens, "" for all interfaces.
+        plan: Horovod's assignment of ranks to hosts, if it is known already.
+    """
 
     def __init__(self, address: str, plan: Sequence[object] = ()) -> None:
         from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
@@ -56,7 +61,7 @@ class MeetingPoint:
         threading.Thread(target=self.server.serve_forever, name="hvdllm-meeting-point", daemon=True).start()
 
     def variables(self, address: str) -> dict[str, str]:
-        """For a rank that reaches this host at `address`."""
+        """The variables for a rank that reaches this host at `address`."""
         return variables(address, self.port, self.secret)
 
     def close(self) -> None:
@@ -65,7 +70,7 @@ class MeetingPoint:
 
 
 def variables(address: str, port: int, secret: str) -> dict[str, str]:
-    """Horovod's, of which it puts together `http://ADDR:PORT/scope/key`."""
+    """Horovod's variables, from which it builds the address `http://ADDR:PORT/scope/key`."""
     return {
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{secret}",
         "HOROVOD_GLOO_RENDEZVOUS_PORT": "0",
@@ -74,9 +79,9 @@ def variables(address: str, port: int, secret: str) -> dict[str, str]:
 
 # ------------------------------------------------------------------ horovodrun
 class Rendezvous:
-    """In the place of horovodrun's own server."""
+    """Replaces horovodrun's own server."""
 
-    address = ""  # of the launch under way
+    address = ""  # of the current launch
     point: MeetingPoint
 
     def __init__(self, verbose: int = 0) -> None:
@@ -94,7 +99,7 @@ class Rendezvous:
 
 
 def guard(gloo_run: Any) -> None:
-    """Puts our server into horovod.runner.gloo_run."""
+    """Replaces the server in the module horovod.runner.gloo_run."""
     launch, variables_of = gloo_run.launch_gloo, gloo_run.create_run_env_vars
 
     def launch_gloo(
@@ -103,7 +108,7 @@ def guard(gloo_run: Any) -> None:
         hosts = [part.partition(":")[0] for part in settings.hosts.split(",")]
         here = all(_is_here(host, gloo_run.network) for host in hosts)
         Rendezvous.address = server_ip
-        if here:  # ranks inherit the environment: it need not be spelled out
+        if here:  # ranks inherit the environment, so it need not be part of a command line
             os.environ |= env
             gloo_run.env_util.is_exportable = lambda name: name == "PYTHONUNBUFFERED"
         gloo_run.create_run_env_vars = _variables(variables_of, here)
@@ -132,10 +137,11 @@ def _is_here(host: str, network: Any) -> bool:
 
 
 def main() -> Any:
+    """Runs horovodrun with the replaced server."""
     from horovod.runner import gloo_run, launch
 
     guard(gloo_run)
-    launch.gloo_built = lambda verbose=False: True  # who asks for --gloo has it; to look imports torch, for a second
+    launch.gloo_built = lambda verbose=False: True  # the real check imports torch, which takes a second
     return launch.run_commandline()
 
 

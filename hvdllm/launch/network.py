@@ -1,4 +1,4 @@
-"""Network interfaces of this host, by the standard library alone: what doctor shows and what Gloo is told to use."""
+"""The network interfaces of this host, found with the standard library alone, for doctor and for Gloo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def addresses() -> dict[str, str]:
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])  # struct ifreq: a name of 16 bytes, then the answer
+            request = struct.pack("256s", name.encode()[:15])  # a struct ifreq: 16 bytes of name, then the answer
             with contextlib.suppress(OSError):
                 (flags,) = struct.unpack_from("h", fcntl.ioctl(probe.fileno(), SIOCGIFFLAGS, request), 16)
                 if flags & UP:
@@ -24,7 +24,7 @@ def addresses() -> dict[str, str]:
 
 
 def towards(address: str) -> str | None:
-    """The interface by which this host reaches `address`, as its routes say; nothing is sent. None: there is none."""
+    """The interface by which this host reaches `address`, according to its routes, or None. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))

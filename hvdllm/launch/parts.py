@@ -1,4 +1,4 @@
-"""What starts the ranks of a run: the settings of each launcher."""
+"""Registers the launchers, which start the ranks of a run, with their settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvdllm.world.detect import Place
 
 @dataclass
 class Launch(Settings):
-    """What is common to every way to start ranks."""
+    """The settings that all launchers share."""
 
     sweep: str | None = setting(
         None,
@@ -26,19 +26,19 @@ class Launch(Settings):
     )
 
     def place(self) -> Place:
-        """Where rank 0 of what it starts will stand."""
+        """The place of rank 0 among the ranks that this launcher starts."""
         return Place()
 
     @property
     def ranks_here(self) -> int:
-        """The ranks of a run that compute on this machine; 0: they compute elsewhere."""
+        """How many ranks of a run compute on this machine; 0 if they compute elsewhere."""
         return 0
 
 
 @part("launch", "local", "hvdllm.launch.local", LauncherFacts())
 @dataclass
 class Local(Launch):
-    """Here: this process is the run, or a rank of it where a launcher started it; a sweep's points are processes."""
+    """This process is the run, or one of its ranks if a launcher started it. Points of a sweep are processes here."""
 
     @property
     def ranks_here(self) -> int:
@@ -70,7 +70,7 @@ class Horovodrun(Launch):
         return Place("horovodrun", 0, self.np, 0, self.slots()[0])
 
     def slots(self) -> list[int]:
-        """Ranks on each host, in order."""
+        """The number of ranks on each host, in order."""
         if self.link is not None:
             return [1] * self.np
         return [int(part.rpartition(":")[2]) for part in self.hosts.split(",")] if self.hosts else [self.np]
@@ -83,7 +83,7 @@ class Horovodrun(Launch):
 @part("launch", "slurm", "hvdllm.launch.slurm", LauncherFacts(queues=True))
 @dataclass
 class Slurm(Launch):
-    """Each run is a Slurm job, submitted by sbatch; this process waits for it and tells how it ended."""
+    """Each run is a Slurm job, submitted by sbatch. This process waits for it and says how it ended."""
 
     how: str = setting(
         "srun",
@@ -107,6 +107,6 @@ class Slurm(Launch):
     def place(self) -> Place:
         launcher = "srun" if self.how == "srun" else "horovodrun"
         ranks = self.nodes * self.ranks_per_node
-        if ranks == 1 and self.how == "srun":  # srun with one task is a run alone
+        if ranks == 1 and self.how == "srun":  # with one task there is no launcher to be seen
             return Place()
         return Place(launcher, 0, ranks, 0, self.ranks_per_node)

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the points that run, how far they are, and how long the rest will take."""
+"""Shows the user of a sweep which points run, how far they are, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from hvdllm import screen, untrusted
 from hvdllm.launch.watched import Task
 
 PLAIN_EVERY_S = 10.0
-PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>:", re.M)  # of rank 0's lines, by horovodrun; others keep theirs
+PREFIX = re.compile(r"^\[(?:1,)?0\]<std(?:out|err)>:", re.M)  # what horovodrun puts before rank 0's lines
 
 
 class Swept(Protocol):
-    """What is shown of a sweep. total: its points, of which `tasks` are those that are known so far, by name."""
+    """What is shown of a sweep.
+
+    Attributes:
+        tasks: the points that are known so far, by name.
+        show: prints a line.
+        total: how many points there will be.
+    """
 
     tasks: dict[str, Task]
     show: Callable[[str], None]
@@ -27,11 +33,17 @@ class Swept(Protocol):
     def total(self) -> int: ...
 
     def place(self, task: Task) -> str:
-        """`3/12`."""
+        """Its place among the points, such as `[3/12]`."""
 
 
 class Display:
-    """Live on a terminal: a line for each point that runs, and one for the sweep. Elsewhere plain lines."""
+    """The display of a sweep. On a terminal it is live, with a line for each running point and one for the sweep.
+    Elsewhere it prints lines.
+
+    Args:
+        sweep: what is shown.
+        todo: the points that this command trains.
+    """
 
     def __init__(self, sweep: Swept, todo: Sequence[Task]) -> None:
         self.sweep, self.todo = sweep, todo
@@ -52,7 +64,7 @@ class Display:
             self.live.stop()
 
     def show(self) -> None:
-        """Called often."""
+        """Shows what has changed. It is called often, and limits by itself how often it prints."""
         for task in self.todo:
             if (now := task.state) != self.states[task.point.name]:
                 self.states[task.point.name] = now
@@ -77,7 +89,7 @@ class Display:
                 self.sweep.show(line + left)
 
     def say(self, task: Task) -> None:
-        """A change of state."""
+        """Prints that the state of a point has changed."""
         said = {
             "running": "goes on" if task.again else "begins",
             "done": f"done: {task.tokens:,} tokens in {duration(task.seconds)}"
@@ -95,6 +107,7 @@ class Display:
             self.sweep.show(text)
 
     def line(self, task: Task) -> str:
+        """The line of a running point."""
         seen = task.watched
         if not seen.tokens:
             return f"{self.sweep.place(task)} {task.point.name}  starts"
@@ -103,7 +116,8 @@ class Display:
         return f"{self.sweep.place(task)} {task.point.name}  {seen.tokens:,} tokens ({share:.0f}%){loss}"
 
     def left(self) -> str:
-        """By what this command has trained in the time it took, evaluations and starts included."""
+        """How long the rest will take, judged by the tokens that this command has trained per second, evaluations and
+        starts included. It is "" if that is not known."""
         trained = missing = 0
         for task in self.todo:
             at = max(task.watched.tokens, task.tokens)
@@ -114,7 +128,15 @@ class Display:
 
 
 def pass_on(log: Path, at: int, rest: bool = False) -> int:
-    """Prints the whole lines that the log has from `at` on (rest: and what is left); returns how far it came."""
+    """Prints what is new in a log.
+
+    Args:
+        log: the file.
+        at: how many bytes were printed before.
+        rest: whether to print an incomplete last line, too.
+
+    Returns how many bytes are printed now.
+    """
     with contextlib.suppress(OSError, untrusted.Unfit), untrusted.opened(log) as file:
         file.seek(at)
         new = file.read()
@@ -127,6 +149,7 @@ def pass_on(log: Path, at: int, rest: bool = False) -> int:
 
 
 def duration(seconds: float) -> str:
+    """A duration in words, such as `2 h 05 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,13 +1,13 @@
-"""Each point as a Slurm job, by plain sbatch: this process submits it, waits, and returns its exit code.
+"""Starts a point as a Slurm job, by plain sbatch: this process submits it, waits, and returns its exit code.
 
-Plain sbatch and not submitit: a point is a command, and submitit would send a serialised function to a Python that must
-be the same on the node, poll by sacct, which needs accounting, and know neither how=gloo nor our requeue. What stands
-in the script can be read and submitted again by hand.
+Plain sbatch is used and not submitit, because a point is a command. submitit would send a serialised function to a
+Python that must be the same on the node, poll by sacct, which needs accounting, and know neither how=gloo nor the
+requeue in launch/inside.py. A script can also be read, and submitted again by hand.
 
-Beside the point's folder, in runs_dir, stand `.<name>.sbatch`, the script, and `.<name>.job`, the number of its job: a
-job that is queued or runs is joined, never submitted twice, also by another process or after Ctrl-C, which leaves jobs
-alone. `--dependency=singleton` under a name that is the folder's own sees to it that even two jobs for one folder run
-one after the other. All that a run prints is in launch.log in the point's folder, of all its lives.
+The script `.<name>.sbatch` and the number of the job, `.<name>.job`, lie beside the point's folder in runs_dir. A job
+that is queued or runs is joined and never submitted twice, also by another process or after Ctrl-C, which leaves jobs
+alone. The job's name depends on the folder, so `--dependency=singleton` makes even two jobs for one folder run one
+after the other. All that a run prints, in all its lives, is in launch.log in the point's folder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from hvdllm.launch.base import Point, Say, command
 from hvdllm.launch.parts import Slurm
 from hvdllm.squeue import ENDED, ask, said, slurm
 
-POLL_S = (0.5, 15.0)  # between two questions to Slurm: the first, and the longest; each costs its controller a little
-REQUEUE_S = 60  # before the time limit, in which a run saves
+POLL_S = (0.5, 15.0)  # seconds between two questions to Slurm, at first and at most; each costs its controller a little
+REQUEUE_S = 60  # seconds before the time limit, in which a run saves
 
 
 def ready(settings: Slurm) -> None:
-    """Nothing need be there."""
+    """Does nothing, because Slurm itself says what it refuses."""
 
 
 def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> int:
-    """Submits the point, or joins its job, and waits for its end. 130: Ctrl-C; the job goes on.
+    """Submits the point, or joins its job, and waits for its end, as base.Launcher says.
 
-    Raises UserError where Slurm takes no job, with its own message.
+    Returns the exit code of the job, or 130 after Ctrl-C, when the job goes on.
+
+    Raises UserError, with Slurm's own message, if Slurm refuses the job.
     """
     point.folder.mkdir(parents=True, exist_ok=True)
     job, new = submit_once(point, settings)
@@ -64,11 +66,14 @@ def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> in
 
 
 def submit_once(point: Point, settings: Slurm) -> tuple[str, bool]:
-    """The number of this point's job, and whether it was submitted now. Of two processes one submits."""
+    """The number of this point's job, and whether it was submitted now. Of two processes only one submits.
+
+    Raises UserError if Slurm refuses the job, or if it does not say whether an earlier one still runs.
+    """
     with locked(beside(point, "job")) as file:
         job = file.read().strip()
         now = ask(job) if job else None
-        if now is not None and now.state == "UNKNOWN":  # whether it runs nobody knows: a second one could be too many
+        if now is not None and now.state == "UNKNOWN":  # it may run, so a second job could be one too many
             raise UserError(f"Slurm does not say how job {job} of {point.name} is ({now.reason}): try again later")
         if now is not None and now.state not in ENDED and now.name == job_name(point):
             return job, False
@@ -80,7 +85,7 @@ def submit_once(point: Point, settings: Slurm) -> tuple[str, bool]:
 
 
 def submit(point: Point, settings: Slurm) -> str:
-    """Writes the script and gives it to sbatch. Returns the job's number."""
+    """Writes the script and submits it. Returns the job's number. Raises UserError if Slurm refuses it."""
     script = beside(point, "sbatch")
     words = ["sbatch", "--parsable", *options(point, settings), str(script.absolute())]
     runs.write_whole(script, text_of(point, settings, words))
@@ -90,11 +95,11 @@ def submit(point: Point, settings: Slurm) -> str:
             f"Slurm refuses {point.name} ({said(done.stderr)}): launch.partition, launch.account, launch.nodes and the "
             "other settings of launch=slurm change what is asked for, `sinfo` shows what there is"
         )
-    return done.stdout.strip().split(";")[0]  # with several clusters NUMBER;CLUSTER
+    return done.stdout.strip().split(";")[0]  # with several clusters it is NUMBER;CLUSTER
 
 
 def options(point: Point, settings: Slurm) -> list[str]:
-    """Of sbatch. The user's own come last and win."""
+    """The options for sbatch. The user's own come last, so they win."""
     log = str((point.folder / "launch.log").absolute()).replace("\\", "\\\\").replace("%", "%%")
     chosen = {
         "nodes": settings.nodes,
@@ -115,10 +120,10 @@ def options(point: Point, settings: Slurm) -> list[str]:
 
 
 def text_of(point: Point, settings: Slurm, submitted: list[str]) -> str:
-    """The batch script. It ends as launch/inside.py, which hears of the time limit and starts the ranks."""
+    """The batch script. Its last line becomes launch/inside.py, which starts the ranks and handles the time limit."""
     inside = [*PYTHON, "hvdllm.launch.inside", "--how", settings.how]
     inside += ["--interface", settings.interface] if settings.interface else []
-    # In one line, for the next would be a command.
+    # The comment must be one line, because a second one would be a command.
     lines = ["#!/bin/bash", f"# Submitted by: {' '.join(shlex.join(submitted).split())}"]
     if modules := several(settings.modules):
         lines += ["type module >/dev/null 2>&1 || . /etc/profile", f"module load {shlex.join(modules)} || exit 1"]
@@ -127,23 +132,25 @@ def text_of(point: Point, settings: Slurm, submitted: list[str]) -> str:
 
 
 def finished(folder: Path) -> bool:
+    """Whether the run in this folder has met its budget."""
     ends = [record for record in runs.records(folder) if record.get("kind") == "end"]
     return bool(ends) and ends[-1].get("reason") == "budget"
 
 
 def job_name(point: Point) -> str:
-    """Of the folder alone: what `singleton` goes by, and squeue shows."""
+    """The name of the job, which depends on the folder alone. `singleton` goes by it, and squeue shows it."""
     digest = hashlib.sha256(str(point.folder.absolute()).encode()).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9_.,=+-]', '_', point.name)[:80]}.{digest}"
 
 
 def beside(point: Point, what: str) -> Path:
+    """A hidden file beside the point's folder."""
     return Path(point.runs_dir) / f".{point.name}.{what}"
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[IO[str]]:
-    """The file, open to read and write, and to one process at a time."""
+    """A context with the file open for reading and writing, by one process at a time."""
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -151,7 +158,7 @@ def locked(path: Path) -> Iterator[IO[str]]:
 
 
 def several(value: str | list[str] | None) -> list[str]:
-    """A setting that is null, one or a list."""
+    """The values of a setting that is null, one value or a list."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else [str(one) for one in value]

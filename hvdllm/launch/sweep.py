@@ -1,13 +1,13 @@
-"""`hvdllm train -m`: every point a run of its own, in a folder that the same command finds again.
+"""`hvdllm train -m`: each point of a sweep is a run, in a folder that the same command finds again.
 
 runs/<sweep>/
-  sweep.json      the command, its words, and every point there has been: name and the words that make it
-  <point>/        an ordinary run, with launch.log: all that its ranks printed, of all its lives
+  sweep.json      the command, its words, and all points there have been, each with its name and the words that vary
+  <point>/        an ordinary run, and launch.log with all that its ranks printed in all its lives
 
-A point is named by what differs (exchange=delayed,seed=1), a sweep by launch.sweep, or by its experiment and a hash of
-the words that do not differ and of the keys of those that do: another value of a key is a further point of the same
-sweep. What is finished, what goes on and what is refused is decided as a rank would (trainer/resume.decide), for all
-points before the first begins.
+A point is named by what varies (exchange=delayed,seed=1). A sweep is named by launch.sweep, or by its experiment and a
+hash of the words that do not vary and of the keys of those that do, so another value of a key is a further point of the
+same sweep. For all points it is decided before the first begins what is finished, what goes on and what is refused, by
+the function that a rank uses (trainer/resume.decide).
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ from hvdllm.launch.watched import Task
 from hvdllm.paths import check_name
 from hvdllm.settings import Config
 
-LAUNCHED = "HVDLLM_LAUNCHED"  # in the environment of what is started here: its group launch has been obeyed
-MOST_SWEEP = 64 * 2**20  # bytes of a sweep.json
-LONGEST = 200  # characters of a folder's name; most file systems take 255 bytes
-# What changes where and how a run is started and followed, or how many points there are, but not what is compared.
+LAUNCHED = "HVDLLM_LAUNCHED"  # variable in the environment of what is started here, which must not launch again
+MOST_SWEEP = 64 * 2**20  # the most bytes of a sweep.json
+LONGEST = 200  # the most characters of a folder's name; most file systems take 255 bytes
+# Settings that change where and how a run is started and followed, or how many points there are, but not what is
+# compared.
 NOT_OF_THE_SWEEP = re.compile(
     r"runs_dir|data_dir|resume|keep|track(\..*)?|--config-dir|hydra\.sweeper\.(n_trials|n_jobs|max_failure_rate)"
     r"|launch\.(?!np$|nodes$|ranks_per_node$|link$|controller$|how$).*"
@@ -54,15 +55,24 @@ SAID = re.compile(r"(?:\[[\d,]+\]<std(?:err|out)>:\s?)?hvdllm: (.*)")
 
 
 def each_once(words: list[str]) -> list[str]:
-    """Of a key that is given twice the last word counts. A word with several values stays whole."""
+    """The words with each key once. Of several words for a key the last counts. A word with several values stays
+    whole."""
     each = [one for word in words for one in ([word] if is_sweep(word) else expand(word))]
     return list({key_of(word): word for word in each}.values())
 
 
 # ------------------------------------------------------------------ the two commands
 def run(words: list[str], show: Callable[[str], None] = print) -> int:
-    """A sweep. words: of `train -m`. Returns its exit code: 1 where a point failed, else STOPPED where one is not
-    finished."""
+    """Runs a sweep.
+
+    Args:
+        words: of `train -m`.
+        show: prints a line.
+
+    Returns the exit code: 1 if a point failed, else STOPPED if one is not finished, else 0.
+
+    Raises UserError if the words cannot work.
+    """
     from hvdllm.launch import hydra
 
     if last(words, "resume", "auto") not in ("auto", "never", "must"):
@@ -86,7 +96,15 @@ def run(words: list[str], show: Callable[[str], None] = print) -> int:
 
 
 def one(config: Config, words: list[str], show: Callable[[str], None] = print) -> int:
-    """`train launch=horovodrun` and launch=slurm: one run, whose output is passed on as it comes."""
+    """Starts one run by a launcher (`train launch=horovodrun` or `launch=slurm`) and passes its output on.
+
+    Args:
+        config: the composed settings.
+        words: from which they were composed.
+        show: prints a line.
+
+    Returns the exit code of the run. Raises UserError if it cannot be started.
+    """
     from hvdllm.trainer.resume import decide
 
     config.name = config.name or runs.new_name()
@@ -128,19 +146,33 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
 
 # ------------------------------------------------------------------ a sweep
 class Sweep:
-    """batch() runs points and returns their losses; conclude() says how it went."""
+    """A sweep. batch() runs points and returns their losses, and conclude() prints the results.
+
+    Args:
+        words: of `train -m`.
+        trials: of an optimizer, or None if all points are known from the start.
+        show: prints a line.
+    """
 
     def __init__(self, words: list[str], trials: int | None, show: Callable[[str], None]) -> None:
         self.words, self.trials, self.show = words, trials, show
         self.fixed = {key_of(word) for word in words if not is_sweep(word)}
         self.tasks: dict[str, Task] = {}
         self.stop = threading.Event()
-        self.began = False  # all points of the first batch have been checked
+        self.began = False  # whether all points of the first batch have been checked
         self.folder: Path | None = None
         self.crashed: BaseException | None = None
 
     def batch(self, jobs: Sequence[Sequence[str]]) -> list[float | None]:
-        """Composes and checks all, then runs what is not finished. Raises UserError, hydra.Ended."""
+        """Composes and checks all points of a batch, then runs those that are not finished.
+
+        Args:
+            jobs: the points, each as words.
+
+        Returns their validation losses, None for a point that has none.
+
+        Raises UserError if a point of the first batch cannot work, and hydra.Ended after a stop.
+        """
         from hvdllm.launch.hydra import Ended
 
         first = not self.tasks
@@ -151,7 +183,8 @@ class Sweep:
             except UserError as error:
                 if first:
                     raise
-                self.show(f"not tried: {' '.join(self.differing(job))}: {error}")  # an optimizer goes on without it
+                # An optimizer goes on without this point.
+                self.show(f"not tried: {' '.join(self.differing(job))}: {error}")
                 names.append(None)
                 continue
             self.tasks.setdefault(task.point.name, task)
@@ -174,16 +207,22 @@ class Sweep:
 
     @property
     def total(self) -> int:
+        """How many points there will be."""
         return max(self.trials or 0, len(self.tasks))
 
     def place(self, task: Task) -> str:
+        """The place of a point among all, such as `[3/12]`."""
         return f"[{list(self.tasks).index(task.point.name) + 1}/{self.total}]"
 
     def differing(self, job: Sequence[str]) -> list[str]:
+        """The words of a point that vary in this sweep."""
         return [plain(word) for word in job if key_of(word) not in self.fixed]
 
     def task(self, job: Sequence[str]) -> Task:
-        """The point of these words, checked as its ranks will, and what there is of it already."""
+        """The point of these words, with what is known of its run. It is checked as its ranks will check it.
+
+        Raises UserError if it cannot work.
+        """
         from hvdllm.trainer.resume import decide
 
         varied = self.differing(job)
@@ -217,7 +256,7 @@ class Sweep:
         return task
 
     def name(self, differs: Sequence[str]) -> str:
-        """`<experiment>-<hash>`."""
+        """The name of the sweep, `<experiment>-<hash>`."""
         experiment = next((value_of(w) for w in self.words if key_of(w) == "experiment"), "sweep")
         counts = [
             (word if is_text(word) else typed(word)).lstrip("+") for word in self.words
@@ -228,7 +267,7 @@ class Sweep:
         return f"{prefix}-{hashlib.sha256(said.encode()).hexdigest()[:6]}"
 
     def parallel(self, tasks: Sequence[Task]) -> int:
-        """Points at once."""
+        """How many points run at once. Raises UserError if several would need the network lab."""
         if not tasks:
             return 1
         launch = tasks[0].config.launch
@@ -240,7 +279,8 @@ class Sweep:
         return count
 
     def run(self, todo: Sequence[Task], parallel: int) -> None:
-        """Returns when all have ended, or when a stop was asked and those that ran have saved."""
+        """Runs points, `parallel` at once. Returns when all have ended, or after a stop, when those that ran have
+        saved."""
         waiting = deque(todo)
 
         def work() -> None:
@@ -272,7 +312,7 @@ class Sweep:
                 display.show()
 
     def train(self, task: Task) -> None:
-        """One point, to its end."""
+        """Runs one point to its end, and notes what became of it."""
         task.state = "running"
         log = task.point.folder / "launch.log"
         at, before = log.stat().st_size if log.exists() else 0, lives(task.point.folder)
@@ -281,16 +321,16 @@ class Sweep:
             judge(task, code, self.stop.is_set() or stopped_since(task.point.folder, before), last_sentence(log, at))
         except (UserError, RunError) as error:
             task.state, task.why = "failed", str(error)
-        except BaseException as error:  # a bug: said by the main thread, once the others have ended
+        except BaseException as error:  # a bug; the main thread raises it once the other points have ended
             task.state, task.why, self.crashed = "failed", repr(error), error
             self.stop.set()
 
     def write(self) -> None:
-        """sweep.json, with the points of earlier commands."""
+        """Writes sweep.json, which keeps the points of earlier commands. Raises UserError if it cannot be written."""
         assert self.folder is not None
         path = self.folder / "sweep.json"
         points: dict[str, list[str]] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # words are kept, and nothing obeys them
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # words are kept, but never run
             about = untrusted.read_json(path, MOST_SWEEP, self.folder)
             points = {str(point["name"]): list(map(str, point["words"])) for point in about["points"]}
         points |= {name: list(task.differs) for name, task in self.tasks.items()}
@@ -305,7 +345,7 @@ class Sweep:
             raise UserError(f"cannot write {path} ({error.strerror or error}): choose another runs_dir") from None
 
     def conclude(self) -> None:
-        """The table, what failed and why, and what to do next."""
+        """Prints the table of points, what failed and why, and what to do next."""
         if not self.began:
             return
         rows = [("point", "tokens", "time", "validation loss", "state")]
@@ -334,7 +374,7 @@ class Sweep:
 
 # ------------------------------------------------------------------ a point
 def is_sweep(word: str) -> bool:
-    """Several values: a list with commas, choice(), range(), interval(), glob()."""
+    """Whether a word has several values: a list with commas, choice(), range(), interval() or glob()."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -348,7 +388,7 @@ def is_sweep(word: str) -> bool:
 
 
 def safe(text: str) -> str:
-    """A folder's name that says what `text` says. Two texts have two names: what is replaced or cut leaves a hash."""
+    """A name for a folder, made from `text`. If characters are replaced or cut, a hash keeps the names distinct."""
     name = re.sub(r"[^A-Za-z0-9_.,=+@%-]+", "_", text.replace('"', "").replace("'", "")).lstrip(".-")
     if name == text and len(name) <= LONGEST:
         return name
@@ -356,7 +396,13 @@ def safe(text: str) -> str:
 
 
 def point_of(config: Config, words: Sequence[str]) -> Point:
-    """What is started. words: all of the run; those of the group launch have been obeyed by then, but for the sweep."""
+    """The point for these settings.
+
+    Args:
+        config: the composed settings.
+        words: all words of the run. Those of the group launch are left out, except launch.sweep, because the ranks
+          must not launch again.
+    """
     own = {"runs_dir": config.runs_dir, "name": str(config.name)}
     if config.launch.sweep:
         own["launch.sweep"] = config.launch.sweep
@@ -370,24 +416,27 @@ def point_of(config: Config, words: Sequence[str]) -> Point:
 
 
 def prepare(config: Config) -> None:
-    """Raises UserError for what could not be started, or would end at once."""
+    """Raises UserError if the run could not be started, or if it would fail at once."""
     launcher_of(config.launch).ready(config.launch)
     check(config, config.launch.place())
 
 
 def launcher_of(launch: Launch) -> Launcher:
+    """The launcher that these settings belong to."""
     found: Launcher = registry.built(registry.of("launch", launch))
     return found
 
 
 def queues(launch: Launch) -> bool:
-    """Does what it starts go on without this process?"""
+    """Whether what this launcher starts goes on without this process."""
     return bool(registry.of("launch", launch).facts.queues)
 
 
 def share_of_cores(config: Config) -> list[str]:
-    """device.threads where ranks do not see with whom they share this machine's cores: points at once, and hosts that
-    are namespaces of it."""
+    """The word for device.threads, if ranks do not see with which others they share this machine's cores.
+
+    That is so if points run at once, and for the hosts of the network lab.
+    """
     from hvdllm.device import usable_cores
 
     launch = config.launch
@@ -398,7 +447,14 @@ def share_of_cores(config: Config) -> list[str]:
 
 
 def judge(task: Task, code: int, stopped: bool, said: str) -> None:
-    """What became of a point, by the rule that a resumed run goes by. said: its last sentence."""
+    """Sets the state of a point that has ended, by the rule that decides whether a run goes on.
+
+    Args:
+        task: the point.
+        code: its exit code.
+        stopped: whether it was asked to stop.
+        said: the last sentence that it printed.
+    """
     from hvdllm.trainer.resume import decide
 
     read_end(task)
@@ -416,20 +472,21 @@ def judge(task: Task, code: int, stopped: bool, said: str) -> None:
 
 
 def lives(folder: Path) -> int:
-    """How often this run was begun or taken up again."""
+    """How many lives the run in this folder has had."""
     return sum(record.get("kind") == "run" for record in runs.records(folder))
 
 
 def stopped_since(folder: Path, before: int) -> bool:
-    """Did a life after so many end because it was asked to? horovodrun tells no exit codes of its ranks."""
+    """Whether a life after the first `before` ones ended because it was asked to. Records are read, because horovodrun
+    does not pass on the exit codes of its ranks."""
     last = [record for record in runs.records(folder) if record.get("kind") in ("run", "end")][-1:]
     return lives(folder) > before and bool(last) and last[0].get("reason") == "stop"
 
 
 def read_end(task: Task) -> None:
-    """Tokens, seconds and loss from the run's records."""
+    """Reads tokens, seconds and loss from the run's records."""
     for record in runs.records(task.point.folder):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):  # of a record that was changed
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # a record may have been changed
             if record.get("kind") in ("commit", "end", "eval"):
                 task.tokens = int(record.get("tokens") or 0)
                 task.seconds = float(record.get("seconds") or 0.0)
@@ -439,7 +496,14 @@ def read_end(task: Task) -> None:
 
 
 def last_sentence(log: Path, at: int) -> str:
-    """Of what was printed from `at` on: the last `hvdllm: ...`, else the last line that says something."""
+    """The last sentence in a log.
+
+    Args:
+        log: the file.
+        at: what comes before this byte is skipped.
+
+    Returns the last `hvdllm: ...`, or else the last line that is not empty, or "".
+    """
     from hvdllm.launch.group import last_lines
 
     try:
@@ -455,7 +519,7 @@ def last_sentence(log: Path, at: int) -> str:
 # ------------------------------------------------------------------ this process
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """What is started inside knows that it was."""
+    """A context in which started processes know by LAUNCHED that they must not launch again."""
     before = os.environ.get(LAUNCHED)
     os.environ[LAUNCHED] = "1"
     try:
@@ -466,7 +530,7 @@ def environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminal(config: Config) -> Iterator[None]:
-    """Ranks on this machine find the terminal, if there is one, for a live progress line."""
+    """A context in which ranks on this machine find the user's terminal, if there is one, for a progress line."""
     try:
         path = os.ttyname(sys.stdout.fileno())
     except (OSError, ValueError):
@@ -480,13 +544,14 @@ def terminal(config: Config) -> Iterator[None]:
 
 
 def obeyed(config: Config) -> Config:
-    """The configuration of a run that was started here: launch=local, whatever its experiment says."""
+    """The configuration of a run that was started here. It has launch=local, whatever its experiment says."""
     return dataclasses.replace(config, launch=Local(sweep=config.launch.sweep))
 
 
 @contextlib.contextmanager
 def asked_to_stop(stop: threading.Event, said: str) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM sets `stop`, the second ends at once what runs and raises KeyboardInterrupt."""
+    """A context in which the first Ctrl-C or SIGTERM sets `stop`. The second one ends at once what runs, and raises
+    KeyboardInterrupt. said: is printed at the first."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         if stop.is_set():

@@ -1,9 +1,9 @@
-"""One task of srun as a rank of Horovod over Gloo: gives it the environment that horovodrun would, then becomes it.
+"""Turns a task of srun into a rank of Horovod over Gloo, with the environment that horovodrun would give it.
 
     HVDLLM_MEETING="ADDRESS PORT SECRET" srun … python -m hvdllm.launch.task -- hvdllm train …
 
-launch/inside.py starts it, where the key-value server of PORT runs. ADDRESS: of that server's host, or - for the host
-where srun was called, as Slurm knows it. It keeps its process: a signal to the task is a signal to the rank.
+launch/inside.py starts it, and runs the key-value server. ADDRESS is that of the server's host, or - for the host where
+srun was called, as Slurm knows it. The rank replaces this process, so a signal to the task is a signal to the rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ MEETING = "HVDLLM_MEETING"
 
 
 def rank(env: Mapping[str, str], address: str, port: int, secret: str) -> dict[str, str]:
-    """Horovod's variables from Slurm's. As many tasks on each node, numbered node by node."""
+    """Horovod's variables, made from Slurm's. Nodes have equal numbers of tasks, which are numbered node by node.
+
+    Args:
+        env: the environment of the task.
+        address, port, secret: of the key-value server.
+    """
     size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
     return {
         "HOROVOD_CONTROLLER": "gloo",
@@ -35,12 +40,13 @@ def rank(env: Mapping[str, str], address: str, port: int, secret: str) -> dict[s
 
 
 def main(words: list[str]) -> None:
+    """Becomes the command after `--`."""
     _, *command = words
     env = dict(os.environ)
     address, port, secret = env.pop(MEETING).split()
     address = env["SLURM_LAUNCH_NODE_IPADDR"] if address == "-" else address
     env |= rank(env, address, int(port), secret)
-    # Left alone Gloo binds to what the host's name resolves to, often 127.0.0.1, where nobody else reaches it.
+    # By default Gloo binds to what the host's name resolves to, often 127.0.0.1, where other hosts cannot reach it.
     if "HOROVOD_GLOO_IFACE" not in env and (interface := network.towards(address)):
         env["HOROVOD_GLOO_IFACE"] = interface
     os.execvpe(command[0], command, env)

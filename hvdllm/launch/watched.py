@@ -1,4 +1,4 @@
-"""A point of a sweep, and what is known of its run while it goes on."""
+"""A point of a sweep, and what is known of its run while it trains."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from hvdllm.settings import Config
 
 
 class Watched:
-    """The newest commit of a run that another process writes; reads only what is new."""
+    """Follows the records that another process writes, for the tokens and loss of its newest commit."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.at = folder / "metrics.jsonl", 0
         self.tokens, self.loss = 0, float("nan")
-        self.began = 0  # tokens when this command took it up
+        self.began = 0  # tokens when this command started or resumed the run
 
     def look(self) -> None:
+        """Reads what is new."""
         try:
             with untrusted.opened(self.path, self.path.parent) as file:
-                if os.fstat(file.fileno()).st_size < self.at:  # cut, by a run that goes on
+                if os.fstat(file.fileno()).st_size < self.at:  # a resumed run has cut its records
                     self.at = 0
                 file.seek(self.at)
-                new = file.read(untrusted.MOST_LINE)  # the rest at the next look
+                new = file.read(untrusted.MOST_LINE)  # the rest is read at the next look
         except (OSError, untrusted.Unfit):
             new = b""
         whole = new[: new.rfind(b"\n") + 1]
@@ -40,10 +41,19 @@ class Watched:
 
 @dataclass
 class Task:
-    """A point, how it is started, and what became of it.
+    """A point, and what became of it.
 
-    state: waiting, running, done, stopped, queued (a Slurm job that goes on without us) or failed. seconds: training
-    time. loss: the last validation loss. why: it failed.
+    Attributes:
+        point: its name and words.
+        config: its settings.
+        differs: the words that vary in the sweep.
+        state: waiting, running, done, stopped, failed, or queued for a Slurm job that goes on without this process.
+        tokens: committed so far.
+        seconds: of training.
+        loss: the last validation loss, if there is one.
+        why: it failed, in a sentence.
+        again: whether an earlier command has begun the run.
+        watched: follows the run.
     """
 
     point: Point
@@ -54,7 +64,7 @@ class Task:
     seconds: float = 0.0
     loss: float | None = None
     why: str = ""
-    again: bool = False  # there was something of it before
+    again: bool = False
     watched: Watched = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""The loop and what it stands on: loop.py is the whole of it, run.py makes what it takes, life.py runs it."""
+"""Training: loop.py holds the whole loop, run.py makes the parts that it takes, and life.py runs it from end to end."""

@@ -1,4 +1,4 @@
-"""What a run's records say of it: enough to do it again, and to account for it."""
+"""Facts about a run for its records: enough to repeat it, and to account for its numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "numpy", "horovod", "mpi4py", "hydra-core", "safetensors", 
 
 
 def versions() -> dict[str, str]:
-    """Of Python, hvdllm and what it stands on; a package that is not installed is left out."""
+    """The versions of Python, hvdllm and its main dependencies. A package that is not installed is left out."""
     found = {"python": platform.python_version(), "hvdllm": hvdllm.__version__}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def git() -> Json:
-    """Commit of the clone that this code runs from and whether its tree is dirty; nulls outside a clone."""
+    """The commit of the clone that this code runs from, and whether its tree is dirty; both None outside a clone."""
     root = Path(hvdllm.__file__).resolve().parents[1]
 
     def ask(*words: str) -> str | None:
@@ -46,7 +46,7 @@ def git() -> Json:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A wheel installed below somebody's own repository is not in a clone of ours.
+    # A wheel that is installed inside another repository is not in a clone of hvdllm.
     if not (root / "conf" / "train.yaml").exists():
         return {"commit": None, "dirty": None}
     status = ask("status", "--porcelain")
@@ -54,7 +54,7 @@ def git() -> Json:
 
 
 def hosts(device: torch.device, world: World) -> list[Json]:
-    """Of each rank: host, device name and threads. Collective."""
+    """The host, device and number of threads of each rank, in rank order. Collective."""
     own = {
         "host": socket.gethostname(),
         "device": devices.name(device),
@@ -65,13 +65,13 @@ def hosts(device: torch.device, world: World) -> list[Json]:
 
 
 def slurm() -> dict[str, str]:
-    """The Slurm job this runs in, if any."""
+    """Slurm's variables of the job that this process runs in. Empty outside Slurm."""
     names = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def link() -> str | None:
-    """The rate of the network lab's links that this runs over (launch.link), if any."""
+    """The rate of the network lab's links (launch.link) if this run goes over them, else None."""
     return os.environ.get(LINK)
 
 

@@ -1,10 +1,11 @@
-"""The acts of a run: audit, evaluate, sample, save. Which are due is a function of committed tokens and asks alone, so
-every rank does the same ones in the same order. Acts change no weight.
+"""The acts of a run: audit, evaluate, sample and save.
 
-Where the weights to keep are those of a mark only once settled (an anchor), the last evaluation comes then.
+Which acts are due depends on committed tokens and asks alone, so every rank does the same ones in the same order. Acts
+change no weights. A milestone is crossed when `tokens // every` changes, so a cadence needs no state and may change on
+resume. The mark that meets the budget evaluates, samples and saves. A stop only saves.
 
-A milestone is crossed where `tokens // every` changes, so the cadence needs no state and may change on resume.
-The mark that meets the budget evaluates, samples and saves; a stop only saves.
+With an anchored exchange (exchange/base.py) the weights to keep include all tokens only once it has settled. The last
+evaluation and sample are then made after settling.
 """
 
 from __future__ import annotations
@@ -25,25 +26,31 @@ from hvdllm.trainer.sample import sample_run
 
 
 class Acts:
-    """grace_s: seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
+    """Does at each mark what is due, and counts what has been committed.
+
+    Args:
+        run: the run.
+        grace_s: seconds that the launcher leaves a rank between Ctrl-C and SIGKILL, or None if there is no limit.
+    """
 
     def __init__(self, run: Run, grace_s: float | None) -> None:
         self.run, self.grace_s = run, grace_s
         self.tokens = self.step = self._tokens_loaded = 0
         self.last_sample = ""
         self.last_eval: Evaluation | None = None
-        self.settled = Settled(None)  # what settling has committed, behind the last mark, and what it has dropped
+        self.settled = Settled(None)  # what settling has committed after the last mark, and what it has dropped
         self.finished = False
         self._save_s = 0.0
         self._first_steps: list[float] = []
 
     @property
     def tokens_here(self) -> int:
-        """Committed by this process, earlier lives of the run left out."""
+        """Tokens that were committed since this process started, without earlier lives of the run."""
         return self.tokens - self._tokens_loaded
 
     # ------------------------------------------------------------------ the loop's two calls
     def act(self, commit: Commit) -> None:
+        """Books a commit and does what is due at its mark. Collective."""
         config, ledger, before = self.run.config, self.run.ledger, self.tokens
         self.tokens, self.step = commit.tokens, commit.step
         ledger.book(commit.before)
@@ -66,8 +73,9 @@ class Acts:
         if evaluate or sample or save or audit:
             seconds = self.run.clock.seconds()
             with self.run.clock.act():
-                wait_for_stream(self.run.device)  # acts read from the GPU at once, and such a read hears no peer
-                if audit:  # first: nothing is said or kept of replicas that have come apart
+                # Acts read from the GPU, and such a read would not notice a lost peer.
+                wait_for_stream(self.run.device)
+                if audit:  # first, so that nothing is reported or kept of replicas that differ
                     self.audit(seconds)
                 if evaluate:
                     self.evaluate(seconds)
@@ -78,7 +86,7 @@ class Acts:
         self.finished = met
 
     def finish(self, settled: Settled) -> None:
-        """After settle: the last commit's record is complete; the weights to keep are written."""
+        """Completes the record of the last commit after settling, and writes the weights to keep."""
         run, config = self.run, self.run.config
         run.ledger.book(settled.report)
         self.settled = settled
@@ -96,6 +104,7 @@ class Acts:
 
     # ------------------------------------------------------------------ acts
     def evaluate(self, seconds: float) -> None:
+        """Evaluates the weights to keep, and records and shows the result. Collective."""
         with self.run.parts.exchange.consensus() as of, self.run.parts.update.weights():
             result = evaluate_run(self.run.config, self.run.model, self.run.corpus, self.run.device, self.run.world)
         self.last_eval = result
@@ -109,8 +118,11 @@ class Acts:
         )
 
     def audit(self, seconds: float) -> None:
-        """Where the exchange promises identical replicas a difference is an error; else it is logged how far they are
-        apart. Of the replicas as they are: within consensus() they would be the same by construction."""
+        """Compares the ranks' weights. It looks at the replicas as they are, since within consensus() they are equal.
+
+        Raises RunError if the exchange promises identical replicas and they differ. If it does not promise that, the
+        distance between the replicas is recorded.
+        """
         world, flat, ledger = self.run.world, self.run.parts.flat, self.run.ledger
         if world.size == 1:
             return
@@ -127,6 +139,7 @@ class Acts:
             )
 
     def sample(self, seconds: float) -> None:
+        """Samples text from the weights to keep, on rank 0, and adds it to samples.txt. Collective."""
         run = self.run
         with run.parts.exchange.consensus(), run.parts.update.weights():
             text = sample_run(run.config, run.model, run.corpus, self.tokens) if run.world.rank == 0 else ""
@@ -136,9 +149,10 @@ class Acts:
         run.ledger.record("sample", self.tokens, seconds, {"text": text})
 
     def save(self, seconds: float) -> None:
+        """Writes a checkpoint. Collective. Raises RunError if a disk refuses, or if the folder was removed."""
         run, folder = self.run, self.run.folder
         if folder is not None:
-            folder.check()  # else the folder would be made anew, with a checkpoint and nothing else
+            folder.check()  # or a folder that was removed would be made anew, with nothing but a checkpoint
         begin, state = run.clock.wall_s(), run.parts.exchange.state()
         values = {
             "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.horizon,
@@ -173,11 +187,12 @@ class Acts:
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
+        """Plain values for the checkpoint."""
         last_eval = asdict(self.last_eval) if self.last_eval else None
         return {"tokens": self.tokens, "step": self.step, "last_eval": last_eval, **self.run.ledger.state()}
 
     def load(self, state: Json) -> None:
-        """Raises ValueError where it is none of state()."""
+        """The inverse of `state`. Raises ValueError if the values do not have the form that `state` gives them."""
         if not alike(self.state(), state):
             raise ValueError("what is due is not said in the form of this version")
         self.run.ledger.load(state)

@@ -29,11 +29,16 @@ from hvdllm.trainer.show import Show
 from hvdllm.world.base import World, first_problem, from_first
 from hvdllm.world.single import SingleWorld
 
-LEAST_VOCAB = 257  # tokens, of bytes; a tokenizer has not been trained, or read, from the start
+LEAST_VOCAB = 257  # tokens of the byte tokenizer, the smallest one; it stands in until the real tokenizer is known
 
 
 def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> tuple[Start, Lock | None]:
-    """Rank 0's decision, on every rank; on rank 0 also the lock of the run's folder, which `held` gives back."""
+    """Rank 0 decides how the run starts, and every rank learns it. Collective.
+
+    Returns the decision and, on rank 0, the lock of the run's folder. `held` releases the lock when it closes.
+
+    Raises UserError on every rank if the run cannot start.
+    """
     named = replace(config, name=config.name or new_name())
     lock: Lock | None = None
 
@@ -42,7 +47,7 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
         try:
             lock = held.enter_context(closing(Lock(folder_of(named))))
         except UserError:
-            with suppress(UserError):  # a finished run needs no lock, and may be kept where nobody can write
+            with suppress(UserError):  # a finished run needs no lock, and its folder may be read-only
                 if (start := decide(named, lambda text: None)).finished:
                     return asdict(start)
             raise
@@ -52,7 +57,10 @@ def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> t
 
 
 def agreed_device(config: Config, world: World, say: Callable[[str], None]) -> torch.device:
-    """This rank's. Raises UserError, on every rank, where some have a GPU and others none, or two the same one."""
+    """The device of this rank. Collective.
+
+    Raises UserError on every rank if some ranks have a GPU and others do not, or if two ranks share one without leave.
+    """
     device, problem, asked = torch.device("cpu"), "", config.device
     logical = config.world.kind == "virtual"  # such ranks share one device
     try:
@@ -72,7 +80,12 @@ def agreed_device(config: Config, world: World, say: Callable[[str], None]) -> t
 
 
 def wrong_gpus(gpus: list[str], share: bool) -> str | None:
-    """What is wrong with these GPUs of the ranks, by what tells them apart; "": a CPU."""
+    """What is wrong with the choice of GPUs, or None.
+
+    Args:
+        gpus: what identifies the GPU of each rank, "" if the rank computes on a CPU.
+        share: whether several ranks may use one GPU.
+    """
     without = [rank for rank, gpu in enumerate(gpus) if not gpu]
     if without and any(gpus):
         return (
@@ -89,8 +102,9 @@ def wrong_gpus(gpus: list[str], share: bool) -> str | None:
 
 
 def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
-    """Raises UserError on every rank where the model cannot fit what memory there is on any host or GPU."""
-    together = world.local_size if device.type == "cpu" or config.device.share else 1  # logical ones are all here
+    """Raises UserError on every rank if the model cannot fit into the memory of some host or GPU. Collective."""
+    # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
+    together = world.local_size if device.type == "cpu" or config.device.share else 1
     rows = size.pad_vocab(vocab)
     needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
     problem = None
@@ -106,7 +120,10 @@ def agreed_room(config: Config, vocab: int, device: torch.device, world: World) 
 
 
 def agreed_corpus(config: Config, start: Start, world: World, show: Show) -> Corpus:
-    """The prepared text, the same on all ranks. The first rank of each host prepares what is missing."""
+    """The prepared text, which is the same on all ranks. The first rank of each host prepares what is missing.
+
+    Collective. Raises UserError on every rank if the text cannot be prepared, or if it differs between ranks.
+    """
     where = shards.data_folder(config.data_dir)
     corpus, problem = None, None
     for turn in (True, False):
@@ -127,7 +144,7 @@ def agreed_corpus(config: Config, start: Start, world: World, show: Show) -> Cor
 
 
 def repeated_text(config: Config, corpus: Corpus) -> list[str]:
-    """A sentence, where it is known and anything is evaluated."""
+    """A note about evaluated text that also occurs in the training text; empty if there is none, or it is unknown."""
     share = corpus.repeated(config.model.context, config.eval_tokens) if config.eval_every else None
     if not share:
         return []
@@ -138,7 +155,7 @@ def repeated_text(config: Config, corpus: Corpus) -> list[str]:
 
 
 def check_corpus(config: Config, corpus: Corpus) -> None:
-    """What can only be known with the text at hand. Raises UserError."""
+    """Checks the settings that depend on the text. Raises UserError if they do not fit it."""
     clients_without_text(config, make_stream(config, corpus, torch.device("cpu"), SingleWorld()))
     if config.eval_every:
         validation(
@@ -148,7 +165,10 @@ def check_corpus(config: Config, corpus: Corpus) -> None:
 
 
 def clients_without_text(config: Config, stream: Stream) -> list[str]:
-    """A sentence, where there are any. Raises UserError where a round would draw more clients than have text."""
+    """A note about clients that have no text, or nothing if all have some.
+
+    Raises UserError if a round would draw more clients than have text.
+    """
     asked = config.exchange
     if not registry.of("exchange", asked).facts.clients:
         return []
@@ -168,7 +188,7 @@ def clients_without_text(config: Config, stream: Stream) -> list[str]:
 
 
 def agree_on_weights(flat: Flat, world: World) -> None:
-    """Every rank drew its weights from the same seed: a difference is an error, not something to paper over."""
+    """Checks that all ranks drew the same weights, bit for bit. Collective. Raises UserError if they differ."""
     own = hashlib.sha256(json.dumps(fingerprint(flat).tolist()).encode()).hexdigest()
     prints = world.texts(own, "start.weights")
     if len(set(prints)) > 1:

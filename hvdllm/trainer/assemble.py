@@ -1,4 +1,4 @@
-"""The parts of a training step, made and joined in one order: the trainer, the benchmarks and the tests use it."""
+"""Makes the parts of a training step and joins them in one order, for the trainer, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Assembly:
-    """module: what the loop calls; the others lie behind it."""
+    """The parts of a training step, joined.
+
+    Attributes:
+        module: what the loop calls; it computes the loss, and calls the hooks of the exchange.
+        flat: the map of the model's parameters.
+        update: the optimizer's step.
+        wire: how sums travel.
+        exchange: how ranks exchange gradients or weights, attached to all of these.
+    """
 
     module: nn.Module
     flat: Flat
@@ -43,12 +51,15 @@ def assemble(
     factor: Callable[[int], float],
     unlike: bool = False,
 ) -> Assembly:
-    """Collective.
+    """Makes the exchange, flat map, update and wire that the settings name, and attaches them. Collective.
 
-    model: whose parameters are trained.
-    module: what is to be called, and calls the model.
-    factor: of the peak learning rate, by committed tokens (optim/schedule.py).
-    unlike: do the ranks compute on several models of processor?
+    Args:
+        config: the settings.
+        model: whose parameters are trained.
+        module: what computes the loss, and calls the model.
+        world: the ranks.
+        factor: the factor of the peak learning rate at a number of committed tokens (optim/schedule.py).
+        unlike: whether the ranks compute on several models of processor.
     """
     exchange = registry.built(registry.of("exchange", config.exchange))(config.exchange, config.batch_tokens)
     exchange.milestones, exchange.unlike = milestones(config), unlike
@@ -61,7 +72,13 @@ def assemble(
 
 
 def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
-    """vocab: of the tokenizer; the model's is padded. Weights as drawn from the seed."""
+    """A model with weights drawn from the seed.
+
+    Args:
+        config: the settings.
+        vocab: tokens of the tokenizer; the model's own vocabulary is padded.
+        device: where the weights are to lie.
+    """
     model = GPT(config.model, size.pad_vocab(vocab)).to(DTYPES[config.precision])
     init_weights(model, config.seed)
     model = model.to(device)
@@ -71,36 +88,36 @@ def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
 
 
 def is_reference(config: Config) -> bool:
-    """Does a library of its own move the sums?"""
+    """Whether the exchange is a reference: a library such as DDP or Horovod's optimizer moves the sums for it."""
     return registry.of("exchange", config.exchange).facts.carries in registry.LIBRARIES
 
 
 def build_wire(config: Config, world: World, flat: Flat) -> Wire:
-    """A reference reads of its wire the settings alone."""
+    """The wire that the settings name. A reference exchange gets a plain one, because it reads only its settings."""
     if is_reference(config):
         return Plain(world, config.wire, flat, config.batch_tokens)
     return make_wire(config.wire, world, flat, config.batch_tokens)
 
 
 def milestones(config: Config) -> Milestones:
-    """Every act that is due has a mark; only logs need nobody to stand still."""
+    """The marks that the settings ask for. Acts need all ranks at one mark, while nobody has to wait for logs."""
     acts = (config.eval_every, config.sample_every, config.save_every, config.audit_every)
     return Milestones(acts, (config.log_every,), config.budget_tokens)
 
 
 def bucket_bytes(config: Config, model: nn.Module) -> float:
-    """Of gradients that travel together; see exchange.bucket_mb."""
+    """The size in bytes of a bucket, which is the gradients that travel together (exchange.bucket_mb)."""
     whole = sum(p.nbytes for p in model.parameters())
     chosen = config.exchange.bucket_mb
     if chosen:
         return float(chosen * 2**20)
-    if (fragments := getattr(config.exchange, "fragments", 1)) > 1:  # of several buckets each: they come out equal
+    if (fragments := getattr(config.exchange, "fragments", 1)) > 1:  # several buckets each, so that they are equal
         return float(min(25 * 2**20, whole / (4 * fragments)))
     return float(min(25 * 2**20, max(2**20, whole / 8)))
 
 
 def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:
-    """This rank's training batches. Raises UserError where the text has fewer windows than one global batch."""
+    """This rank's training batches. Raises UserError if the text has fewer windows than one global batch."""
     return Stream(
         corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
         micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,

@@ -1,7 +1,7 @@
-"""Do the ranks hold the same weights? And where they need not, how far apart are they?
+"""Compares the weights of the ranks: are they equal, or how far are they apart if they need not be equal?
 
-Invariant: two replicas have equal fingerprints whatever the padding and the cuts of their maps, and different ones as
-soon as one bit differs, or two elements of a tensor have changed places.
+Invariant: equal replicas have equal fingerprints, however their flat maps are padded and cut. Fingerprints differ as
+soon as one bit differs, or if two elements of a tensor have changed places.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from torch.nn.functional import pad
 from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
-CHUNK = 2**18  # words that share one table of weights
+CHUNK = 2**18  # 64-bit words that share one table of weights
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The first parameter, in registration order, that is not the same on all ranks.
+    """What an audit found: the first parameter, in registration order, that is not the same on all ranks.
 
-    rank: the first whose bits are not those that most ranks have; tie: there are none such, rank is 0 then.
-    parameters: how many differ.
+    Attributes:
+        parameter: its name.
+        rank: the first rank whose bits differ from those of most ranks; 0 in a tie.
+        tie: whether no value is the most frequent one.
+        parameters: how many parameters differ.
     """
 
     parameter: str
@@ -38,7 +41,7 @@ class Audit:
 
 
 def audit(flat: Flat, world: World) -> Audit | None:
-    """The first difference between the ranks' weights, bit for bit, or None. The same on all ranks. Collective."""
+    """The first difference between the ranks' weights, bit for bit, or None. All ranks get the same. Collective."""
     if world.size == 1:
         return None
     own = fingerprint(flat).cpu().reshape(1, -1)
@@ -54,10 +57,11 @@ def audit(flat: Flat, world: World) -> Audit | None:
 
 
 def fingerprint(flat: Flat) -> torch.Tensor:
-    """One number a parameter, in registration order: int64 [tensors], on the device; nothing waits for it.
+    """A hash of each parameter, in registration order: int64 [parameters], on the device, without a host read.
 
-    The bits as 64-bit words times odd weights, summed over a chunk of words, then the same over a tensor's chunks, all
-    modulo 2^64. An odd weight makes every flipped bit count; that it depends on the place, every swap.
+    The bits of a tensor are taken as 64-bit words. Within a chunk each word is multiplied by an odd weight, and the
+    products are summed modulo 2^64; the sums of a tensor's chunks are joined in the same way. Since weights are odd,
+    every flipped bit changes the hash. Since they depend on the place, so does every swap.
     """
     device = flat.x.device
     table = _table(device)
@@ -73,14 +77,14 @@ def fingerprint(flat: Flat) -> torch.Tensor:
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as int64, what is missing of the last word filled with zeros."""
+    """The bits of a tensor as int64, with zeros appended to fill the last word."""
     missing = -len(x) % (8 // x.element_size())
     return (pad(x, (0, missing)) if missing else x).view(torch.int64)
 
 
 @lru_cache(maxsize=1)
 def _table(device: torch.device) -> torch.Tensor:
-    """Odd int64 [CHUNK], the same on all ranks."""
+    """Random odd weights, int64 [CHUNK], the same on all ranks."""
     draw = torch.Generator().manual_seed(0)
     return (torch.randint(-(2**63), 2**63 - 1, (CHUNK,), generator=draw) | 1).to(device)
 
@@ -88,10 +92,11 @@ def _table(device: torch.device) -> torch.Tensor:
 def spread(flat: Flat, world: World) -> float:
     """Root mean square distance of the ranks' weights to their mean, relative to the mean's norm. Collective.
 
-    sqrt(mean_r |x_r - mean|²) / |mean|, the same on all ranks. The mean is taken in the weights' own dtype, so equal
-    replicas show its rounding (about 1e-8 in fp32). One sum of the whole vector, one bucket at a time.
+    Returns sqrt(mean_r |x_r - mean|²) / |mean|, the same on all ranks. The mean is taken in the dtype of the weights,
+    so for equal replicas the result is its rounding error (about 1e-8 in fp32). The whole vector is summed once, one
+    bucket at a time.
     """
-    squares = torch.zeros(2, dtype=torch.float64)  # of the distance, of the mean; both summed over ranks
+    squares = torch.zeros(2, dtype=torch.float64)  # squared norms of the distance and the mean, summed over ranks
     for bucket in flat.buckets:
         own = flat.x[bucket.span.start : bucket.span.stop].detach()
         mean = world.sum(own.clone(), f"act.audit.{bucket.index}").land() / world.size

@@ -1,4 +1,4 @@
-"""One micro-batch forward and backward, and finding out which gradient was not finite."""
+"""The forward and backward pass of one micro-batch, and the search for a gradient that was not finite."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ NOTHING = torch.zeros((), dtype=torch.float64)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """bf16: matrix products in bfloat16, weights and sums stay fp32."""
+    """The autocast context of a precision. With bf16, matrix products run in bfloat16; weights and sums stay fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class Loss(nn.Module):
-    """A language model as what training needs of it: (inputs, targets) [B, T] to the SUM of token losses, nats.
+    """A module that maps inputs and targets, int64 [B, T], to the SUM of the token losses in nats.
 
-    Dropout, when on, is drawn anew from (seed, round, rank, micro-batch), so that a run resumed in mid-way draws
-    the same.
+    Dropout is seeded for each micro-batch from (seed, round, rank, micro-batch), so that a resumed run draws the same
+    masks.
+
+    Args:
+        model: the language model.
+        precision: fp32, bf16 or fp64, see `autocast`.
+        device: where the model lies.
+        seed: of the run.
+        rank: this rank.
+        dropout: whether the model has any dropout.
     """
 
     def __init__(self, model: nn.Module, *, precision: str, device: torch.device, seed: int, rank: int, dropout: bool):
@@ -36,7 +44,7 @@ class Loss(nn.Module):
         self.seed, self.rank, self.dropout = seed, rank, dropout
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
-        """place: the round and the number of this micro-batch in it."""
+        """The summed loss. place: the round, and the number of this micro-batch in it, which seed the dropout."""
         if self.dropout:
             round_, index = place
             torch.manual_seed(int(np.random.SeedSequence([self.seed, round_, self.rank, index]).generate_state(1)[0]))
@@ -46,11 +54,13 @@ class Loss(nn.Module):
 
 
 def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Adds the gradient of the batch's SUM of token losses in place; returns that sum, detached, on the device.
+    """Adds the gradient of the SUM of the batch's token losses in place.
 
-    The backward starts from 1 + 0 x loss: a loss that is not finite makes its gradients so, and with them the
-    sum of all ranks, which every rank sees. As a factor of the loss: to check the shape of a gradient that it is given
-    torch imports its symbolic shapes, which takes a second.
+    The backward pass starts from 1 + 0 x loss. A loss that is not finite therefore makes its gradients not finite, and
+    so the sum over ranks, which every rank sees. The number is a factor of the loss, not an argument of `backward`,
+    because torch would import its symbolic shapes to check the argument, which takes a second.
+
+    Returns the summed loss, a detached scalar on the device; nothing is computed for an empty batch.
     """
     if batch.tokens == 0:
         return NOTHING
@@ -61,19 +71,30 @@ def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def explain(error: NotFinite, stream: Stream, model: nn.Module, flat: Flat, world: World) -> RunError:
-    """Replays the bad round on every rank without exchange (a batch is a function of its position, and the
-    weights are still those before the round) and says where the first bad number came up. Collective.
+    """Finds where a gradient that is not finite came from. Collective.
+
+    Every rank computes the bad round again without exchange. That is possible since a batch is a function of its
+    position, and the weights are still those before the round, unless the error says otherwise.
+
+    Args:
+        error: what the exchange raised.
+        stream: deals the batches again, unless the error brings its own stream.
+        model: the module that computes the loss.
+        flat: the map; its gradients are overwritten.
+        world: the ranks.
+
+    Returns the error to raise, which is the same on every rank.
     """
     found: Json = {}
     source = error.stream or stream
     batches = [batch for number in error.rounds for batch in source.share(number, error.parts)]
     for batch in batches:
         flat.g.zero_()
-        for name, p in flat.parameters.items():  # wherever a library had moved it
+        for name, p in flat.parameters.items():  # a library may have moved the gradient elsewhere
             p.grad = flat.view(name, flat.g)
         loss = backward(model, batch).item()
         if batch.tokens and not bool(torch.isfinite(flat.g).all()):
-            # Backward order: the last registered tensor's gradient is complete first. (flat.at has another order.)
+            # The gradient of the last registered tensor is complete first. (The order of flat.at is another one.)
             name = next(n for n in reversed(flat.parameters) if not bool(torch.isfinite(flat.view(n, flat.g)).all()))
             found = {"tensor": name, "loss": loss, "batch": batch.index + 1, "of": len(batches)}
             break

@@ -1,7 +1,7 @@
-"""The training clock: seconds since the first round, less those spent in acts.
+"""The training clock: seconds since the first round, without those spent in acts.
 
-It stops when the last rank has arrived at an act and goes on when all leave it together, so that no rank books
-another's act as waiting. On virtual ranks with a simulated clock the seconds are that one's.
+The clock stops when the last rank has arrived at an act and goes on when all ranks leave it together, so no rank counts
+another rank's act as waiting. On virtual ranks with a simulated clock, the seconds are those of that clock.
 """
 
 from __future__ import annotations
@@ -16,32 +16,37 @@ from hvdllm.world.base import World
 
 
 class Clock:
-    """seconds: those of earlier lives of the run."""
+    """The training clock of one rank.
+
+    Args:
+        world: the ranks that enter and leave acts together.
+        seconds: training time of earlier lives of the run.
+    """
 
     def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world, self.earlier = world, seconds
         self.start()
 
     def start(self) -> None:
-        """The first round begins."""
+        """Starts the clock; the first round begins now."""
         self._begin = self._since = now()
         self._before = self.earlier
 
     def seconds(self) -> float:
-        """Of training, earlier lives included."""
+        """Seconds of training, earlier lives of the run included."""
         return self._before + now() - self._since
 
     def seconds_here(self) -> float:
-        """Of training, in this process."""
+        """Seconds of training in this process."""
         return self.seconds() - self.earlier
 
     def wall_s(self) -> float:
-        """Since the start of this process's training, acts included."""
+        """Seconds since training started in this process, acts included."""
         return now() - self._begin
 
     @contextmanager
     def act(self) -> Iterator[None]:
-        """Around everything that is not training. Collective."""
+        """A context around everything that is not training, in which the clock stands still. Collective."""
         self.world.sum(torch.zeros(1), "act.begin").land()
         self._before = self.seconds()
         yield

@@ -19,7 +19,13 @@ from hvdllm.world.base import World
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token. bits_per_byte: of the text that those tokens stand for."""
+    """The result of an evaluation.
+
+    Attributes:
+        loss: mean loss in nats per token.
+        bits_per_byte: the same loss in bits per byte of the text that the tokens stand for.
+        tokens: how many tokens were evaluated.
+    """
 
     loss: float
     bits_per_byte: float
@@ -35,9 +41,17 @@ def evaluate(
     device: torch.device,
     world: World,
 ) -> Evaluation:
-    """batches: this rank's (inputs, targets), each [B, T]. token_bytes [vocab]: bytes of text a token stands for.
+    """The mean loss over the batches of all ranks. Collective.
 
-    The sums over all ranks, in float64, divided once. Collective. Leaves the model in training mode as found.
+    Sums are taken in float64 over all ranks, and divided once. The model is left in the mode in which it was found.
+
+    Args:
+        model: the language model.
+        batches: this rank's (inputs, targets), each int64 [B, T].
+        token_bytes: bytes of text that each token stands for, [vocab].
+        precision: as `autocast` takes it.
+        device: where the model lies.
+        world: the ranks.
     """
     was = model.training
     model.eval()
@@ -56,7 +70,7 @@ def evaluate(
 
 
 def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.device, world: World) -> Evaluation:
-    """The validation loss of these weights, as every evaluation of a run defines it. Collective."""
+    """The validation loss of the model, as a run with these settings defines it. Collective."""
     batches = validation(
         corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens,
         micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device,
@@ -65,7 +79,10 @@ def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.devic
 
 
 def text_bytes(corpus: Corpus) -> np.ndarray:
-    """Bytes of the text that each token stands for; where the tokenizer loses some, or they are known roughly, scaled:
-    over the validation text they add up to its own."""
+    """The bytes of text that each token stands for, [vocab].
+
+    If the tokenizer loses some bytes, or if its counts are estimates, they are scaled so that over the validation text
+    they add up to the size of that text.
+    """
     shard = corpus.validation_shard
     return corpus.tokenizer.token_bytes * (shard.bytes / shard.spelled if shard.spelled else 1.0)

@@ -1,7 +1,7 @@
-"""The records of a run, and what has been summed up for the next of them.
+"""The records of a run, and the sums that the next record will hold.
 
-What a commit has cost and achieved is known only one commit later (exchange/base.py, Report), so a `commit` record is
-opened at its mark and written at the next.
+What a commit has cost and achieved is known only one commit later (exchange/base.py, Report). A `commit` record is
+therefore opened at its mark and written at the next one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from hvdllm.world.base import World
 
 @dataclass
 class Window:
-    """Sums since the last `commit` record; part of the checkpoint."""
+    """Sums since the last `commit` record, which are part of the checkpoint. Seconds are means over ranks unless said
+    otherwise."""
 
     loss_sum: float = 0.0
     loss_tokens: float = 0.0
@@ -29,8 +30,8 @@ class Window:
     blocked_s_max: float = 0.0
     flight_s: float = 0.0
     cpu_s: float = 0.0  # of all ranks
-    skew_s: float = 0.0  # compute of the slowest rank less that of the fastest
-    micro_batches: list[float] = field(default_factory=list)  # of each rank, as are the next two
+    skew_s: float = 0.0  # compute of the slowest rank minus that of the fastest
+    micro_batches: list[float] = field(default_factory=list)  # of each rank, like the next two
     compute_s_by_rank: list[float] = field(default_factory=list)
     blocked_s_by_rank: list[float] = field(default_factory=list)
     updates: int = 0
@@ -39,16 +40,17 @@ class Window:
 
     @property
     def loss(self) -> float:
-        """Nats a token; not a number where nothing is booked yet."""
+        """Mean loss in nats per token, or NaN if nothing has been added yet."""
         return self.loss_sum / self.loss_tokens if self.loss_tokens else float("nan")
 
     def count(self, commit: Commit) -> None:
-        """Adds what is known of a commit at its mark."""
+        """Adds what is known of a commit at its own mark."""
         self.updates += commit.updates
         self.stale += commit.staleness * commit.updates
         self.stalest = max(self.stalest, commit.staleness_max or commit.staleness)
 
     def add(self, report: Report) -> None:
+        """Adds the report of a commit, which arrives at the next mark."""
         self.loss_sum += report.loss_sum
         self.loss_tokens += report.loss_tokens
         self.compute_s += fmean(report.compute_s)
@@ -63,12 +65,19 @@ class Window:
 
 
 def _added(sums: list[float], values: list[float]) -> list[float]:
-    """Rank by rank; the first ones, or of another world size than before, count alone."""
+    """The sums rank by rank. If the number of ranks has changed, or at first, only the new values count."""
     return [a + b for a, b in zip(sums, values, strict=True)] if len(sums) == len(values) else list(values)
 
 
 class Ledger:
-    """folder: of the run, None on ranks other than 0, which write nothing."""
+    """Keeps the sums of a run and writes its records.
+
+    Args:
+        folder: of the run, or None on ranks other than 0, which write nothing.
+        world: the ranks.
+        clock: the training clock.
+        show: what tells the user of a straggler.
+    """
 
     def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show) -> None:
         self.folder, self.world, self.clock, self.show = folder, world, clock, show
@@ -77,36 +86,51 @@ class Ledger:
         self.pending: Json | None = None  # a `commit` record that waits for its loss
         self.last_record = {"tokens": 0.0, "seconds": 0.0, "bytes": 0.0}
         self.bytes_before = 0.0  # sent in earlier lives of this run
-        self.blocked_s = 0.0  # of all commits that are booked, mean over ranks; earlier lives included
-        self.last_loss = float("nan")  # of the last commit that is booked
-        self.last_blocked = 0.0  # its share of time that ranks stood still for the exchange
+        self.blocked_s = 0.0  # over all booked commits, mean over ranks, earlier lives included
+        self.last_loss = float("nan")  # of the last booked commit
+        self.last_blocked = 0.0  # the share of its time in which ranks waited for the exchange
         self.recorded_loss: float | None = None  # of the last `commit` record
 
     @property
     def loss(self) -> float:
-        """That of the newest record; before there is one, of what it will hold."""
+        """The loss of the newest `commit` record. Before there is one, the loss that the first would hold now."""
         return self.window.loss if self.recorded_loss is None else self.recorded_loss
 
     def record(self, kind: str, tokens: int, seconds: float, values: Json, sync: bool = False) -> None:
-        """With what every record has: how far the run is, in any unit that a curve may be drawn over."""
+        """Writes a record on rank 0, with the values that every record has: tokens, seconds, bytes and blocked seconds.
+
+        Args:
+            kind: of record.
+            tokens: committed so far.
+            seconds: of the training clock.
+            values: what else the record holds.
+            sync: whether to wait until the record is on the disk.
+        """
         if self.folder is not None:
             self.folder.record(kind, {"tokens": tokens, **self.totals(seconds), **values}, sync=sync)
 
     def totals(self, seconds: float) -> dict[str, float]:
-        """Sums over all lives of the run: seconds of the training clock; bytes that rank 0 sent; seconds that ranks
-        stood still for the exchange, of the commits that are booked, mean over ranks."""
-        sent = round(self.bytes_before + self.world.bytes_sent)  # threads add up in any order
+        """Sums over all lives of the run.
+
+        They are the seconds of the training clock, the bytes that rank 0 has sent, and the seconds that ranks waited
+        for the exchange in all booked commits, as a mean over ranks.
+        """
+        sent = round(self.bytes_before + self.world.bytes_sent)  # rounded, since threads add to it in any order
         return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
 
     def open(self, commit: Commit, extra: bool) -> None:
-        """A `commit` record begins. extra: off the cadence, because the run ends here; a run that goes on takes it
-        back."""
+        """Opens a `commit` record.
+
+        Args:
+            commit: the commit at this mark.
+            extra: the record is off the cadence, because the run ends here. A run that goes on takes it back.
+        """
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
         self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra}
 
     def book(self, report: Report | None) -> None:
-        """Adds what is now known of the commit before, and writes its record if it has one."""
+        """Adds the report of the commit before, and writes that commit's record if one is open."""
         if report is None:
             return
         self.window.add(report)
@@ -158,6 +182,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
+        """Plain values for the checkpoint."""
         return {
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
@@ -166,21 +191,20 @@ class Ledger:
         }  # fmt: skip
 
     def load(self, state: Json) -> None:
-        """Raises ValueError where it is none of state()."""
+        """The inverse of `state`. Raises ValueError if the open record holds anything but numbers."""
         pending = state["pending"] or {}
         if not all(isinstance(each, int | float) for each in pending.values()):
             raise ValueError("what is due is not said in the form of this version")
-        known = {each.name for each in fields(Window)}  # an older version's window had others
+        known = {each.name for each in fields(Window)}  # an older version's window had other fields
         self.window = Window(**{name: value for name, value in state["window"].items() if name in known})
         self.pending, self.last_record, self.last_loss = state["pending"], state["last_record"], state["last_loss"]
         self.bytes_before = state["bytes"] - self.world.bytes_sent
-        if state.get("ranks") == self.world.size:  # else they have other numbers now
+        if state.get("ranks") == self.world.size:  # otherwise ranks are numbered differently now
             self.straggler = Straggler(**state["straggler"])
-        # An older version's state has neither.
+        # The state of an older version has neither of these.
         self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
 
     def go_on(self) -> None:
-        """Takes back a record off the cadence: its line was cut, and the window goes on as if the run had never
-        ended."""
+        """Takes back an open record that is off the cadence. The window goes on as if the run had never ended."""
         if self.pending and self.pending["extra"]:
             self.pending = None

@@ -1,4 +1,4 @@
-"""The life of a run, from its folder to its last record. Every rank calls `run`."""
+"""The life of a run, from opening its folder to writing its last record. Every rank calls `run`."""
 
 from __future__ import annotations
 
@@ -31,22 +31,36 @@ from hvdllm.world.detect import Place
 
 
 def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> int | None:
-    """Trains. Every rank calls it. Returns the tokens at which the run was stopped, None where its budget is met.
-    Raises UserError before training, RunError in it."""
+    """Starts or resumes a run and trains until it ends. Collective.
+
+    Args:
+        config: the checked settings.
+        overrides: the words of the command line, for the `run` record.
+        place: which launcher started this process.
+        world: the ranks.
+        show: what the user sees.
+
+    Returns the number of tokens at which the run was stopped, or None if its budget is met.
+
+    Raises UserError before training, and RunError during training.
+    """
     with ExitStack() as held:
         start, lock = agreed_start(config, world, show, held)
         if start.finished:
             show.say(f"{start.finished}; a larger budget_tokens goes on")
             return None
         made = make(config, world, show, start, lock)
-        # Marks that an ask makes at once, however far apart they are, need no warning.
+        # If an ask makes a mark at once, no step can be too long for the grace period.
         acts = Acts(made, None if made.parts.exchange.marks_on_ask else grace(place))
         begin_records(made, acts, overrides)
         return live(made, acts)
 
 
 def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
-    """Goes back to where the checkpoint stands, if there is one; opens the folder; says what a person should know."""
+    """Loads the checkpoint if there is one, opens the folder, writes the first records and tells the user of them.
+
+    Collective. Raises UserError if the checkpoint does not fit, and RunError if the disk refuses.
+    """
     config, start, resumed, folder = run.config, run.start, run.resumed, run.folder
     notes = [*run.corpus.notes, *repeated_text(config, run.corpus), *clients_without_text(config, run.stream)]
     if resumed is not None:
@@ -70,7 +84,7 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
 
 
 def live(run: Run, acts: Acts) -> int | None:
-    """From the first round to the last record. Returns as `run` does."""
+    """Trains from the first round to the last record. Returns what `run` returns."""
     config, world, show, exchange = run.config, run.world, run.show, run.parts.exchange
     tracker = start_tracker(config, Path(run.start.folder), world, show)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, run.device)
@@ -80,7 +94,7 @@ def live(run: Run, acts: Acts) -> int | None:
     run.clock.start()
     try:
         with closing(run.stream), peers(world):
-            if acts.finished:  # before this life of the run, which was killed behind its last checkpoint
+            if acts.finished:  # an earlier life met the budget, and was killed after its last checkpoint
                 acts.finish(exchange.settle())
             else:
                 train(run.stream, module, exchange, acts, config.budget_tokens)
@@ -109,7 +123,15 @@ def live(run: Run, acts: Acts) -> int | None:
 
 
 def load(checkpoint: Path, run: Run, resumed: Saved) -> list[str]:
-    """Everything but the acts goes back to where the checkpoint stands; what a person should know of it. Collective."""
+    """Loads a checkpoint into the exchange and the stream. Collective.
+
+    Args:
+        checkpoint: its folder.
+        run: the run, which has not trained yet.
+        resumed: the plain values of the checkpoint.
+
+    Returns sentences for the user about what a change of the world size means.
+    """
     flat, world, exchange = run.parts.flat, run.world, run.parts.exchange
     vectors = {kind: read.share_vector(checkpoint, kind, flat, world) for kind in resumed["kinds"]}
     ranks = read.saved_ranks(resumed)
@@ -130,7 +152,7 @@ def load(checkpoint: Path, run: Run, resumed: Saved) -> list[str]:
 
 
 def grace(place: Place) -> float | None:
-    """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL; None: as long as it takes."""
+    """Seconds that the launcher leaves a rank between Ctrl-C and SIGKILL, or None if there is no limit."""
     if place.launcher == "none":
         return None
     lengthened = float(os.environ.get("OMPI_MCA_odls_base_sigkill_timeout", 1))  # noqa: SIM112 - MPI's spelling
@@ -138,7 +160,10 @@ def grace(place: Place) -> float | None:
 
 
 def start_tracker(config: Config, folder: Path, world: World, show: Show) -> Mirror | None:
-    """On rank 0, where the settings name one. Raises UserError on every rank where it must be online and is not."""
+    """Starts the tracker on rank 0 if the settings name one. Collective for a tracker that must be online.
+
+    Raises UserError on every rank if such a tracker cannot be reached.
+    """
     tracker = mirror.start(config, folder, show.say) if world.rank == 0 else None
 
     def refuse() -> None:

@@ -1,4 +1,4 @@
-"""The whole loop. Every exchange runs in it unchanged; what each word means stands in exchange/base.py."""
+"""The whole training loop. Every exchange runs in it unchanged; exchange/base.py explains the words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hvdllm.trainer.backward import backward
 
 
 def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Acts, budget: int) -> None:
-    """Trains until `budget` tokens are committed by all ranks, or a rank asks for a stop."""
+    """Trains until all ranks together have committed `budget` tokens, or until a rank asks for a stop."""
     for batch in exchange.feed(stream):  # arms the hooks BEFORE the forward; batch.last closes this rank's share
         loss = backward(model, batch)  # SUM of token losses; gradients add up in place
         commit = exchange.advance(batch, loss)  # launch, land, apply; a Commit only at a mark, else None

@@ -1,4 +1,4 @@
-"""A finished or stopped run's model, ready to be sampled or evaluated, on this machine."""
+"""Loads the model of a finished or stopped run, to sample from it or to evaluate it on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from hvdllm.trainer.assemble import DTYPES, build_model
 
 @dataclass(frozen=True)
 class Restored:
-    """source: the folder that the weights were read from."""
+    """A model that was read from a run.
+
+    Attributes:
+        config: the settings of the run.
+        tokenizer: of the run.
+        model: with its weights, on the device.
+        device: where it lies.
+        source: the folder that the weights were read from.
+    """
 
     config: Config
     tokenizer: Tokenizer
@@ -33,9 +41,14 @@ class Restored:
 
 
 def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
-    """The newest whole checkpoint's weights (that of `step` where given); final/ where a copy has no checkpoints.
+    """Loads the model from a checkpoint, or from final/ if the folder has no checkpoints.
 
-    Raises UserError where there is nothing to read, or not what was written.
+    Args:
+        folder: of the run.
+        step: which checkpoint to read, or None for the newest whole one.
+        say: is told of damage that was found on the way.
+
+    Raises UserError if there is nothing to read, or if the files are not what was written.
     """
     config = runs.read_config(folder, say)
     check_model(config.model)
@@ -53,7 +66,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     if source is None:
         check_final(final, say)
     vocab = size.pad_vocab(tokenizer.vocab)
-    # Before a model is made, which would be as large as the settings say.
+    # Checked before a model is made, which would be as large as the settings say.
     if (there := read.count_weights(source or final)) != (asked := size.count_parameters(config.model, vocab)):
         raise UserError(
             f"{source or final} has {there:,} weights and {folder}/config.yaml describes a model of {asked:,}: one of "
@@ -69,7 +82,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
 
 
 def check_final(final: Path, say: runs.Say) -> None:
-    """Raises UserError where final/ is not what was written; says so where nobody can know."""
+    """Raises UserError if final/ is not what was written, and tells the user if there is no sum to check it with."""
     model = final / "model.safetensors"
     try:
         problem = sums.changed(model, final)

@@ -1,8 +1,11 @@
-"""Does this run begin, go on, or is it done? Decided by rank 0 from the run's folder, before anything is built.
+"""Decides whether a run begins, goes on or is finished.
 
-The folder may be a stranger's. `resume=RUN` takes from its config.yaml what shapes numbers (settings.setting says what
-that is) and nothing of what its records say of words, programs or hosts. Files of text are not taken either: where the
-same text has been prepared on this machine, it is found by its data hash; else the user names the files again.
+Rank 0 decides it from the run's folder, before anything is built.
+
+The folder may be a stranger's. `resume=RUN` takes from its config.yaml only the settings that shape numbers
+(settings.setting says which they are), and takes no command lines, programs or hosts from its records. Text files are
+not taken either. If the same text has been prepared on this machine, it is found by its data hash; otherwise the user
+names the files again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from hvdllm.plain import Json
 from hvdllm.settings import Config
 from hvdllm.text import shards
 
-# What may differ between the lives of a run: it changes where and how fast, or for how long, but not what is computed.
+# Settings that may differ between the lives of a run. They change where, how fast or how long it computes, not what.
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
     "log_every", "audit_every", "target_loss", "trace_steps", "keep", "world", "device", "launch", "track",
@@ -32,20 +35,33 @@ MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Start:
-    """folder: of the run. checkpoint: to go on from, or None. finished: why there is nothing to do, or None."""
+    """How a run starts.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: the one to go on from, or None.
+        finished: why there is nothing to do, or None.
+        again: whether the folder was there already.
+        data_hash: of the text that the run was trained on, or None if it is new.
+    """
 
     folder: str
     checkpoint: str | None = None
     finished: str | None = None
-    again: bool = False  # the folder was there already
-    data_hash: str | None = None  # of the text that it was trained on
+    again: bool = False
+    data_hash: str | None = None
 
 
 def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) -> tuple[Config, list[str]]:
-    """The configuration that these words come to, with `resume=RUN` over what RUN's folder may say; and the words,
-    which come to it again in another process. say: hears of what the folder says and may not.
+    """Composes the configuration of a command line. With `resume=RUN`, the words override the settings of RUN's folder.
 
-    Raises UserError where RUN is no folder of a run, or read files that have to be named again.
+    Args:
+        words: of the command line.
+        say: is told which settings of the folder are not taken from it.
+
+    Returns the configuration, and words from which another process composes the same one.
+
+    Raises UserError if RUN is not the folder of a run, or if it has read files that must be named again.
     """
     given = last(words, "resume", "auto")
     if given in ("auto", "never", "must"):
@@ -71,7 +87,7 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
                 f"{folder} began with weights from elsewhere and has no checkpoint: give init_from={theirs.init_from} "
                 "again, files are not taken from a run's folder"
             )
-        config.init_from = theirs.init_from  # for the record: it goes on from its checkpoint
+        config.init_from = theirs.init_from  # only for the records, since the run goes on from its checkpoint
     if left := _left_behind(theirs, named):
         say(
             f"{folder}: {', '.join(left)} of this run are not taken from its folder, which may be anybody's: give them "
@@ -81,8 +97,10 @@ def asked(words: Sequence[str], say: Callable[[str], None] = lambda text: None) 
 
 
 def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) -> None:
-    """The text of the run, prepared on this machine, where the words name none. Raises UserError where it is of files
-    and not here."""
+    """Finds the run's text among those prepared on this machine, unless the words name one.
+
+    Raises UserError if the text comes from files and is not prepared here.
+    """
     wants = {f"text.{key}": value for key, value in compose.to_dict(theirs)["text"].items() if _is_file(key, value)}
     if named & {"text.path", "text.validation", "text.tokenizer", "text.prepared"}:
         missing = [key for key in wants if key not in named and config.text.prepared is None]
@@ -105,7 +123,7 @@ def _is_file(key: str, value: object) -> bool:
 
 
 def _left_behind(theirs: Config, named: set[str]) -> list[str]:
-    """What a folder says and may not, as words: of that which a person would miss."""
+    """The settings of a folder that are not taken from it and that a user would miss, as words of a command line."""
     words = [] if theirs.data_dir is None else [f"data_dir={theirs.data_dir}"]
     words += [
         f"{group}={name}"
@@ -121,8 +139,10 @@ def folder_of(config: Config) -> Path:
 
 
 def decide(config: Config, say: Callable[[str], None]) -> Start:
-    """Reads the folder of a run that has a name; makes none. Raises UserError where the settings do not allow to go
-    on."""
+    """Reads the folder of a run that has a name, and decides how the run starts. Nothing is written.
+
+    Raises UserError if the run cannot start or go on with these settings.
+    """
     folder = folder_of(config)
     _refuse_links(folder)
     if not (folder / "config.yaml").exists():
@@ -145,8 +165,8 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
     tokens = read.tokens_of(read.read_state(checkpoint), checkpoint) if checkpoint else 0
     if end is not None and end.get("reason") == "budget":
         tokens = max(tokens, end["tokens"] if isinstance(end.get("tokens"), int) else 0)
-    # Killed, or failed, behind its last checkpoint it has no end or a failed one: its last record and final/ may be
-    # missing, and it goes on to write them.
+    # A run that was killed or failed after its last checkpoint has no `end` record, or a failed one. Its last record
+    # and final/ may be missing, so it goes on to write them.
     if tokens >= config.budget_tokens and end is not None and end.get("reason") != "failed":
         return Start(str(folder), finished=f"{folder} has finished: {tokens:,} tokens of {config.budget_tokens:,}")
     if checkpoint is None and config.resume != "auto":
@@ -155,7 +175,7 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raises UserError where the folders in which checkpoints are written, and deleted, lie elsewhere."""
+    """Raises UserError if one of the folders in which a run writes and deletes is a link to a place outside the run."""
     for name in ("checkpoints", "final", "tensorboard", "wandb"):
         try:
             if (folder / name).is_symlink():
@@ -168,25 +188,25 @@ def _refuse_links(folder: Path) -> None:
 
 
 def unused(folder: Path) -> bool:
-    """Does it hold nothing but what a launcher, or a run that was killed at its very start, may have left?"""
+    """Whether a folder holds only what a launcher may have left, or a run that was killed at its very start."""
     known = re.compile(rf"launch\.log|log\.txt|checkpoints|{lock.NAME}|\.({lock.NAME}|config\.yaml)\.\w+")
     return all(known.fullmatch(file.name) for file in folder.iterdir()) and not read.steps(folder)
 
 
 def refuse_differences(old: Config, new: Config, folder: Path) -> None:
-    """Raises UserError naming the settings that differ and may not."""
+    """Raises UserError, which names the settings, if some differ that may not."""
 
     def flat(values: Json) -> Json:
         out: Json = {}
         for key, value in values.items():
             if key not in MAY_DIFFER:
                 inner = dict(value) if isinstance(value, dict) else {"": value}
-                if key == "text":  # by content, as the data hash has it, not by where it lies
+                if key == "text":  # texts are compared by content (the data hash), not by where the files lie
                     inner = {k: v for k, v in inner.items() if k != "prepared" and not _is_file(k, v)}
                 out |= {f"{key}.{k}".rstrip("."): v for k, v in inner.items()}
         return out
 
-    # The horizon is stored with the run: where it was left to the budget, the first budget counts for ever.
+    # The horizon is stored with the run. If it was left to the budget, that of the first life counts for all of them.
     was, now = flat(compose.to_dict(old)), flat(compose.to_dict(new))
     by_content = ("text.path", "text.validation", "text.tokenizer")
     differ = [

@@ -1,4 +1,4 @@
-"""A run: its parts, made from a checked configuration in one visible order."""
+"""A run, which is its parts, made from a checked configuration in one visible order."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ Saved = Json  # the plain values of a checkpoint
 
 @dataclass(frozen=True)
 class Run:
-    """One life of a run, as one rank has it.
+    """One life of a run, as one rank sees it. The fields without a line here are named after their types.
 
-    hosts: of each rank, its host, device and threads.
-    loss: the module that the exchange was given.
-    folder: None on ranks other than 0.
-    horizon: tokens of the schedule.
-    resumed: values of the checkpoint that this life goes on from, None where it begins.
-    trunk: whose weights it began with, where it did not draw them.
+    Attributes:
+        start: how this life of the run starts.
+        hosts: the host, device and number of threads of each rank.
+        loss: the module that the exchange was given.
+        parts: exchange, update, wire and flat map, joined.
+        folder: of the run, or None on ranks other than 0.
+        horizon: the number of tokens over which the schedule runs.
+        resumed: the plain values of the checkpoint that this life goes on from, or None if the run begins.
+        trunk: the weights that the run began with, or None if it drew its own.
     """
 
     config: Config
@@ -69,9 +72,21 @@ class Run:
 
 
 def make(config: Config, world: World, show: Show, start: Start, lock: Lock | None) -> Run:
-    """The parts of a run, in the order in which they need each other; weights and state are those it begins with."""
+    """Makes the parts of a run in the order in which they need each other. Collective.
+
+    The weights are those drawn from the seed, or those of the trunk. A checkpoint is loaded later (life.py).
+
+    Args:
+        config: the checked settings.
+        world: the ranks.
+        show: what the user sees.
+        start: how this life of the run starts.
+        lock: of the run's folder, on rank 0.
+
+    Raises UserError on every rank if the ranks do not agree on device, text or weights, or if the model does not fit.
+    """
     device = agreed_device(config, world, show.say)
-    agreed_room(config, LEAST_VOCAB, device, world)  # before a text is prepared that may take hours
+    agreed_room(config, LEAST_VOCAB, device, world)  # before the text is prepared, which may take hours
     corpus = agreed_corpus(config, start, world, show)
     agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)

@@ -1,4 +1,4 @@
-"""Text that a model goes on with."""
+"""Samples text from a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hvdllm.text.tokenize import Tokenizer
 
 
 def sample_run(config: Config, model: GPT, corpus: Corpus, tokens: int) -> str:
-    """The prompt and what the model makes of it; the same for the same weights and committed tokens."""
-    seed = (config.seed * 1_000_003 + tokens) % 2**63  # what torch takes
+    """The prompt of the settings and its continuation. Equal weights and committed tokens give equal text."""
+    seed = (config.seed * 1_000_003 + tokens) % 2**63  # the range that torch takes
     return continue_text(model, corpus.tokenizer, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
 
 
@@ -27,7 +27,17 @@ def continue_text(
     temperature: float = 0.8,
     top_k: int | None = 50,
 ) -> str:
-    """The text as the beginning of a document, and up to `tokens` tokens that the model adds to it."""
+    """The text, followed by what the model adds to it.
+
+    Args:
+        model: the language model.
+        tokenizer: of the model.
+        text: taken as the beginning of a document.
+        tokens: how many the model adds at most; it stops earlier where it ends the document.
+        seed: of the random numbers.
+        temperature: divides the logits.
+        top_k: only this many of the likeliest tokens are drawn from, or all if None.
+    """
     prompt = [tokenizer.end, *tokenizer.encode([text])[0].tolist()]
     out = generate(
         model, prompt, tokens=tokens, vocab=tokenizer.vocab, generator=torch.Generator().manual_seed(seed),

@@ -1,4 +1,4 @@
-"""What a person sees of a run."""
+"""The protocol of what shows a run to its user."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from hvdllm.plain import Json
 
 
 class Show(Protocol):
-    """What a person sees (cli/display.py); silent on all ranks but 0."""
+    """Shows a run to its user (cli/display.py). It is silent on all ranks but 0."""
 
     def progress(self, values: Json) -> None:
-        """Called at every commit: tokens, budget, seconds; loss of the newest `commit` record (before there is one, of
-        what it will hold); blocked (a share) of the commit before."""
+        """Shows how far the run is, at every commit.
+
+        Args:
+            values: `tokens`, `budget` and `seconds` so far; `loss`, that of the newest `commit` record; `blocked`, the
+              share of its time in which the commit before waited for the exchange.
+        """
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Writes one line that stays on the screen."""
 
     def header(self, lines: dict[str, str]) -> None:
-        """What is trained, how and where; before the first round."""
+        """Says what is trained, how and where, before the first round."""
 
     def finish(self, end: Json, run: str, sample: str) -> None:
-        """The summary: the `end` record, where the files are, the last sample."""
+        """Writes the summary.
+
+        Args:
+            end: the `end` record.
+            run: the folder of the run.
+            sample: the last sample.
+        """

@@ -1,8 +1,8 @@
-"""At which speed a rank computes: a real one slower than it could, for experiments, or a logical one by the clock.
+"""The speed of a rank, for experiments: a real rank is slowed down, and a logical rank computes by a simulated clock.
 
-Both stand around the module that the loop calls and act before its forward, so that a micro-batch's gradients come,
-and what its hooks launch leaves, as late as from a rank of that speed. Weights are those of the module alone, bit for
-bit: no gradient, buffer or random number is touched.
+Both are modules around the one that the loop calls. They act before its forward pass, so gradients come, and what hooks
+launch leaves, as late as from a rank of that speed. No gradient, buffer or random number is touched, so weights are bit
+for bit those of the module alone.
 """
 
 from __future__ import annotations
@@ -25,19 +25,24 @@ from hvdllm.world.virtual import VirtualWorld
 
 
 class Slow(nn.Module):
-    """factor: how many times as long a micro-batch takes. loss: the bare module that does its work once more.
+    """A module that takes longer than the one within it.
 
-    asleep: by sleeping, where other ranks need the cores. It goes by the micro-batch before; the first is not slowed.
+    Args:
+        module: what the loop would call.
+        loss: the bare module without hooks, which does the extra work.
+        factor: how many times as long a micro-batch takes.
+        asleep: whether to sleep instead of computing, because other ranks need the cores. The sleep is as long as the
+          micro-batch before asks for, so the first one is not slowed.
     """
 
     def __init__(self, module: nn.Module, loss: nn.Module, factor: float, asleep: bool) -> None:
         super().__init__()
         self.module, self.loss, self.factor, self.asleep = module, loss, factor, asleep
         self.weights = list(loss.parameters())
-        self._owed = 0.0  # sequences
+        self._owed = 0.0  # sequences that are still to be computed once more
         self._began = self._took = 0.0  # forward and backward of the last micro-batch, seconds
         if asleep:
-            # Of the first tensor in the order of the forward: the backward ends with it.
+            # The backward pass ends with the first tensor in the order of the forward pass.
             self.weights[0].register_post_accumulate_grad_hook(self._ended)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
@@ -53,21 +58,32 @@ class Slow(nn.Module):
         self._took = now() - self._began
 
     def _work(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> None:
-        """factor - 1 times the forward and backward of this micro-batch, thrown away; what is less than a sequence is
-        owed to the next one."""
+        """Computes this micro-batch factor - 1 more times and throws the gradients away. Less than a whole sequence is
+        left for the next micro-batch."""
         self._owed += (self.factor - 1) * len(inputs)
         with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
             while self._owed >= 1:
                 rows = min(len(inputs), int(self._owed))
-                # Not backward(): no gradient is accumulated and no hook of one called.
+                # Unlike backward(), this accumulates no gradient and calls no hook.
                 torch.autograd.grad(self.loss(inputs[:rows], targets[:rows], place), self.weights)
                 self._owed -= rows
 
 
 class Simulated(nn.Module):
-    """tokens_per_s: of this rank. spend: lets its time pass. jitter: each micro-batch takes 1 + jitter X times as long,
-    X from a Pareto distribution of index 2 and mean 1, whose variance is infinite; a function of seed, rank and the
-    micro-batch's place, so a run resumed in mid-way has the same."""
+    """A module that spends simulated time before each forward pass.
+
+    With jitter, a micro-batch takes 1 + jitter X times as long. X is drawn from a Pareto distribution of index 2 and
+    mean 1, whose variance is infinite. It depends on the seed, the rank and the micro-batch's place, so a resumed run
+    draws the same.
+
+    Args:
+        module: what the loop would call.
+        spend: lets that many seconds pass on the simulated clock.
+        tokens_per_s: speed of this rank.
+        jitter: see above.
+        seed: of the run.
+        rank: this rank.
+    """
 
     def __init__(
         self,
@@ -102,7 +118,7 @@ def paced(
     device: torch.device,
     world: World,
 ) -> torch.nn.Module:
-    """What the loop calls, as fast as the settings say that this rank is."""
+    """The module that the loop calls: `module` itself, or one around it with the speed that the settings ask for."""
     if config.world.tokens_per_s is not None:
         assert isinstance(world, VirtualWorld)
         speed = pace.speeds(config.world, config.seed)[world.rank]
@@ -112,6 +128,7 @@ def paced(
 
 
 def crowded(hosts: list[Json], rank: int, device: torch.device) -> bool:
-    """Would more compute on this rank slow others? Hosts of the network lab share one machine and its name."""
+    """Whether more compute on this rank would slow others down, since ranks outnumber cores. The network lab's hosts
+    are on one machine and share its name, so they count as one host."""
     here = sum(one["host"] == hosts[rank]["host"] for one in hosts)
     return device.type == "cpu" and here > devices.usable_cores()

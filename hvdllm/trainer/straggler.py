@@ -1,15 +1,17 @@
-"""Does one rank keep the others waiting? From what each rank computed and stood still in each `commit` record; pure.
+"""Finds a rank that keeps the others waiting, from the compute and blocked seconds of each rank in `commit` records.
 
-A collective equalises what comes after it, so ranks are told apart by what they did before. In one record the others
-waited for a rank if it computed longer than the median of the others by MARGIN, and they stood still longer than it
-did, by at least half of that: what the network takes blocks all alike. Where nobody waits for anybody (timed halves,
-local steps by speed, asynchronous servers) a slow rank computes as long as the others, or nobody stands still for it.
+A collective ends at the same time on all ranks, so ranks are told apart by what they did before it. In one record, the
+others waited for a rank if two things hold. It computed longer than the median of the others by the share MARGIN, and
+the others were blocked longer than it was, by at least half of that difference; time that the network takes blocks all
+ranks alike. Exchanges in which nobody waits (timed halves, local steps by speed, asynchronous servers) show no such
+rank: a slow one computes as long as the others, or nobody is blocked because of it.
 
-It delays them persistently where that is so in SHARE of the last RECORDS, and where the share by which it computes
-longer is above MARGIN by ERRORS standard errors of its mean over them; and no longer, once the first is so in 1 - SHARE
-of them at most. Equal ranks with short steps pass the first test often (of two one is always the slower, by chance in
-6 of 9 records one time in four) and the second hardly ever: of 200 simulated runs of 1,000 records with log-normal
-noise of 10 % or 30 % none did, of 200 with 100 % one. A rank that is twice as slow is named after 6 records at 10 %.
+A rank is named if two tests hold over the last RECORDS records. The others waited for it in SHARE of them, and the mean
+share by which it computed longer is above MARGIN by ERRORS standard errors. It is no longer named once the others
+waited for it in at most 1 - SHARE of them. Equal ranks with short steps often pass the first test: of two ranks one is
+always the slower, and by chance it is the same in 6 of 9 records one time in four. They hardly ever pass the second. In
+200 simulated runs of 1,000 records with log-normal noise of 10 % or 30 % no rank was named, and in 200 runs with 100 %
+noise one was. A rank that is twice as slow is named after 6 records at 10 % noise.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ ERRORS = 6.0
 
 
 def waited_for(compute_s: Sequence[float], blocked_s: Sequence[float]) -> int | None:
-    """The rank that the others waited for; seconds of each rank in one record."""
+    """The rank that the others waited for in one record, or None.
+
+    Args:
+        compute_s: seconds that each rank computed.
+        blocked_s: seconds that each rank was blocked by the exchange.
+    """
     if len(compute_s) < 2:
         return None
     slowest = max(range(len(compute_s)), key=compute_s.__getitem__)
@@ -37,7 +44,7 @@ def waited_for(compute_s: Sequence[float], blocked_s: Sequence[float]) -> int | 
 
 
 def excess(compute_s: Sequence[float]) -> list[float]:
-    """By what share each rank computed longer than the median of the others; 0 where they did not compute."""
+    """The share by which each rank computed longer than the median of the others; 0 if they did not compute."""
     out = []
     for rank, own in enumerate(compute_s):
         usual = median([x for other, x in enumerate(compute_s) if other != rank] or [own])
@@ -46,21 +53,26 @@ def excess(compute_s: Sequence[float]) -> list[float]:
 
 
 def certain(shares: Sequence[float]) -> bool:
-    """Is their mean above MARGIN beyond the noise?"""
+    """Whether the mean of these shares is above MARGIN by at least ERRORS standard errors."""
     return len(shares) > 1 and fmean(shares) - ERRORS * stdev(shares) / math.sqrt(len(shares)) > MARGIN
 
 
 @dataclass
 class Straggler:
-    """seen: whom the others waited for, of the last records; longer: the excess of each rank in them. named: who was
-    said to delay them, if anybody."""
+    """What is known of the last records.
+
+    Attributes:
+        seen: the rank that the others waited for in each record, or None.
+        named: the rank that the user was told of, or None.
+        longer: the excess of each rank in each record.
+    """
 
     seen: list[int | None] = field(default_factory=list)
     named: int | None = None
     longer: list[list[float]] = field(default_factory=list)
 
     def note(self, compute_s: Sequence[float], blocked_s: Sequence[float]) -> str | None:
-        """Takes a record in. A sentence where another rank delays the others than before, or none any more."""
+        """Adds a record. Returns a sentence for the user if a rank begins or ceases to delay the others, else None."""
         rank = waited_for(compute_s, blocked_s)
         self.seen = [*self.seen, rank][-RECORDS:]
         self.longer = [each for each in (*self.longer, excess(compute_s)) if len(each) == len(compute_s)][-RECORDS:]

@@ -1,6 +1,6 @@
-"""What each rank did when, in some steps of a run, as a file for chrome://tracing or ui.perfetto.dev.
+"""A trace of what each rank did in some steps of a run, as a file for chrome://tracing or ui.perfetto.dev.
 
-A process a rank, and in it a lane each for compute, flight and blocked. Nothing is kept of steps outside.
+Each rank is a process in the trace, with one lane each for compute, flight and blocked time.
 """
 
 from __future__ import annotations
@@ -17,29 +17,42 @@ from hvdllm.runs import write_whole
 from hvdllm.world.base import World
 
 LANES = ("compute", "flight", "blocked")
-ROUNDS = 8  # sums that clocks are compared by
+ROUNDS = 8  # collective sums by which the hosts' clocks are compared
 
 
 class Trace:
-    """steps: the first and the one to stop before, or None: no trace. All ranks pass the same."""
+    """Collects this rank's intervals, and writes those of all ranks.
+
+    Args:
+        steps: the first step to trace and the one to stop before, or None for no trace. All ranks pass the same.
+        world: the ranks.
+        device: that this rank computes on.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, world: World, device: torch.device) -> None:
         self.first, self.stop = steps or (0, 0)
         self.world, self.device = world, device
         self._noted: list[tuple[int, int, Mark | float, Mark | float]] = []  # step, lane, begin, end
-        self._base: Mark | None = None  # marks are told from this one,
-        self._base_s = 0.0  # which stands here on the host's clock
+        self._base: Mark | None = None  # the mark from which other marks are measured
+        self._base_s = 0.0  # its time on the host's clock
 
     def wants(self, step: int) -> bool:
-        """Would an interval of this step be kept?"""
+        """Whether the intervals of this step are kept."""
         return self.first <= step < self.stop
 
     def note(self, step: int, lane: str, begin: Mark | float, end: Mark | float) -> None:
-        """An interval of one of LANES; begin and end are marks, or seconds of device.now."""
+        """Notes an interval.
+
+        Args:
+            step: in which it lies; those of other steps are dropped.
+            lane: one of LANES.
+            begin: a mark on the device, or seconds of device.now.
+            end: likewise.
+        """
         if not self.wants(step):
             return
         if self._base is None:
-            # Now, not at the start of the run: the difference of two CUDA events is an fp32 of milliseconds.
+            # The base is set late, since the difference of two CUDA events is an fp32 in milliseconds.
             self._base = Mark(self.device)
             if self.device.type == "cuda" and not simulated():
                 torch.cuda.synchronize(self.device)
@@ -49,9 +62,14 @@ class Trace:
         self._noted.append((step, LANES.index(lane), begin, end))
 
     def write(self, path: Path) -> int:
-        """Rank 0 writes all ranks' intervals; returns how many. Collective, except where there is no trace.
+        """Writes the intervals of all ranks to one file, on rank 0. Collective, unless there is no trace.
 
-        path: rank 0's counts. Raises RunError on rank 0 where the disk does not take the file.
+        Args:
+            path: of the file; that of rank 0 counts.
+
+        Returns the number of intervals.
+
+        Raises RunError on rank 0 if the disk refuses the file.
         """
         if self.first == self.stop:
             return 0
@@ -60,7 +78,7 @@ class Trace:
         texts = self.world.texts(json.dumps({"clock": clock, "noted": own}), "act.trace")
         ranks = [json.loads(text) for text in texts]
         noted = sum(len(rank["noted"]) for rank in ranks)
-        if self.world.rank == 0 and noted:  # a run resumed behind these steps keeps the file it has
+        if self.world.rank == 0 and noted:  # a run that is resumed after these steps keeps its file
             try:
                 write_whole(path, json.dumps({"traceEvents": _events(ranks)}))
             except OSError as error:
@@ -68,13 +86,13 @@ class Trace:
         return noted
 
     def _meet(self) -> tuple[float, float]:
-        """When this rank entered a sum and when it left it."""
+        """The times at which this rank entered a collective sum and left it."""
         entered = now()
         self.world.sum(torch.zeros(1), "act.trace.clock").land()
         return entered, now()
 
     def _seconds(self, point: Mark | float) -> float:
-        """On this host's clock."""
+        """A point in time in seconds on this host's clock."""
         if isinstance(point, Mark):
             assert self._base is not None
             return self._base_s + self._base.until(point)
@@ -82,10 +100,15 @@ class Trace:
 
 
 def ahead(clock: list[tuple[float, float]], reference: list[tuple[float, float]]) -> float:
-    """How many seconds a rank's clock is ahead of another's, from when each entered and left the same sums.
+    """How many seconds a rank's clock is ahead of the reference clock.
 
-    Nobody leaves a sum that somebody has not entered: each sum bounds the difference from both sides. The middle of
-    what all of them leave; it is wrong by half of that at most, about the time that the fastest sum took.
+    No rank leaves a sum before all ranks have entered it, so each sum bounds the difference from both sides. The result
+    is the middle of the interval that all sums allow. Its error is at most half of that interval, which is about the
+    time that the fastest sum took.
+
+    Args:
+        clock: when the rank entered and left each sum, by its own clock.
+        reference: when the other rank entered and left the same sums, by the reference clock.
     """
     pairs = list(zip(clock, reference, strict=True))
     least = max(entered - left for (entered, _), (_, left) in pairs)
@@ -94,7 +117,7 @@ def ahead(clock: list[tuple[float, float]], reference: list[tuple[float, float]]
 
 
 def _events(ranks: list[Json]) -> list[Json]:
-    """Of the Trace Event Format: times in microseconds from the first interval, on rank 0's clock."""
+    """The events in the Trace Event Format, with times in microseconds since the first interval, on rank 0's clock."""
     names: list[Json] = []
     events: list[Json] = []
     for rank, said in enumerate(ranks):

@@ -1,8 +1,8 @@
-"""`init_from`: a new run begins with the weights of another (its trunk), whatever its exchange, rate, budget or data.
+"""`init_from`: a new run begins with the weights of another run (its trunk), which may have other settings.
 
-Only weights come along, and the optimizer's state where `init_optimizer` asks for it; tokens, schedule, order of data,
-residuals and what flew begin anew. Runs that share a trunk differ by what is compared alone: the noise of the first,
-steepest part of training is the same in all of them.
+Only the weights are taken, and the optimizer's state if `init_optimizer` asks for it. Committed tokens, schedule, order
+of data, residuals and sums in flight begin anew. Runs that share a trunk differ only in what is compared, because the
+noise of the first, steepest part of training is the same in all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from hvdllm.world.base import World, from_first
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """path: of the checkpoint or the final/. tokens: that the trunk had committed there, None for a final/. steps: of
-    its optimizer."""
+    """Where the weights of a trunk are.
+
+    Attributes:
+        path: of the checkpoint, or of the folder final/.
+        tokens: how many the trunk had committed there, or None for final/.
+        steps: how many steps its optimizer had made.
+    """
 
     path: str
     tokens: int | None
@@ -30,9 +35,17 @@ class Trunk:
 
 
 def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
-    """Loads weights (and optimizer) into an attached exchange that has not trained yet. Collective.
+    """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
 
-    Raises UserError, on every rank, where the trunk has another tokenizer, model or optimizer, or is not whole.
+    Args:
+        config: the settings; `init_from` names the trunk.
+        tokenizer_hash: of the tokenizer that the run uses.
+        exchange: attached, and not trained yet.
+        flat: the map.
+        world: the ranks.
+        say: is told of damaged checkpoints that were passed over.
+
+    Raises UserError on every rank if the trunk has another tokenizer, model or optimizer, or if it is damaged.
     """
     try:
         found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
@@ -46,7 +59,10 @@ def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, w
 
 
 def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
-    """Where the weights are. A run: its newest whole checkpoint, else its final/. Raises UserError."""
+    """Finds the weights that `init_from` names. For a run they are in its newest whole checkpoint, or else in final/.
+
+    Raises UserError if there are none, or if they do not fit the settings.
+    """
     path = Path(config.init_from or "").expanduser()
     if (path / "manifest.json").exists():
         folder, source = path.absolute().parents[1], path

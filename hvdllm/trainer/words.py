@@ -1,4 +1,4 @@
-"""What a run says of itself: its first and last record, and what stands above the progress line."""
+"""What a run tells of itself: its `run` record, its `end` record, and the header above the progress line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hvdllm.trainer.slow import crowded
 
 
 def run_record(run: Run, overrides: list[str]) -> Json:
-    """What a life of the run begins with: enough to do it again."""
+    """The values of the `run` record, with which each life of a run begins. They are enough to repeat it."""
     config, corpus = run.config, run.corpus
     vocab = size.pad_vocab(corpus.tokenizer.vocab)
     return {
@@ -32,7 +32,7 @@ def run_record(run: Run, overrides: list[str]) -> Json:
         "world": run.world.size,
         "ranks": run.hosts,
         "threads": run.hosts[0]["threads"],
-        "fp32_products": torch.get_float32_matmul_precision(),  # highest: without TF32
+        "fp32_products": torch.get_float32_matmul_precision(),  # "highest" means without TF32
         "clock": "simulated" if devices.simulated() else "host",
         "slurm": account.slurm(),
         "link": account.link(),
@@ -46,7 +46,7 @@ def run_record(run: Run, overrides: list[str]) -> Json:
 
 
 def header(run: Run) -> dict[str, str]:
-    """What stands above the progress line."""
+    """The lines above the progress line, by their names."""
     config, corpus, hosts, trunk = run.config, run.corpus, run.hosts, run.trunk
     names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
     machines = len({rank["host"] for rank in hosts})
@@ -73,7 +73,7 @@ def header(run: Run) -> dict[str, str]:
 
 
 def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
-    """Of the header, where ranks are not as fast as they are."""
+    """The lines of the header that say which ranks are slowed, and which speeds are simulated. Empty if none are."""
     world, out = config.world, dict[str, str]()
     by = pace.slowed(world.slow, len(hosts))
     if by:
@@ -93,7 +93,7 @@ def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
 
 
 def exchange_name(config: Config) -> str:
-    """`acco, wire int8, world torch`: what is not usual is named."""
+    """The exchange and whatever is not the default around it, such as `acco, wire int8, world torch`."""
     wire = registry.name_of("wire", config.wire)
     parts = [registry.name_of("exchange", config.exchange)]
     parts += [f"wire {wire}"] * (wire != "fp32") + ["hierarchical"] * config.wire.hierarchical
@@ -103,12 +103,20 @@ def exchange_name(config: Config) -> str:
 
 
 def end_record(run: Run, acts: Acts, reason: str) -> Json:
-    """reason: budget, stop or failed. loss: of the last `commit` record. mfu: share of the peak, where it is known."""
+    """The values of the `end` record.
+
+    Its `loss` is that of the last `commit` record, and `mfu` the share of the device's peak rate, if that is known.
+
+    Args:
+        run: the run.
+        acts: what was committed and evaluated.
+        reason: why the run ends: budget, stop or failed.
+    """
     config, ledger, clock = run.config, run.ledger, run.clock
     seconds, here = clock.seconds(), clock.seconds_here()
     peak = None if devices.simulated() else size.peak_flops(run.hosts[0]["device"], config.precision)
     if config.precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
-        peak = None  # with TF32, which the user's environment has allowed, it is another
+        peak = None  # the user's environment allows TF32, whose peak is another one
     flops = size.flops_per_token(config.model, run.model.output.shape[0]) * acts.tokens_here
     known = ledger.recorded_loss is not None or math.isnan(ledger.last_loss)
     settled = acts.settled
@@ -119,9 +127,9 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         "loss": ledger.recorded_loss if known else ledger.last_loss,
         "eval_loss": acts.last_eval.loss if acts.last_eval else None,
         "bits_per_byte": acts.last_eval.bits_per_byte if acts.last_eval else None,
-        "tokens_computed": acts.tokens + settled.tokens + settled.dropped,  # in what has not failed
+        "tokens_computed": acts.tokens + settled.tokens + settled.dropped,  # without rounds that failed
         "tokens_settled": settled.tokens,
-        # In the checkpoint and not yet applied, or dropped.
+        # These lie in the checkpoint and are not yet applied, or they were dropped.
         "tokens_not_committed": settled.dropped + (0 if acts.finished else settled.tokens),
         "mfu": flops / (here * run.world.size * peak) if peak and here > 0 else None,
         "peak_memory_bytes": devices.peak_memory(run.device),

@@ -1,2 +1,5 @@
-"""Which processes train together and how they talk. detect.py says which, base.py what a world can do, ranks.py what
-the worlds of several ranks share."""
+"""Worlds: which processes train together, and how they talk.
+
+detect.py finds out which launcher started this process, base.py is the protocol of a world, and ranks.py holds what the
+worlds of several ranks share.
+"""

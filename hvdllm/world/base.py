@@ -1,10 +1,10 @@
-"""The protocol of a world: some ranks, collectives matched by name, and what people ask of a run.
+"""The protocol of a world: ranks, collectives that are matched by name, and requests to stop or save.
 
-Invariant: every rank calls the same collectives under the same names. Names are fixed and few (Horovod
-matches and caches by name), and a name is launched again only when its last use has landed.
+Invariant: every rank calls the same collectives under the same names. Names are fixed and few, since Horovod matches
+and caches by name. A name is launched again only after its last use has landed.
 
-channel   the first word of a name (`grad` of `grad.3.0`): its collectives are called in the same order on every
-          rank, each channel by one thread at a time, for a world that matches by order (torch.distributed)
+The first word of a name is its channel (`grad` of `grad.3.0`). The collectives of a channel are called in the same
+order on every rank, by one thread at a time, because torch.distributed matches collectives by order.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from hvdllm.plain import Json
 
 
 class Flight(Protocol):
-    """One thing travelling."""
+    """A collective, or driven work, that has been launched and may not be complete."""
 
     def landed(self) -> bool:
-        """Host poll, never blocks."""
+        """Whether it is complete. The host polls, and never blocks."""
 
     def land(self) -> Any:
-        """Waits by poll and short sleeps, applies nothing. Raises PeerError when another rank is gone."""
+        """Waits until it is complete, by polls and short sleeps, and returns the result.
+
+        Raises PeerError if another rank is gone.
+        """
 
 
 @dataclass
 class Asks:
-    """What a person or a scheduler asks of a run; set by signals on any rank, taken along by the next meta."""
+    """What a user or a scheduler asks of a run. Signals set it on any rank, and the next meta tells all ranks."""
 
     stop: bool = False
     save: bool = False
@@ -41,7 +44,7 @@ class Asks:
     def take(self) -> Asks:
         """What was asked since the last call."""
         taken = Asks(self.stop, self.save)
-        # Cleared one by one and only when seen, so that a signal between these lines is not lost.
+        # A flag is cleared only if it was seen, so that a signal between these lines is not lost.
         if taken.stop:
             self.stop = False
         if taken.save:
@@ -51,7 +54,13 @@ class Asks:
 
 @dataclass
 class Letter:
-    """What one rank sends another, outside all collectives. head: plain JSON values."""
+    """A message from one rank to another, outside all collectives.
+
+    Attributes:
+        sender: the rank that sent it.
+        head: plain JSON values.
+        body: a tensor, if there is one.
+    """
 
     sender: int
     head: Json
@@ -59,87 +68,128 @@ class Letter:
 
 
 class Mail(Protocol):
-    """Letters between two ranks. box: what they are about (`log`, `push`, `weights`); few and fixed."""
+    """Letters from rank to rank. They are sorted into boxes by what they are about: `log`, `push`, `weights`. The names
+    of boxes are few and fixed."""
 
     def post(self, to: int, box: str, head: Json, body: torch.Tensor | None = None) -> None:
-        """Returns at once; `body` may be written to again. Letters of one sender arrive in the order they were sent."""
+        """Sends a letter and returns at once; `body` may be written to again.
+
+        Letters of one sender arrive in the order in which they were sent.
+        """
 
     def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
-        """The next letter in this box; waits, calling `meanwhile` now and then. Its body is on the CPU and the taker's.
-        Raises PeerError when the sender can only be gone."""
+        """Waits for the next letter in this box and takes it. Its body lies on the CPU and belongs to the caller.
+
+        Args:
+            box: its name.
+            meanwhile: is called now and then while this waits.
+
+        Raises PeerError if no letter can come any more, because other ranks are gone.
+        """
 
     def close(self) -> None:
-        """No letter is on its way any more; every rank calls it."""
+        """Waits until no letter of any rank is on its way, and ends the mail. Collective."""
 
 
 class World(Protocol):
-    """`x` is a tensor on any device; `name` is matched over the ranks."""
+    """The ranks that train together, as one of them sees them.
+
+    In all collectives `x` is a tensor on any device, and `name` is the same on all ranks.
+
+    Attributes:
+        rank, size: the number of this rank, and how many ranks there are.
+        local_rank, local_size: the same among the ranks on this host.
+        asks: what was asked of this rank.
+        bytes_sent: bytes that this rank has sent, counted by the formulas of each collective.
+        no_cuda: why CUDA tensors cannot travel here, as a clause; "" if they can.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     asks: Asks
-    bytes_sent: float  # by this rank since the start, counted by the ring formulas of each collective
-    no_cuda: str  # why CUDA tensors cannot travel here, a clause; "": they can
+    bytes_sent: float
+    no_cuda: str
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
-        """In place: every rank's x becomes the sum over ranks, bit-equal on all. x must not be touched in flight."""
+        """All-reduce in place: x becomes the sum over ranks, bit-equal on all. x must not be touched in flight."""
 
     def scatter(self, x: torch.Tensor, name: str) -> Flight:
         """Reduce-scatter: lands this rank's equal share of the sum over ranks; len(x) is a multiple of the size.
 
-        The share may be a view of x, which must not be touched in flight and is spent afterwards.
+        The share may be a view of x. x must not be touched in flight, and its values are lost afterwards.
         """
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
-        """In place: every rank's x becomes the Adasum of all (Maleki et al., 2020); a power of two ranks."""
+        """In place: x becomes the Adasum of all ranks' x (Maleki et al., 2020). Needs a power of two of ranks."""
 
     def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
-        """Every rank gets all x, joined along dimension 0 in rank order; only dimension 0 may differ. equal: it does
-        not, and no word about sizes need travel before."""
+        """All-gather: lands the x of all ranks, joined along dimension 0 in rank order.
+
+        Args:
+            x: its shapes may differ between ranks in dimension 0 alone.
+            name: of the collective.
+            equal: all shapes are equal, so sizes need not be exchanged first.
+        """
 
     def alltoall(self, x: torch.Tensor, name: str) -> Flight:
-        """x is cut along dimension 0 into one equal block a rank; lands the blocks meant for us, in rank order."""
+        """All-to-all: x is cut along dimension 0 into one equal block for each rank. Lands the blocks that all ranks
+        have for this one, in rank order."""
 
     def broadcast(self, x: torch.Tensor, name: str, root: int = 0) -> Flight:
-        """In place: every rank's x becomes root's."""
+        """In place: x becomes that of rank `root`."""
 
     def split(self, groups: Sequence[tuple[int, ...]], name: str) -> World:
-        """A world of those ranks of the one group that holds this rank. Every rank passes the same disjoint groups.
+        """The part of this world whose ranks are those of the group that holds this rank. Collective.
 
-        The part counts its bytes into ours as well. Collective.
+        Every rank passes the same disjoint groups. Bytes that are sent in the part count in this world, too.
         """
 
     def drive(self, work: Callable[[], object]) -> Flight:
-        """A flight of several stages: `work` runs on this rank's one driver thread, in the order of the calls, and
-        what it returns is what lands. It may wait for collectives, and drive stages of its own, which are walked at
-        once; not for work that was driven after it."""
+        """Launches a flight of several stages, such as a collective whose result is sent in another one.
+
+        This rank has one driver thread, which runs what it is given in the order of the calls.
+
+        Args:
+            work: runs on the driver thread, and what it returns lands. It may wait for collectives, but not for work
+              that is driven after it. What it drives itself runs at once.
+        """
 
     def mail(self) -> Mail:
-        """Letters between the ranks of this world; one at a time. Collective. Raises UserError where they have none."""
+        """Opens the mail between the ranks of this world, of which there is one at a time. Collective.
+
+        Raises UserError if these ranks cannot send letters.
+        """
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
-        """A thread of this rank that runs `work` until it returns. What it raises is raised in the loop, where that
-        waits for another rank."""
+        """Runs `work` in a thread of this rank until it returns.
+
+        An error in the thread is raised in the loop, when the loop next waits for another rank.
+        """
 
     def texts(self, text: str, name: str) -> list[str]:
         """Every rank's text, in rank order. Blocks."""
 
     def agree(self, problem: str | None, name: str) -> None:
-        """Where any rank has a problem, every rank raises UserError with the first one's words. Blocks."""
+        """Raises UserError on every rank, with the problem of the first rank that has one, if any has. Blocks."""
 
     def lost(self, error: Exception) -> PeerError | None:
-        """What to raise instead, where this is how the library underneath says that another rank is gone: flights see
-        to it themselves, but a reference exchange's library raises wherever it waits."""
+        """The PeerError to raise instead of `error`, or None if the error does not mean that another rank is gone.
+
+        Flights translate such errors themselves. This is for reference exchanges, whose libraries raise wherever they
+        wait.
+        """
 
     def close(self) -> None:
-        """Leaves in good order, when every rank does."""
+        """Leaves the world in good order. Collective."""
 
 
 def from_first(world: World, decide: Callable[[], object], name: str) -> Any:
-    """What `decide` returns on rank 0, plain JSON values, on every rank. Collective. What it raises as UserError there
-    is raised everywhere."""
+    """Calls `decide` on rank 0, and returns its plain JSON values on every rank. Collective.
+
+    Raises UserError on every rank if `decide` raises it.
+    """
     value, problem = None, None
     if world.rank == 0:
         try:
@@ -154,7 +204,7 @@ def from_first(world: World, decide: Callable[[], object], name: str) -> Any:
 
 @contextmanager
 def peers(world: World) -> Iterator[None]:
-    """Within, a peer that is gone is a PeerError, whichever library notices."""
+    """A context in which a lost rank raises PeerError, whichever library notices it."""
     try:
         yield
     except RuntimeError as error:
@@ -164,7 +214,7 @@ def peers(world: World) -> Iterator[None]:
 
 
 def first_problem(problems: list[str]) -> str | None:
-    """The words for all ranks: the first rank's that has any, with its number where it is not the same on all."""
+    """The first problem among those of all ranks, or None. It names the rank, unless all have the same problem."""
     rank = next((r for r, problem in enumerate(problems) if problem), None)
     if rank is None:
         return None

@@ -1,4 +1,4 @@
-"""Which launcher started this process, read from the environment alone: no Horovod, no MPI, no torch."""
+"""Finds out which launcher started this process, from its environment alone, without Horovod, MPI or torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from hvdllm.errors import UserError
 
-LINK = "HVDLLM_LINK"  # in the environment of ranks that the network lab's links join: their rate
+LINK = "HVDLLM_LINK"  # variable in the environment of ranks in the network lab: the rate of their links
 
-# Rank and size as other launchers tell them: MPICH, Intel MPI and Cray (PMI), MVAPICH, Flux, IBM's jsrun, PALS, ALPS.
+# The variables for rank and size of other launchers: MPICH, Intel MPI and Cray (PMI), MVAPICH, Flux, IBM's jsrun, PALS
+# and ALPS.
 FOREIGN = (
     ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
@@ -21,7 +22,13 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands. launcher: none, horovodrun, torchrun, mpirun or srun."""
+    """The place of this process among those that were started together.
+
+    Attributes:
+        launcher: none, horovodrun, torchrun, mpirun or srun.
+        rank, size: its number, and how many processes there are.
+        local_rank, local_size: the same on this host.
+    """
 
     launcher: str = "none"
     rank: int = 0
@@ -31,10 +38,12 @@ class Place:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """The first of Horovod's, torchrun's, Open MPI's, PMIx's and Slurm's variables that is there decides.
+    """Reads the place of this process from its environment.
 
-    Slurm's count only inside a step: a batch script without srun has SLURM_PROCID too.
-    Raises UserError for ranks that could not find each other.
+    The variables of Horovod, torchrun, Open MPI and Slurm are looked for in this order, and the first found decide.
+    Slurm's count only inside a step, because a batch script without srun has SLURM_PROCID too.
+
+    Raises UserError if a launcher started ranks that cannot find each other.
     """
 
     def at(launcher: str, *names: str) -> Place:
@@ -76,7 +85,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    """Expands Slurm's notation: `2(x3),1` becomes [2, 2, 2, 1]."""
     out: list[int] = []
     for part in text.split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
@@ -85,8 +94,10 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def started(pid: int) -> str:
-    """Start time of a process in clock ticks, so that a pid used again is not taken for the old one; "" if it is gone,
-    if it has ended and nobody has collected it yet (a zombie), or where there is no /proc."""
+    """The start time of a process in clock ticks, which tells it from a later process with the same pid.
+
+    It is "" if the process is gone, if it is a zombie, or if there is no /proc.
+    """
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

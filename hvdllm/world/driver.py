@@ -1,7 +1,7 @@
-"""The one driver thread of a rank: it walks flights of several stages, so that the loop computes meanwhile.
+"""The driver thread of a rank, which runs flights of several stages while the loop computes.
 
-On CUDA the thread has a stream of its own: it begins behind what the caller had queued, and whoever lands the
-flight queues behind it, without the host waiting for the device. Not yet run on a GPU.
+On CUDA the thread has a stream of its own. Its work begins after what the caller had queued, and what lands a flight is
+queued after that work, so the host does not wait for the device. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from hvdllm.device import pool, used_here
 
-Arrived = tuple[object, torch.cuda.Event | None]  # what a flight lands, and the event behind which it is there
+Arrived = tuple[object, torch.cuda.Event | None]  # what a flight lands, and the event after which it is complete
 
 
 class Driven:
@@ -28,7 +28,7 @@ class Driven:
         if not self._future.done():
             return False
         if self._future.exception() is not None:
-            return True  # `land` says how
+            return True  # `land` raises the error
         _, event = self._future.result()
         return event is None or bool(event.query())
 
@@ -41,7 +41,7 @@ class Driven:
 
 
 class Driver:
-    """Makes its thread at the first call, so that a world without such flights has none."""
+    """Runs work in the order of the calls. The thread is made at the first call, so many worlds never have one."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
@@ -49,7 +49,7 @@ class Driver:
         self._thread = 0
 
     def __call__(self, work: Callable[[], object]) -> Driven:
-        if threading.get_ident() == self._thread:  # a stage of what is being driven, on its stream: walked at once
+        if threading.get_ident() == self._thread:  # a stage of what is being driven: it runs at once, on its stream
             done: Future[Arrived] = Future()
             done.set_result((work(), None))
             return Driven(done)

@@ -1,18 +1,24 @@
-"""The world over Horovod: the one module that imports horovod.torch and initialises it.
+"""The world over Horovod. This is the only module that imports horovod.torch and initialises it.
 
-Rules it keeps (each learnt from a failure): no fusion, but where it is asked for, and no autotune (our buckets are the
-fusion, and fusing by timing changes the order of sums, so from 3 ranks on two equal runs would differ); waiting is
-polling with short sleeps (hvd.synchronize spins and steals a core from the compute); a collective that fails because
-another rank is gone is not this rank's error.
+It keeps three rules, each of which was learnt from a failure:
+- There is no fusion unless it is asked for, and no autotune. Buckets already are what fusion would make. Fusion by
+  timing changes the order of sums, so from 3 ranks on two equal runs would differ.
+- Waiting is polling with short sleeps, because hvd.synchronize spins and takes a core from the compute.
+- A collective that fails because another rank is gone is not this rank's error.
 
-Horovod knows no bfloat16: its bits travel as int16, and sums of them are made here from scattered bits, in fp32.
-What it sends over Gloo (third_party/gloo of its source), a rank, x of P bytes, N ranks: all-reduce, a ring,
-2(N-1)/N P; allgatherv, a ring, all blocks but its right neighbour's, so (N-1) P where blocks are equal and in the
-mean over ranks; alltoallv, direct, (N-1)/N P; broadcast, a binomial tree. Its reduce-scatter is recursive halving with
-a redistribution and up to P on the busiest rank: on CPUs we scatter by alltoall instead.
+Horovod does not know bfloat16. The bits of such tensors travel as int16, and sums are made here in fp32 from the bits
+that all-to-all has brought.
 
-On GPUs a flight has landed when its kernel has run: the host waits. What Horovod returns of gathers and all-to-alls it
-makes in its own thread, on another stream than that which uses it (setup.sh's mend_cuda says which), so every flight
+What Horovod sends over Gloo (third_party/gloo in its source), per rank, for x of P bytes and N ranks:
+- all-reduce is a ring: 2(N-1)/N P
+- allgatherv is a ring: all blocks but that of the right neighbour, (N-1) P for equal blocks or as the mean over ranks
+- alltoallv is direct: (N-1)/N P
+- broadcast is a binomial tree
+Its reduce-scatter is recursive halving with a redistribution, which sends up to P from the busiest rank, so on CPUs
+this module scatters by all-to-all instead.
+
+On GPUs a flight has landed when its kernel has run, and the host waits for that. Horovod makes the results of gathers
+and all-to-alls in its own thread, on another stream than the one that uses them (mend_cuda in setup.sh), so each flight
 records what it lands. Not yet run on a GPU.
 """
 
@@ -47,14 +53,22 @@ except ImportError as error:
     ) from None
 
 
-# Horovod's thread talks to the other ranks every cycle, also when there is nothing to do: at its 1 ms that took 6 to
-# 10 % of a core each on two busy cores, at 10 ms 1.5 %. With few, large operations the latency matters less.
+# Horovod's thread talks to the other ranks in every cycle, even if there is nothing to do. With cycles of 1 ms, its
+# default, that took 6 to 10 % of a core per rank on two busy cores; with 10 ms it took 1.5 %. For few, large operations
+# the latency matters less.
 CYCLE_MS = "5"
-GLOO_LATER_S = 60  # seconds after world.timeout_s, at which this rank ends with a sentence
+GLOO_LATER_S = 60  # seconds by which Gloo gives up later than this rank, which ends with a sentence (world.timeout_s)
 
 
 class HorovodFlight:
-    """One collective; `land` waits by poll and sleeps of 20 µs to 10 ms. finish: what lands, of what Horovod says."""
+    """One collective. `land` polls, and sleeps 20 µs to 10 ms between polls.
+
+    Args:
+        handle: of the operation, from Horovod.
+        name: of the collective.
+        world: whose collective it is.
+        finish: makes what lands from what Horovod returns.
+    """
 
     def __init__(self, handle: int, name: str, world: HorovodRanks, finish: Callable[[Any], torch.Tensor]) -> None:
         self.handle, self.name, self.world, self.finish = handle, name, world, finish
@@ -72,7 +86,7 @@ class HorovodFlight:
                 if waited > self.world.timeout_s:
                     raise PeerError(too_long(waited, f"`{self.name}`"))
                 time.sleep(pause)
-                # What takes long is asked for rarely: while it flies, compute wants the cores.
+                # A collective that takes long is polled rarely, because the compute needs the cores.
                 pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
             out = used_here(_peer_errors(lambda: hvd.synchronize(self.handle)))
             self.value = used_here(self.finish(out))
@@ -91,12 +105,20 @@ def _gone(error: Exception) -> PeerError:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """x as Horovod can move it."""
+    """A view of x in a dtype that Horovod can move."""
     return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
 
 
 class HorovodRanks(Ranks):
-    """The collectives of one process set. members: its ranks, numbered in the whole world, ascending."""
+    """The collectives of one process set.
+
+    Args:
+        process_set: Horovod's.
+        members: its ranks, numbered in the whole world, ascending.
+        where: rank, size, local rank and local size within the set.
+        timeout_s: how long a rank waits for the others.
+        parent: the whole world, if this is a part of one.
+    """
 
     def __init__(
         self, process_set: Any, members: Sequence[int], where: Where, timeout_s: float, parent: Ranks | None = None
@@ -114,7 +136,7 @@ class HorovodRanks(Ranks):
     def scatter(self, x: torch.Tensor, name: str) -> Flight:
         own = x.chunk(self.size)[self.rank]
         if not x.is_cuda or x.dtype is torch.bfloat16:
-            # x is spent once landed: the sum goes into our own share of it, and the landed copy of x is free again.
+            # The values of x are lost anyway, so the sum goes into this rank's share of x, and what landed is freed.
             return self._alltoall(x, name, lambda out: add(out.chunk(self.size), own))
         self.count((self.size - 1) / self.size * x.nbytes)
         handle = _peer_errors(lambda: hvd.reducescatter_async(x, name=name, op=hvd.Sum, process_set=self.process_set))
@@ -141,10 +163,10 @@ class HorovodRanks(Ranks):
         return HorovodFlight(handle, name, self, lambda out: x)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
-        """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, the mean over this rank's tokens.
+        """In place: x, one layer's mean gradient over this rank's tokens, becomes the Adasum of all ranks' x.
 
-        Horovod has it over MPI only, and for the whole world: elsewhere all x are gathered. On GPUs too, where its own
-        adds up within a host first, which is other mathematics.
+        Horovod has Adasum only over MPI and for the whole world; otherwise all x are gathered. They are gathered on
+        GPUs too, where Horovod's own adds up within a host first, which gives another result.
         """
         must_be_power_of_two(self.size)
         if self.parent is None and hvd.mpi_enabled() and not x.is_cuda and x.dtype is not torch.bfloat16:
@@ -167,31 +189,42 @@ class HorovodRanks(Ranks):
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, Horovod knows no parts of parts")
 
     def close(self) -> None:
-        """A part ends with the whole."""
+        """Does nothing, because a part ends with the whole world."""
 
 
 def _tensor(out: Any) -> torch.Tensor:
-    """hvd.alltoall returns what arrived and how much of it came from whom."""
+    """The tensor that hvd.alltoall returns, which may come with the sizes of its blocks."""
     arrived: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return arrived
 
 
 def tell_horovod(timeout_s: float, groups: bool, fuse: bool) -> None:
-    """Its settings, before it starts."""
+    """Sets the environment variables that Horovod reads when it starts.
+
+    Args:
+        timeout_s: how long a rank waits for the others.
+        groups: whether process sets will be added.
+        fuse: whether Horovod may fuse collectives.
+    """
     if not fuse:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
         if not torch.cuda.is_available():
             os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_MS)
-    # Gloo gives up by itself, after 30 s where nobody says otherwise, and takes the process with it.
+    # Gloo gives up by itself, after 30 s by default, and ends the process.
     os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(math.ceil(timeout_s) + GLOO_LATER_S)
     if groups:
         os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
 
 
 class HorovodWorld(HorovodRanks):
-    """The ranks that a launcher started; `place` is what its environment says of this one.
+    """The ranks that a launcher started.
 
-    groups: `split` will be called. It needs process sets that can be added, which cost a synchronisation a cycle.
+    Args:
+        place: what the environment says of this rank.
+        timeout_s: how long a rank waits for the others.
+        groups: whether `split` will be called. It needs process sets that can be added, which cost a synchronisation
+          in every cycle.
+        fuse: whether Horovod may fuse collectives.
     """
 
     def __init__(self, place: Place, timeout_s: float, *, groups: bool = False, fuse: bool = False) -> None:
@@ -217,7 +250,7 @@ class HorovodWorld(HorovodRanks):
             raise RuntimeError(f"`{name}` needs a HorovodWorld that was made with groups=True")
         mine = group_of(self.rank, groups, self.size)
         local = self._local(mine, name)
-        for group in groups:  # added in the same order on every rank; Horovod takes each set of ranks once
+        for group in groups:  # in the same order on every rank; Horovod takes each set of ranks only once
             if (key := tuple(sorted(group))) not in self._sets:
                 self._sets[key] = _peer_errors(partial(hvd.add_process_set, list(key)))
         return HorovodRanks(self._sets[mine], mine, (mine.index(self.rank), len(mine), *local), self.timeout_s, self)
@@ -225,7 +258,7 @@ class HorovodWorld(HorovodRanks):
     def mail(self) -> Mail:
         if not hvd.mpi_enabled():
             raise UserError("Gloo's ranks know collectives and no letters: start them with horovodrun --mpi or mpirun")
-        from hvdllm.world.mpi import MpiMail  # here, because it needs the MPI that Horovod has initialised
+        from hvdllm.world.mpi import MpiMail  # imported here, because it needs the MPI that Horovod has initialised
 
         return MpiMail(self)
 
@@ -235,8 +268,15 @@ class HorovodWorld(HorovodRanks):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         compression: str = "none",
     ) -> Any:
-        """Horovod's own optimizer, as everybody uses it, for the reference exchange: sums, launched by its
-        `synchronize()` and by no count of backward passes. compression: none or fp16. Its bytes are not counted."""
+        """Horovod's own optimizer, for the reference exchange. It sums gradients, and its bytes are not counted.
+
+        Args:
+            optimizer: of torch, to be wrapped.
+            named_parameters: of the model.
+            compression: none or fp16.
+
+        Sums are launched by `synchronize()` and not after a number of backward passes.
+        """
         return hvd.DistributedOptimizer(
             optimizer, named_parameters=list(named_parameters), op=hvd.Sum, backward_passes_per_step=2**30,
             compression={"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}[compression],
@@ -249,7 +289,7 @@ class HorovodWorld(HorovodRanks):
 
 
 def opened(setup: Setup, place: Place) -> HorovodWorld:
-    """This process's rank among those of its launcher."""
+    """The world of the ranks that the launcher of this process started."""
     config = setup.config
     fuse = registry.of("exchange", config.exchange).facts.carries == registry.HOROVOD
     return HorovodWorld(

@@ -1,15 +1,16 @@
-"""The order in which a rank launches its collectives on a GPU, and the one thread that launches them.
+"""The order in which a rank launches its collectives on a GPU, and the thread that launches them.
 
-A kernel of NCCL waits on the GPU for its peers. Where two ranks launch two of them in different orders, each may hold
-its GPU while it waits for the other, for ever. The loop, its hooks and the driver all launch, at their own speed, so an
-order by time differs between ranks. The order here is that of the program, as if driven work were walked where `drive`
-is called: it is the same on every rank, and what works one after the other cannot wait for itself.
+An NCCL kernel waits on the GPU for its peers. If two ranks launched two such kernels in different orders, each could
+occupy its GPU while it waits for the other, for ever. The loop, its hooks and the driver all launch collectives at
+their own speed, so an order by time would differ between ranks. The order here is that of the program, as if driven
+work ran where `drive` is called. It is the same on every rank, and no launch can wait for a later one.
 
-    place     of one launch of the loop or a hook, or of one call of `drive` with all that its work launches
-    line      places, by their calls; the first one's launches go, and a driven place is left when its work is over
+    place     a place in that order: one launch of the loop or a hook, or one call of `drive` with all its launches
+    line      the places in the order of their calls; launches of the first place are made, and the place of a call of
+              `drive` is left when its work has ended
 
-So a launch behind driven work waits for the last launch of that, and the threads that ask wait for nothing. On its GPU
-every launch comes behind what the asking stream held when it asked. Not yet run on a GPU.
+A launch after driven work therefore waits for the last launch of that work. The threads that ask for launches do not
+wait. On the GPU each launch comes after what the asking stream held at that time. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ T = TypeVar("T")
 
 @dataclass
 class Place:
-    """launches: what is to be started, and who waits for it. open: may more come?"""
+    """A place in the order of launches.
+
+    Attributes:
+        open: whether more launches may come here.
+        launches: what is to be called, and the futures of the results.
+    """
 
     open: bool
     launches: deque[tuple[Future[Any], Callable[[], Any]]] = field(default_factory=deque)
 
 
 class Launches:
-    """Makes its thread at the first launch, so that a world without GPUs has none."""
+    """The line of launches. Its thread is made at the first launch, so a world without GPUs has none."""
 
     def __init__(self) -> None:
         self._line: deque[Place] = deque()
@@ -48,7 +54,14 @@ class Launches:
         self._stream: torch.cuda.Stream | None = None
 
     def launch(self, start: Callable[[], T], device: torch.device) -> Future[T]:
-        """What `start` returns, once it was called, behind what the current stream of `device` holds now."""
+        """Queues a launch.
+
+        Args:
+            start: launches the collective.
+            device: on CUDA, the launch comes after what the current stream of this device holds now.
+
+        Returns a future of what `start` returns.
+        """
         if device.type != "cuda":
             return self._enqueue(start)
         ready = torch.cuda.current_stream(device).record_event()
@@ -63,7 +76,8 @@ class Launches:
         return self._enqueue(behind)
 
     def place(self) -> Place | None:
-        """For work that is about to be driven; None on the driver's thread, where it belongs to what runs there."""
+        """A place for work that is about to be driven. It is None on the driver's thread, where launches belong to the
+        place of the work that runs."""
         if getattr(self._here, "place", None) is not None:
             return None
         place = Place(open=True)
@@ -73,7 +87,7 @@ class Launches:
 
     @contextmanager
     def at(self, place: Place) -> Iterator[None]:
-        """Within, what this thread launches belongs there; afterwards nothing more does."""
+        """A context in which the launches of this thread belong to `place`. Afterwards the place is closed."""
         self._here.place = place
         try:
             yield
@@ -86,7 +100,7 @@ class Launches:
                 self._changed.notify()
 
     def close(self) -> None:
-        """What has not been launched never will be."""
+        """Ends the thread. What has not been launched is dropped."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -111,7 +125,7 @@ class Launches:
             try:
                 future.set_result(start())
             except BaseException as error:
-                future.set_exception(error)  # it is raised where the flight lands
+                future.set_exception(error)  # raised when the flight lands
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""Letters and threads beside the loop: what a single process and worlds of real ranks share."""
+"""What a single process and worlds of real ranks share: boxes of letters, and threads beside the loop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hvdllm.errors import PeerError
 from hvdllm.plain import Json
 from hvdllm.world.base import Letter
 
-PAUSE_S = 0.05  # between two looks at what else may end a wait
+PAUSE_S = 0.05  # between two looks at what else can end a wait
 
 
 def too_long(waited_s: float, what: str) -> str:
-    """The sentence of a rank that waited in vain; it is not the one that stands still."""
+    """The sentence of a rank that has waited too long for another one."""
     return (
         f"waited {waited_s:.0f} s (world.timeout_s) for {what}, so this rank gives up: another rank stands still or is "
         "out of reach, or its acts take longer than that"
@@ -30,8 +30,14 @@ def too_long(waited_s: float, what: str) -> str:
 
 @contextlib.contextmanager
 def at_most(limit_s: float, what: str) -> Iterator[None]:
-    """Ends this process, with the sentence above, where what stands within takes longer: a library's call that waits
-    for the other ranks and cannot be asked to give up."""
+    """A context that ends this process, with the sentence of `too_long`, if its body takes longer than the limit.
+
+    It is for library calls that wait for the other ranks and cannot be made to give up.
+
+    Args:
+        limit_s: the limit in seconds.
+        what: the body waits for.
+    """
 
     def give_up() -> None:
         os.write(2, f"hvdllm: {too_long(limit_s, what)}\n".encode())
@@ -47,8 +53,11 @@ def at_most(limit_s: float, what: str) -> Iterator[None]:
 
 
 class Threads:
-    """This rank's threads beside its loop. The first error of any is raised wherever the loop waits for another rank,
-    so the job ends with it. A thread waits without limit, the loop for `timeout_s`."""
+    """The threads of a rank beside its loop.
+
+    The first error of any thread is raised when the loop next waits for another rank, so the job ends with that error.
+    Threads wait without limit, and the loop waits for `timeout_s` seconds.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -56,6 +65,8 @@ class Threads:
         self._own: set[int] = set()
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
+        """Runs `work` in a thread of that name."""
+
         def run() -> None:
             self._own.add(threading.get_ident())
             try:
@@ -68,7 +79,7 @@ class Threads:
         start_thread(run, name)
 
     def check(self, waited_s: float = 0.0, what: str = "") -> None:
-        """Raises what a thread has raised; PeerError where the loop has waited too long for `what`."""
+        """Raises the error of a thread, if there is one, or PeerError if the loop has waited too long for `what`."""
         if self._error is not None:
             raise self._error
         if waited_s > self.timeout_s and threading.get_ident() not in self._own:
@@ -76,7 +87,7 @@ class Threads:
 
 
 class Boxes:
-    """What has arrived at this rank, box by box; any thread puts, any takes."""
+    """The letters that have arrived at this rank, by box. Any thread may put or take letters."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
@@ -102,12 +113,12 @@ class Boxes:
 
 
 def copied(sender: int, head: Json, body: torch.Tensor | None) -> Letter:
-    """As it would arrive from elsewhere: nothing is shared with who wrote it."""
+    """The letter as it would arrive from another rank. It shares no memory with what the sender wrote."""
     return Letter(sender, json.loads(json.dumps(head)), None if body is None else body.detach().cpu().clone())
 
 
 class OwnMail:
-    """A rank that writes to itself."""
+    """The mail of a rank that can write only to itself."""
 
     def __init__(self, threads: Threads, rank: int = 0) -> None:
         self.rank, self.boxes = rank, Boxes(threads)

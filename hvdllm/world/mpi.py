@@ -1,16 +1,16 @@
-"""Letters between real ranks, point to point over MPI, on a communicator of its own beside Horovod's.
+"""Letters between real ranks, point to point over MPI, on a communicator of their own beside Horovod's.
 
-Two-sided, with one thread a rank that sends, and sorts what arrives into boxes: one-sided windows make no progress
-while their target computes outside MPI, and Open MPI 4 has none over TCP for several threads (the last section of
-hvdllm/exchange/README.md). It looks with short sleeps, 0.1 to 2 ms, and never waits inside MPI, which would spin on a
-core.
+Messages are two-sided. One thread of each rank sends letters and sorts those that arrive into boxes. One-sided windows
+are no alternative: they make no progress while their target computes outside MPI, and Open MPI 4 has none over TCP for
+several threads (the last section of hvdllm/exchange/README.md). The thread polls with sleeps of 0.1 to 2 ms and never
+waits inside MPI, which would spin on a core.
 
-A letter is its head as JSON bytes (tag 0) and its body as raw bytes (tag 1), in parts that MPI's int can count; the
-messages of one sender under one tag do not overtake each other. CUDA bodies travel through pinned host memory (not run
-on a GPU by the tests) and arrive on the CPU.
+A letter is its head as JSON bytes (tag 0) and its body as raw bytes (tag 1), in parts whose sizes fit into MPI's int.
+Messages of one sender under one tag do not overtake each other. CUDA bodies travel through pinned host memory (which
+the tests do not run on a GPU) and arrive on the CPU.
 
-Horovod initialises MPI, with MPI_THREAD_MULTIPLE, and finalises it: this module is imported after hvd.init, and the
-communicator is freed before hvd.shutdown.
+Horovod initialises MPI, with MPI_THREAD_MULTIPLE, and finalises it. This module is therefore imported after hvd.init,
+and the communicator is freed before hvd.shutdown.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ except (ImportError, RuntimeError) as error:
     ) from None
 
 HEAD, BODY = 0, 1
-PART = 2**28  # bytes of a message at most
+PART = 2**28  # the most bytes of a message
 SHORT_S, LONG_S = 1e-4, 2e-3
 
 
 class Ranks(Protocol):
+    """What this mail needs of a world."""
+
     rank: int
     size: int
     threads: Threads
@@ -63,18 +65,24 @@ class Arriving:
 
 
 def parts(body: torch.Tensor) -> list[Any]:
-    """Its bytes, as MPI takes them."""
+    """The bytes of a tensor in the parts and the form that MPI takes."""
     return [[part.numpy(), MPI.BYTE] for part in body.reshape(-1).view(torch.uint8).split(PART)]
 
 
 def on_host(body: torch.Tensor) -> torch.Tensor:
-    """A copy that MPI may read while `body` is written to again."""
+    """A copy on the host, which MPI may read while `body` is written to again."""
     host = torch.empty(body.shape, dtype=body.dtype, pin_memory=body.is_cuda)
     return host.copy_(body.detach())
 
 
 class MpiMail:
-    """world: all ranks that mpirun started."""
+    """The mail of a world over MPI.
+
+    Args:
+        world: all ranks that mpirun started.
+
+    Raises UserError if MPI sees other ranks than Horovod, or if it does not let several threads call it.
+    """
 
     def __init__(self, world: Ranks) -> None:
         if (MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()) != (world.rank, world.size):
@@ -90,7 +98,7 @@ class MpiMail:
         self.world, self.boxes = world, Boxes(world.threads)
         self._comm = MPI.COMM_WORLD.Dup()
         self._outgoing: deque[tuple[int, bytes, torch.Tensor | None]] = deque()
-        self._leaving: list[tuple[list[MPI.Request], object]] = []  # requests, and what they read
+        self._leaving: list[tuple[list[MPI.Request], object]] = []  # requests, and the memory that they read
         self._arriving: dict[int, deque[Arriving]] = defaultdict(deque)  # by sender
         self._wake, self._closed, self._gone = threading.Event(), threading.Event(), threading.Event()
         self._drained = threading.Event()
@@ -114,7 +122,7 @@ class MpiMail:
         while self._outgoing or not self._drained.is_set():
             self.world.threads.check()
             time.sleep(SHORT_S)
-        self.world.sum(torch.zeros(1), "mail.close").land()  # nobody's letters travel any more
+        self.world.sum(torch.zeros(1), "mail.close").land()  # after this no letter of any rank is on its way
         self._closed.set()
         self._wake.set()
         self._gone.wait()
@@ -139,7 +147,7 @@ class MpiMail:
             self._gone.set()
 
     def _send(self) -> bool:
-        """Was there anything to do?"""
+        """Sends what waits. Returns whether there was anything to do."""
         before = len(self._leaving)
         while self._outgoing:
             to, frame, body = self._outgoing[0]
@@ -154,7 +162,7 @@ class MpiMail:
         return new
 
     def _receive(self) -> bool:
-        """Was there anything to do?"""
+        """Puts what has arrived into its boxes. Returns whether there was anything to do."""
         new, status = False, MPI.Status()
         while self._comm.Iprobe(MPI.ANY_SOURCE, HEAD, status):
             sender, frame = status.Get_source(), bytearray(status.Get_count(MPI.BYTE))

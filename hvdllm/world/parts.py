@@ -1,4 +1,4 @@
-"""The worlds in which ranks meet: what carries their bytes, and the settings that all of them share."""
+"""Registers the worlds, by what carries their bytes, and the settings that all of them share."""
 
 from __future__ import annotations
 

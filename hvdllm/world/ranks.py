@@ -1,7 +1,7 @@
-"""What worlds of real ranks share, whatever carries their bytes; and the arithmetic that every world does alike.
+"""What worlds of real ranks share, whatever carries their bytes, and the arithmetic that is the same in every world.
 
-Sums taken here are in rank order, so they are the same bits in every world. 16-bit floats are added in fp32 and
-rounded once.
+Sums are taken in rank order, so they have the same bits in every world. 16-bit floats are added in fp32 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ Where = tuple[int, int, int, int]  # rank, size, local rank, local size
 
 # ------------------------------------------------------------------ arithmetic
 def add(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-    """out = the sum of `parts`, in their order. out may be none of them; no more than one other tensor is made."""
+    """Writes the sum of `parts`, in their order, to `out` and returns it.
+
+    Args:
+        parts: the tensors to be added.
+        out: must not be one of them. At most one further tensor of this size is made.
+    """
     if out.dtype in HALVES:
         total = parts[0].float()
         for part in parts[1:]:
@@ -39,10 +44,11 @@ def add(parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
 
 
 def adasum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Adasum (arXiv 2006.02924) of a power of two of tensors: neighbours in pairs, then pairs of results.
+    """The Adasum (arXiv 2006.02924) of tensors, whose number is a power of two.
 
-    Pair: (1 - a·b / 2|a|²) a + (1 - a·b / 2|b|²) b, with dot products and norms in fp64; a coefficient is 1 where its
-    norm is nothing, as in Horovod.
+    Neighbours are joined in pairs, then the results in pairs, and so on. A pair a, b becomes
+    (1 - a·b / 2|a|²) a + (1 - a·b / 2|b|²) b, with dot products and norms in fp64. As in Horovod, a coefficient is 1 if
+    its norm is zero.
     """
     parts = list(parts)
     while len(parts) > 1:
@@ -58,13 +64,14 @@ def _pair(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def must_be_power_of_two(size: int) -> None:
+    """Raises UserError unless Adasum can join so many ranks."""
     if size & (size - 1):
         raise UserError(f"Adasum joins ranks in pairs and there are {size}: start a power of two, or reduce by sums")
 
 
 # ------------------------------------------------------------------ bytes
 def broadcast_sends(rank: int, root: int, size: int) -> int:
-    """How often this rank sends all of x in Gloo's broadcast, a binomial tree from root (gloo/broadcast.cc)."""
+    """How often a rank sends all of x in Gloo's broadcast, which is a binomial tree from root (gloo/broadcast.cc)."""
     place, step, sends = (rank - root) % size, 1, 0
     while step < size:
         sends += place < step and place + step < size
@@ -74,7 +81,10 @@ def broadcast_sends(rank: int, root: int, size: int) -> int:
 
 # ------------------------------------------------------------------ parts of a world
 def group_of(rank: int, groups: Sequence[tuple[int, ...]], size: int) -> tuple[int, ...]:
-    """The group that holds `rank`, in ascending order. Raises RuntimeError where groups overlap or name no rank."""
+    """The group that holds `rank`, in ascending order.
+
+    Raises RuntimeError if groups overlap, if they name ranks that do not exist, or if none holds `rank`.
+    """
     named = [r for group in groups for r in group]
     if len(set(named)) < len(named) or not set(named) <= set(range(size)) or rank not in named:
         raise RuntimeError(f"{list(groups)} are no disjoint groups of {size} ranks, rank {rank} among them")
@@ -82,7 +92,7 @@ def group_of(rank: int, groups: Sequence[tuple[int, ...]], size: int) -> tuple[i
 
 
 class Drives(Protocol):
-    """What walks flights of several stages, see world/driver.py."""
+    """Runs flights of several stages, see world/driver.py."""
 
     def __call__(self, work: Callable[[], object]) -> Flight: ...
 
@@ -90,9 +100,13 @@ class Drives(Protocol):
 
 
 class Ranks(ABC):
-    """A world of real ranks, or a part of one: then `parent` is the whole, whose asks, driver and count it shares.
+    """A world of ranks, or a part of one.
 
-    local_rank, local_size: among the ranks of this world on the same host.
+    Args:
+        where: rank, size, and local rank and size among the ranks of this world on the same host.
+        timeout_s: how long the loop waits for another rank.
+        parent: of a part, the whole world, whose asks, driver, threads and count of bytes it shares.
+        driver: runs flights of several stages, if not a thread of this rank.
     """
 
     def __init__(
@@ -112,7 +126,7 @@ class Ranks(ABC):
     def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight: ...
 
     def count(self, sent: float) -> None:
-        """Adds bytes that this rank sends, to the whole's too."""
+        """Counts bytes that this rank sends, also in the whole world if this is a part."""
         with self._counting:
             self.bytes_sent += sent
         if self.parent is not None:
@@ -141,8 +155,10 @@ class Ranks(ABC):
             raise UserError(said)
 
     def _local(self, members: Sequence[int], name: str) -> tuple[int, int]:
-        """This rank's number among those of `members` on its host, and how many those are. Ranks are numbered host by
-        host, so the first of a host names it."""
+        """This rank's number among those of `members` on its host, and how many these are. Collective.
+
+        Ranks are numbered host by host, so the first rank of a host identifies it.
+        """
         first = self.gather(torch.tensor([self.rank - self.local_rank]), f"{name}.hosts", equal=True).land().tolist()
         near = [member for member in members if first[member] == first[self.rank]]
         return near.index(self.rank), len(near)

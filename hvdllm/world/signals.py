@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and a launcher that is gone, as asks that every rank will hear of.
+"""Turns signals, and the loss of the launcher, into asks that all ranks will act on.
 
 SIGINT, SIGTERM and SIGHUP ask for a checkpoint and an end, SIGUSR1 for a checkpoint alone. The handlers only set a
-flag: the next meta takes it along, and all ranks act on it at the same mark.
+flag. The next meta takes it along, and all ranks act on it at the same mark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hvdllm.world.detect import started
 
 LAUNCHERS = {
     "horovodrun",
-    "meeting.py",  # of launch/: the same with a meeting point of ours
+    "meeting.py",  # launch/meeting.py is horovodrun with another meeting point
     "torchrun",
     "torch.distributed.run",
     "mpirun",
@@ -31,14 +31,19 @@ LAUNCHERS = {
     "srun",
     "slurmstepd",
 }
-GRACE_S = 10.0  # seconds to save in, once the launcher is gone
-TERMINATED = threading.Event()  # set by SIGTERM: whoever started this process is ending it already
+GRACE_S = 10.0  # seconds that are left to save once the launcher is gone
+TERMINATED = threading.Event()  # set by SIGTERM, with which the launcher has begun to end this process
 
 
 def listen(asks: Asks, alone: bool) -> None:
-    """Takes over SIGINT, SIGTERM, SIGHUP and SIGUSR1. `alone`: a second Ctrl-C ends the process at once."""
+    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
-    asked = False  # asks.stop is cleared when a meta takes it along
+    Args:
+        asks: where the handlers note what is asked.
+        alone: this process has no launcher, so a second Ctrl-C ends it at once.
+    """
+
+    asked = False  # kept here, because asks.stop is cleared when a meta takes it along
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -58,20 +63,20 @@ def listen(asks: Asks, alone: bool) -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGUSR1, save)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal is gone; nohup would have it ignored
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, stop)
 
 
 def deafen() -> None:
-    """Signals mean again what they mean to any process: a run that has failed must not outlive its launcher."""
+    """Restores the default action of all these signals, because a run that has failed must not outlive its launcher."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
 
 def watch_launcher(asks: Asks) -> None:
-    """A thread that asks for a stop when the launcher is gone, and ends the process GRACE_S later.
+    """Starts a thread that asks for a stop when the launcher is gone, and ends the process GRACE_S seconds later.
 
-    A launcher killed by SIGKILL tells nobody: its ranks would train on, or wait for each other, unseen.
+    A launcher that was killed by SIGKILL tells no rank. Its ranks would train on, or wait for each other, unnoticed.
     """
     watched = up_to_launcher()
 
@@ -87,9 +92,10 @@ def watch_launcher(asks: Asks) -> None:
 
 
 def up_to_launcher() -> dict[int, str]:
-    """The ancestors up to the topmost launcher, as pid: start time; those above it (a shell) may well end before us.
+    """The ancestors of this process up to the topmost launcher, as a map from pid to start time.
 
-    On a remote host the chain ends at the first sshd, which lives as long as the launcher's connection.
+    Ancestors above the launcher, such as a shell, may end before this process. On a remote host the chain ends at the
+    first sshd, which lives as long as the launcher's connection.
     """
     chain: list[tuple[int, str]] = []
     keep = 0
@@ -102,7 +108,7 @@ def up_to_launcher() -> dict[int, str]:
                 words = file.read().decode(errors="replace").split("\0")[:3]
         except OSError:
             break
-        # The first word of each: horovodrun --mpi becomes `/bin/sh -c "mpirun ..."`.
+        # Only the first word of each counts, since horovodrun --mpi becomes `/bin/sh -c "mpirun ..."`.
         names = {os.path.basename(word.split(" ", 1)[0]) for word in words}
         chain.append((pid, started(pid)))
         if names & LAUNCHERS:

@@ -1,4 +1,4 @@
-"""A world of one: this process alone. Nothing travels, no Horovod is imported."""
+"""A world of one rank, which is this process alone. Nothing travels, and Horovod is not imported."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Landed:
 
 
 class SingleWorld:
+    """The world of a process alone, in which every collective returns its argument."""
+
     rank = 0
     size = 1
     local_rank = 0
@@ -85,5 +87,5 @@ class SingleWorld:
 
 
 def opened(setup: Setup, place: Place) -> SingleWorld:
-    """This process alone; no Horovod is imported."""
+    """The world of this process alone."""
     return SingleWorld()

@@ -1,11 +1,11 @@
-"""The world over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors. Imports no Horovod.
+"""The world over torch.distributed, with Gloo for CPU tensors and NCCL for CUDA tensors. It does not import Horovod.
 
-torch.distributed matches collectives by call order. On CPUs each channel (the first word of a name) has a process group
-of its own, and only its own order counts. Channels are made at the start, in one order on all ranks; a name whose first
-word is none of them travels on `other`, whose collectives no two threads may use at once. On GPUs all have one order, a
-thread that launches them in it (launches.py), and one communicator.
+torch.distributed matches collectives by the order of the calls. On CPUs each channel (the first word of a name) has its
+own process group, so only the order within a channel counts. Channels are made at the start, in the same order on all
+ranks. Names whose first word is no channel travel on `other`, which two threads must not use at once. On GPUs all
+collectives have one order, in which one thread launches them (launches.py), and one communicator.
 
-What Gloo sends, a rank, is what world/hvd.py says of it; here a gather also tells its sizes first, and pads where they
+Bytes are counted by the formulas in world/hvd.py. Here a gather also exchanges its sizes first, and pads if they
 differ. NCCL is counted by the same formulas. Not yet run with NCCL on more than one GPU.
 """
 
@@ -37,14 +37,17 @@ from hvdllm.world.ranks import Ranks, Where, adasum, add, broadcast_sends, group
 from hvdllm.world.watch import AGES, Watch
 
 CHANNELS = ("grad", "meta", "param", "total", "act", "start", "load", "save", "world", "other")
-SLICE = timedelta(seconds=1)  # of a wait in C++, between which Python hears signals
+SLICE = timedelta(seconds=1)  # the longest wait in C++, after which Python handles signals
 IFACE = "GLOO_SOCKET_IFNAME"
-NEWS_S = 2.0  # that a collective waits, once it has failed, to hear which rank has gone
+NEWS_S = 2.0  # seconds that a failed collective waits to learn which rank is gone
 
 
 class Channel:
-    """One process group. Its collectives are launched in the order of the calls: at once, or by a thread of its own
-    behind one that must first wait for the others' sizes."""
+    """One process group, whose collectives are launched in the order of the calls.
+
+    A collective is launched at once, unless one before it must first wait for the sizes of other ranks. Then a thread
+    of the channel launches both.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -52,6 +55,7 @@ class Channel:
         self._last: Future[dist.Work] | None = None
 
     def launch(self, start: Callable[[], dist.Work], waits: bool = False) -> Future[dist.Work]:
+        """Launches a collective. waits: `start` waits for other ranks, so it must not run on the calling thread."""
         if not waits and (self._last is None or self._last.done()):
             future: Future[dist.Work] = Future()
             future.set_result(start())
@@ -67,8 +71,16 @@ class Channel:
 
 
 class TorchFlight:
-    """One collective of x. future: of the work, once it is launched. finish: makes what lands. made: what else the
-    collective reads and writes; kept until then."""
+    """One collective.
+
+    Args:
+        future: of its work, complete once it is launched.
+        x: the tensor that was passed.
+        name: of the collective.
+        world: whose collective it is.
+        finish: makes what lands.
+        made: other tensors that the collective reads or writes, kept until it lands.
+    """
 
     def __init__(
         self,
@@ -85,21 +97,29 @@ class TorchFlight:
     def landed(self) -> bool:
         if self.value is not None:
             return True
-        # A launch that failed has landed too: `land` says how.
+        # A launch that failed has landed, too: `land` raises the error.
         return self.future.done() and (self.future.exception() is not None or self.future.result().is_completed())
 
     def land(self) -> torch.Tensor:
         if self.value is None:
             work = self.world.launched(self.future, self.name)
             self.world.wait(work, self.name, on_host=not self.x.is_cuda)
-            used_here([self.x, self.made])  # made on another stream, and let go on this one
+            used_here([self.x, self.made])  # they were made on another stream, and are freed on this one
             self.value = used_here(self.finish())
             self.made = ()
         return self.value
 
 
 class TorchRanks(Ranks):
-    """The collectives of one process group a channel. members: ranks in the whole world, ascending."""
+    """The collectives of a world, with one process group for each channel.
+
+    Args:
+        groups: the process groups, in the order of CHANNELS.
+        members: ranks in the whole world, ascending.
+        where: rank, size, local rank and local size.
+        timeout_s: how long a rank waits for the others.
+        parent: the whole world, if this is a part of one.
+    """
 
     def __init__(
         self,
@@ -142,7 +162,7 @@ class TorchRanks(Ranks):
                 lambda: share,
                 [share],
             )
-        # As over Horovod: the same sums in the same order, in the share of x that is spent.
+        # As over Horovod, the sum is taken in rank order and goes into this rank's share of x.
         out = torch.empty_like(x)
         return self._launch(
             x,
@@ -164,7 +184,8 @@ class TorchRanks(Ranks):
         return self._launch(x, name, lambda group: dist.broadcast(x, source, group=group, async_op=True), lambda: x)
 
     def gather(self, x: torch.Tensor, name: str, equal: bool = False) -> Flight:
-        """torch gathers equal tensors only: sizes travel first, then rows up to the most that any rank has."""
+        """All-gather. torch gathers only equal tensors, so sizes travel first, and then rows are padded to the most
+        that any rank has."""
         if equal:
             self.count((self.size - 1) * x.nbytes)
             sent, out = x.contiguous(), x.new_empty(self.size * len(x), *x.shape[1:])
@@ -200,7 +221,7 @@ class TorchRanks(Ranks):
         return self._launch(x, name, start, finish, made, waits=True)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
-        """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
+        """In place: x, one layer's mean gradient over this rank's tokens, becomes the Adasum of all ranks' x."""
         must_be_power_of_two(self.size)
         self.count((self.size - 1) * x.nbytes)
         flat = x.reshape(-1)
@@ -214,7 +235,7 @@ class TorchRanks(Ranks):
         )
 
     def lost(self, error: Exception) -> PeerError | None:
-        """Gloo's errors have no class of their own, but the name of its source, NCCL's have one."""
+        """As World says. NCCL's errors have a class of their own; Gloo's are known by the name of its source file."""
         theirs = isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
         return self._gone(error) if isinstance(error, RuntimeError) and theirs else None
 
@@ -222,7 +243,10 @@ class TorchRanks(Ranks):
         raise RuntimeError(f"`{name}` splits a part of a world: split the whole one, as over Horovod")
 
     def launched(self, future: Future[dist.Work], name: str) -> dist.Work:
-        """The work, once its thread has launched it: NCCL's first collective waits for all ranks."""
+        """Waits until a collective is launched, and returns its work. NCCL's first launch waits for all ranks.
+
+        Raises PeerError if a rank is gone, or if the wait takes longer than the timeout.
+        """
         end = time.monotonic() + self.timeout_s
         while not future.done():
             wait([future], SLICE.total_seconds())
@@ -233,7 +257,13 @@ class TorchRanks(Ranks):
         return future.result()
 
     def wait(self, work: dist.Work, name: str, on_host: bool = True) -> None:
-        """Until `work` is done, asleep. On CUDA what follows on the current stream waits instead of the host."""
+        """Waits until `work` is done.
+
+        Args:
+            work: of torch.distributed.
+            name: of the collective.
+            on_host: whether the host waits. On CUDA what follows on the current stream waits instead.
+        """
         end = time.monotonic() + self.timeout_s
         while on_host and not work.is_completed():
             try:
@@ -255,7 +285,7 @@ class TorchRanks(Ranks):
         return PeerError(too_long(self.timeout_s, f"`{name}`"))
 
     def close(self) -> None:
-        """A part ends with the whole."""
+        """Ends the threads of the channels. Process groups of a part end with the whole world."""
         for channel in self.channels.values():
             channel.close()
 
@@ -278,11 +308,17 @@ class TorchRanks(Ranks):
 
 
 def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().partition("\n")[0]  # a trace of C++ may follow
+    return str(error).strip().partition("\n")[0]  # a C++ stack trace may follow
 
 
 class TorchWorld(TorchRanks):
-    """The ranks that a launcher started, any of those that detect.py knows. device_kind: auto, cpu or cuda."""
+    """The ranks that a launcher started, which may be any that detect.py knows.
+
+    Args:
+        place: what the environment says of this rank.
+        timeout_s: how long a rank waits for the others.
+        device_kind: auto, cpu or cuda.
+    """
 
     def __init__(self, place: Place, timeout_s: float, device_kind: str = "cpu") -> None:
         on_gpu = device_kind != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
@@ -324,14 +360,14 @@ class TorchWorld(TorchRanks):
         return part
 
     def _group(self, ranks: list[int] | None = None) -> dist.ProcessGroup:
-        # Longer than ours, so that `wait` is the one that says which collective it was.
+        # Longer than the world's own timeout, so that `wait` gives up first and names the collective.
         timeout = timedelta(seconds=self.timeout_s + 60)
         group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=self._backend)
         return group
 
     def close(self) -> None:
         self._driver.close()
-        self.sum(torch.zeros(1), "world.close").land()  # nothing of anybody's is under way behind this
+        self.sum(torch.zeros(1), "world.close").land()  # after this no collective of any rank is under way
         for part in self._parts:
             part.close()
         super().close()
@@ -343,8 +379,11 @@ class TorchWorld(TorchRanks):
 
 # ------------------------------------------------------------------ how ranks meet
 def meet(place: Place, timeout: timedelta) -> Store:
-    """A store of rank 0's that all ranks reach. Its address travels through what the launcher offers: Horovod's own
-    key-value server, or a broadcast over MPI."""
+    """Connects to a key-value store that rank 0 opens. Collective.
+
+    The address of the store travels through Horovod's own key-value server, or as a broadcast over MPI, depending on
+    the launcher.
+    """
     if "HOROVOD_GLOO_IFACE" in os.environ:
         os.environ.setdefault(IFACE, os.environ["HOROVOD_GLOO_IFACE"])
     store = None
@@ -364,7 +403,11 @@ def meet(place: Place, timeout: timedelta) -> Store:
 
 
 def own_address(place: Place) -> str:
-    """Of this host, for the others. MASTER_ADDR says it; else the interface that Gloo is told to use; else its name."""
+    """The address or name by which other ranks reach this host.
+
+    It is MASTER_ADDR if that is set, else the address of the interface that Gloo is told to use, else the loopback if
+    all ranks are on this host, else the host's name.
+    """
     if "MASTER_ADDR" in os.environ:
         return os.environ["MASTER_ADDR"]
     if IFACE in os.environ:
@@ -373,7 +416,7 @@ def own_address(place: Place) -> str:
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface (ioctl SIOCGIFADDR: a name of 16 bytes, then a sockaddr_in)."""
+    """The IPv4 address of a network interface (ioctl SIOCGIFADDR with 16 bytes of name, then a sockaddr_in)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))
@@ -383,7 +426,12 @@ def address_of(interface: str) -> str:
 
 
 def through_horovodrun(address: tuple[str, int] | None, timeout: timedelta) -> tuple[str, int]:
-    """Rank 0 leaves its address with the launcher's key-value server, the others ask for it."""
+    """Passes the address of rank 0 through the key-value server of horovodrun.
+
+    Args:
+        address: host and port on rank 0, None elsewhere.
+        timeout: how long the other ranks wait for it.
+    """
     try:
         server = f"http://{os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     except KeyError:
@@ -409,6 +457,7 @@ def through_horovodrun(address: tuple[str, int] | None, timeout: timedelta) -> t
 
 
 def through_mpi(address: tuple[str, int] | None, place: Place) -> tuple[str, int]:
+    """Broadcasts the address of rank 0 over MPI. Raises UserError if mpi4py is missing, or built for another MPI."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -424,5 +473,5 @@ def through_mpi(address: tuple[str, int] | None, place: Place) -> tuple[str, int
 
 
 def opened(setup: Setup, place: Place) -> TorchWorld:
-    """This process's rank among those of its launcher."""
+    """The world of the ranks that the launcher of this process started."""
     return TorchWorld(place, setup.config.world.timeout_s, setup.config.device.kind)

@@ -1,22 +1,23 @@
-"""Many logical ranks as threads of one process, with exact and deterministic collectives. No launcher, no network.
+"""Many logical ranks as threads of one process, with exact and deterministic collectives and no launcher or network.
 
-Invariant: one thread runs at a time. The baton changes hands only where a rank waits, polls in vain or lets time pass,
-and goes to the smallest (simulated time, rank, lane) that can go on, so two equal runs are bit-equal whatever the
-machine does. A rank has two lanes: its own thread and its driver. torch's random state on the CPU is swapped with the
-baton: each rank draws as if it were alone.
+It is for oracles at many ranks and for convergence experiments with many workers. Simulated times tell how ranks of
+given speeds would wait for each other; what a step costs can only be measured with real ranks.
 
-Without `links` nothing takes time but polls in vain, so that who polls lets others run. With them a clock is simulated,
-and what is done happens in the order of its times (causality):
-    compute      takes what `spend` says
-    a collective leaves when its last rank has joined and its ranks' links are free; it takes the bytes that a rank
-                 sends over the link's rate, and the latency. A link carries one thing after another
-    waiting      until what is waited for has arrived; a poll says no before that, and costs POLL_S
+Invariant: one thread runs at a time, the one that holds the baton. The baton changes hands only when a rank waits,
+polls without success or lets time pass. It goes to the smallest (simulated time, rank, lane) that can go on, so two
+equal runs are bit-equal on any machine. A rank has two lanes, its own thread and its driver. torch's random state on
+the CPU is swapped with the baton, so each rank draws as if it were alone.
 
-It is strict where real ranks break only sometimes: a name launched again before its last use was seen to land, tensors
-that do not match, a tensor written to in flight, and ranks that all wait for each other are errors at once.
+Without `links` only a poll without success takes time, so that a rank that polls lets others run. With them a clock is
+simulated, and what happens is ordered by its times (causality):
+    compute      takes as long as `spend` says
+    a collective leaves when its last rank has joined and the links of its ranks are free; it takes the bytes that a
+                 rank sends, divided by the link's rate, plus the latency; a link carries one transfer at a time
+    waiting      lasts until what is waited for has arrived; a poll before that says no and costs POLL_S
 
-For oracles at many ranks and for convergence experiments with many workers. Simulated times say how ranks of such
-speeds would wait for each other; what a step costs comes from real ranks alone.
+It is strict where real ranks fail only sometimes. These are errors at once: a name that is launched again before its
+last use was seen to land, tensors that do not match, a tensor that is written to in flight, and ranks that all wait for
+each other.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ T = TypeVar("T")
 
 
 class VirtualFlight:
-    """One collective of one rank. finish: makes what lands, once all ranks have joined."""
+    """One collective, as one rank sees it.
+
+    Args:
+        hub: what the ranks share.
+        box: the collective.
+        x: the tensor of this rank.
+        rank: this rank.
+        name: of the collective.
+        finish: makes what lands, once all ranks have joined.
+    """
 
     def __init__(self, hub: Hub, box: Box, x: torch.Tensor, rank: int, name: str, finish: Callable[[], object]) -> None:
         self.hub, self.box, self.x, self.rank, self.name, self.finish = hub, box, x, rank, name, finish
-        self.seen = False  # to have landed, by this rank
+        self.seen = False  # whether this rank has seen it land
         self.value: object = None
 
     def landed(self) -> bool:
@@ -69,13 +79,13 @@ class VirtualFlight:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Also where both are the same NaN."""
+    """Whether two tensors are equal bit for bit, so that a NaN equals itself."""
     a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
 
 
 class Driven:
-    """A flight of several stages. What `work` raises is raised where it lands, as by the driver of real ranks."""
+    """A flight of several stages. An error of `work` is raised when it lands, as by the driver of real ranks."""
 
     def __init__(self, hub: Hub, work: Callable[[], object]) -> None:
         self.hub, self.work = hub, work
@@ -101,7 +111,7 @@ class Driven:
 
 
 class Driver:
-    """A rank's second lane; its thread is made at the first call."""
+    """The second lane of a rank, which runs flights of several stages. Its thread is made at the first call."""
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank = hub, rank
@@ -123,7 +133,7 @@ class Driver:
         return flight
 
     def close(self) -> None:
-        """What was driven is still done."""
+        """Ends the thread after the work that was driven before."""
         self.closed = True
 
     def _run(self, lane: Lane) -> None:
@@ -144,7 +154,16 @@ class Driver:
 
 # ------------------------------------------------------------------ the world
 class VirtualWorld(Ranks):
-    """One of the hub's ranks, or its place in a part. path: which world this is, the same on all of its ranks."""
+    """The world of one logical rank, or a part of it.
+
+    Args:
+        hub: what all ranks share.
+        where: rank, size, local rank and local size.
+        parent: the whole world, if this is a part of one.
+        driver: the second lane of this rank.
+        path: identifies this world or part, and is the same on all of its ranks.
+        members: its ranks, numbered in the whole world.
+    """
 
     parent: VirtualWorld | None
 
@@ -159,7 +178,7 @@ class VirtualWorld(Ranks):
     ) -> None:
         super().__init__(where, math.inf, parent, driver)
         self.hub, self.path = hub, path
-        self.members = members or tuple(range(self.size))  # by their ranks in the whole
+        self.members = members or tuple(range(self.size))
         self._flights: dict[str, VirtualFlight] = {}
 
     def sum(self, x: torch.Tensor, name: str) -> Flight:
@@ -184,7 +203,7 @@ class VirtualWorld(Ranks):
         return self._post("broadcast", x, name, sent, lambda box: x.copy_(box.parts[root]), root)
 
     def adasum(self, x: torch.Tensor, name: str) -> Flight:
-        """In place: every rank's x becomes the Adasum of all. x: one layer's tensor, a mean over this rank's tokens."""
+        """In place: x, one layer's mean gradient over this rank's tokens, becomes the Adasum of all ranks' x."""
         must_be_power_of_two(self.size)
         sent = 2 * (self.size - 1) / self.size * x.nbytes
         return self._post("adasum", x, name, sent, lambda box: x.copy_(adasum(box.ordered())))
@@ -196,14 +215,14 @@ class VirtualWorld(Ranks):
         return VirtualWorld(self.hub, where, self, path=(*self.path, name, mine), members=members)
 
     def spend(self, seconds: float) -> None:
-        """This rank computes for so long, on the simulated clock."""
+        """Lets this rank compute for so many seconds of the simulated clock."""
         self.hub.spend(seconds)
 
     def mail(self) -> VirtualMail:
         return VirtualMail(self)
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
-        number = max(lane.number for lane in self.hub.lanes) + 2  # behind its own thread and its driver
+        number = max(lane.number for lane in self.hub.lanes) + 2  # after its own thread and its driver
         spawn(self.hub, Lane(self.rank, number), work, name)
 
     def close(self) -> None:
@@ -249,11 +268,19 @@ def run(
     hosts: int = 1,
     links: Links | None = None,
 ) -> list[T]:
-    """What `body` returns on each of `size` logical ranks, in rank order.
+    """Runs `body` on each of `size` logical ranks.
 
-    asks: rank 0's, for signals. hosts: logical ones; ranks are numbered host by host, equally many on each; links join
-    them, or all ranks where there is one host. links: there is a simulated clock, which these threads tell time by.
-    Raises the first failure of a rank, or what interrupts the calling thread; the ranks end at their next wait.
+    Args:
+        size: how many ranks there are.
+        body: what a rank does.
+        asks: where signals note what is asked; they become those of rank 0.
+        hosts: how many logical hosts there are. Ranks are numbered host by host, with the same number on each.
+        links: between hosts, or between all ranks if there is one host. With links there is a simulated clock, which is
+          the time of these threads.
+
+    Returns what `body` returns on each rank, in rank order.
+
+    Raises the first failure of a rank, or what interrupts the calling thread. The ranks then end at their next wait.
     """
     if size % hosts:
         raise UserError(f"{size} logical ranks are not dealt to {hosts} hosts: world.size must be a multiple")
@@ -268,7 +295,7 @@ def run(
         hub.tell_time()
         try:
             hub.enter(lane)
-            # Hooks run on this thread, on a GPU too: autograd's own has no clock, and would be one for all ranks.
+            # Hooks run on this thread, also on a GPU: autograd's own thread has no clock, and all ranks would share it.
             with torch.autograd.set_multithreading_enabled(False):
                 results[world.rank] = body(world)
         except BaseException as error:
@@ -285,9 +312,9 @@ def run(
     try:
         hub.pass_on()
         hub.over.wait()
-    except BaseException as error:  # Ctrl-C, heard by this thread alone
+    except BaseException as error:  # Ctrl-C, which only this thread gets
         hub.fail(error)
-        hub.over.wait()  # a second one leaves the ranks behind
+        hub.over.wait()  # a second Ctrl-C does not wait for the ranks
         raise
     finally:
         torch.set_rng_state(state)

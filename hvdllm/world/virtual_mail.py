@@ -1,7 +1,7 @@
-"""Letters between logical ranks, and threads beside a logical rank's loop: lanes of its own, deterministic.
+"""Letters between logical ranks, and threads beside the loop of a logical rank, which are deterministic lanes.
 
-Without a clock a letter is there at once, and who takes it is one simulated second later than who wrote it. With one it
-takes its rank's link, as a collective does, and is taken when it has arrived.
+Without a simulated clock a letter arrives at once, and the rank that takes it goes on one second later than the sender.
+With a clock a letter occupies links as a collective does, and is taken when it has arrived.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Logical(Protocol):
 
 
 class VirtualMail:
-    """`meanwhile` is called where this rank has been asked for something while it waits."""
+    """The mail of a logical rank. It calls `meanwhile` only if something is asked of this rank while it waits."""
 
     def __init__(self, world: Logical) -> None:
         self.world, self.hub = world, world.hub
@@ -69,7 +69,7 @@ class VirtualMail:
                 continue
             if asked() and meanwhile is not None:
                 meanwhile()
-                listens = not asked()  # it does not take what was asked along
+                listens = not asked()  # `meanwhile` has not taken what was asked, so it need not be called again
             elif over(self.hub):
                 raise PeerError("all ranks have left")
         at, _, letter = letters.pop(0)
@@ -81,12 +81,19 @@ class VirtualMail:
 
 
 def over(hub: Hub) -> bool:
-    """Has every rank's own thread ended?"""
+    """Whether the own threads of all ranks have ended."""
     return not any(lane.number == 0 for lane in hub.lanes)
 
 
 def spawn(hub: Hub, lane: Lane, work: Callable[[], None], name: str) -> None:
-    """A thread that takes part in passing the baton, from where the calling one stands. lane: its own, a new one."""
+    """Starts a thread that takes part in passing the baton. Its clock begins at the time of the calling thread.
+
+    Args:
+        hub: what the ranks share.
+        lane: a new lane, for this thread.
+        work: what the thread does.
+        name: of the thread.
+    """
     assert hub.holder is not None
     lane.time = hub.holder.time
     hub.lanes.append(lane)
