@@ -29,6 +29,16 @@ ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 UNEVEN = "allreduce,acco+exchange.timed=true,local_sgd,parameter_server+exchange.staleness=null"
 
 
+def with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The parsed words. Settings may stand before, between and after the flags, where argparse takes one group alone."""
+    given, rest = parser.parse_known_args(argv)
+    if odd := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "settings")]:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        given.settings = [*given.settings, *rest]
+    return given
+
+
 def run(argv: list[str]) -> int:
     """Runs the command, and returns its exit code. Raises UserError."""
     if argv[:1] == ["rank"]:  # this process was started by bench exchange
@@ -68,7 +78,7 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
     for sub in (step, start, exchange):
         sub.add_argument("--json", type=argument, help="where to write the figures (bench-<what>.json)")
-    given = parser.parse_args(argv)
+    given = with_settings(parser, argv)
     figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
     out = given.json or Path(f"bench-{given.what}.json")
     try:

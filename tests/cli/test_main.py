@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hvdllm
+from hvdllm.cli import bench, prepare
 from hvdllm.cli import main as cli
-from hvdllm.cli import prepare
 from hvdllm.errors import RunError, UserError
 
 
@@ -39,3 +40,16 @@ def test_python_m_and_version() -> None:
 def test_unknown_command() -> None:
     done = subprocess.run([sys.executable, "-m", "hvdllm", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and "trian" in done.stderr
+
+
+def test_settings_of_a_benchmark_stand_on_both_sides_of_its_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(bench, "bench_exchange", lambda given: seen.append(given.settings) or {})
+    out = str(tmp_path / "x.json")
+    assert main(["bench", "exchange", "a=1", "--ranks", "2", "b=2", "--json", out, "c=3"]) == 0
+    assert seen == [["a=1", "b=2", "c=3"]]
+    with pytest.raises(SystemExit):
+        main(["bench", "exchange", "a=1", "--ranks", "2", "nonsense"])
+    assert "unrecognized arguments: nonsense" in capsys.readouterr().err
