@@ -30,7 +30,7 @@ UNEVEN = "allreduce,acco+exchange.timed=true,local_sgd,parameter_server+exchange
 
 
 def with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The parsed words. Settings may stand before, between and after the flags, where argparse takes one group alone."""
+    """The parsed words. Settings may stand on both sides of the flags, where argparse takes one group of them."""
     given, rest = parser.parse_known_args(argv)
     if odd := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "settings")]:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")

@@ -48,8 +48,8 @@ def test_settings_of_a_benchmark_stand_on_both_sides_of_its_flags(
     seen: list[list[str]] = []
     monkeypatch.setattr(bench, "bench_exchange", lambda given: seen.append(given.settings) or {})
     out = str(tmp_path / "x.json")
-    assert main(["bench", "exchange", "a=1", "--ranks", "2", "b=2", "--json", out, "c=3"]) == 0
+    assert cli.main(["bench", "exchange", "a=1", "--ranks", "2", "b=2", "--json", out, "c=3"]) == 0
     assert seen == [["a=1", "b=2", "c=3"]]
     with pytest.raises(SystemExit):
-        main(["bench", "exchange", "a=1", "--ranks", "2", "nonsense"])
+        cli.main(["bench", "exchange", "a=1", "--ranks", "2", "nonsense"])
     assert "unrecognized arguments: nonsense" in capsys.readouterr().err
