@@ -51,7 +51,7 @@ def test_every_kind_trains_and_staleness_0_is_its_virtual_twin(tmp_path: Path) -
         stale = [record["staleness_max"] for record in commits]
         assert (max(stale) > 0) == (not name.startswith("sync")), name
         serves = "dedicated" in name
-        assert all((record["micro_batches_by_rank"][2] == 0) == serves for record in commits[1:2]), name
+        assert (sum(record["micro_batches_by_rank"][2] for record in commits) == 0) == serves, name
         assert sum(record["bytes_sent"] for record in commits) > 0 and commits[1]["blocked_s"] > 0
         assert len(weights(run)) > 5
     for name in twins:
@@ -74,7 +74,7 @@ def test_a_killed_worker_ends_the_job_and_the_run_goes_on(how: str, tmp_path: Pa
 def test_a_worker_that_stands_still_ends_the_run_when_its_lease_is_over(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     words = words_of(tmp_path, "a", 10_000, *SERVER, "exchange.lease_s=15", "exchange.staleness=2")
-    with Job(meddled(words), "mpirun", 3) as job:
+    with Job(meddled(words), "real mpirun", 3) as job:
         job.until(lambda: len(records(run, "commit")) > 3)
         os.kill(job.rank(1), signal.SIGSTOP)
         done = job.wait()
