@@ -31,7 +31,7 @@ def meddle(
     jitter: bool = False,  # random sleeps in hooks and between micro-batches
     slow_s: float = 0.0,  # sleep after every step
     slow: Any = None,  # [rank, times]: this rank takes so many times as long for each micro-batch
-    serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one
+    serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one, or one after
     chaos: Any = None,  # seed: heavy-tailed delays, and asks at random moments
 ) -> Iterator[None]:
     act, forward, launch_full, apply = Acts.act, Loss.forward, Buckets._launch_full, Shard._apply
@@ -84,7 +84,7 @@ def meddle(
         launch_full(self)
 
     def applying(self: Shard) -> None:
-        if [rank, self.version + 1] == serve_fail:
+        if serve_fail is not None and rank == serve_fail[0] and self.version + 1 >= serve_fail[1]:
             raise ValueError("an apple fell on the server")
         apply(self)
 
