@@ -29,20 +29,26 @@ ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 UNEVEN = "allreduce,acco+exchange.timed=true,local_sgd,parameter_server+exchange.staleness=null"
 
 
-def with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The parsed words. Settings may stand on both sides of the flags, where argparse takes one group of them."""
-    given, rest = parser.parse_known_args(argv)
-    if odd := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "settings")]:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
-    if rest:
-        given.settings = [*given.settings, *rest]
-    return given
-
-
 def run(argv: list[str]) -> int:
     """Runs the command, and returns its exit code. Raises UserError."""
     if argv[:1] == ["rank"]:  # this process was started by bench exchange
         return bench_rank(argv[1:])
+    given = parsed(argv)
+    figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
+    out = given.json or Path(f"bench-{given.what}.json")
+    try:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --json") from None
+    print(f"written to {out}")
+    return int(any(case["failed"] for case in figures.get("cases", {}).values()))
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """The words of the command line. Settings may stand on both sides of the flags, of which argparse takes one group.
+
+    Raises SystemExit, as argparse does, where they cannot be understood.
+    """
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
     which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
     step = which.add_parser("step", help="our step against a plain PyTorch loop, in one process")
@@ -78,15 +84,12 @@ def run(argv: list[str]) -> int:
     exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
     for sub in (step, start, exchange):
         sub.add_argument("--json", type=argument, help="where to write the figures (bench-<what>.json)")
-    given = with_settings(parser, argv)
-    figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
-    out = given.json or Path(f"bench-{given.what}.json")
-    try:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --json") from None
-    print(f"written to {out}")
-    return int(any(case["failed"] for case in figures.get("cases", {}).values()))
+    given, rest = parser.parse_known_args(argv)
+    if odd := [word for word in rest if word.startswith("-") or "=" not in word or "settings" not in given]:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        given.settings = [*given.settings, *rest]
+    return given
 
 
 def bench_step(given: argparse.Namespace) -> Json:

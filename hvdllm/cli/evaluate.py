@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
     parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
-    given = parser.parse_intermixed_args(argv)
+    given = parser.parse_args(argv)
 
     from hvdllm import runs
     from hvdllm.config.words import of

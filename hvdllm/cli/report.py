@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--tuned-by", default="", help="settings tuned for each: the best of as many trials counts")
     parser.add_argument("--reference", help="what speed-ups are measured against (allreduce, else the first)")
     parser.add_argument("--anyway", action="store_true", help="rank runs that differ in more than what is compared")
-    given = parser.parse_intermixed_args(argv)
+    given = parser.parse_args(argv)
 
     from hvdllm.report import draw
     from hvdllm.report.compare import compare
