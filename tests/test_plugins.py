@@ -167,3 +167,11 @@ def test_what_cannot_be_imported_is_one_sentence(
     (desk / "thief.py").write_text(EXAMPLE.replace('"clipped"', '"acco"'))
     assert main(["train", word]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_file_of_settings_names_no_module(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk / "mine" / "experiment").mkdir(parents=True)
+    (desk / "mine" / "experiment" / "my.yaml").write_text("# @package _global_\nplugins: [my_exchange]\n")
+    assert main(["train", "--config-dir", "mine", "experiment=my"]) == 2
+    assert "plugins= is a word of the command line alone" in capsys.readouterr().err
+    assert "my_exchange" not in sys.modules

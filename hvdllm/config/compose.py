@@ -70,6 +70,8 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         with hydra_over([*chosen, *words]) as overrides:
             node = hydra_compose("train", overrides=overrides)
         config = _typed(node)
+        if config.plugins is not None and "plugins" not in given:
+            raise UserError("plugins= is a word of the command line alone: take it out of the file, and give it there")
         return config if beneath is None else _over(beneath, config, given)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
         # ValueError comes from model=null, AssertionError from a word without a key, RecursionError from deep brackets.
