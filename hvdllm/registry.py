@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvdllm.errors import UserError
-from hvdllm.settings import Device
+from hvdllm.settings import Device, Several, several
 
 GROUPS = ("text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track")
 """The groups of the configuration, in the order in which they are shown."""
@@ -226,14 +226,14 @@ def built(part: Part) -> Any:
         ) from None
 
 
-def load(modules: str | list[str] | None) -> None:
+def load(modules: Several) -> None:
     """Imports a user's modules, which register parts.
 
     Each is found as Python finds modules, or else in the current folder, which is searched for nothing else.
 
     Raises UserError if a module is not found, or if it fails.
     """
-    for name in [modules] if isinstance(modules, str) else modules or []:
+    for name in several(modules):
         if name in sys.modules:
             continue
         parts("exchange")  # register own parts first, so that the error for a taken name blames the plugin

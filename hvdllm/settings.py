@@ -22,6 +22,13 @@ LARGEST = 1e15
 """The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
 
 
+def several(value: Several) -> list[str]:
+    """The texts of a setting that is null, one text or a list of them."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(one) for one in value]
+
+
 def setting(
     default: Any,
     doc: str,

@@ -41,7 +41,7 @@ KEPT = "tests/oracles/test_kept_is_conserved.py"
 CLOCK = "tests/oracles/test_simulated_clock.py"
 WIRE, OPTIM, CHECKPOINT = "tests/exchange/wire", "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = (f"tests/text/test_{name}.py" for name in ("stream", "clients", "shards"))
-DUE, SAYS = "tests/trainer/test_due.py", "tests/trainer/test_what_runs_say.py"
+DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
 MUTANTS = [

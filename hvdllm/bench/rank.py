@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from hvdllm import device as devices
-from hvdllm import registry
 from hvdllm.flat import Flat
 from hvdllm.plain import Json
 from hvdllm.settings import Config
@@ -76,8 +75,7 @@ def run(
     """
     watch = Watch(world, interface)
     train(config, words, place, world, watch)
-    reference = registry.of("exchange", config.exchange).facts.carries in registry.LIBRARIES
-    sums = sums_alone(config, world, folder) if world.size > 1 and not reference else None
+    sums = sums_alone(config, world, folder) if world.size > 1 and not assemble.is_reference(config) else None
     seen = {
         "sums": sums,
         "marks": watch.marks,

@@ -16,7 +16,7 @@ from hvdllm.config.composition import refusal, setup_of
 from hvdllm.errors import UserError
 from hvdllm.models.size import check_model
 from hvdllm.paths import check_name, path_of
-from hvdllm.settings import Config, Setup
+from hvdllm.settings import Config, Setup, several
 from hvdllm.world.detect import Place
 
 MOST_LOGICAL = 4096  # the most ranks of world=virtual
@@ -60,8 +60,8 @@ def check_paths(config: Config) -> None:
     if config.name is not None:
         check_name(config.name, "name")
         path_of(str(Path(config.runs_dir) / config.name / "checkpoints"), "runs_dir=")
-    several = {"text.path": getattr(config.text, "path", None), "text.validation": config.text.validation}
-    paths = [(key, path) for key, value in several.items() for path in (value if isinstance(value, list) else [value])]
+    texts = {"text.path": getattr(config.text, "path", None), "text.validation": config.text.validation}
+    paths: list[tuple[str, str | None]] = [(key, path) for key, value in texts.items() for path in several(value)]
     paths += [("runs_dir", config.runs_dir), ("data_dir", config.data_dir), ("init_from", config.init_from)]
     paths += [("text.tokenizer", config.text.tokenizer)] * (config.text.tokenizer not in ("bytes", "bpe"))
     paths += [("resume", config.resume)] * (config.resume not in ("auto", "never", "must"))

@@ -10,8 +10,7 @@ meta         the exact numbers of a round (tokens, loss, asks, seconds) in one f
 post, hear   a rank posts what it has to tell the others, and hears what all of them have told
 pieces       a rank's slice of every bucket of the flat vector; where replicas are whole, all of it
 
-The loop knows nothing else of an exchange. A new one therefore adds a file here, a settings class and a line in
-trainer/build.py.
+The loop knows nothing else of an exchange. A new one therefore adds a file here and an entry in parts.py.
 """
 
 from __future__ import annotations
@@ -306,7 +305,6 @@ class Exchange(Protocol):
 
     Facts:
     copies: gradient vectors that it needs; 2 where one travels while the next is filled
-    identical: it promises replicas that are bit-equal at every mark
     anchored: the weights to keep are older than a mark, and are those of all its tokens only once it has settled; the
       last evaluation then comes after settling
     marks_on_ask: an ask makes a mark at once, however far the next milestone is
@@ -323,7 +321,6 @@ class Exchange(Protocol):
     """
 
     copies: int
-    identical: bool
     anchored: bool
     marks_on_ask: bool
     resized: str

@@ -16,7 +16,6 @@ class Common(Generic[S]):
     """The defaults of the Exchange protocol. settings: of this exchange; nominal: tokens of a global batch."""
 
     copies = 1
-    identical = True
     anchored = False
     marks_on_ask = False
     resized = ""

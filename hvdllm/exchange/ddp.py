@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 
 class Ddp(Reference[exchanges.Ddp]):
-    wires = (wires.Fp32, wires.Fp16, wires.Bf16, wires.PowerSGD)
-
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 

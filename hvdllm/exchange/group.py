@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hvdllm import registry
 from hvdllm.device import Mark
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.allreduce import AllReduce
@@ -20,13 +21,10 @@ from hvdllm.exchange.base import Batch, NotFinite, Rounded, Spanned, State, Upda
 from hvdllm.exchange.rounds import Rounds
 from hvdllm.exchange.sharded import Sharded
 from hvdllm.exchange.tally import RankReport, Tally
-from hvdllm.exchange.wire import parts as wires
-from hvdllm.exchange.wire.build import build as make_wire
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.flat import Flat
 from hvdllm.world.base import World
 from hvdllm.world.single import SingleWorld
-
-INNER_WIRES = {"fp32": wires.Fp32, "fp16": wires.Fp16, "bf16": wires.Bf16, "int8": wires.Int8}
 
 
 class LocalGroup:
@@ -73,7 +71,7 @@ class LocalGroup:
         self.inner.reckon = lambda more: self.base + self.replicas * (self.open + more)
         self.inner.watch = self._watch
         self.inner.tally.told = self._told
-        wire = make_wire(INNER_WIRES[self.settings.inner_wire](), self.inside, flat, share)
+        wire = make_wire(registry.kinds("wire")[self.settings.inner_wire](), self.inside, flat, share)
         return self.inner.attach(model, flat, update, wire, self.inside)
 
     def _watch(self, _: int, lane: str, begin: Mark, end: Mark) -> None:

@@ -24,8 +24,6 @@ NEVER = 2**30
 
 
 class Horovod(Reference[exchanges.Horovod]):
-    wires = (wires.Fp32, wires.Fp16)
-
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
         super().attach(model, flat, update, wire, world)
         self._half = isinstance(self.wire_settings, wires.Fp16)

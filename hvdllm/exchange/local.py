@@ -180,7 +180,6 @@ class Meetings(Protocol):
 class LocalSteps(Common[L]):
     """outer: the outer optimizer. An exchange of this kind fills in `arrange`."""
 
-    identical = False
     anchored = True
     resized = (
         "what each rank had of its own (moments, and weights since they last met) is left out, and all ranks begin "

@@ -10,7 +10,7 @@ steps over seconds of compute (DyLU, Liu et al., 2024, arXiv 2401.09135). So all
 says which whole numbers these are. Such a run cannot be repeated bit for bit, unless its clock is simulated.
 
 late (overlap): the deltas of one round travel while the next is computed, and are applied after it. Each round then
-begins with an anchor that lacks the progress of the last one, and the bounds on the outer rate fall (config/bounds.py).
+begins with an anchor that lacks the progress of the last one, and the bounds on the outer rate fall (parts.py).
 """
 
 from __future__ import annotations

@@ -177,7 +177,6 @@ class Desk:
 class ParameterServer(Common[exchanges.ParameterServer]):
     """standing: of the whole run, at the last mark. in_act: this rank stands in the acts of a frozen mark."""
 
-    identical = False
     marks_on_ask = True
 
     def __init__(self, settings: exchanges.ParameterServer, nominal: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from hvdllm import registry
 from hvdllm.device import Mark
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Batch, Commit, Update, Wire
@@ -25,11 +26,10 @@ from hvdllm.world.base import Flight, World
 
 
 class Reference(Rounds[S]):
-    """wires: settings of the wires that the library can imitate. divided_by: what the library divides its sums by."""
+    """divided_by: what the library divides its sums by."""
 
     hooks = False
     one_point = False  # a rank's own gradient is gone before its norm could be taken
-    wires: tuple[type[wires.Wire], ...] = ()
     divided_by = 1.0
 
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
@@ -40,13 +40,14 @@ class Reference(Rounds[S]):
                 f"{type(self).__name__} sums by itself: make it with a Plain wire, not {type(wire).__name__}"
             )
         self.wire_settings = wire.settings or wires.Fp32()
-        if type(self.wire_settings) not in self.wires or self.wire_settings.hierarchical:
-            known = ", ".join(kind.__name__.lower() for kind in self.wires)
+        exchange = registry.of("exchange", self.settings)
+        known = [name for name, part in registry.parts("wire").items() if exchange.facts.carries in part.facts.carries]
+        name = registry.name_of("wire", self.wire_settings)
+        if name not in known or self.wire_settings.hierarchical:
             raise UserError(
-                f"exchange={type(self).__name__.lower()} sums by a library of its own, which cannot carry "
-                f"wire={type(self.wire_settings).__name__.lower()}"
-                f"{' with wire.hierarchical=true' * self.wire_settings.hierarchical}: take one of {known}, or "
-                "exchange=allreduce"
+                f"exchange={exchange.name} sums by a library of its own, which cannot carry wire={name}"
+                f"{' with wire.hierarchical=true' * self.wire_settings.hierarchical}: take one of {', '.join(known)}, "
+                "or exchange=allreduce"
             )
         model = super().attach(model, flat, update, wire, world)
         self.parameters = list(flat.parameters.values())

@@ -27,6 +27,7 @@ from hvdllm.errors import UserError
 from hvdllm.interpreter import PYTHON
 from hvdllm.launch.base import Point, Say, command
 from hvdllm.launch.parts import Slurm
+from hvdllm.settings import several
 from hvdllm.squeue import ENDED, ask, said, slurm
 
 POLL_S = (0.5, 15.0)  # seconds between two questions to Slurm, at first and at most; each costs its controller a little
@@ -155,10 +156,3 @@ def locked(path: Path) -> Iterator[IO[str]]:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         yield file
-
-
-def several(value: str | list[str] | None) -> list[str]:
-    """The values of a setting that is null, one value or a list."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(one) for one in value]

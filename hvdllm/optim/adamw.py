@@ -16,8 +16,11 @@ def step(settings: AdamW, on: Slices) -> None:
     """Makes one step in place.
 
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g²;  x -= lr (wd x + (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps))
-    (Loshchilov and Hutter, 2019, algorithm 2).
+    (Loshchilov and Hutter, 2019, algorithm 2). Where v stays as it is, see `frozen`.
     """
+    if on.seen is not None:
+        frozen(settings, on)
+        return
     adamw(
         on.params,
         on.grads,
@@ -38,14 +41,14 @@ def step(settings: AdamW, on: Slices) -> None:
     )
 
 
-def frozen(seen: int, settings: AdamW, on: Slices) -> None:
+def frozen(settings: AdamW, on: Slices) -> None:
     """Makes one step in place that leaves v as it is: the second stage of 1-bit Adam.
 
-    The bias correction of v also stays as it is, namely that of the `seen` steps that v has had. Source: Tang et al.,
-    2021, arXiv 2102.02888.
+    The bias correction of v also stays as it is, namely that of the `on.seen` steps that v has had. Source: Tang et
+    al., 2021, arXiv 2102.02888.
     """
 
     def rule(g: torch.Tensor, v: torch.Tensor, m: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return v, m / (1 - settings.beta1**t)
 
-    by_hand.step(rule, settings, on, seen=seen)
+    by_hand.step(rule, settings, on)

@@ -22,6 +22,7 @@ class Slices:
         steps: how many steps each slice has had.
         scale: the gradients are divided by it; None if they are divided already.
         found_inf: if it is 1, nothing changes, not even `steps`.
+        seen: how many steps the second moments have had, if they stay as they are from here on; None if they learn.
     """
 
     lr: float
@@ -32,6 +33,7 @@ class Slices:
     steps: list[torch.Tensor]
     scale: torch.Tensor | None
     found_inf: torch.Tensor
+    seen: int | None = None
 
 
 class Optimizer(Protocol):

@@ -15,10 +15,12 @@ CHUNK = 2**20  # elements of a slice that are stepped at a time, so that tempora
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def step(rule: Rule, settings: Adam, on: Slices, *, seen: int | None = None) -> None:
-    """Makes one step in place. `seen` is how many steps v has had, if it has not had all of them.
+def step(rule: Rule, settings: Adam, on: Slices) -> None:
+    """Makes one step in place.
 
-    m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^seen)) + eps))
+    m = b1 m + (1-b1) g;  v, ahead = rule(g, v, m, t);  x -= lr (wd x + ahead / (sqrt(v / (1-b2^s)) + eps))
+
+    s is the number of steps that v has had: t, or `on.seen` where v stays as it is.
     """
     keep = on.found_inf.bool()
     for t, *whole in zip(on.steps, on.params, on.grads, on.vectors["m"], on.vectors["v"], strict=True):
@@ -29,7 +31,8 @@ def step(rule: Rule, settings: Adam, on: Slices, *, seen: int | None = None) -> 
                 g = g / on.scale
             new_m = torch.lerp(m, g, 1 - settings.beta1)
             new_v, ahead = rule(g, v, new_m, count)
-            ahead /= (new_v / (1 - settings.beta2 ** (count if seen is None else seen))).sqrt_().add_(settings.eps)
+            seen = count if on.seen is None else on.seen
+            ahead /= (new_v / (1 - settings.beta2**seen)).sqrt_().add_(settings.eps)
             if on.decayed:
                 ahead.add_(x, alpha=settings.weight_decay)
             for old, new in ((m, new_m), (v, new_v), (x, x - on.lr * ahead)):

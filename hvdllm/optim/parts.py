@@ -8,8 +8,11 @@ from hvdllm.registry import OptimizerFacts, part
 from hvdllm.settings import Settings, Setup, setting
 
 
-class Optimizer(Settings):
+class OptimizerSettings(Settings):
     """What is common to every optimizer: `lr`, `clip`, and coefficients of decay that must be smaller than 1."""
+
+    lr: float
+    clip: float
 
     def refusal(self, setup: Setup) -> str | None:
         for name in ("beta1", "beta2", "momentum"):
@@ -19,7 +22,7 @@ class Optimizer(Settings):
 
 
 @dataclass
-class Adam(Optimizer):
+class Adam(OptimizerSettings):
     """What is common to Adam's kind. Decays matrices and embeddings only."""
 
     lr: float = setting(3e-3, "peak learning rate; small models take more than large ones", least=0)
@@ -56,7 +59,7 @@ class NAdam(Adam):
 
 @part("optim", "sgd", "hvdllm.optim.sgd", OptimizerFacts(vectors=1, linear=True))
 @dataclass
-class SGD(Optimizer):
+class SGD(OptimizerSettings):
     """Stochastic gradient descent with momentum; the decay is added to the gradient, as in torch.optim.SGD."""
 
     lr: float = setting(0.1, "peak learning rate", least=0)

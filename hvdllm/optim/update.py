@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,9 +17,8 @@ import torch
 from hvdllm import registry
 from hvdllm.device import Later
 from hvdllm.flat import Flat, Span
-from hvdllm.optim import adamw
 from hvdllm.optim.base import Optimizer, Slices
-from hvdllm.optim.parts import SGD, AdamW, NAdam
+from hvdllm.optim.parts import OptimizerSettings
 from hvdllm.plain import Json
 
 Total = Callable[[torch.Tensor], torch.Tensor]
@@ -55,7 +53,7 @@ class Update:
     `factor` gives the share of the peak learning rate as a function of committed tokens.
     """
 
-    def __init__(self, settings: AdamW | NAdam | SGD, factor: Callable[[int], float]) -> None:
+    def __init__(self, settings: OptimizerSettings, factor: Callable[[int], float]) -> None:
         self.settings, self.factor = settings, factor
         self.optimizer: Optimizer = registry.built(registry.of("optim", settings))
         self.steps = 0
@@ -145,9 +143,9 @@ class Update:
         if norm.dtype == torch.float64:  # the fused kernels take a float32 scale only
             scale = None
             torch._foreach_div_(grad, divisor)
-        step = self.optimizer.step
+        seen = None
         if self._freezes(meta):
-            step = partial(adamw.frozen, self.steps if self.frozen_at is None else self.frozen_at)
+            seen = self.steps if self.frozen_at is None else self.frozen_at
         for decayed in (True, False):
             chosen = [i for i, d in enumerate(self.decayed) if d == decayed]
             if chosen:
@@ -160,8 +158,9 @@ class Update:
                     [slots.steps[i] for i in chosen],
                     scale,
                     slots.bad,
+                    seen,
                 )
-                step(self.settings, on)
+                self.optimizer.step(self.settings, on)
         return read_later
 
     def _freezes(self, meta: Meta) -> bool:

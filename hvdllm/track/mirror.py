@@ -17,7 +17,7 @@ from pathlib import Path
 from hvdllm import registry, untrusted
 from hvdllm.interpreter import PYTHON, found
 from hvdllm.plain import Json
-from hvdllm.settings import Config
+from hvdllm.settings import Config, several
 from hvdllm.track.base import END_S, Say
 
 STOP_S = 2.0  # seconds that a stopped or failed run gives its tracker, because launchers kill soon
@@ -32,8 +32,7 @@ def start(config: Config, folder: Path, say: Say) -> Mirror | None:
     """
     if registry.of("track", config.track).made is None:
         return None
-    plugins = [config.plugins] if isinstance(config.plugins, str) else config.plugins or []
-    return Mirror([*PROCESS, str(folder), *plugins], folder, say, {**os.environ, **found()})
+    return Mirror([*PROCESS, str(folder), *several(config.plugins)], folder, say, {**os.environ, **found()})
 
 
 class Mirror:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from hvdllm import registry
 from hvdllm.checkpoint import write
 from hvdllm.checkpoint.read import alike
 from hvdllm.device import wait_for_stream
@@ -126,7 +127,7 @@ class Acts:
         world, flat, ledger = self.run.world, self.run.parts.flat, self.run.ledger
         if world.size == 1:
             return
-        if not self.run.parts.exchange.identical:
+        if not registry.of("exchange", self.run.config.exchange).facts.identical:
             ledger.record("audit", self.tokens, seconds, {"spread": spread(flat, world)})
             return
         found = audit(flat, world)
@@ -155,7 +156,7 @@ class Acts:
             folder.check()  # or a folder that was removed would be made anew, with nothing but a checkpoint
         begin, state = run.clock.wall_s(), run.parts.exchange.state()
         values = {
-            "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.horizon,
+            "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.origin.horizon,
             "data_hash": run.corpus.data_hash, "kinds": list(state.sharded),
         }  # fmt: skip
         path = write.write(

@@ -10,7 +10,7 @@ from torch import nn
 
 from hvdllm import registry
 from hvdllm.exchange.base import Exchange, Milestones, Wire
-from hvdllm.exchange.wire.build import build as make_wire
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
 from hvdllm.models import size

@@ -61,7 +61,7 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
 
     Collective. Raises UserError if the checkpoint does not fit, and RunError if the disk refuses.
     """
-    config, start, resumed, folder = run.config, run.start, run.resumed, run.folder
+    config, start, resumed, folder = run.config, run.start, run.origin.resumed, run.folder
     notes = [*run.corpus.notes, *repeated_text(config, run.corpus), *clients_without_text(config, run.stream)]
     if resumed is not None:
         checkpoint = Path(str(start.checkpoint))

@@ -38,6 +38,21 @@ Saved = Json  # the plain values of a checkpoint
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a life of a run begins with.
+
+    Attributes:
+        horizon: the number of tokens over which the schedule runs.
+        resumed: the plain values of the checkpoint that this life goes on from, or None if the run begins.
+        trunk: the weights that the run began with, or None if it drew its own.
+    """
+
+    horizon: int
+    resumed: Saved | None
+    trunk: Trunk | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One life of a run, as one rank sees it. The fields without a line here are named after their types.
 
@@ -47,9 +62,7 @@ class Run:
         loss: the module that the exchange was given.
         parts: exchange, update, wire and flat map, joined.
         folder: of the run, or None on ranks other than 0.
-        horizon: the number of tokens over which the schedule runs.
-        resumed: the plain values of the checkpoint that this life goes on from, or None if the run begins.
-        trunk: the weights that the run began with, or None if it drew its own.
+        origin: what this life begins with.
     """
 
     config: Config
@@ -66,9 +79,7 @@ class Run:
     folder: Folder | None
     clock: Clock
     ledger: Ledger
-    horizon: int
-    resumed: Saved | None
-    trunk: Trunk | None
+    origin: Origin
 
 
 def make(config: Config, world: World, show: Show, start: Start, lock: Lock | None) -> Run:
@@ -113,6 +124,6 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
     ledger = Ledger(folder, world, clock, show)
     return Run(
-        config, world, show, start, device, hosts, corpus, model, loss, parts, stream, folder, clock, ledger, horizon,
-        resumed, trunk,
+        config, world, show, start, device, hosts, corpus, model, loss, parts, stream, folder, clock, ledger,
+        Origin(horizon, resumed, trunk),
     )  # fmt: skip

@@ -41,13 +41,13 @@ def run_record(run: Run, overrides: list[str]) -> Json:
         "tokenizer_hash": corpus.tokenizer.hash,
         "parameters": size.count_parameters(config.model, vocab),
         "flops_per_token": size.flops_per_token(config.model, vocab),
-        "trunk": run.trunk and asdict(run.trunk),
+        "trunk": run.origin.trunk and asdict(run.origin.trunk),
     }
 
 
 def header(run: Run) -> dict[str, str]:
     """The lines above the progress line, by their names."""
-    config, corpus, hosts, trunk = run.config, run.corpus, run.hosts, run.trunk
+    config, corpus, hosts, trunk = run.config, run.corpus, run.hosts, run.origin.trunk
     names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
     machines = len({rank["host"] for rank in hosts})
     context = config.model.context
@@ -55,7 +55,7 @@ def header(run: Run) -> dict[str, str]:
     ranks = f"{run.world.size} on {machines} host{'s' * (machines > 1)}, {hosts[0]['threads']} threads each"
     text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
     batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
-    going_on = {"goes on": f"from {run.resumed['shared']['tokens']:,} tokens"} if run.resumed else {}
+    going_on = {"goes on": f"from {run.origin.resumed['shared']['tokens']:,} tokens"} if run.origin.resumed else {}
     if trunk is not None:
         at = f", {trunk.tokens:,} tokens" if trunk.tokens is not None else ""
         going_on = {"begins": f"with the weights of {trunk.path}{at}"}

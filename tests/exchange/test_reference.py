@@ -13,7 +13,7 @@ from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.horovod import Horovod
 from hvdllm.exchange.parameter_server import ParameterServer
 from hvdllm.exchange.wire import parts as wires
-from hvdllm.exchange.wire.build import build as make
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.exchange.wire.coded import Int8Wire
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
@@ -63,4 +63,4 @@ def test_settings_without_a_wire_are_an_error() -> None:
         pass
 
     with pytest.raises(TypeError, match="no wire has settings of the class Morse"):
-        make(Morse(), SingleWorld(), Flat(nn.Linear(3, 2), 1, 1), NOMINAL)
+        make_wire(Morse(), SingleWorld(), Flat(nn.Linear(3, 2), 1, 1), NOMINAL)

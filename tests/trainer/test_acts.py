@@ -16,6 +16,7 @@ from hvdllm import runs
 from hvdllm.config import compose
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Report, Settled, State
+from hvdllm.exchange.parts import DiLoCo
 from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.parts import Model
@@ -47,11 +48,13 @@ class Rig:
         self.flat = Flat(nn.Linear(3, 2), 1, 1e9)
         self.folder = runs.Folder(path)
         config = dataclasses.replace(ACTS, **changes)
+        if not identical:
+            config = dataclasses.replace(config, exchange=DiLoCo())
         self.folder.create(config)
         self.show = show = SimpleNamespace(progress=lambda values: None, say=self.said.append)
         clock = SimpleNamespace(seconds=lambda: self.now, wall_s=lambda: self.now, act=nullcontext)
         self.exchange = exchange = SimpleNamespace(
-            consensus=self.consensus, state=self.state, identical=identical, anchored=False
+            consensus=self.consensus, state=self.state, anchored=False
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
@@ -60,8 +63,8 @@ class Rig:
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
             config=config, world=self.world, parts=parts, stream=stream, clock=clock, ledger=self.ledger,
-            folder=self.folder, show=show, horizon=7, corpus=SimpleNamespace(data_hash="0"), model=self,
-            device=torch.device("cpu"),
+            folder=self.folder, show=show, origin=SimpleNamespace(horizon=7),
+            corpus=SimpleNamespace(data_hash="0"), model=self, device=torch.device("cpu"),
         )  # fmt: skip
         self.due = Acts(run, grace_s)  # type: ignore[arg-type]
 

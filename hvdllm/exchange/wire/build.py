@@ -10,7 +10,7 @@ from hvdllm.flat import Flat
 from hvdllm.world.base import World
 
 
-def build(settings: parts.Wire, world: World, flat: Flat, nominal: int) -> Wire:
+def make_wire(settings: parts.Wire, world: World, flat: Flat, nominal: int) -> Wire:
     """The wire of these settings, around it the hierarchy where they ask for one. Collective in that case.
 
     flat: the one map.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from wire_kit import NOMINAL, Rig, run
 
-from hvdllm.exchange.wire.build import build
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.exchange.wire.parts import Bf16, Fp16, Fp32, Int8, Sign, TopK
 
 CODED = [Fp16(), Bf16(), Int8(), TopK(warmup_tokens=0), Sign(warmup_tokens=0), Sign(warmup_tokens=0, scale="l2")]
@@ -262,7 +262,7 @@ def test_sums_that_a_prescale_of_1_over_n_overflows() -> None:
     means = torch.cat([10.0 ** torch.linspace(-6, 1.2, 48), -(10.0 ** torch.linspace(-6, 1.2, 48))])
 
     def body(rig: Rig) -> torch.Tensor:
-        wire = build(Fp16(), rig.world, rig.flat, tokens)
+        wire = make_wire(Fp16(), rig.world, rig.flat, tokens)
         x = rig.flat.g[: rig.flat.buckets[0].span.stop]
         x.zero_()[:96] = means * tokens * (rig.world.rank + 1) / 10
         wire.sum(x, "grad.0").land()

@@ -9,7 +9,7 @@ from torch import nn
 from wire_kit import NOMINAL, Rig, run
 
 from hvdllm.errors import UserError
-from hvdllm.exchange.wire.build import build
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.exchange.wire.parts import Fp32, PowerSGD
 from hvdllm.flat import Flat
 from hvdllm.world import virtual
@@ -79,7 +79,7 @@ def test_bytes_at_width_256() -> None:
     def body(world: Any) -> list[float]:
         flat, sent = Flat(Block(), world.size, 1e9), [0.0]
         for settings in (Fp32(), PowerSGD(warmup_tokens=0)):
-            build(settings, world, flat, NOMINAL).sum(flat.g, "grad.0").land()
+            make_wire(settings, world, flat, NOMINAL).sum(flat.g, "grad.0").land()
             sent.append(world.bytes_sent - sum(sent))
         return sent[1:]
 

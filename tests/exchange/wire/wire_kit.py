@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvdllm.exchange.wire.build import build
+from hvdllm.exchange.wire.build import make_wire
 from hvdllm.flat import Flat
 from hvdllm.world import virtual
 
@@ -29,7 +29,7 @@ class Rig:
     def __init__(self, world: Any, settings: Any, dtype: torch.dtype, bucket_bytes: float) -> None:
         self.world = world
         self.flat = Flat(Net(dtype), world.size, bucket_bytes)
-        self.wire = build(settings, world, self.flat, NOMINAL)
+        self.wire = make_wire(settings, world, self.flat, NOMINAL)
 
     def fill(self, t: int) -> torch.Tensor:
         """This rank's gradient of round t; padding stays zero."""
