@@ -27,7 +27,7 @@ class Span(NamedTuple):
     decayed: bool
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A range of the elements of one tensor, without padding. `values` begin at element `start` of the tensor."""
 
     name: str
@@ -138,25 +138,25 @@ class Flat:
         """One span for each tensor, in registration order, without padding."""
         return [Span(self.at[name].start, self.at[name].stop, p.dim() >= 2) for name, p in self.parameters.items()]
 
-    def cut(self, spans: list[Span], vector: torch.Tensor) -> list[Part]:
+    def cut(self, spans: list[Span], vector: torch.Tensor) -> list[TensorPart]:
         """Cuts a vector into parts of named tensors.
 
         Args:
             spans: ranges of the flat vector.
             vector: the elements of these spans, one span after the other.
         """
-        parts: list[Part] = []
+        parts: list[TensorPart] = []
         offset = 0
         for span in spans:
             for name, place in self.at.items():
                 start, stop = max(span.start, place.start), min(span.stop, place.stop)
                 if start < stop:
                     values = vector[offset + start - span.start : offset + stop - span.start]
-                    parts.append(Part(name, start - place.start, values))
+                    parts.append(TensorPart(name, start - place.start, values))
             offset += span.stop - span.start
         return parts
 
-    def paste(self, parts: list[Part], vector: torch.Tensor) -> None:
+    def paste(self, parts: list[TensorPart], vector: torch.Tensor) -> None:
         """Writes parts of named tensors to their places in a vector over the whole map."""
         for name, start, values in parts:
             begin = self.at[name].start + start

@@ -154,7 +154,7 @@ class Folder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", sums.signed(compose.to_yaml(config), others or {}))
 
-    def cut(self, tokens: int | None) -> list[str]:
+    def truncate(self, tokens: int | None) -> list[str]:
         """Deletes the records that were written after a checkpoint.
 
         The commit record at the checkpoint itself is deleted, too, since it was pending there and is written again.

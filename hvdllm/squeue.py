@@ -16,7 +16,7 @@ ENDED = {
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     """What Slurm says of a job.
 
     Attributes:
@@ -32,18 +32,18 @@ class State:
     code: int
 
 
-def ask(job: str) -> State | None:
+def ask(job: str) -> JobState | None:
     """The state of a job, or None if Slurm does not know it (any more).
 
     If the controller does not answer, the state is UNKNOWN, so the caller can ask again.
     """
     done = slurm(["scontrol", "--oneliner", "show", "job", job])
     if done.returncode:
-        return None if "Invalid job id" in done.stderr else State("", "UNKNOWN", said(done.stderr), 0)
+        return None if "Invalid job id" in done.stderr else JobState("", "UNKNOWN", said(done.stderr), 0)
     fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
     exited, killed = map(int, fields.get("ExitCode", "0:0").split(":"))
     code = exited or (128 + killed if killed else 0)
-    return State(fields.get("JobName", ""), fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), code)
+    return JobState(fields.get("JobName", ""), fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), code)
 
 
 def slurm(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvdllm.flat import ALIGN_BYTES, Flat, Part
+from hvdllm.flat import ALIGN_BYTES, Flat, TensorPart
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.parts import Model
 
@@ -47,7 +47,7 @@ def test_cut_into_named_parts_and_pasted_for_another_number_of_ranks(ranks: int)
     flat, other = Flat(model(), ranks, 4000), Flat(model(), 5, 9000)
     for name in flat.at:
         flat.view(name).copy_(torch.randn(flat.parameters[name].shape))
-    parts: list[Part] = []
+    parts: list[TensorPart] = []
     for rank in range(ranks):
         spans = flat.pieces(rank, ranks)
         parts += flat.cut(spans, torch.cat([flat.x[span.start : span.stop] for span in spans]))

@@ -76,7 +76,7 @@ def test_whose_lock_is_stale(
 ) -> None:
     from hvdllm import squeue
 
-    states = {"8": squeue.State("", "CANCELLED", "", 0), "9": squeue.State("", "RUNNING", "", 0), "10": None}
+    states = {"8": squeue.JobState("", "CANCELLED", "", 0), "9": squeue.JobState("", "RUNNING", "", 0), "10": None}
     monkeypatch.setattr(squeue, "ask", lambda job: states[job])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -70,7 +70,7 @@ def test_what_a_resume_takes_back(tmp_path: Path, tokens: int | None, left: list
     folder.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "eval", "tokens": 1')
-    folder.cut(tokens)
+    folder.truncate(tokens)
     folder.record("commit", {"tokens": 999})
     folder.close()
     expected = [{"kind": LIFE[i][0], **LIFE[i][1]} for i in left] + [{"kind": "commit", "tokens": 999}]
@@ -79,7 +79,7 @@ def test_what_a_resume_takes_back(tmp_path: Path, tokens: int | None, left: list
 
 
 def test_nothing_to_take_back(tmp_path: Path) -> None:
-    runs.Folder(tmp_path).cut(None)
+    runs.Folder(tmp_path).truncate(None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -93,7 +93,7 @@ def test_a_disk_that_refuses_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("builtins.open", full)
     calls = {
         "create": lambda: folder.create(compose.Config()),
-        "cut": lambda: folder.cut(None),
+        "cut": lambda: folder.truncate(None),
         "append": lambda: folder.append("log.txt", "x"),
         "record": lambda: folder.record("commit", {}),
     }

@@ -69,7 +69,7 @@ class Repetition:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measured:
     """The figures of a case, over all of its repetitions."""
 
     step_ms: float
@@ -163,7 +163,7 @@ def figures(
     idle: float = 0.0,
     own_interface: bool = True,
     speeds: Sequence[float] = (),
-) -> Figures:
+) -> Measured:
     """The figures of a case.
 
     Args:
@@ -195,7 +195,7 @@ def figures(
         quiet = max(0.0, seconds - flight)
         wire = max(0.0, sum(rep.interface or 0.0 for rep in counted) - idle * quiet) / steps
     wire_mb, wire_ratio = (wire / 1e6, wire / sent if sent else None) if wire is not None else (None, None)
-    return Figures(
+    return Measured(
         step_ms=step_ms, compute_ms=pooled(repetitions, "compute_s"), blocked_ms=pooled(repetitions, "blocked_s"),
         flight_ms=pooled(repetitions, "flight_s"), hidden=1 - blocked / flight if flight else None,
         communication_ms=communication, bound=bound, sent_mb=sent / 1e6, wire_mb=wire_mb,

@@ -34,7 +34,7 @@ SUMS = 5  # that are measured, after one that is not
 LATE = 10**15  # committed tokens at which the warm-up of every wire is over
 
 
-class Watch:
+class Stopwatch:
     """A Show that notes a mark at every commit."""
 
     def __init__(self, world: World, interface: str | None) -> None:
@@ -73,7 +73,7 @@ def run(
 
     `place` and `world` are those of the ranks that train together. `interface` is the one whose counters are read.
     """
-    watch = Watch(world, interface)
+    watch = Stopwatch(world, interface)
     train(config, words, place, world, watch)
     sums = sums_alone(config, world, folder) if world.size > 1 and not assemble.is_reference(config) else None
     seen = {

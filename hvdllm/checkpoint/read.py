@@ -19,7 +19,7 @@ from hvdllm import untrusted
 from hvdllm.checkpoint.whole import broken, newest, steps
 from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
-from hvdllm.flat import Flat, Part
+from hvdllm.flat import Flat, TensorPart
 from hvdllm.plain import Json
 from hvdllm.world.base import World, from_first
 
@@ -243,7 +243,7 @@ def count_weights(path: Path) -> int:
     return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS)
 
 
-def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
+def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[TensorPart]:
     """The ranges of this model's tensors that the files hold under a kind."""
     for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind, FLOATS):
         name, _, start = key.rpartition("/")[2].partition("@")
@@ -255,7 +255,7 @@ def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[Part]:
             )
         if not start and values.numel() == whole.numel() and values.shape != whole.shape:
             raise UserError(f"checkpoint {path} does not fit this model: `{key}` has another shape there")
-        yield Part(name, int(start or 0), values)
+        yield TensorPart(name, int(start or 0), values)
 
 
 def _refuse_others(path: Path, flat: Flat) -> None:

@@ -74,8 +74,8 @@ from hvdllm.exchange.base import (
     Wire,
 )  # fmt: skip
 from hvdllm.exchange.common import Common
-from hvdllm.exchange.server_log import Log, Standing
-from hvdllm.exchange.server_shard import Shard
+from hvdllm.exchange.server_log import Standing, UpdateLog
+from hvdllm.exchange.server_shard import ServedSlice
 from hvdllm.exchange.tally import RankReport
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
@@ -205,7 +205,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
         self.theta = flat.x[places.own].clone()
         self.shard = None
         if places.serves:
-            self.shard = Shard(
+            self.shard = ServedSlice(
                 self.settings, self.nominal, update, self.theta, places.spans, self.desk.mail, world.rank,
                 places.servers, places.workers,
             )  # fmt: skip
@@ -228,7 +228,7 @@ class ParameterServer(Common[exchanges.ParameterServer]):
 
     def _keep_log(self) -> None:
         standing = Standing(**asdict(self.standing))
-        log = Log(self.places.workers, self.world.size, self.settings.staleness, self.milestones, standing)
+        log = UpdateLog(self.places.workers, self.world.size, self.settings.staleness, self.milestones, standing)
         lease, mail = self.settings.lease_s, self.desk.mail
 
         def look() -> None:

@@ -89,7 +89,7 @@ class Lease:
         self.due = [self.now] * len(self.due)
 
 
-class Log:
+class UpdateLog:
     """workers: the first ranks; the others only serve. standing: where the run stands.
 
     waiting: what each rank has asked for, in the order of arrival

@@ -27,7 +27,7 @@ class Seen:
     weights: torch.Tensor | None = None
 
 
-class Shard:
+class ServedSlice:
     """theta: the weights over this server's spans, one after the other. servers: ranks, of which the first keeps the
     log. norm: of the last mean gradient, where only servers know it."""
 

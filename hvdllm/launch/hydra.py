@@ -25,7 +25,7 @@ OURS = ("hydra/sweeper", "hydra.sweeper.")  # the settings of Hydra itself that 
 NO_OPTUNA = "hydra/sweeper=optuna needs the optuna sweeper of Hydra: pip install hvdllm[optuna]"
 
 
-class Ended(Exception):
+class SweepEnded(Exception):
     """A task raises it to get no further points."""
 
 
@@ -55,7 +55,7 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
         words: of `train -m`.
         make_task: is given the number of an optimizer's trials, or None if all points are known from the start. It
           returns the task, which takes a batch of points, each as words, and returns their validation losses (None if
-          a point has none). The task raises Ended to get no further points.
+          a point has none). The task raises SweepEnded to get no further points.
 
     Raises UserError for words that cannot work.
     """
@@ -95,7 +95,7 @@ def drive(words: Sequence[str], make_task: Callable[[int | None], Task]) -> None
                 # The task composes and checks all points itself, and takes words that Hydra does not know.
                 vars(sweeper)["validate_batch_is_legal"] = lambda batch: None
                 sweeper.sweep(arguments=list(node.hydra.overrides.task))
-        except (Ended, UserError, RunError):
+        except (SweepEnded, UserError, RunError):
             raise
         except Exception as error:
             if began and "No trials are completed" in str(error):  # optuna found no trial to call the best

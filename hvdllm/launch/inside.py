@@ -192,7 +192,7 @@ def address_of(here: Allocation, interface: str | None) -> str:
     return ""
 
 
-class Ranks:
+class Started:
     """The process that starts the ranks, and the handlers of the signals that this process gets.
 
     Args:
@@ -259,7 +259,7 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
     Returns the exit code, which under srun is the largest of the ranks', or STOPPED if the run stopped in good order.
     """
     here = allocation()
-    ranks = Ranks(None if how == "horovodrun" else here.job)
+    ranks = Started(None if how == "horovodrun" else here.job)
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
     env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **interfaces(interface)}
     life = Life(here.job, Path(os.environ.get("SLURM_SUBMIT_DIR") or "."))

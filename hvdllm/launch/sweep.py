@@ -86,7 +86,7 @@ def run(words: list[str], show: Callable[[str], None] = print) -> int:
         return sweep.batch
 
     try:
-        with contextlib.suppress(hydra.Ended):
+        with contextlib.suppress(hydra.SweepEnded):
             hydra.drive(words, make)
     finally:
         if sweep is not None:
@@ -171,9 +171,9 @@ class Sweep:
 
         Returns their validation losses, None for a point that has none.
 
-        Raises UserError if a point of the first batch cannot work, and hydra.Ended after a stop.
+        Raises UserError if a point of the first batch cannot work, and hydra.SweepEnded after a stop.
         """
-        from hvdllm.launch.hydra import Ended
+        from hvdllm.launch.hydra import SweepEnded
 
         first = not self.tasks
         names: list[str | None] = []
@@ -202,7 +202,7 @@ class Sweep:
         if self.crashed is not None:
             raise self.crashed
         if self.stop.is_set():
-            raise Ended
+            raise SweepEnded
         return [self.tasks[name].loss if name and self.tasks[name].state == "done" else None for name in names]
 
     @property

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from hvdllm.errors import UserError
-from hvdllm.report.read import Run
+from hvdllm.report.read import History
 
 AXES = ("exchange", "wire")  # are compared if they differ and --by is not given
 # These change neither the weights nor the speed between acts. Of `launch` only the settings of the network do.
@@ -51,7 +51,7 @@ class Trial:
     """
 
     label: str
-    runs: list[Run]
+    runs: list[History]
     loss: float
     whole: bool  # all of its runs have met their budget
 
@@ -62,7 +62,7 @@ class Group:
 
     label: str
     key: dict[str, str]
-    runs: list[Run]  # those of the winning trial, if there are several trials
+    runs: list[History]  # those of the winning trial, if there are several trials
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -92,7 +92,7 @@ def under(key: str, prefixes: Iterable[str]) -> bool:
     return any(key == one or key.startswith(one + ".") for one in prefixes)
 
 
-def compare(runs: list[Run], by: list[str], tuned_by: list[str], anyway: bool) -> Comparison:
+def compare(runs: list[History], by: list[str], tuned_by: list[str], anyway: bool) -> Comparison:
     """Sorts the runs into groups.
 
     Args:
@@ -129,7 +129,7 @@ def compare(runs: list[Run], by: list[str], tuned_by: list[str], anyway: bool) -
     return Comparison(groups, by, tuned_by, differences, notes + _seeds(groups), fair=not against)
 
 
-def _values(runs: list[Run], key: str) -> dict[str, list[str]]:
+def _values(runs: list[History], key: str) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for run in runs:
         out.setdefault(run.settings.get(key, ABSENT), []).append(run.name)
@@ -178,7 +178,7 @@ def _some(values: dict[str, list[str]]) -> str:
 
 
 # ------------------------------------------------------------------ groups and trials
-def _groups(runs: list[Run], by: list[str], tuned: set[str]) -> list[Group]:
+def _groups(runs: list[History], by: list[str], tuned: set[str]) -> list[Group]:
     """The groups, in the order in which their first runs were given."""
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.settings) if under(key, by)]
     keys = sorted((key for key in keys if key not in tuned), key=lambda key: [not under(key, [one]) for one in by])
@@ -216,7 +216,7 @@ def _tune(groups: list[Group], tuned_by: list[str], tuned: set[str]) -> list[str
     Raises UserError if the groups have unequal numbers of trials.
     """
     for group in groups:
-        found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        found: dict[tuple[tuple[str, str], ...], list[History]] = {}
         for run in group.runs:
             found.setdefault(tuple((key, run.settings.get(key, ABSENT)) for key in sorted(tuned)), []).append(run)
         varied = [k for k in sorted(tuned) if len({dict(key)[k] for key in found}) > 1]
@@ -247,7 +247,7 @@ def _tune(groups: list[Group], tuned_by: list[str], tuned: set[str]) -> list[str
     return notes
 
 
-def _trial(label: str, runs: list[Run]) -> Trial:
+def _trial(label: str, runs: list[History]) -> Trial:
     """A trial and its loss. A seed counts once, also if it was run twice."""
     last: dict[str, list[float]] = {}
     for run in runs:

@@ -19,7 +19,7 @@ from hvdllm.canvas import Drawn, pyplot
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.report.figures import Figures, Line, Reach
-from hvdllm.report.read import Point, Run
+from hvdllm.report.read import CurvePoint, History
 from hvdllm.report.table import BYTES, unit
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK = (
@@ -115,7 +115,7 @@ def short(label: str) -> str:
 # ------------------------------------------------------------------ loss
 def loss(f: Figures, pyplot: Drawn) -> Drawn:
     """The loss against tokens, seconds and bytes: each seed as a thin line, the mean of the seeds as a thick one."""
-    axes_of: list[tuple[str, Callable[[Point], float | None], tuple[tuple[str, float], ...]]] = [
+    axes_of: list[tuple[str, Callable[[CurvePoint], float | None], tuple[tuple[str, float], ...]]] = [
         ("tokens", lambda p: p.tokens, COUNTS),
         ("training seconds", lambda p: None if f.virtual else p.seconds, (("", 1.0),)),
         ("sent by a rank", lambda p: p.bytes, BYTES),
@@ -150,7 +150,7 @@ def loss(f: Figures, pyplot: Drawn) -> Drawn:
     return figure
 
 
-def _curves(axis: Drawn, line: Line, quantity: Callable[[Point], float | None], scale: float, style: Json) -> None:
+def _curves(axis: Drawn, line: Line, quantity: Callable[[CurvePoint], float | None], scale: float, style: Json) -> None:
     curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
     if not curves:
         return
@@ -166,7 +166,7 @@ def _curves(axis: Drawn, line: Line, quantity: Callable[[Point], float | None], 
     )  # fmt: skip
 
 
-def _curve(run: Run, quantity: Callable[[Point], float | None]) -> list[tuple[float, float]]:
+def _curve(run: History, quantity: Callable[[CurvePoint], float | None]) -> list[tuple[float, float]]:
     points = [(x, p.loss) for p in run.evals if math.isfinite(p.loss) and (x := quantity(p)) is not None]
     return sorted(dict(points).items())
 
@@ -178,7 +178,7 @@ def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
     low, high = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
     grid = sorted({x for curve in curves for x, _ in curve if low <= x <= high})
     grid = grid[:: max(1, len(grid) // 200)]
-    points = [[Point(x, y) for x, y in curve] for curve in curves]
+    points = [[CurvePoint(x, y) for x, y in curve] for curve in curves]
     out = []
     for x in grid:
         ys = [y for one in points if (y := loss_at(one, [p.tokens for p in one], x)) is not None]

@@ -19,7 +19,7 @@ from statistics import fmean
 from hvdllm.errors import UserError
 from hvdllm.report import stats
 from hvdllm.report.compare import Comparison, Group, reference
-from hvdllm.report.read import Point, Run, Skipped
+from hvdllm.report.read import CurvePoint, History, Skipped
 from hvdllm.report.stats import Paired, Spread
 
 MTOKENS = 1e6
@@ -141,7 +141,7 @@ class Figures:
     tests: int = 0
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[History]:
         return [run for line in self.lines for run in line.group.runs]
 
     def ranked(self, line: Line) -> Reach:
@@ -240,7 +240,7 @@ def _test(f: Figures) -> None:
 
 
 # ------------------------------------------------------------------ the target
-def _target(runs: list[Run], given: float | None, notes: list[str]) -> tuple[float | None, str]:
+def _target(runs: list[History], given: float | None, notes: list[str]) -> tuple[float | None, str]:
     """The target, and who chose it, in words.
 
     It is the one that was given, or else the one that all runs name (target_loss), or else the best loss that all of
@@ -279,13 +279,13 @@ def _target(runs: list[Run], given: float | None, notes: list[str]) -> tuple[flo
     return best[id(chosen)], f"the best loss {which}, set by {chosen.name}"
 
 
-def _early(run: Run, target: float) -> bool:
+def _early(run: History, target: float) -> bool:
     """Whether the run reached this target too early for a measurement of its own algorithm."""
     where = stats.crossing([p.loss for p in run.evals], target)
     return where is not None and (where.bound or _warming(run, where))
 
 
-def _warming(run: Run, where: stats.Crossing) -> bool:
+def _warming(run: History, where: stats.Crossing) -> bool:
     tokens = stats.read_off([p.tokens for p in run.evals], where)
     return tokens is not None and tokens <= run.warmup_tokens
 
@@ -306,7 +306,7 @@ def _place(figures: Figures, line: Line) -> tuple[int, float, float]:
 
 
 # ------------------------------------------------------------------ a group
-def _by_seed(runs: list[Run], value: Callable[[Run], float | None]) -> Values:
+def _by_seed(runs: list[History], value: Callable[[History], float | None]) -> Values:
     found: dict[str, list[float]] = {}
     for run in runs:
         if (one := value(run)) is not None:
@@ -323,8 +323,8 @@ def _line(
     }
     reached = sum(crossing is not None for crossing in where.values())
 
-    def reach(quantity: Callable[[Point], float | None]) -> Reach:
-        def of(run: Run) -> float | None:
+    def reach(quantity: Callable[[CurvePoint], float | None]) -> Reach:
+        def of(run: History) -> float | None:
             crossing = where[id(run)]
             return stats.read_off([quantity(p) for p in run.evals], crossing) if crossing else None
 
@@ -332,7 +332,7 @@ def _line(
         values = _by_seed(known, of)
         return Reach(values, stats.spread(list(values.values())) if len(known) == len(runs) else None)
 
-    def at(x: float | None, axis: Callable[[Point], float | None]) -> tuple[Values, Spread | None]:
+    def at(x: float | None, axis: Callable[[CurvePoint], float | None]) -> tuple[Values, Spread | None]:
         """The loss at x, by seed, and its mean.
 
         A run that diverged makes the mean inf. If a run has not come to x yet, there is no mean.
@@ -376,7 +376,7 @@ def _line(
     )
 
 
-def _split(runs: list[Run]) -> Split:
+def _split(runs: list[History]) -> Split:
     """The mean over the runs. Each counts by its seconds for a million tokens, so a longer run weighs no more."""
     found = []
     for s in (run.sums for run in runs if run.sums.tokens > 0):
@@ -386,7 +386,7 @@ def _split(runs: list[Run]) -> Split:
     return Split(*(fmean(column) for column in zip(*found, strict=True)))
 
 
-def _by_rank(runs: list[Run]) -> list[float]:
+def _by_rank(runs: list[History]) -> list[float]:
     """The micro-batches of each rank over their mean; empty if the runs have different numbers of ranks."""
     counts = [run.sums.micro_batches for run in runs if sum(run.sums.micro_batches) > 0]
     if not counts or len({len(one) for one in counts}) > 1:

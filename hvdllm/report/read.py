@@ -47,7 +47,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """An `eval` record. None stands for what was not recorded.
 
     Attributes:
@@ -95,7 +95,7 @@ class Sums:
 
 
 @dataclass
-class Run:
+class History:
     """A run, as its records describe it.
 
     `settings` are those of the last life of the run as flat names (`optim.lr`), all as text. Beside them stands what
@@ -105,7 +105,7 @@ class Run:
     path: str
     name: str
     settings: dict[str, str]
-    evals: list[Point] = field(default_factory=list)
+    evals: list[CurvePoint] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
     status: str = "unfinished"  # or finished, stopped or failed, by the last `end` record
     lives: int = 1
@@ -143,13 +143,13 @@ class Run:
             self.notes.append(text)
 
 
-def gather(words: list[str]) -> tuple[list[Run], list[Skipped]]:
+def gather(words: list[str]) -> tuple[list[History], list[Skipped]]:
     """The runs that these words name, in the order given, and what was left out.
 
     Raises UserError if a word names nothing at all.
     """
     folders, skipped = find(words)
-    found: list[Run] = []
+    found: list[History] = []
     for folder in folders:
         run = read(folder)
         if isinstance(run, Skipped):
@@ -228,9 +228,9 @@ def _reason(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------ one run
-def read(folder: Path) -> Run | Skipped:
+def read(folder: Path) -> History | Skipped:
     """The run in this folder, or why there is none that can be used."""
-    run = Run(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
+    run = History(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
     digest = hashlib.sha256()
     lives: list[Json] = []
     try:
@@ -252,7 +252,7 @@ def read(folder: Path) -> Run | Skipped:
     return run
 
 
-def _records(path: Path, run: Run, digest: hashlib._Hash) -> Iterator[Json]:
+def _records(path: Path, run: History, digest: hashlib._Hash) -> Iterator[Json]:
     """The JSON objects of a file of records. Raises OSError or ValueError if there is no such file."""
     if not path.exists():
         raise ValueError("is missing" if not path.is_symlink() else "is a link to nothing")
@@ -277,7 +277,7 @@ def _records(path: Path, run: Run, digest: hashlib._Hash) -> Iterator[Json]:
         run.note(f"metrics.jsonl {problem}")
 
 
-def _settings(folder: Path, lives: list[Json], run: Run) -> dict[str, str]:
+def _settings(folder: Path, lives: list[Json], run: History) -> dict[str, str]:
     """The flat settings of the last life, and what was found where the run ran.
 
     What changed between the lives of the run is noted.
@@ -371,7 +371,7 @@ class Curve:
             self._every *= 2
 
 
-def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
+def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
     """Fills the evaluations and sums of a run, and appends its `run` records to `lives`.
 
     A record that goes back in tokens is left out. An evaluation that was made again replaces the earlier one. Returns
@@ -442,7 +442,7 @@ def _fill(run: Run, records: Iterator[Json], lives: list[Json]) -> bool:
             acts[life] = (earlier[-1] if earlier else 0.0) + own
             total = seconds + acts[life]
         amount = None if no_bytes else along(sent.points, tokens)
-        run.evals.append(Point(tokens, loss, seconds, total, amount, along(made.points, tokens)))
+        run.evals.append(CurvePoint(tokens, loss, seconds, total, amount, along(made.points, tokens)))
     return begun
 
 

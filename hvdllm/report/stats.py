@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean, stdev
 
-from hvdllm.report.read import Point
+from hvdllm.report.read import CurvePoint
 
 LEVEL = 0.95
 FEWEST = 3  # seeds; with fewer there are no intervals and no tests
@@ -179,7 +179,7 @@ def read_off(values: Sequence[float | None], where: Crossing) -> float | None:
     return None if before is None else before + where.fraction * (after - before)
 
 
-def loss_at(points: Sequence[Point], xs: Sequence[float | None], x: float) -> float | None:
+def loss_at(points: Sequence[CurvePoint], xs: Sequence[float | None], x: float) -> float | None:
     """The loss at x, on the line between the evaluations around it.
 
     It is None outside of what was evaluated, and inf if one of the two evaluations is not finite.

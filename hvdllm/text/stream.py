@@ -182,9 +182,9 @@ class Stream:
             batch.index = lane  # with the place in the lane it seeds the dropout
             yield batch
 
-    def group(self, index: int, of: int, rank: int, size: int) -> Group:
+    def group(self, index: int, of: int, rank: int, size: int) -> GroupStream:
         """The rounds of group `index` among `of`, for rank `rank` of the `size` ranks in the group."""
-        return Group(self, index, of, rank, size)
+        return GroupStream(self, index, of, rank, size)
 
     def clients(self, count: int, alpha: float | None) -> Federation:
         """The text dealt to `count` clients, as unevenly as `alpha` says (see Clients).
@@ -312,7 +312,7 @@ class Stream:
         return [Batch(x, y, x.numel(), i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
 
 
-class Group:
+class GroupStream:
     """The micro-batches of one rank if groups of ranks train apart; see Stream.group.
 
     The number of a round is the position of its first window, so that share() is pure.

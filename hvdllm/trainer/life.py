@@ -70,7 +70,7 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
             acts.load(resumed["due"])
     if folder is not None:
         folder.create(config, {"tokenizer.json": run.corpus.tokenizer.hash})
-        events = folder.cut(resumed["shared"]["tokens"] if resumed else None) if start.again else []
+        events = folder.truncate(resumed["shared"]["tokens"] if resumed else None) if start.again else []
         run.corpus.tokenizer.save(folder.path / "tokenizer.json")
         folder.record("run", run_record(run, overrides), sync=True)
         if start.again:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Place:
+class Seat:
     """A place in the order of launches.
 
     Attributes:
@@ -47,7 +47,7 @@ class Launches:
     """The line of launches. Its thread is made at the first launch, so a world without GPUs has none."""
 
     def __init__(self) -> None:
-        self._line: deque[Place] = deque()
+        self._line: deque[Seat] = deque()
         self._changed = threading.Condition()
         self._here = threading.local()
         self._begun = self._closed = False
@@ -75,18 +75,18 @@ class Launches:
 
         return self._enqueue(behind)
 
-    def place(self) -> Place | None:
+    def place(self) -> Seat | None:
         """A place for work that is about to be driven. It is None on the driver's thread, where launches belong to the
         place of the work that runs."""
         if getattr(self._here, "place", None) is not None:
             return None
-        place = Place(open=True)
+        place = Seat(open=True)
         with self._changed:
             self._line.append(place)
         return place
 
     @contextmanager
-    def at(self, place: Place) -> Iterator[None]:
+    def at(self, place: Seat) -> Iterator[None]:
         """A context in which the launches of this thread belong to `place`. Afterwards the place is closed."""
         self._here.place = place
         try:
@@ -110,7 +110,7 @@ class Launches:
         place = getattr(self._here, "place", None)
         with self._changed:
             if place is None:
-                place = Place(open=False)
+                place = Seat(open=False)
                 self._line.append(place)
             place.launches.append((future, start))
             self._changed.notify()

@@ -43,7 +43,7 @@ PART = 2**28  # the most bytes of a message
 SHORT_S, LONG_S = 1e-4, 2e-3
 
 
-class Ranks(Protocol):
+class MailWorld(Protocol):
     """What this mail needs of a world."""
 
     rank: int
@@ -84,7 +84,7 @@ class MpiMail:
     Raises UserError if MPI sees other ranks than Horovod, or if it does not let several threads call it.
     """
 
-    def __init__(self, world: Ranks) -> None:
+    def __init__(self, world: MailWorld) -> None:
         if (MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()) != (world.rank, world.size):
             raise UserError(
                 f"this is rank {world.rank} of {world.size}, and MPI sees rank {MPI.COMM_WORLD.Get_rank()} of "

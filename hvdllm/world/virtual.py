@@ -84,7 +84,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-class Driven:
+class ClockedFlight:
     """A flight of several stages. An error of `work` is raised when it lands, as by the driver of real ranks."""
 
     def __init__(self, hub: Hub, work: Callable[[], object]) -> None:
@@ -110,17 +110,17 @@ class Driven:
         return self.value
 
 
-class Driver:
+class ClockedDriver:
     """The second lane of a rank, which runs flights of several stages. Its thread is made at the first call."""
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank = hub, rank
-        self.queue: deque[Driven] = deque()
+        self.queue: deque[ClockedFlight] = deque()
         self.begun = self.closed = False
         self.thread = 0
 
-    def __call__(self, work: Callable[[], object]) -> Driven:
-        flight = Driven(self.hub, work)
+    def __call__(self, work: Callable[[], object]) -> ClockedFlight:
+        flight = ClockedFlight(self.hub, work)
         if threading.get_ident() == self.thread:  # a stage of what is being driven
             flight.run()
             return flight
@@ -172,7 +172,7 @@ class VirtualWorld(Ranks):
         hub: Hub,
         where: Where,
         parent: VirtualWorld | None = None,
-        driver: Driver | None = None,
+        driver: ClockedDriver | None = None,
         path: tuple[object, ...] = (),
         members: tuple[int, ...] = (),
     ) -> None:
@@ -286,7 +286,9 @@ def run(
         raise UserError(f"{size} logical ranks are not dealt to {hosts} hosts: world.size must be a multiple")
     local = size // hosts
     hub = Hub(links, local if hosts > 1 else 1)
-    worlds = [VirtualWorld(hub, (rank, size, rank % local, local), driver=Driver(hub, rank)) for rank in range(size)]
+    worlds = [
+        VirtualWorld(hub, (rank, size, rank % local, local), driver=ClockedDriver(hub, rank)) for rank in range(size)
+    ]
     if asks is not None:
         worlds[0].asks = asks
     results: dict[int, T] = {}

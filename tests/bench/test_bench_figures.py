@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hvdllm.bench import exchange, plot
-from hvdllm.bench.figures import FRAME, Figures, Raw, Repetition, figures, idle_rate, rank_speeds, repetition
+from hvdllm.bench.figures import FRAME, Measured, Raw, Repetition, figures, idle_rate, rank_speeds, repetition
 from hvdllm.cli.bench import exchange_tables
 from hvdllm.errors import UserError
 
@@ -128,7 +128,7 @@ def test_bytes_on_the_wire_less_frames_and_idle_talk() -> None:
 
 
 # ------------------------------------------------------------------ what is shown
-FIGURES = Figures(
+FIGURES = Measured(
     step_ms=983.4, compute_ms=490.0, blocked_ms=478.0, flight_ms=480.0, hidden=0.00417, communication_ms=480.0,
     bound=2.0271, sent_mb=11.44, wire_mb=11.4514, wire_ratio=1.001, loss=3.21987, updates=12.0,
     sum_ms=402.4, sum_mb=11.44,

@@ -7,17 +7,17 @@ from __future__ import annotations
 from typing import Any
 
 from hvdllm.exchange.base import Milestones
-from hvdllm.exchange.server_log import Log, Standing
+from hvdllm.exchange.server_log import Standing, UpdateLog
 
 PUSH: dict[str, Any] = {"kind": "push", "n": 10, "loss": 1.0, "norm": 2.0, "seen": [0.0, 0]}
 BEGIN = {"kind": "begin"}
 
 
-def log(staleness: int | None, workers: int = 2, ranks: int = 2, **milestones: Any) -> Log:
-    return Log(workers, ranks, staleness, Milestones(**milestones), Standing(clocks=[0] * workers))
+def log(staleness: int | None, workers: int = 2, ranks: int = 2, **milestones: Any) -> UpdateLog:
+    return UpdateLog(workers, ranks, staleness, Milestones(**milestones), Standing(clocks=[0] * workers))
 
 
-def say(log: Log, rank: int, said: dict[str, Any], now: float = 0.0) -> list[tuple[int, dict[str, Any]]]:
+def say(log: UpdateLog, rank: int, said: dict[str, Any], now: float = 0.0) -> list[tuple[int, dict[str, Any]]]:
     log.hear(rank, said, now)
     return log.answers()
 

@@ -19,7 +19,7 @@ from hvdllm.config import compose
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import State
 from hvdllm.flat import Flat
-from hvdllm.report.read import Run
+from hvdllm.report.read import History
 from hvdllm.report.read import read as read_run
 from hvdllm.trainer.restore import restore
 from hvdllm.world.single import SingleWorld
@@ -60,7 +60,7 @@ def refused(call: Callable[[], object]) -> str:
 
 def test_a_whole_folder_says_nothing(run: Path) -> None:
     restore(run, None, pytest.fail)
-    assert list(runs.records(run, pytest.fail)) and isinstance(found := read_run(run), Run) and not found.notes
+    assert list(runs.records(run, pytest.fail)) and isinstance(found := read_run(run), History) and not found.notes
     shutil.rmtree(run / "checkpoints")
     assert restore(run, None, pytest.fail).source == run / "final"
 
@@ -102,7 +102,9 @@ def test_a_changed_digit_and_a_lost_line_of_the_records_show(run: Path) -> None:
             list(runs.records(run, said.append))
             assert len(said) == 1 and "changed in line" in said[0], (number, text)
             found = read_run(run)
-            assert number == 0 or (isinstance(found, Run) and any("changed in line" in note for note in found.notes))
+            assert number == 0 or (
+                isinstance(found, History) and any("changed in line" in note for note in found.notes)
+            )
     path.write_text("".join(lines)[:-20])  # what a kill cuts short is no damage
     list(runs.records(run, pytest.fail))
 
@@ -110,7 +112,7 @@ def test_a_changed_digit_and_a_lost_line_of_the_records_show(run: Path) -> None:
 def test_a_report_takes_no_settings_from_a_damaged_file(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[1:]))  # without its `run` record
-    assert isinstance(read_run(run), Run)
+    assert isinstance(read_run(run), History)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 0", "seed: 8"))
     assert "not what was written" in getattr(read_run(run), "why", "")
 

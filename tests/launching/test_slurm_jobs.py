@@ -161,7 +161,9 @@ def test_a_point_is_submitted_once_and_waited_for(
     assert squeue.ask("987654") is None
     assert slurm.finished(one.folder)
     # While Slurm does not answer, nothing is submitted.
-    monkeypatch.setattr(slurm, "ask", lambda job: squeue.State("", "UNKNOWN", "Unable to contact slurm controller", 0))
+    monkeypatch.setattr(
+        slurm, "ask", lambda job: squeue.JobState("", "UNKNOWN", "Unable to contact slurm controller", 0)
+    )
     with pytest.raises(UserError, match=r"job 987654 of seed=0,a b is .Unable to contact slurm controller"):
         slurm.submit_once(one, settings)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from hvdllm.exchange.base import Milestones, NotFinite
 from hvdllm.exchange.parts import ParameterServer as Settings
-from hvdllm.exchange.server_shard import Shard
+from hvdllm.exchange.server_shard import ServedSlice
 from hvdllm.flat import Flat
 from hvdllm.optim.parts import SGD, AdamW
 from hvdllm.optim.update import Update
@@ -59,15 +59,15 @@ def gradient(x: torch.Tensor, worker: int, numbers: list[int]) -> tuple[torch.Te
 def trail(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """(worker, tau, theta) after each push that server 0 of a run has applied."""
     found: list[Any] = []
-    push = Shard._push
+    push = ServedSlice._push
 
-    def pushing(self: Shard, letter: Any) -> None:
+    def pushing(self: ServedSlice, letter: Any) -> None:
         late = self.version - self._seen[letter.sender].version
         push(self, letter)
         if self.rank == self.servers[0]:
             found.append((letter.sender, late, self.theta.clone()))
 
-    monkeypatch.setattr(Shard, "_push", pushing)
+    monkeypatch.setattr(ServedSlice, "_push", pushing)
     return found
 
 
@@ -198,12 +198,12 @@ def test_delay_compensation_with_the_true_hessian_takes_the_delay_away(
     """The whole trajectory is that of undelayed descent. Seen to catch: the sign, the backup of another worker, one
     global backup."""
 
-    def curvature(self: Shard, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
+    def curvature(self: ServedSlice, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
         out = torch.zeros_like(gradient)
         out[:3] = tokens * H
         return out
 
-    monkeypatch.setattr(Shard, "_curvature", curvature)
+    monkeypatch.setattr(ServedSlice, "_curvature", curvature)
     ours = round_robin(0.3, workers, Settings(servers=1, compensation=1.0), 40, trail)
     for a, b in zip(ours, delayed(0.3, 0, 40), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -255,13 +255,13 @@ def test_every_server_applies_the_same_pushes_in_the_order_of_tickets(
     """A version is the same set of pushes everywhere: what several servers have made is what one makes of the same
     gradients, clipped by the norm of the whole. Seen to catch: order of arrival, the norm of a piece."""
     taken: dict[int, dict[int, Any]] = {}
-    push = Shard._push
+    push = ServedSlice._push
 
-    def pushing(self: Shard, letter: Any) -> None:
+    def pushing(self: ServedSlice, letter: Any) -> None:
         taken.setdefault(self.version, {})[self.rank] = (letter.sender, letter.head, letter.body.clone())
         push(self, letter)
 
-    monkeypatch.setattr(Shard, "_push", pushing)
+    monkeypatch.setattr(ServedSlice, "_push", pushing)
     size = 3 + servers
     rigs = serve(
         Settings(staleness=staleness, servers=servers), size, 200, optim=optim, rate=rate, pace=uneven, act=90,
@@ -302,13 +302,13 @@ def test_at_staleness_0_a_report_has_the_norm_of_its_own_clock(servers: int, mon
     """Also the last one, and those of a run that was stopped right behind a mark and goes on. Seen to catch: the norm
     of the clock before, none after a resume, a mark without a push, a step that counts marks."""
     norms: dict[int, float] = {}
-    clock = Shard._clock
+    clock = ServedSlice._clock
 
-    def noted(self: Shard, letters: list[Any]) -> None:
+    def noted(self: ServedSlice, letters: list[Any]) -> None:
         clock(self, letters)
         norms[self.version] = self.norm  # type: ignore[assignment]
 
-    monkeypatch.setattr(Shard, "_clock", noted)
+    monkeypatch.setattr(ServedSlice, "_clock", noted)
     settings, size, clocks = Settings(staleness=0, servers=servers), 3 + servers, 8
 
     def reports(rig: Any) -> list[Any]:

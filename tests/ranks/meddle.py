@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 
 from hvdllm.exchange.buckets import Buckets
-from hvdllm.exchange.server_shard import Shard
+from hvdllm.exchange.server_shard import ServedSlice
 from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.backward import Loss
 
@@ -34,7 +34,7 @@ def meddle(
     serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one, or one after
     chaos: Any = None,  # seed: heavy-tailed delays, and asks at random moments
 ) -> Iterator[None]:
-    act, forward, launch_full, apply = Acts.act, Loss.forward, Buckets._launch_full, Shard._apply
+    act, forward, launch_full, apply = Acts.act, Loss.forward, Buckets._launch_full, ServedSlice._apply
     draw = random.Random(os.urandom(8) if chaos is None else 1000 * chaos + rank)
     asks: list[Any] = []
 
@@ -83,7 +83,7 @@ def meddle(
             time.sleep(draw.expovariate(2000))
         launch_full(self)
 
-    def applying(self: Shard) -> None:
+    def applying(self: ServedSlice) -> None:
         if serve_fail is not None and rank == serve_fail[0] and self.version + 1 >= serve_fail[1]:
             raise ValueError("an apple fell on the server")
         apply(self)
@@ -92,7 +92,7 @@ def meddle(
         for owner, name, double in ((Acts, "act", acting), (Loss, "forward", forwarding)):
             stack.enter_context(patch.object(owner, name, double))
         stack.enter_context(patch.object(Buckets, "_launch_full", launching))
-        stack.enter_context(patch.object(Shard, "_apply", applying))
+        stack.enter_context(patch.object(ServedSlice, "_apply", applying))
         yield
 
 

@@ -18,7 +18,7 @@ from hvdllm.errors import UserError
 from hvdllm.report import draw
 from hvdllm.report.compare import compare
 from hvdllm.report.figures import Figures, measure
-from hvdllm.report.read import Point, Run, gather
+from hvdllm.report.read import CurvePoint, History, gather
 from hvdllm.report.table import equal_except, markdown, result, work
 from hvdllm.report.verdict import verdict
 
@@ -207,10 +207,10 @@ def simulated(
     for name in names:
         for seed in range(seeds):
             pace = math.exp(common[seed] + rng.normal(0.0, noise)) / (gain if name == names[-1] else 1.0)
-            run = Run(f"{name}-{seed}", f"{name}-{seed}", {"exchange.name": name, "seed": str(seed)})
+            run = History(f"{name}-{seed}", f"{name}-{seed}", {"exchange.name": name, "seed": str(seed)})
             for k, loss in enumerate((8.0, 6.0, 5.0, 4.0), 1):
                 at = loss + 0.2 * common[seed] + rng.normal(0.0, 0.02)
-                run.evals.append(Point(100.0 * k, at, 10 * pace * k, 10.5 * pace * k, 1000.0 * k, 10.0 * k))
+                run.evals.append(CurvePoint(100.0 * k, at, 10 * pace * k, 10.5 * pace * k, 1000.0 * k, 10.0 * k))
             runs.append(run)
     return measure(compare(runs, [], [], False), [], 5.5)
 

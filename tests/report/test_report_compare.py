@@ -11,12 +11,12 @@ from report_kit import FOUND, make
 
 from hvdllm.errors import UserError
 from hvdllm.report.compare import Comparison, compare, reference
-from hvdllm.report.read import Run, read
+from hvdllm.report.read import History, read
 
 
-def run(tmp_path: Path, folder: str, *args: Any, **more: Any) -> Run:
+def run(tmp_path: Path, folder: str, *args: Any, **more: Any) -> History:
     found = read(make(tmp_path / folder, *args, **more))
-    assert isinstance(found, Run)
+    assert isinstance(found, History)
     return found
 
 
@@ -39,7 +39,7 @@ def test_runs_that_differ_in_exchange_and_seed_alone(tmp_path: Path) -> None:
 
 
 def test_exchange_and_wire_are_compared_where_they_differ(tmp_path: Path) -> None:
-    def one(name: str, exchange: str, **more: Any) -> Run:
+    def one(name: str, exchange: str, **more: Any) -> History:
         return run(tmp_path, name, exchange, **more)
 
     int8 = {"wire__name": "int8", "wire__block": 256}
@@ -102,7 +102,7 @@ def test_what_changes_nothing_forbids_nothing(tmp_path: Path) -> None:
         compare([runs[0], elsewhere], [], [], anyway=False)
 
 
-def tuned(tmp_path: Path, trials: dict[str, dict[float, tuple[float, ...]]]) -> list[Run]:
+def tuned(tmp_path: Path, trials: dict[str, dict[float, tuple[float, ...]]]) -> list[History]:
     """exchange → rate → last loss of each seed."""
     return [
         run(tmp_path, f"{e}-{lr}-{seed}", e, seed, (8.0, 6.0, 5.0, last), optim__lr=lr)

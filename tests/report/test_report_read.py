@@ -16,13 +16,13 @@ from hvdllm.report import read as reading
 from hvdllm.report import table
 from hvdllm.report.compare import compare
 from hvdllm.report.figures import measure
-from hvdllm.report.read import Run, Skipped, find, gather, read
+from hvdllm.report.read import History, Skipped, find, gather, read
 from hvdllm.report.verdict import verdict
 
 
-def one(folder: Path) -> Run:
+def one(folder: Path) -> History:
     found = read(folder)
-    assert isinstance(found, Run), found
+    assert isinstance(found, History), found
     return found
 
 
@@ -243,11 +243,11 @@ def test_who_was_waited_for(tmp_path: Path) -> None:
     lines.insert(-1, {"kind": "event", "what": "rank 1 delays the others", "tokens": 400, "straggler": 1})
     lines.insert(-1, {"kind": "event", "what": "rank 1 no longer delays the others", "straggler": None})
     run = read(write(tmp_path / "a", lines))
-    assert isinstance(run, Run) and run.stragglers == [1]
+    assert isinstance(run, History) and run.stragglers == [1]
     assert (run.sums.records, run.sums.waited_for) == (4, {1: 3})
     assert (run.sums.compute_by_rank, run.sums.blocked_by_rank) == ([4.0, 16.0], [12.0, 0.0])
     plain = read(write(tmp_path / "b", records(settings())))
-    assert isinstance(plain, Run) and not plain.stragglers and plain.sums.records == 0
+    assert isinstance(plain, History) and not plain.stragglers and plain.sums.records == 0
 
 
 def test_a_table_of_uneven_ranks(tmp_path: Path) -> None:

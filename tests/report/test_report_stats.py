@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hvdllm.report import stats
-from hvdllm.report.read import Point, along
+from hvdllm.report.read import CurvePoint, along
 
 pytest.importorskip("scipy", reason="the extra `report` is not installed")
 
@@ -32,11 +32,11 @@ def test_a_crossing_before_the_first_evaluation_is_a_bound() -> None:
 def test_no_line_begins_at_a_loss_that_is_not_finite() -> None:
     found = stats.crossing([math.inf, 4.0], 5.0)
     assert found == stats.Crossing(1, 1.0) and stats.read_off([7.0, 9.0], found) == 9
-    assert stats.loss_at([Point(1, math.inf), Point(3, 4.0)], [1, 3], 2) == math.inf
+    assert stats.loss_at([CurvePoint(1, math.inf), CurvePoint(3, 4.0)], [1, 3], 2) == math.inf
 
 
 def test_loss_at_a_place() -> None:
-    points = [Point(10, 8.0), Point(20, 6.0), Point(30, 5.0)]
+    points = [CurvePoint(10, 8.0), CurvePoint(20, 6.0), CurvePoint(30, 5.0)]
     xs = [1.0, 2.0, 4.0]
     assert stats.loss_at(points, xs, 1.5) == pytest.approx(7.0) and stats.loss_at(points, xs, 3.0) == pytest.approx(5.5)
     assert stats.loss_at(points, xs, 4.0) == 5.0

@@ -100,8 +100,8 @@ def test_what_a_checkpoint_takes_back(tmp_path: Path) -> None:
     folder.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "commit", "tok')
-    folder.cut(20)
+    folder.truncate(20)
     left = [(record["kind"], record.get("tokens")) for record in runs.records(tmp_path)]
     assert left == [("run", None), ("commit", 10), ("eval", 20), ("save", 20)]
-    folder.cut(None)
+    folder.truncate(None)
     assert [record["kind"] for record in runs.records(tmp_path)] == ["run"]
