@@ -44,7 +44,6 @@ class ExchangeFacts:
           the sums to a library needs the world of that name.
         identical: whether the replicas of all ranks are bit-equal at every mark.
         local: whether ranks, or groups of ranks, train on their own between meetings. Then no optimizer sees the sums.
-        gradients: how many gradient vectors a rank holds; 2 if one travels while the next is filled.
         shares_state: whether each rank holds only its share of the optimizer's state.
         sums_per_update: how many sums one optimizer step is made of.
         fresh_optimizer: whether the optimizer begins anew within a run.
@@ -55,7 +54,6 @@ class ExchangeFacts:
     carries: str = SUMS
     identical: bool = True
     local: bool = False
-    gradients: int = 1
     shares_state: bool = False
     sums_per_update: int = 1
     fresh_optimizer: bool = False

@@ -35,12 +35,6 @@ def test_mypy_has_proven_all_of_them(group: str) -> None:
     assert sorted(map(id, made)) == sorted(map(id, conformance.ALL[group])), "tests/conformance.py lists them all"
 
 
-@pytest.mark.parametrize("exchange", registry.parts("exchange").values(), ids=lambda part: part.name)
-def test_facts_are_those_of_the_implementation(exchange: registry.Part) -> None:
-    made = registry.built(exchange)(exchange.settings(), 64)
-    assert made.copies == exchange.facts.gradients
-
-
 def test_a_name_is_taken_once() -> None:
     class Other(Settings):
         pass

@@ -79,7 +79,6 @@ class Half:
 
 
 class Acco(Owners[exchanges.Acco]):
-    copies = 2
     parts = 2
     one_point = False
 

@@ -304,7 +304,6 @@ class Exchange(Protocol):
     """Says when a round ends, at which weights gradients are taken, and who waits for whom. common.py has the defaults.
 
     Facts:
-    copies: gradient vectors that it needs; 2 where one travels while the next is filled
     anchored: the weights to keep are older than a mark, and are those of all its tokens only once it has settled; the
       last evaluation then comes after settling
     marks_on_ask: an ask makes a mark at once, however far the next milestone is
@@ -320,7 +319,6 @@ class Exchange(Protocol):
     update: what was attached
     """
 
-    copies: int
     anchored: bool
     marks_on_ask: bool
     resized: str

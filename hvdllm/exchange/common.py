@@ -15,7 +15,6 @@ S = TypeVar("S", bound=exchanges.Exchange)
 class Common(Generic[S]):
     """The defaults of the Exchange protocol. settings: of this exchange; nominal: tokens of a global batch."""
 
-    copies = 1
     anchored = False
     marks_on_ask = False
     resized = ""

@@ -55,8 +55,6 @@ class Flying:
 
 
 class Delayed(Rounds[exchanges.Delayed]):
-    copies = 2
-
     def attach(self, model: nn.Module, flat: Flat, update: Update, wire: Wire, world: World) -> nn.Module:
         model = super().attach(model, flat, update, wire, world)
         self.gradients = [self.slices_of(g) for g in flat.gradients]

@@ -30,8 +30,6 @@ from hvdllm.exchange.outer import Nesterov
 class DiLoCo(LocalSteps[exchanges.DiLoCo]):
     def __init__(self, settings: exchanges.DiLoCo, nominal: int) -> None:
         super().__init__(settings, nominal, Nesterov(settings.outer_lr, settings.outer_momentum))
-        if settings.overlap:
-            self.copies = 3  # the deltas of one round travel while the next one's gradients, then its deltas, are made
 
     def arrange(self, replica: Replica) -> Meetings:
         return Together(replica, Steps(self.settings, replica.group), late=self.settings.overlap)

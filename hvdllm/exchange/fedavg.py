@@ -177,7 +177,6 @@ class Gathered(Anchor):
 
 
 class FedAvg(LocalSteps[exchanges.FedAvg]):
-    copies = 2  # what clients have made adds up in one gradient vector while the next is trained in the other
     resized = "the round that they were in begins anew, with the same clients and the same text"
 
     def __init__(self, settings: exchanges.FedAvg, nominal: int) -> None:

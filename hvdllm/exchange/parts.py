@@ -29,6 +29,11 @@ class Exchange(Settings):
         return 1
 
     @property
+    def gradients(self) -> int:
+        """Gradient vectors that a rank holds; 2 if one travels while the next is filled."""
+        return 1
+
+    @property
     def batches_a_commit(self) -> int:
         """Global batches from one commit to the next, at least."""
         return 1
@@ -73,7 +78,7 @@ class Sharded(Exchange):
     and hands out the weights."""
 
 
-@part("exchange", "delayed", "hvdllm.exchange.delayed:Delayed", ExchangeFacts(gradients=2))
+@part("exchange", "delayed", "hvdllm.exchange.delayed:Delayed", ExchangeFacts())
 @dataclass
 class Delayed(Exchange):
     """One update late: the sum of one round travels while the next is computed. Staleness exactly 1."""
@@ -90,12 +95,17 @@ class Delayed(Exchange):
         least=0,
     )
 
+    @property
+    def gradients(self) -> int:
+        """One gradient vector travels while the next is filled."""
+        return 2
+
 
 @part(
     "exchange",
     "acco",
     "hvdllm.exchange.acco:Acco",
-    ExchangeFacts(carries=PIECES, gradients=2, shares_state=True, sums_per_update=2),
+    ExchangeFacts(carries=PIECES, shares_state=True, sums_per_update=2),
 )
 @dataclass
 class Acco(Exchange):
@@ -118,6 +128,11 @@ class Acco(Exchange):
         least=1,
         most=1_000_000,
     )
+
+    @property
+    def gradients(self) -> int:
+        """One gradient vector travels while the next is filled."""
+        return 2
 
     @property
     def parts(self) -> int:
@@ -238,6 +253,11 @@ class DiLoCo(LocalRounds):
         "momentum .9, .562 at .5, 1 at 0",
     )
 
+    @property
+    def gradients(self) -> int:
+        """With overlap, the deltas of one round travel while the gradients of the next, then its deltas, are made."""
+        return 3 if self.overlap else 1
+
     def _meetings(self) -> str | None:
         return super()._meetings() or unstable(self.outer_lr, self.outer_momentum, self.overlap)
 
@@ -246,7 +266,7 @@ class DiLoCo(LocalRounds):
     "exchange",
     "streaming_diloco",
     "hvdllm.exchange.streaming_diloco:StreamingDiLoCo",
-    ExchangeFacts(identical=False, local=True, gradients=2),
+    ExchangeFacts(identical=False, local=True),
 )
 @dataclass
 class StreamingDiLoCo(LocalSteps):
@@ -266,6 +286,11 @@ class StreamingDiLoCo(LocalSteps):
     )
     outer_lr: float = setting(0.7, "rate of the outer step", least=0)
     outer_momentum: float = setting(0.9, "momentum of the outer step", least=0)
+
+    @property
+    def gradients(self) -> int:
+        """Deltas travel while gradients are computed."""
+        return 2
 
     @property
     def batches_a_commit(self) -> int:
@@ -352,7 +377,7 @@ class ParameterServer(Exchange):
     "exchange",
     "fedavg",
     "hvdllm.exchange.fedavg:FedAvg",
-    ExchangeFacts(identical=False, local=True, gradients=2, fresh_optimizer=True, clients=True),
+    ExchangeFacts(identical=False, local=True, fresh_optimizer=True, clients=True),
 )
 @dataclass
 class FedAvg(LocalSteps):
@@ -403,6 +428,11 @@ class FedAvg(LocalSteps):
         1e-3, "of server=adam: added to the root of the second moment, which begins at its square; .001 in the paper",
         least=1e-9,
     )  # fmt: skip
+
+    @property
+    def gradients(self) -> int:
+        """What clients have made adds up in one gradient vector while the next is trained in the other."""
+        return 2
 
     @property
     def rate(self) -> float:

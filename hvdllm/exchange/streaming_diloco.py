@@ -127,8 +127,6 @@ class InParts:
 
 
 class StreamingDiLoCo(LocalSteps[exchanges.StreamingDiLoCo]):
-    copies = 2  # deltas travel while gradients are computed
-
     def __init__(self, settings: exchanges.StreamingDiLoCo, nominal: int) -> None:
         super().__init__(settings, nominal, Nesterov(settings.outer_lr, settings.outer_momentum))
 

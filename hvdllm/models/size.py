@@ -95,8 +95,8 @@ def memory(settings: Model, vocab: int, precision: str) -> Memory:
 def least_memory(config: Config, vocab: int, ranks: int) -> int:
     """The bytes that a rank holds at least while it trains, so that what surely does not fit is refused early.
 
-    They are those of the weights, the gradients (twice if one vector travels), the optimizer's state and the anchors,
-    and of the activations of a micro-batch those of the residual stream and of the MLP's input in each block.
+    They are those of the weights, the gradients (as many vectors as the exchange holds), the optimizer's state and the
+    anchors, and of the activations of a micro-batch those of the residual stream and of the MLP's input in each block.
     """
     one = count_parameters(config.model, vocab) * (8 if config.precision == "fp64" else 4)
     exchange, optim = registry.of("exchange", config.exchange).facts, registry.of("optim", config.optim).facts
@@ -105,7 +105,7 @@ def least_memory(config: Config, vocab: int, ranks: int) -> int:
     sequences = max(1, min(config.micro_batch, config.batch_tokens // config.model.context // ranks))
     blocks = 1 if config.model.checkpointing else 2
     activations = 4 * sequences * config.model.context * config.model.width * config.model.layers * blocks
-    return int(one * (1 + exchange.gradients + anchors + optim.vectors / shares) + activations)
+    return int(one * (1 + config.exchange.gradients + anchors + optim.vectors / shares) + activations)
 
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each of our precisions

@@ -63,7 +63,7 @@ def assemble(
     """
     exchange = registry.built(registry.of("exchange", config.exchange))(config.exchange, config.batch_tokens)
     exchange.milestones, exchange.unlike = milestones(config), unlike
-    flat = Flat(model, world.size, bucket_bytes(config, model), exchange.copies)
+    flat = Flat(model, world.size, bucket_bytes(config, model), config.exchange.gradients)
     update = Update(config.optim, factor)
     with peers(world):
         wire = build_wire(config, exchange.between(world), flat)
