@@ -25,14 +25,30 @@ from typing import Any, TypeVar
 from hvdllm.errors import UserError
 from hvdllm.settings import Device, Several, several
 
-GROUPS = ("text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track")
+GROUPS = ("task", "text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track")
 """The groups of the configuration, in the order in which they are shown."""
-ROOMS = ("text", "models", "exchange", "exchange.wire", "world", "optim", "launch", "track")
+ROOMS = ("task", "text", "models", "exchange", "exchange.wire", "world", "optim", "launch", "track")
 
 # What an exchange asks its wire to carry, and what a wire can carry: whole sums; pieces of sums, one slice for each
 # rank; letters from one rank to another; or sums that the named library encodes and moves by itself.
 SUMS, PIECES, LETTERS, TORCH, HOROVOD = "sums", "pieces", "letters", "torch", "horovod"
 LIBRARIES = (TORCH, HOROVOD)
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a task learns.
+
+    Attributes:
+        unit, items: what is counted, and what is dealt, in the plural.
+        model: the name of its model.
+        text: whether its items come from the group `text`.
+    """
+
+    unit: str
+    items: str
+    model: str
+    text: bool = False
 
 
 @dataclass(frozen=True)

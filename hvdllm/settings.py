@@ -120,7 +120,10 @@ class Device(Settings):
 
 @dataclass
 class Config:
-    """All settings of a run. `*_tokens` and `*_every` count tokens that all ranks together have committed."""
+    """All settings of a run. `*_tokens` and `*_every` count units that all ranks together have committed.
+
+    Units are what the loss of the task is a sum over: tokens of text, images or clicks.
+    """
 
     name: str | None = setting(None, "folder of the run under runs_dir; null: date-time and four hex digits", ours=True)
     runs_dir: str = setting("runs", "folder that holds the runs; shared by all hosts", ours=True)
@@ -142,10 +145,15 @@ class Config:
     init_optimizer: bool = setting(
         False, "also the optimizer's state of init_from, of the same optimizer; the schedule begins anew all the same"
     )
-    budget_tokens: int = setting(1_200_000, "tokens to train on; rounded up to whole batches", least=1)
+    budget_tokens: int = setting(
+        1_200_000,
+        "tokens to train on (or images, or clicks: what the task counts); rounded up to whole batches",
+        least=1,
+    )
     batch_tokens: int = setting(
         2048,
-        "tokens an update (the global batch, whatever the world size); a multiple of model.context",
+        "tokens an update (the global batch, whatever the world size), a multiple of model.context; images or clicks "
+        "where the task counts these",
         least=1,
     )
     micro_batch: int = setting(
@@ -191,8 +199,9 @@ class Config:
         form=MODULES,
         ours=True,
     )
+    task: Chosen = setting(None, "what is learnt, and from which items")
     text: Chosen = setting(None, "where the text comes from")
-    model: Chosen = setting(None, "the transformer")
+    model: Chosen = setting(None, "what learns it")
     exchange: Chosen = setting(None, "how the gradients of the ranks meet")
     wire: Chosen = setting(None, "how a sum travels")
     world: Chosen = setting(None, "which processes train together", ours=True)

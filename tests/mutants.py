@@ -40,7 +40,7 @@ SERVER = "tests/oracles/test_server_oracles.py"
 KEPT = "tests/oracles/test_kept_is_conserved.py"
 CLOCK = "tests/oracles/test_simulated_clock.py"
 WIRE, OPTIM, CHECKPOINT = "tests/exchange/wire", "tests/optim", "tests/checkpoint"
-STREAM, CLIENTS, SHARDS = (f"tests/text/test_{name}.py" for name in ("stream", "clients", "shards"))
+STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
@@ -156,25 +156,25 @@ MUTANTS = [
     ("exchange/wire/powersgd.py", "x.add_(residual, alpha=launch.factor)", "x.add_(residual)", f"{WIRE} {KEPT}"),
     ("exchange/wire/hierarchical.py", ".transpose(0, 1).reshape(-1)\n", ".reshape(-1)\n", WIRE),
     # ------------------------------------------------------------------ text
-    ("text/stream.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
+    ("order/epochs.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
     (
-        "text/stream.py",
-        "permutation(count_windows(tokens, context), seed, epoch)",
-        "permutation(count_windows(tokens, context), seed, 0)",
+        "order/epochs.py",
+        "lambda epoch: permutation(items, seed, epoch)",
+        "lambda epoch: permutation(items, seed, 0)",
         STREAM,
     ),
     (
-        "text/stream.py",
+        "task/stream.py",
         "ready.append(pool.submit(self._load, self.position // part + len(ready), part))",
         "ready.append(pool.submit(self._load, self.position // part + 1, part))",
         STREAM,
     ),
-    ("text/lanes.py", "top = 1 + max(", "top = max(", STREAM),
-    ("text/stream.py", "(picked[:, :-1], picked[:, 1:])", "(picked[:, 1:], picked[:, 1:])", STREAM),
-    ("text/stream.py", "windows = min(windows, max(1, eval_tokens // context))", "windows = 1", STREAM),
-    ("text/clients.py", "np.argmin((got + sizes[document]) / shares)", "np.argmin(got + sizes[document])", CLIENTS),
-    ("text/clients.py", "got[client] += sizes[document]", "got[client] += 1", CLIENTS),
-    ("text/clients.py", "drawn(seed, EPOCH, client, epoch)", "drawn(seed, EPOCH, client)", CLIENTS),
+    ("order/lanes.py", "top = 1 + max(", "top = max(", STREAM),
+    ("text/windows.py", "(picked[:, :-1], picked[:, 1:])", "(picked[:, 1:], picked[:, 1:])", STREAM),
+    ("task/stream.py", "max(1, int(units // items.units))", "1", STREAM),
+    ("order/clients.py", "np.argmin((got + sizes[document]) / shares)", "np.argmin(got + sizes[document])", CLIENTS),
+    ("order/clients.py", "got[client] += sizes[document]", "got[client] += 1", CLIENTS),
+    ("order/clients.py", "drawn(seed, EPOCH, client, epoch)", "drawn(seed, EPOCH, client)", CLIENTS),
     ("text/overlap.py", "train[at : at + BLOCK + RUN - 1]", "train[at : at + BLOCK]", "tests/text/test_overlap.py"),
     ("text/overlap.py", "context + 2 - RUN", "context + 1 - RUN", "tests/text/test_overlap.py"),
     (
@@ -206,7 +206,7 @@ MUTANTS = [
     ("trainer/audit.py", "2 * index + 1", "1", "tests/trainer/test_audit.py"),
     ("trainer/audit.py", ".land() / world.size", ".land()", "tests/trainer/test_audit.py"),
     ("trainer/audit.py", "| 1).to(device)", ").to(device)", "tests/trainer/test_audit.py"),
-    ("trainer/evaluate.py", "total / np.log(2) / max(size, 1.0)", "total / max(size, 1.0)", DUE),
+    ("task/causal_lm.py", "loss / math.log(2) / max", "loss / max", DUE),
     ("trainer/evaluate.py", "model.eval()", "pass", DUE),
     ("trainer/straggler.py", ">= longer / 2", ">= 0", "tests/trainer/test_straggler.py"),
     ("trainer/straggler.py", "- ERRORS * stdev(shares)", "- stdev(shares)", "tests/trainer/test_straggler.py"),

@@ -32,8 +32,10 @@ GROUND = (
 )
 # room: the rooms, or files of them, that it may import beside the ground and itself
 MAY = {
+    "order": (),
     "world": (),
     "text": (),
+    "task": ("order", "text", "models", "runs"),
     "models": (),
     "optim": (),
     "exchange": ("world",),
@@ -43,7 +45,18 @@ MAY = {
     "track": ("config", "runs"),
     "checkpoint": ("exchange.base", "world.base", "runs"),
     "trainer": (
-        *("world", "text", "models", "config", "lock", "runs", "checkpoint", "track.mirror"),
+        *(
+            "world",
+            "task",
+            "order",
+            "text.shards",
+            "models.size",
+            "config",
+            "lock",
+            "runs",
+            "checkpoint",
+            "track.mirror",
+        ),
         *("exchange.base", "exchange.wire.build", "exchange.wire.plain", "optim.update", "optim.schedule"),
     ),
     "report": (),  # reads folders that this version may not have written

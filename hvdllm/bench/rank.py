@@ -23,6 +23,7 @@ from hvdllm import device as devices
 from hvdllm.flat import Flat
 from hvdllm.plain import Json
 from hvdllm.settings import Config
+from hvdllm.task.causal_lm import CausalLM
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import account, assemble
 from hvdllm.trainer.life import run as train
@@ -91,7 +92,7 @@ def sums_alone(config: Config, world: World, folder: Path) -> Json:
     """The seconds of each sum over all buckets of the run's model, and the bytes that one sum sends. Collective."""
     device = devices.choose(config.device.kind, world.local_rank, no_cuda=world.no_cuda)
     tokenizer = from_first(world, lambda: next(folder.glob("runs/*/tokenizer.json")).read_text(), "bench.tokenizer")
-    model = assemble.build_model(config, Tokenizer(tokenizer).vocab, device)
+    model = assemble.build_model(CausalLM(config, Tokenizer(tokenizer).vocab), device)
     flat = Flat(model, world.size, assemble.bucket_bytes(config, model))
     wire = assemble.build_wire(config, world, flat)
     values = torch.randn(len(flat.g), generator=torch.Generator().manual_seed(world.rank)).to(flat.g)

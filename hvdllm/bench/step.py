@@ -21,11 +21,10 @@ from hvdllm.bench.paired import Ratio, ratio
 from hvdllm.exchange.base import Divisor
 from hvdllm.exchange.parts import AllReduce
 from hvdllm.exchange.wire.parts import Fp32
-from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
 from hvdllm.plain import Json
 from hvdllm.settings import Config
-from hvdllm.text.shards import Corpus
+from hvdllm.task.base import Prepared
 from hvdllm.trainer.assemble import assemble, build_model, make_stream
 from hvdllm.trainer.backward import Loss, autocast, backward
 from hvdllm.world.single import SingleWorld
@@ -34,22 +33,22 @@ EVERY_S = 5.0
 
 
 def measure(
-    config: Config, corpus: Corpus, device: torch.device, *, seconds: float, half_width: float,
+    config: Config, data: Prepared, device: torch.device, *, seconds: float, half_width: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> Json:  # fmt: skip
     """The figures of both sides: tokens a second, milliseconds of the optimizer alone, and the paired ratio.
 
     Args:
         config: the settings of both sides.
-        corpus: the text.
+        data: the prepared text.
         device: where both compute.
         seconds: how long it measures at most.
         half_width: half the width of the ratio's 95 % interval at which it ends.
         say: gets a sentence about what is known so far, every EVERY_S seconds.
     """
     say(f"measuring for at most {seconds:.0f} s, in turns of four steps")
-    ours, our_update = our_step(config, corpus, device)
-    plain, plain_update = plain_step(config, corpus, device)
+    ours, our_update = our_step(config, data, device)
+    plain, plain_update = plain_step(config, data, device)
     block = 4
     for _ in range(2):
         timed(ours, block, device)
@@ -97,16 +96,18 @@ def timed(step: Callable[[], object], times: int, device: torch.device) -> float
     return time.perf_counter() - begin
 
 
-def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+def our_step(config: Config, data: Prepared, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two functions: one makes a commit, the other makes the update alone."""
     world = SingleWorld()
     config = replace(config, exchange=AllReduce(bucket_mb=config.exchange.bucket_mb), wire=Fp32())
-    model = build_model(config, corpus.tokenizer.vocab, device)
-    loss = Loss(model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0)
+    model = build_model(data.task, device)
+    loss = Loss(
+        data.task, model, precision=config.precision, device=device, seed=0, rank=0, dropout=config.model.dropout > 0
+    )
     parts = assemble(config, model, loss, world, factor(config.schedule, config.budget_tokens))
     exchange, flat = parts.exchange, parts.flat
     pieces, gradients = ([vector[span.start : span.stop] for span in flat.pieces(0, 1)] for vector in (flat.x, flat.g))
-    feed = exchange.feed(make_stream(config, corpus, device, world))
+    feed = exchange.feed(make_stream(config, data.train, device, world))
 
     def step() -> None:
         while exchange.advance(batch := next(feed), backward(parts.module, batch)) is None:
@@ -120,10 +121,10 @@ def our_step(config: Config, corpus: Corpus, device: torch.device) -> tuple[Call
 
 
 def plain_step(
-    config: Config, corpus: Corpus, device: torch.device
+    config: Config, data: Prepared, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two functions: one makes a step as anybody would write it, the other only clips and steps the optimizer."""
-    model: GPT = build_model(config, corpus.tokenizer.vocab, device)
+    model = build_model(data.task, device)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.optim.weight_decay},
@@ -131,8 +132,8 @@ def plain_step(
     ]
     betas = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, fused=True)
-    stream = make_stream(config, corpus, device, SingleWorld())
-    rounds = itertools.cycle([stream.share(t) for t in range(min(64, stream.windows // stream.batch))])
+    stream = make_stream(config, data.train, device, SingleWorld())
+    rounds = itertools.cycle([stream.share(t) for t in range(min(64, len(stream.items) // stream.batch))])
 
     def update_only() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or math.inf)
@@ -142,7 +143,7 @@ def plain_step(
         for batch in next(rounds):
             assert batch.inputs is not None and batch.targets is not None
             with autocast(config.precision, device):
-                loss = model.loss(batch.inputs, batch.targets) / config.batch_tokens
+                loss = data.task.loss(model, batch.inputs, batch.targets) / config.batch_tokens
             loss.backward()
         update_only()
         optimizer.zero_grad()

@@ -99,7 +99,7 @@ def bench_step(given: argparse.Namespace) -> Json:
     from hvdllm.cli.train import set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
-    from hvdllm.text import shards
+    from hvdllm.task import causal_lm
     from hvdllm.trainer.account import versions
     from hvdllm.world.detect import Place
 
@@ -109,9 +109,9 @@ def bench_step(given: argparse.Namespace) -> Json:
         raise UserError("bench step compares with torch.optim.AdamW: leave optim at adamw")
     set_threads(config, Place())
     device = devices.choose(config.device.kind, 0)
-    corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=print)
+    data = causal_lm.prepare(config, say=print, whole=True, wanted=None)
     figures = step.measure(
-        config, corpus, device, seconds=given.seconds, half_width=given.half_width,
+        config, data, device, seconds=given.seconds, half_width=given.half_width,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     rate, optimizer = figures["tokens_per_s"], figures["optimizer_ms"]

@@ -21,10 +21,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
     given = parser.parse_args(argv)
 
-    from hvdllm import runs
+    from dataclasses import replace
+
+    from hvdllm import registry, runs
     from hvdllm.config.words import of
     from hvdllm.errors import UserError
-    from hvdllm.text import shards
+    from hvdllm.task.base import Kind
     from hvdllm.trainer.evaluate import evaluate_run
     from hvdllm.trainer.restore import restore
     from hvdllm.trainer.resume import asked
@@ -36,20 +38,20 @@ def run(argv: list[str]) -> int:
     found = restore(given.run, given.step, say)
     words = [of("resume", str(given.run)), *given.words]
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
-    corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)
+    kind: Kind = registry.built(registry.of("task", found.config.task))
+    data = kind.prepare(
+        replace(found.config, text=config.text, data_dir=config.data_dir), say=say, whole=True, wanted=None
+    )
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
-    if trained not in (None, corpus.data_hash):
+    if trained not in (None, data.data_hash):
         raise UserError(
             f"the text here is not the one {given.run} was trained on (text=stdlib differs between Python versions): "
             "evaluate it where it was trained, or give --data-dir the shards of that machine"
         )
-    result = evaluate_run(found.config, found.model, corpus, found.device, SingleWorld())
+    result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
     if given.json:
-        values = {"checkpoint": str(found.source), "loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        values = {"checkpoint": str(found.source), **result.metrics}
         print(json.dumps(values | {"tokens": result.tokens}))
     else:
-        print(
-            f"{found.source}: validation loss {result.loss:.4f} nats a token, {result.bits_per_byte:.3f} bits per byte "
-            f"({result.tokens:,} tokens)"
-        )
+        print(f"{found.source}: {data.task.tell(result.metrics)} ({result.tokens:,} {data.task.unit})")
     return 0

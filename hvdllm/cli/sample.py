@@ -23,13 +23,16 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
+    from hvdllm.errors import UserError
+    from hvdllm.task.causal_lm import CausalLM, continue_text
     from hvdllm.trainer.restore import restore
-    from hvdllm.trainer.sample import continue_text
 
     found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
+    if not isinstance(found.task, CausalLM):
+        raise UserError(f"{given.run} has learnt no language: its samples stand in samples.txt")
     text = continue_text(
         found.model,
-        found.tokenizer,
+        found.task.words,
         given.text,
         tokens=given.tokens,
         seed=given.seed,

@@ -7,6 +7,7 @@ composition.py calls. Every check raises UserError with one sentence.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from hvdllm import registry
 from hvdllm.config import pace
 from hvdllm.config.composition import refusal, setup_of
 from hvdllm.errors import UserError
-from hvdllm.models.size import check_model
 from hvdllm.paths import check_name, path_of
 from hvdllm.settings import Config, Setup, several
 from hvdllm.world.detect import Place
@@ -31,18 +31,19 @@ def check(config: Config, place: Place) -> None:
 
     Raises UserError for the first combination that cannot work.
     """
-    context = config.model.context
-    check_model(config.model)
-    if config.batch_tokens % context:
-        near = max(1, round(config.batch_tokens / context)) * context
+    check_model(config)
+    units = config.task.units(config)
+    if units is not None and config.batch_tokens % units:
+        near = max(1, round(config.batch_tokens / units)) * units
         raise UserError(
-            f"batch_tokens={config.batch_tokens} is no multiple of model.context={context}: {near} would be the nearest"
+            f"batch_tokens={config.batch_tokens} is no multiple of model.context={units}: {near} would be the nearest"
         )
     setup = setup_of(config, place)
     check_world(setup, place)
     if why := refusal(setup):
         raise UserError(why)
-    check_batch(setup)
+    if units is not None:
+        check_batch(setup, units)
     check_paths(config)
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
@@ -96,22 +97,32 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check_batch(setup: Setup) -> None:
-    """Raises UserError if a global batch cannot be dealt to the ranks."""
+def check_model(config: Config) -> None:
+    """Raises UserError if no model has these settings, or if it is not one of the task."""
+    task, model = registry.of("task", config.task), registry.of("model", config.model)
+    if model.name != task.facts.model:
+        raise UserError(f"task={task.name} trains model={task.facts.model}, and this is a {model.name}: give that")
+    if problem := config.model.problem():
+        raise UserError(problem)
+
+
+def check_batch(setup: Setup, units: float) -> None:
+    """Raises UserError if a global batch cannot be dealt to the ranks. units: what an item counts in the mean."""
     config, exchange = setup.config, setup.config.exchange
-    context, parts = config.model.context, exchange.parts
-    sequences, size = config.batch_tokens // context, setup.ranks - exchange.dedicated
-    if sequences % parts:
+    items, parts = registry.of("task", config.task).facts.items, exchange.parts
+    sequences, size = int(config.batch_tokens // units), setup.ranks - exchange.dedicated
+    if sequences % parts and config.task.units(config) is not None:
         name = registry.name_of("exchange", exchange)
         raise UserError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences, and exchange={name} takes them in {parts} "
-            f"equal parts: {-(-sequences // parts) * parts * context} would do"
+            f"batch_tokens={config.batch_tokens} is {sequences} {items}, and exchange={name} takes them in {parts} "
+            f"equal parts: {-(-sequences // parts) * parts * units} would do"
         )
+    each = f" of {units:g} {registry.of('task', config.task).facts.unit}" * (units != 1)
     if sequences < size * parts:
         raise UserError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {context} tokens, fewer than the "
-            f"{size} ranks{f' have in {parts} parts' if parts > 1 else ''}: at least {size * parts * context}, or "
-            "start fewer ranks"
+            f"batch_tokens={config.batch_tokens} is {sequences} {items}{each}, fewer than the "
+            f"{size} ranks{f' have in {parts} parts' if parts > 1 else ''}: at least "
+            f"{math.ceil(size * parts * units)}, or start fewer ranks"
         )
 
 

@@ -26,7 +26,9 @@ from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config
 
 CONFIG_DIR = "--config-dir="
-NOT_OPTIONS = ("model", "world", "device")  # groups with one class of settings, whose options are presets alone
+NOT_OPTIONS = ("world", "device")  # groups with one class of settings, whose options are presets alone
+
+OLDER = {"task": {"name": "causal_lm"}}  # groups that a file of an earlier version may lack
 
 
 def conf_dir() -> Path:
@@ -65,6 +67,8 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         )
     words = [each for word in words for each in expand(word)]
     given = {key_of(word): value_of(word) for word in words}
+    if "model" not in given and (task := registry.parts("task").get(given.get("task", ""))):
+        words.append(f"model={task.facts.model}")
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
         with hydra_over([*chosen, *words]) as overrides:
@@ -143,10 +147,10 @@ def from_dict(values: Json, where: str = "the configuration of this run") -> Con
     Raises UserError if the values do not fit this version.
     """
     try:
-        # A file of an earlier version may lack settings, which then have their defaults, but it has all groups.
+        # A file of an earlier version may lack settings, which then have their defaults, but it has most groups.
         plain = dataclasses.asdict(Config()) | values
         for group, kinds in registry.all_kinds().items():
-            inner = values.get(group)
+            inner = values.get(group, OLDER.get(group))
             kind = kinds.get(str(inner.get("name"))) if isinstance(inner, dict) else None
             if not isinstance(inner, dict) or kind is None:
                 raise UserError(

@@ -453,7 +453,8 @@ class FedAvg(LocalSteps):
     def _clients(self, setup: Setup) -> str | None:
         """Why clients cannot be drawn or dealt as asked."""
         drawn, each = self.sampled or self.clients, self.group_size(setup)
-        groups, context, batch = setup.ranks // each, setup.config.model.context, setup.config.batch_tokens
+        groups, batch = setup.ranks // each, setup.config.batch_tokens
+        context, unit = setup.config.task.units(setup.config) or 1, of("task", setup.config.task).facts
         name = "clients" if self.sampled is None else "sampled"
         if drawn > self.clients:
             return f"exchange.sampled={drawn} of exchange.clients={self.clients}: at most all of them"
@@ -464,9 +465,9 @@ class FedAvg(LocalSteps):
             )
         if batch // context < drawn * each:
             return (
-                f"batch_tokens={batch} is {batch // context} sequences of {context} tokens, fewer than {drawn} clients "
-                f"take in a step{f' on {each} ranks each' * (each > 1)}: at least {drawn * each * context}, or a "
-                f"smaller exchange.{name}"
+                f"batch_tokens={batch} is {batch // context} {unit.items} of {context} {unit.unit}, fewer than {drawn} "
+                f"clients take in a step{f' on {each} ranks each' * (each > 1)}: at least {drawn * each * context}, or "
+                f"a smaller exchange.{name}"
             )
         return None
 

@@ -8,9 +8,25 @@ from hvdllm.registry import part
 from hvdllm.settings import Settings, Setup, setting
 
 
+@dataclass
+class Module(Settings):
+    """What is common to every model."""
+
+    compile: bool = setting(False, "torch.compile, block by block; about 10 s at the start, worth it on long runs")
+
+    def problem(self) -> str | None:
+        """Why no model has these settings, in one sentence, or None."""
+        return None
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.compile and setup.transport == "virtual":
+            return "world=virtual with model.compile=true: logical ranks share a process, and what is compiled with it"
+        return None
+
+
 @part("model", "gpt", "hvdllm.models.gpt:GPT")
 @dataclass
-class Model(Settings):
+class Model(Module):
     """A decoder-only transformer: GPT-2 or Llama by its settings. The presets in conf/model set them."""
 
     layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1, most=10_000)
@@ -37,14 +53,26 @@ class Model(Settings):
         "share of activations dropped; 0, because below one epoch it only costs, and worlds agree only at 0",
         least=0,
     )
-    compile: bool = setting(False, "torch.compile, block by block; about 10 s at the start, worth it on long runs")
     checkpointing: bool = setting(
         False, "compute each block's activations again in the backward: less memory, about a third more time"
     )
 
-    def refusal(self, setup: Setup) -> str | None:
+    def problem(self) -> str | None:
+        width, heads, kv_heads = self.width, self.heads, self.kv_heads
+        if width % heads:
+            return f"model.width={width} is no multiple of model.heads={heads}: choose a width that is."
+        if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+            return (
+                f"model.kv_heads={kv_heads} is no divisor of model.heads={heads}: "
+                "each head of keys serves as many query heads as the others."
+            )
+        if self.positions == "rope" and width // heads % 2:
+            return (
+                f"model.positions=rope turns pairs of features, and a head has {width // heads} "
+                f"(model.width={width} / model.heads={heads}): choose an even number."
+            )
+        if self.mlp_width is not None and self.mlp_width < 1:
+            return f"model.mlp_width={self.mlp_width} leaves the MLP no features: choose at least 1."
         if self.dropout >= 1:
-            return f"model.dropout={self.dropout} must lie between 0 and 1"
-        if self.compile and setup.transport == "virtual":
-            return "world=virtual with model.compile=true: logical ranks share a process, and what is compiled with it"
+            return f"model.dropout={self.dropout} drops everything: choose a share below 1."
         return None

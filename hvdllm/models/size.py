@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from hvdllm import registry
-from hvdllm.errors import UserError
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 
@@ -16,27 +15,6 @@ PAD = 64  # rows; matrix kernels are fastest with sizes that are multiples of 64
 def pad_vocab(tokens: int) -> int:
     """The rows of the embedding for a vocabulary of `tokens`: the next multiple of 64. For example, 257 gives 320."""
     return -(-tokens // PAD) * PAD
-
-
-def check_model(settings: Model) -> None:
-    """Raises UserError, in one sentence, if no transformer has these settings."""
-    width, heads, kv_heads = settings.width, settings.heads, settings.kv_heads
-    if width % heads:
-        raise UserError(f"model.width={width} is no multiple of model.heads={heads}: choose a width that is.")
-    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
-        raise UserError(
-            f"model.kv_heads={kv_heads} is no divisor of model.heads={heads}: "
-            "each head of keys serves as many query heads as the others."
-        )
-    if settings.positions == "rope" and width // heads % 2:
-        raise UserError(
-            f"model.positions=rope turns pairs of features, and a head has {width // heads} "
-            f"(model.width={width} / model.heads={heads}): choose an even number."
-        )
-    if settings.mlp_width is not None and settings.mlp_width < 1:
-        raise UserError(f"model.mlp_width={settings.mlp_width} leaves the MLP no features: choose at least 1.")
-    if settings.dropout >= 1:
-        raise UserError(f"model.dropout={settings.dropout} drops everything: choose a share below 1.")
 
 
 def _matrices(settings: Model, vocab: int) -> int:
@@ -92,20 +70,30 @@ def memory(settings: Model, vocab: int, precision: str) -> Memory:
     return Memory(weights=one, gradients=one, optimizer=2 * one)
 
 
-def least_memory(config: Config, vocab: int, ranks: int) -> int:
+def least_activations(settings: Model) -> int:
+    """The bytes of activations of a sequence at least: the residual stream, and the MLP's input, in each block."""
+    return 4 * settings.context * settings.width * settings.layers * (1 if settings.checkpointing else 2)
+
+
+def least_memory(config: Config, parameters: int, activations: int, ranks: int) -> int:
     """The bytes that a rank holds at least while it trains, so that what surely does not fit is refused early.
 
     They are those of the weights, the gradients (as many vectors as the exchange holds), the optimizer's state and the
-    anchors, and of the activations of a micro-batch those of the residual stream and of the MLP's input in each block.
+    anchors, and of the activations of a micro-batch.
+
+    Args:
+        config: the settings.
+        parameters: how many the model has.
+        activations: the bytes that an item needs at least.
+        ranks: that train together.
     """
-    one = count_parameters(config.model, vocab) * (8 if config.precision == "fp64" else 4)
+    one = parameters * (8 if config.precision == "fp64" else 4)
     exchange, optim = registry.of("exchange", config.exchange).facts, registry.of("optim", config.optim).facts
     shares = ranks if exchange.shares_state else 1
     anchors = int(exchange.local and not getattr(config.exchange, "host_memory", False))
-    sequences = max(1, min(config.micro_batch, config.batch_tokens // config.model.context // ranks))
-    blocks = 1 if config.model.checkpointing else 2
-    activations = 4 * sequences * config.model.context * config.model.width * config.model.layers * blocks
-    return int(one * (1 + config.exchange.gradients + anchors + optim.vectors / shares) + activations)
+    units = config.task.units(config)
+    items = max(1, min(config.micro_batch, config.batch_tokens // units // ranks if units else 1))
+    return int(one * (1 + config.exchange.gradients + anchors + optim.vectors / shares) + activations * items)
 
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each of our precisions

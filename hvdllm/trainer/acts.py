@@ -10,7 +10,6 @@ evaluation and sample are then made after settling.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from hvdllm import registry
@@ -23,7 +22,6 @@ from hvdllm.plain import Json
 from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.evaluate import Evaluation, evaluate_run
 from hvdllm.trainer.run import Run
-from hvdllm.trainer.sample import sample_run
 
 
 class Acts:
@@ -107,14 +105,14 @@ class Acts:
     def evaluate(self, seconds: float) -> None:
         """Evaluates the weights to keep, and records and shows the result. Collective."""
         with self.run.parts.exchange.consensus() as of, self.run.parts.update.weights():
-            result = evaluate_run(self.run.config, self.run.model, self.run.corpus, self.run.device, self.run.world)
+            result = evaluate_run(self.run.config, self.run.model, self.run.data, self.run.device, self.run.world)
         self.last_eval = result
         tokens = self.tokens + self.settled.tokens
         older = of is not None and of != tokens
-        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "wall_s": self.run.clock.wall_s()}
+        values = {**result.metrics, "wall_s": self.run.clock.wall_s()}
         self.run.ledger.record("eval", tokens, seconds, {**values, "weights_tokens": of} if older else values)
         self.run.show.say(
-            f"{tokens:,} tokens: validation loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits per byte"
+            f"{tokens:,} {self.run.data.task.unit}: {self.run.data.task.tell(result.metrics)}"
             + (f" (weights of {of:,} tokens)" if older else "")
         )
 
@@ -143,7 +141,7 @@ class Acts:
         """Samples text from the weights to keep, on rank 0, and adds it to samples.txt. Collective."""
         run = self.run
         with run.parts.exchange.consensus(), run.parts.update.weights():
-            text = sample_run(run.config, run.model, run.corpus, self.tokens) if run.world.rank == 0 else ""
+            text = run.data.task.sample(run.model, self.tokens) if run.world.rank == 0 else ""
         self.last_sample = text
         if run.folder is not None:
             run.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
@@ -157,7 +155,7 @@ class Acts:
         begin, state = run.clock.wall_s(), run.parts.exchange.state()
         values = {
             "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.origin.horizon,
-            "data_hash": run.corpus.data_hash, "kinds": list(state.sharded),
+            "data_hash": run.data.data_hash, "kinds": list(state.sharded),
         }  # fmt: skip
         path = write.write(
             folder.path if folder is not None else Path(), run.parts.flat, state, values, run.world, run.config.keep,
@@ -189,7 +187,7 @@ class Acts:
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
         """Plain values for the checkpoint."""
-        last_eval = asdict(self.last_eval) if self.last_eval else None
+        last_eval = self.last_eval.state() if self.last_eval else None
         return {"tokens": self.tokens, "step": self.step, "last_eval": last_eval, **self.run.ledger.state()}
 
     def load(self, state: Json) -> None:
@@ -202,4 +200,4 @@ class Acts:
         self.finished = self.tokens >= self.run.config.budget_tokens
         if not self.finished:
             self.run.ledger.go_on()
-        self.last_eval = Evaluation(**state["last_eval"]) if state["last_eval"] else None
+        self.last_eval = Evaluation.of(state["last_eval"]) if state["last_eval"] else None

@@ -19,17 +19,14 @@ from hvdllm.models import size
 from hvdllm.plain import Json
 from hvdllm.runs import new_name
 from hvdllm.settings import Config
-from hvdllm.text import overlap, shards
-from hvdllm.text.shards import Corpus
-from hvdllm.text.stream import Stream, validation
+from hvdllm.task.base import Kind, Prepared, Task
+from hvdllm.task.stream import Stream
 from hvdllm.trainer.assemble import make_stream
 from hvdllm.trainer.audit import fingerprint
 from hvdllm.trainer.resume import Start, decide, folder_of
 from hvdllm.trainer.show import Show
 from hvdllm.world.base import World, first_problem, from_first
 from hvdllm.world.single import SingleWorld
-
-LEAST_VOCAB = 257  # tokens of the byte tokenizer, the smallest one; it stands in until the real tokenizer is known
 
 
 def agreed_start(config: Config, world: World, show: Show, held: ExitStack) -> tuple[Start, Lock | None]:
@@ -101,67 +98,56 @@ def wrong_gpus(gpus: list[str], share: bool) -> str | None:
     return None
 
 
-def agreed_room(config: Config, vocab: int, device: torch.device, world: World) -> None:
-    """Raises UserError on every rank if the model cannot fit into the memory of some host or GPU. Collective."""
+def agreed_room(config: Config, task: Task | None, device: torch.device, world: World) -> None:
+    """Raises UserError on every rank if the task's model cannot fit into the memory of some host or GPU. Collective."""
+    if task is None:
+        return
     # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
     together = world.local_size if device.type == "cpu" or config.device.share else 1
-    rows = size.pad_vocab(vocab)
-    needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
+    parameters = task.parameters
+    needs = size.least_memory(config, parameters, task.activations, world.size) * together
+    there = devices.usable_memory(device)
     problem = None
     if there is not None and needs > there:
         of = f"{together} ranks" if together > 1 else "a rank"
         problem = (
-            f"this model has {size.count_parameters(config.model, rows) / 1e6:,.1f} M parameters, and {of} of it with "
+            f"this model has {parameters / 1e6:,.1f} M parameters, and {of} of it with "
             f"gradients, optimizer and one micro-batch would take at least {needs / 2**30:,.1f} GiB of the "
             f"{there / 2**30:,.1f} GiB that are free here: take a smaller model or micro_batch, fewer ranks on a host, "
             "or another optimizer or exchange"
         )
-    world.agree(problem, f"start.room.{int(vocab != LEAST_VOCAB)}")
+    world.agree(problem, "start.room")
 
 
-def agreed_corpus(config: Config, start: Start, world: World, show: Show) -> Corpus:
-    """The prepared text, which is the same on all ranks. The first rank of each host prepares what is missing.
+def agreed_data(config: Config, start: Start, world: World, show: Show) -> Prepared:
+    """The prepared data, which are the same on all ranks. The first rank of each host prepares what is missing.
 
-    Collective. Raises UserError on every rank if the text cannot be prepared, or if it differs between ranks.
+    Collective. Raises UserError on every rank if the data cannot be prepared, or if they differ between ranks.
     """
-    where = shards.data_folder(config.data_dir)
-    corpus, problem = None, None
+    kind: Kind = registry.built(registry.of("task", config.task))
+    data, problem = None, None
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
             try:
-                corpus = shards.prepare(config.text, where, say=show.say, whole=turn, wanted=start.data_hash)
-                check_corpus(config, corpus)
+                data = kind.prepare(config, say=show.say, whole=turn, wanted=start.data_hash)
+                check_data(config, data, world.size)
             except UserError as error:
                 problem = str(error)
         world.agree(problem, f"start.text.{int(turn)}")
-    assert corpus is not None
-    if len(set(world.texts(corpus.data_hash, "start.data"))) > 1:
+    assert data is not None
+    if len(set(world.texts(data.data_hash, "start.data"))) > 1:
         raise UserError(
             "the ranks have different text or tokenizers (text=stdlib differs between Python versions): prepare it "
             "once into a data_dir that all hosts share, or give all hosts the same files"
         )
-    return corpus
+    return data
 
 
-def repeated_text(config: Config, corpus: Corpus) -> list[str]:
-    """A note about evaluated text that also occurs in the training text; empty if there is none, or it is unknown."""
-    share = corpus.repeated(config.model.context, config.eval_tokens) if config.eval_every else None
-    if not share:
-        return []
-    return [
-        f"{share:.1%} of the evaluated windows hold {overlap.RUN} tokens in a row that the training text has too: what "
-        "was learnt by heart lowers the validation loss there"
-    ]
-
-
-def check_corpus(config: Config, corpus: Corpus) -> None:
-    """Checks the settings that depend on the text. Raises UserError if they do not fit it."""
-    clients_without_text(config, make_stream(config, corpus, torch.device("cpu"), SingleWorld()))
-    if config.eval_every:
-        validation(
-            corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens, micro_batch=1, rank=0,
-            size=1, device=torch.device("cpu"),
-        )  # fmt: skip
+def check_data(config: Config, data: Prepared, ranks: int) -> None:
+    """Checks the settings that depend on the data. Raises UserError if they do not fit it."""
+    clients_without_text(config, make_stream(config, data.train, torch.device("cpu"), SingleWorld()))
+    if config.eval_every and not len(data.validation):
+        raise UserError(data.validation.too_few(0))
 
 
 def clients_without_text(config: Config, stream: Stream) -> list[str]:

@@ -13,15 +13,11 @@ from hvdllm.exchange.base import Exchange, Milestones, Wire
 from hvdllm.exchange.wire.build import make_wire
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
-from hvdllm.models import size
-from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.optim.update import Update
 from hvdllm.settings import Config
-from hvdllm.text.shards import Corpus
-from hvdllm.text.stream import Stream
+from hvdllm.task.base import Items, Task
+from hvdllm.task.stream import Stream
 from hvdllm.world.base import World, peers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -71,20 +67,9 @@ def assemble(
     return Assembly(module, flat, update, wire, exchange)
 
 
-def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
-    """A model with weights drawn from the seed.
-
-    Args:
-        config: the settings.
-        vocab: tokens of the tokenizer; the model's own vocabulary is padded.
-        device: where the weights are to lie.
-    """
-    model = GPT(config.model, size.pad_vocab(vocab)).to(DTYPES[config.precision])
-    init_weights(model, config.seed)
-    model = model.to(device)
-    if config.model.compile:
-        compile_blocks(model)
-    return model
+def build_model(task: Task, device: torch.device) -> nn.Module:
+    """The task's model, with weights drawn from the seed, on the device where it is to train."""
+    return task.build().to(device)
 
 
 def is_reference(config: Config) -> bool:
@@ -116,10 +101,15 @@ def bucket_bytes(config: Config, model: nn.Module) -> float:
     return float(min(25 * 2**20, max(2**20, whole / 8)))
 
 
-def make_stream(config: Config, corpus: Corpus, device: torch.device, world: World) -> Stream:
-    """This rank's training batches. Raises UserError if the text has fewer windows than one global batch."""
+def make_stream(config: Config, items: Items, device: torch.device, world: World) -> Stream:
+    """This rank's training batches. Raises UserError if there are fewer items than one global batch takes."""
     return Stream(
-        corpus.train, context=config.model.context, batch=config.batch_tokens // config.model.context,
-        micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size, device=device,
-        end=corpus.tokenizer.end,
+        items, batch=items_a_batch(config, items), micro_batch=config.micro_batch, seed=config.seed, rank=world.rank,
+        size=world.size, device=device,
     )  # fmt: skip
+
+
+def items_a_batch(config: Config, items: Items) -> int:
+    """How many items a global batch takes: those that count about batch_tokens units, in equal parts if asked for."""
+    parts = config.exchange.parts
+    return int(max(1, round(config.batch_tokens / items.units / parts))) * int(parts)

@@ -13,6 +13,7 @@ from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, NotFinite, Stream
 from hvdllm.flat import Flat
 from hvdllm.plain import Json
+from hvdllm.task.base import Task
 from hvdllm.world.base import World
 
 NOTHING = torch.zeros((), dtype=torch.float64)
@@ -24,13 +25,14 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 class Loss(nn.Module):
-    """A module that maps inputs and targets, int64 [B, T], to the SUM of the token losses in nats.
+    """A module that maps inputs and targets to the SUM of the losses of their units, in nats.
 
     Dropout is seeded for each micro-batch from (seed, round, rank, micro-batch), so that a resumed run draws the same
     masks.
 
     Args:
-        model: the language model.
+        task: defines the loss.
+        model: what is trained.
         precision: fp32, bf16 or fp64, see `autocast`.
         device: where the model lies.
         seed: of the run.
@@ -38,9 +40,11 @@ class Loss(nn.Module):
         dropout: whether the model has any dropout.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str, device: torch.device, seed: int, rank: int, dropout: bool):
+    def __init__(
+        self, task: Task, model: nn.Module, *, precision: str, device: torch.device, seed: int, rank: int, dropout: bool
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.precision, self.device = model, precision, device
+        self.task, self.model, self.precision, self.device = task, model, precision, device
         self.seed, self.rank, self.dropout = seed, rank, dropout
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
@@ -49,12 +53,11 @@ class Loss(nn.Module):
             round_, index = place
             torch.manual_seed(int(np.random.SeedSequence([self.seed, round_, self.rank, index]).generate_state(1)[0]))
         with autocast(self.precision, self.device):
-            loss: torch.Tensor = self.model.loss(inputs, targets)  # type: ignore[operator]
-        return loss
+            return self.task.loss(self.model, inputs, targets)
 
 
 def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Adds the gradient of the SUM of the batch's token losses in place.
+    """Adds the gradient of the SUM of the losses of the batch in place.
 
     The backward pass starts from 1 + 0 x loss. A loss that is not finite therefore makes its gradients not finite, and
     so the sum over ranks, which every rank sees. The number is a factor of the loss, not an argument of `backward`,

@@ -1,18 +1,17 @@
-"""Validation loss over a fixed prefix of the validation windows."""
+"""Evaluation over a fixed prefix of the held-out items."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
-from hvdllm.models.gpt import GPT
+from hvdllm.plain import Json
 from hvdllm.settings import Config
-from hvdllm.text.shards import Corpus
-from hvdllm.text.stream import validation
+from hvdllm.task.base import Prepared, Task
+from hvdllm.task.stream import held_out
 from hvdllm.trainer.backward import autocast
 from hvdllm.world.base import World
 
@@ -22,67 +21,64 @@ class Evaluation:
     """The result of an evaluation.
 
     Attributes:
-        loss: mean loss in nats per token.
-        bits_per_byte: the same loss in bits per byte of the text that the tokens stand for.
-        tokens: how many tokens were evaluated.
+        metrics: the results by name, such as loss (in nats a unit) and bits_per_byte.
+        tokens: how many units were evaluated.
     """
 
-    loss: float
-    bits_per_byte: float
+    metrics: dict[str, float]
     tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats a unit."""
+        return self.metrics["loss"]
+
+    def state(self) -> Json:
+        """Plain values for the checkpoint."""
+        return {**self.metrics, "tokens": self.tokens}
+
+    @staticmethod
+    def of(state: Json) -> Evaluation:
+        """The inverse of `state`. Raises ValueError, TypeError or KeyError if the values are not numbers."""
+        return Evaluation({name: float(value) for name, value in state.items() if name != "tokens"}, state["tokens"])
 
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    token_bytes: np.ndarray,
     precision: str,
     device: torch.device,
     world: World,
 ) -> Evaluation:
-    """The mean loss over the batches of all ranks. Collective.
+    """The results over the batches of all ranks. Collective.
 
     Sums are taken in float64 over all ranks, and divided once. The model is left in the mode in which it was found.
 
     Args:
-        model: the language model.
-        batches: this rank's (inputs, targets), each int64 [B, T].
-        token_bytes: bytes of text that each token stands for, [vocab].
+        task: what is measured.
+        model: the model.
+        batches: this rank's (inputs, targets).
         precision: as `autocast` takes it.
         device: where the model lies.
         world: the ranks.
     """
     was = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    table = torch.as_tensor(token_bytes.astype(np.float64))
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(task.measures, dtype=torch.float64, device=device)
     for inputs, targets in batches:
         with autocast(precision, device):
-            loss += model.loss(inputs, targets)  # type: ignore[operator]
-        sums[1] += targets.numel()
-        sums[2] += table[targets.cpu()].sum()
-    sums[0] = loss
+            sums += task.measure(model, inputs, targets)
     model.train(was)
-    total, tokens, size = world.sum(sums, "act.evaluate").land().tolist()
-    return Evaluation(total / tokens, total / np.log(2) / max(size, 1.0), int(tokens))
+    found: list[float] = world.sum(sums.cpu(), "act.evaluate").land().tolist()
+    return Evaluation(task.metrics(found), int(found[1]))
 
 
-def evaluate_run(config: Config, model: GPT, corpus: Corpus, device: torch.device, world: World) -> Evaluation:
-    """The validation loss of the model, as a run with these settings defines it. Collective."""
-    batches = validation(
-        corpus.validation, context=config.model.context, eval_tokens=config.eval_tokens,
-        micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device,
+def evaluate_run(config: Config, model: nn.Module, data: Prepared, device: torch.device, world: World) -> Evaluation:
+    """Evaluates the model as a run with these settings does. Collective."""
+    batches = held_out(
+        data.validation, units=config.eval_tokens, micro_batch=config.micro_batch, rank=world.rank, size=world.size,
+        device=device,
     )  # fmt: skip
-    return evaluate(model, batches, text_bytes(corpus), config.precision, device, world)
-
-
-def text_bytes(corpus: Corpus) -> np.ndarray:
-    """The bytes of text that each token stands for, [vocab].
-
-    If the tokenizer loses some bytes, or if its counts are estimates, they are scaled so that over the validation text
-    they add up to the size of that text.
-    """
-    shard = corpus.validation_shard
-    return corpus.tokenizer.token_bytes * (shard.bytes / shard.spelled if shard.spelled else 1.0)
+    return evaluate(data.task, model, batches, config.precision, device, world)

@@ -14,11 +14,7 @@ from hvdllm.settings import Config
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
 from hvdllm.trainer.acts import Acts
-from hvdllm.trainer.agree import (
-    agreed_start,
-    clients_without_text,
-    repeated_text,
-)
+from hvdllm.trainer.agree import agreed_start, clients_without_text
 from hvdllm.trainer.backward import explain
 from hvdllm.trainer.loop import train
 from hvdllm.trainer.run import Run, Saved, make
@@ -62,16 +58,16 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
     Collective. Raises UserError if the checkpoint does not fit, and RunError if the disk refuses.
     """
     config, start, resumed, folder = run.config, run.start, run.origin.resumed, run.folder
-    notes = [*run.corpus.notes, *repeated_text(config, run.corpus), *clients_without_text(config, run.stream)]
+    notes = [*run.data.notes, *clients_without_text(config, run.stream)]
     if resumed is not None:
         checkpoint = Path(str(start.checkpoint))
         with read.fitting(checkpoint):
             notes += load(checkpoint, run, resumed)
             acts.load(resumed["due"])
     if folder is not None:
-        folder.create(config, {"tokenizer.json": run.corpus.tokenizer.hash})
+        folder.create(config, run.data.task.files)
         events = folder.truncate(resumed["shared"]["tokens"] if resumed else None) if start.again else []
-        run.corpus.tokenizer.save(folder.path / "tokenizer.json")
+        run.data.task.keep(folder.path)
         folder.record("run", run_record(run, overrides), sync=True)
         if start.again:
             how = f"resumed from {start.checkpoint}" if resumed else "started again: no checkpoint was written before"

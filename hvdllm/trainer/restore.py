@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hvdllm import device as devices
-from hvdllm import runs, sums, untrusted
+from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
+from hvdllm.config.check import check_model
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
-from hvdllm.models import size
-from hvdllm.models.gpt import GPT
-from hvdllm.models.size import check_model
 from hvdllm.settings import Config
-from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer.assemble import DTYPES, build_model
+from hvdllm.task.base import DTYPES, Kind, Task
+from hvdllm.trainer.assemble import build_model
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,15 @@ class Restored:
 
     Attributes:
         config: the settings of the run.
-        tokenizer: of the run.
+        task: of the run.
         model: with its weights, on the device.
         device: where it lies.
         source: the folder that the weights were read from.
     """
 
     config: Config
-    tokenizer: Tokenizer
-    model: GPT
+    task: Task
+    model: nn.Module
     device: torch.device
     source: Path
 
@@ -51,8 +50,9 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     Raises UserError if there is nothing to read, or if the files are not what was written.
     """
     config = runs.read_config(folder, say)
-    check_model(config.model)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.tokenizer_sum(folder))
+    check_model(config)
+    kind: Kind = registry.built(registry.of("task", config.task))
+    task = kind.restore(config, folder)
     if step is None:
         source = read.newest(folder, say)
     else:
@@ -65,9 +65,8 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
         raise UserError(f"{folder} has no whole checkpoint and no final/: train it for longer, or copy it again")
     if source is None:
         check_final(final, say)
-    vocab = size.pad_vocab(tokenizer.vocab)
     # Checked before a model is made, which would be as large as the settings say.
-    if (there := read.count_weights(source or final)) != (asked := size.count_parameters(config.model, vocab)):
+    if (there := read.count_weights(source or final)) != (asked := task.parameters):
         raise UserError(
             f"{source or final} has {there:,} weights and {folder}/config.yaml describes a model of {asked:,}: one of "
             "them was changed, copy the folder again"
@@ -75,10 +74,10 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     device = devices.choose("auto" if config.precision != "fp64" else "cpu", 0)
     torch.set_num_threads(devices.usable_cores())
     config.model.compile = False
-    model = build_model(config, tokenizer.vocab, torch.device("cpu"))
+    model = build_model(task, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
-    return Restored(config, tokenizer, model.to(device, DTYPES[config.precision]), device, source or final)
+    return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 
 
 def check_final(final: Path, say: runs.Say) -> None:

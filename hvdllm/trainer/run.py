@@ -6,25 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from hvdllm import registry
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
 from hvdllm.lock import Lock
-from hvdllm.models.gpt import GPT
 from hvdllm.optim.schedule import factor
 from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.settings import Config
-from hvdllm.text.shards import Corpus
-from hvdllm.text.stream import Stream
+from hvdllm.task.base import Kind, Prepared
+from hvdllm.task.stream import Stream
 from hvdllm.trainer import account
-from hvdllm.trainer.agree import (
-    LEAST_VOCAB,
-    agree_on_weights,
-    agreed_corpus,
-    agreed_device,
-    agreed_room,
-)
+from hvdllm.trainer.agree import agree_on_weights, agreed_data, agreed_device, agreed_room
 from hvdllm.trainer.assemble import Assembly, assemble, build_model, make_stream
 from hvdllm.trainer.backward import Loss
 from hvdllm.trainer.clock import Clock
@@ -71,8 +66,8 @@ class Run:
     start: Start
     device: torch.device
     hosts: list[Json]
-    corpus: Corpus
-    model: GPT
+    data: Prepared
+    model: nn.Module
     loss: Loss
     parts: Assembly
     stream: Stream
@@ -97,33 +92,34 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     Raises UserError on every rank if the ranks do not agree on device, text or weights, or if the model does not fit.
     """
     device = agreed_device(config, world, show.say)
-    agreed_room(config, LEAST_VOCAB, device, world)  # before the text is prepared, which may take hours
-    corpus = agreed_corpus(config, start, world, show)
-    agreed_room(config, corpus.tokenizer.vocab, device, world)
-    model = build_model(config, corpus.tokenizer.vocab, device)
+    kind: Kind = registry.built(registry.of("task", config.task))
+    agreed_room(config, kind.rough(config), device, world)  # before the data are prepared, which may take hours
+    data = agreed_data(config, start, world, show)
+    agreed_room(config, data.task, device, world)
+    model = build_model(data.task, device)
     checkpoint = Path(start.checkpoint) if start.checkpoint else None
     resumed: Saved | None = from_first(world, lambda: read.read_run(checkpoint), "load.state") if checkpoint else None
     horizon = int(resumed["horizon"]) if resumed else config.schedule.horizon or config.budget_tokens
-    if corpus.data_hash != (resumed["data_hash"] if resumed else start.data_hash or corpus.data_hash):
+    if data.data_hash != (resumed["data_hash"] if resumed else start.data_hash or data.data_hash):
         raise UserError(
             f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
         )
     loss = Loss(
-        model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
-        dropout=config.model.dropout > 0,
+        data.task, model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,
+        dropout=getattr(config.model, "dropout", 0) > 0,
     )  # fmt: skip
     hosts = account.hosts(device, world)
     unlike = len({rank["device"] for rank in hosts}) > 1
     parts = assemble(config, model, loss, world, factor(config.schedule, horizon, config.batch_tokens), unlike)
     trunk = None
     if config.init_from is not None and resumed is None:
-        trunk = begin(config, corpus.tokenizer.hash, parts.exchange, parts.flat, world, show.say)
+        trunk = begin(config, data.task.files, parts.exchange, parts.flat, world, show.say)
     agree_on_weights(parts.flat, world)
-    stream = make_stream(config, corpus, device, world)
+    stream = make_stream(config, data.train, device, world)
     folder = Folder(Path(start.folder), lock) if world.rank == 0 else None
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
     ledger = Ledger(folder, world, clock, show)
     return Run(
-        config, world, show, start, device, hosts, corpus, model, loss, parts, stream, folder, clock, ledger,
+        config, world, show, start, device, hosts, data, model, loss, parts, stream, folder, clock, ledger,
         Origin(horizon, resumed, trunk),
     )  # fmt: skip

@@ -34,12 +34,12 @@ class Trunk:
     steps: int
 
 
-def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
 
     Args:
         config: the settings; `init_from` names the trunk.
-        tokenizer_hash: of the tokenizer that the run uses.
+        files: what the task keeps in the folder of a run, and the sums.
         exchange: attached, and not trained yet.
         flat: the map.
         world: the ranks.
@@ -48,7 +48,7 @@ def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, w
     Raises UserError on every rank if the trunk has another tokenizer, model or optimizer, or if it is damaged.
     """
     try:
-        found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
+        found = from_first(world, lambda: dataclasses.asdict(find(config, files, say)), "start.trunk")
     except UserError as error:
         raise UserError(f"init_from={config.init_from}: {error}") from None
     trunk = Trunk(**found)
@@ -58,7 +58,7 @@ def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, w
     return trunk
 
 
-def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
+def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
     """Finds the weights that `init_from` names. For a run they are in its newest whole checkpoint, or else in final/.
 
     Raises UserError if there are none, or if they do not fit the settings.
@@ -81,14 +81,16 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
     try:
         if not whole and (problem := sums.changed(source / "model.safetensors", source)):
             raise UserError(f"its final/ cannot be read ({problem}): copy it again")
-        tokenizer = sums.of_file(folder / "tokenizer.json", folder)
+        other = [name for name, digest in files.items() if sums.of_file(folder / name, folder) != digest]
     except (OSError, untrusted.Unfit) as error:
-        raise UserError(f"its tokenizer.json cannot be read ({error}): copy the whole folder") from None
-    if tokenizer != tokenizer_hash:
+        raise UserError(f"its {' or '.join(files)} cannot be read ({error}): copy the whole folder") from None
+    if other == ["tokenizer.json"]:
         raise UserError(
             "its tokenizer is not that of this text, so its tokens mean other things: give "
             f"text.tokenizer={folder}/tokenizer.json"
         )
+    if other:
+        raise UserError(f"its {other[0]} is not that of these data: give the data that it was trained on")
     state = read.read_state(source) if whole else {}
     if config.init_optimizer:
         if not whole:

@@ -21,8 +21,7 @@ from hvdllm.trainer.slow import crowded
 
 def run_record(run: Run, overrides: list[str]) -> Json:
     """The values of the `run` record, with which each life of a run begins. They are enough to repeat it."""
-    config, corpus = run.config, run.corpus
-    vocab = size.pad_vocab(corpus.tokenizer.vocab)
+    config, task = run.config, run.data.task
     return {
         "command": account.command(),
         "overrides": overrides,
@@ -36,32 +35,32 @@ def run_record(run: Run, overrides: list[str]) -> Json:
         "clock": "simulated" if devices.simulated() else "host",
         "slurm": account.slurm(),
         "link": account.link(),
-        "data_hash": corpus.data_hash,
-        "validation_repeated": corpus.repeated(config.model.context, config.eval_tokens),
-        "tokenizer_hash": corpus.tokenizer.hash,
-        "parameters": size.count_parameters(config.model, vocab),
-        "flops_per_token": size.flops_per_token(config.model, vocab),
+        "data_hash": run.data.data_hash,
+        **run.data.record,
+        "unit": task.unit,
+        "parameters": task.parameters,
+        "flops_per_token": task.flops,
         "trunk": run.origin.trunk and asdict(run.origin.trunk),
     }
 
 
 def header(run: Run) -> dict[str, str]:
     """The lines above the progress line, by their names."""
-    config, corpus, hosts, trunk = run.config, run.corpus, run.hosts, run.origin.trunk
+    config, task, hosts, trunk = run.config, run.data.task, run.hosts, run.origin.trunk
+    facts = registry.of("task", config.task).facts
     names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
     machines = len({rank["host"] for rank in hosts})
-    context = config.model.context
-    parameters = size.count_parameters(config.model, size.pad_vocab(corpus.tokenizer.vocab))
     ranks = f"{run.world.size} on {machines} host{'s' * (machines > 1)}, {hosts[0]['threads']} threads each"
-    text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
-    batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
-    going_on = {"goes on": f"from {run.origin.resumed['shared']['tokens']:,} tokens"} if run.origin.resumed else {}
+    units, items = config.task.units(config), run.stream.batch
+    each = f" ({items} x {units})" if units != 1 else ""
+    batch = f"{config.batch_tokens:,} {task.unit}{each if units else f' ({items} in the mean)'}"
+    going_on = {"goes on": f"from {run.origin.resumed['shared']['tokens']:,} {task.unit}"} if run.origin.resumed else {}
     if trunk is not None:
-        at = f", {trunk.tokens:,} tokens" if trunk.tokens is not None else ""
+        at = f", {trunk.tokens:,} {task.unit}" if trunk.tokens is not None else ""
         going_on = {"begins": f"with the weights of {trunk.path}{at}"}
     return {
-        "model": f"{parameters / 1e6:.2f} M parameters, {config.precision}",
-        "text": f"{registry.name_of('text', config.text)}, {text}",
+        "model": f"{task.parameters / 1e6:.2f} M parameters, {config.precision}",
+        "text" if facts.text else "data": run.data.about,
         "exchange": exchange_name(config),
         "update": f"{batch}, {registry.name_of('optim', config.optim)}",
         "ranks": ranks,
@@ -117,7 +116,7 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
     peak = None if devices.simulated() else size.peak_flops(run.hosts[0]["device"], config.precision)
     if config.precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         peak = None  # the user's environment allows TF32, whose peak is another one
-    flops = size.flops_per_token(config.model, run.model.output.shape[0]) * acts.tokens_here
+    flops = run.data.task.flops * acts.tokens_here
     known = ledger.recorded_loss is not None or math.isnan(ledger.last_loss)
     settled = acts.settled
     return {
@@ -126,7 +125,7 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         **ledger.totals(seconds),
         "loss": ledger.recorded_loss if known else ledger.last_loss,
         "eval_loss": acts.last_eval.loss if acts.last_eval else None,
-        "bits_per_byte": acts.last_eval.bits_per_byte if acts.last_eval else None,
+        **({name: value for name, value in acts.last_eval.metrics.items() if name != "loss"} if acts.last_eval else {}),
         "tokens_computed": acts.tokens + settled.tokens + settled.dropped,  # without rounds that failed
         "tokens_settled": settled.tokens,
         # These lie in the checkpoint and are not yet applied, or they were dropped.

@@ -91,10 +91,10 @@ def powersgd_replaces_what_the_loop_made(patch: Patch) -> None:
 # ------------------------------------------------------------------ order
 @bug("single", "exchange=allreduce", 1)
 def batches_are_not_waited_for(patch: Patch) -> None:
-    from hvdllm.text.stream import Stream
+    from hvdllm.task.stream import Stream
 
     rest = Stream._arrive
-    patch(Stream, "_arrive", lambda stream, loaded, round: rest(stream, (*loaded[:2], None), round))
+    patch(Stream, "_arrive", lambda stream, loaded, round: rest(stream, (*loaded[:3], None), round))
 
 
 @bug("torch", "exchange=acco")

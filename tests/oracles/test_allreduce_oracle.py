@@ -15,9 +15,10 @@ from launch import BATCH, CONTEXT, SEQUENCES, losses, records, runs, same_bits, 
 from hvdllm.config import compose
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.size import pad_vocab
+from hvdllm.task.stream import Stream
 from hvdllm.text import shards
 from hvdllm.text.parts import Files
-from hvdllm.text.stream import Stream
+from hvdllm.text.windows import Windows
 
 pytestmark = pytest.mark.ranks
 STEPS, LONG, CLIP = 20, 50, 1.9
@@ -52,10 +53,10 @@ def plain_loop(tmp: Path) -> tuple[dict[str, torch.Tensor], list[float], list[fl
     assert isinstance(config.text, Files)
     corpus = shards.prepare(config.text, tmp / "data", say=print)
     stream = Stream(
-        corpus.train, context=CONTEXT, batch=SEQUENCES, micro_batch=SEQUENCES, seed=0, rank=0, size=1,
+        Windows(corpus.train, CONTEXT), batch=SEQUENCES, micro_batch=SEQUENCES, seed=0, rank=0, size=1,
         device=torch.device("cpu"),
     )  # fmt: skip
-    assert stream.windows < STEPS * SEQUENCES, "the run goes on into a second epoch"
+    assert len(stream.items) < STEPS * SEQUENCES, "the run goes on into a second epoch"
     model = GPT(config.model, pad_vocab(corpus.tokenizer.vocab)).double()
     init_weights(model, 0)
     parameters = dict(model.named_parameters())

@@ -20,6 +20,7 @@ from hvdllm.exchange.parts import DiLoCo
 from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.parts import Model
+from hvdllm.task.causal_lm import CausalLM
 from hvdllm.trainer import acts
 from hvdllm.trainer import clock as clocks
 from hvdllm.trainer.acts import Acts
@@ -64,7 +65,7 @@ class Rig:
         run = SimpleNamespace(
             config=config, world=self.world, parts=parts, stream=stream, clock=clock, ledger=self.ledger,
             folder=self.folder, show=show, origin=SimpleNamespace(horizon=7),
-            corpus=SimpleNamespace(data_hash="0"), model=self, device=torch.device("cpu"),
+            data=SimpleNamespace(data_hash="0", task=self), model=self, device=torch.device("cpu"),
         )  # fmt: skip
         self.due = Acts(run, grace_s)  # type: ignore[arg-type]
 
@@ -82,9 +83,14 @@ class Rig:
     def evaluate(self) -> Evaluation:
         assert self.inside
         self.did.append((self.due.tokens, "evaluate"))
-        return Evaluation(2.0, 1.0, 5)
+        return Evaluation({"loss": 2.0, "bits_per_byte": 1.0}, 5)
 
-    def sample(self, tokens: int) -> str:
+    unit = "tokens"
+
+    def tell(self, metrics: dict[str, float]) -> str:
+        return f"validation loss {metrics['loss']:.4f}"
+
+    def sample(self, model: Any, tokens: int) -> str:
         assert self.inside
         self.did.append((tokens, "sample"))
         return "text"
@@ -105,10 +111,9 @@ MakeRig = Callable[..., Rig]
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
-    """The model of a run is its rig, which evaluates and samples."""
+    """The model and the task of a run are its rig, which evaluates and samples."""
     made: list[Rig] = []
     monkeypatch.setattr(acts, "evaluate_run", lambda config, model, *more: model.evaluate())
-    monkeypatch.setattr(acts, "sample_run", lambda config, model, corpus, tokens: model.sample(tokens))
 
     def make(path: Path = tmp_path, *more: Any, **changes: Any) -> Rig:
         made.append(Rig(path, *more, **changes))
@@ -241,7 +246,8 @@ def test_what_a_checkpoint_carries_makes_the_same_records(tmp_path: Path, rig: M
     again.commits(5, 6)
     again.due.finish(Settled(report(6)))
     assert begun.records("commit") + again.records("commit") == whole.records("commit")
-    assert again.due.tokens_here == 200 and again.due.last_eval == begun.due.last_eval == Evaluation(2.0, 1.0, 5)
+    assert again.due.tokens_here == 200 and again.due.last_eval == begun.due.last_eval
+    assert begun.due.last_eval == Evaluation({"loss": 2.0, "bits_per_byte": 1.0}, 5)
 
 
 def test_a_straggler_is_named_once_also_over_a_resume(tmp_path: Path, rig: MakeRig) -> None:
@@ -327,7 +333,9 @@ def test_an_evaluation_against_numpy() -> None:
     draw = torch.Generator().manual_seed(0)
     batches = [tuple(torch.randint(60, (b, 6), generator=draw) for _ in range(2)) for b in (3, 1)]
     table = np.arange(1, 65, dtype=np.int64)
-    found = evaluate(model, batches, table, "fp64", torch.device("cpu"), SingleWorld())
+    words: Any = SimpleNamespace(token_bytes=table)
+    task = CausalLM(ACTS, 60, words, scale=1.5)
+    found = evaluate(task, model, batches, "fp64", torch.device("cpu"), SingleWorld())
     assert model.training, "as found"
     model.eval()
     nats, bytes_ = 0.0, 0
@@ -337,8 +345,8 @@ def test_an_evaluation_against_numpy() -> None:
         nats -= np.take_along_axis(log_p, targets.numpy()[..., None], -1).sum()
         bytes_ += table[targets.numpy()].sum()
     assert found.tokens == 24 and found.loss == pytest.approx(nats / 24, rel=1e-12)
-    assert found.bits_per_byte == pytest.approx(nats / np.log(2) / bytes_, rel=1e-12)
-    evaluate(model, batches, table, "fp64", torch.device("cpu"), SingleWorld())
+    assert found.metrics["bits_per_byte"] == pytest.approx(nats / np.log(2) / bytes_ / 1.5, rel=1e-12)
+    evaluate(task, model, batches, "fp64", torch.device("cpu"), SingleWorld())
     assert not model.training
 
 
@@ -348,8 +356,8 @@ def test_a_rank_without_windows_takes_part_in_an_evaluation() -> None:
             assert x.tolist() == [0.0, 0.0, 0.0]
             return Landed(x + torch.tensor([6.0, 3.0, 4.0], dtype=torch.float64))
 
-    found = evaluate(nn.Linear(1, 1), [], np.ones(3), "fp32", torch.device("cpu"), Other())
-    assert found == Evaluation(2.0, 6 / np.log(2) / 4, 3)
+    found = evaluate(CausalLM(ACTS, 3), nn.Linear(1, 1), [], "fp32", torch.device("cpu"), Other())
+    assert found == Evaluation({"loss": 2.0, "bits_per_byte": 6 / np.log(2) / 4}, 3)
 
 
 def test_where_an_anchor_is_kept_the_last_evaluation_comes_after_settling(tmp_path: Path, rig: MakeRig) -> None:

@@ -12,7 +12,9 @@ import torch
 from hvdllm import device, registry, settings
 from hvdllm.config.compose import compose
 from hvdllm.errors import UserError
-from hvdllm.models.size import count_parameters, least_memory, memory
+from hvdllm.models.size import count_parameters, least_activations, memory
+from hvdllm.models.size import least_memory as least
+from hvdllm.task.causal_lm import CausalLM
 from hvdllm.trainer import agree
 from hvdllm.world.single import SingleWorld
 
@@ -49,6 +51,10 @@ def test_words_that_are_no_settings_are_one_sentence(word: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def least_memory(config: settings.Config, vocab: int, ranks: int) -> int:
+    return least(config, count_parameters(config.model, vocab), least_activations(config.model), ranks)
+
+
 def test_what_a_rank_needs_at_least_is_no_more_than_it_takes() -> None:
     """A bound from below: what it refuses could not have trained."""
     config = compose(["micro_batch=4"])
@@ -64,22 +70,22 @@ def test_what_a_rank_needs_at_least_is_no_more_than_it_takes() -> None:
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     config, cpu = compose(["model.layers=9999", "model.width=16384", "model.heads=4"]), torch.device("cpu")
     with pytest.raises(UserError, match=r"M parameters, and a rank of it .* would take at least .* GiB") as error:
-        agree.agreed_room(config, 257, cpu, SingleWorld())
+        agree.agreed_room(config, CausalLM(config, 257), cpu, SingleWorld())
     assert "\n" not in str(error.value)
     small, world = compose([]), SingleWorld()
-    agree.agreed_room(small, 257, cpu, world)
+    agree.agreed_room(small, CausalLM(small, 257), cpu, world)
     needs = least_memory(small, 320, 1)
     for there, fits in ((needs, True), (needs - 1, False), (None, True)):
         monkeypatch.setattr(device, "usable_memory", lambda kind, there=there: there)
         if fits:
-            agree.agreed_room(small, 257, cpu, world)
+            agree.agreed_room(small, CausalLM(small, 257), cpu, world)
         else:
             with pytest.raises(UserError, match="free here"):
-                agree.agreed_room(small, 257, cpu, world)
+                agree.agreed_room(small, CausalLM(small, 257), cpu, world)
     world.local_size = 2  # ranks of a host share its memory
     monkeypatch.setattr(device, "usable_memory", lambda kind: 2 * needs - 1)
     with pytest.raises(UserError, match="2 ranks of it"):
-        agree.agreed_room(small, 257, cpu, world)
+        agree.agreed_room(small, CausalLM(small, 257), cpu, world)
 
 
 def test_a_containers_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

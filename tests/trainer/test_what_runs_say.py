@@ -66,13 +66,16 @@ def test_a_trunks_optimizer_goes_on_counting(tmp_path: Path) -> None:
 
 
 def dropped(seed: int, rank: int, place: tuple[int, int]) -> float:
+    from hvdllm.config.compose import compose
     from hvdllm.models.parts import Model
+    from hvdllm.task.causal_lm import CausalLM
 
     torch.manual_seed(3)
     model = GPT(Model(layers=1, width=16, heads=2, context=8, dropout=0.5), 64)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    loss = Loss(model, precision="fp32", device=torch.device("cpu"), seed=seed, rank=rank, dropout=True)
+    task = CausalLM(compose([]), 64)
+    loss = Loss(task, model, precision="fp32", device=torch.device("cpu"), seed=seed, rank=rank, dropout=True)
     tokens = torch.arange(16).view(2, 8)
     return float(loss(tokens, tokens, place).item())
 

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdllm.errors import UserError
-from hvdllm.text import clients as room
-from hvdllm.text.clients import Clients, drawn, owners
-from hvdllm.text.stream import Federation, Stream
+from hvdllm.order import clients as room
+from hvdllm.order.clients import Clients, owners
+from hvdllm.order.epochs import drawn
+from hvdllm.task.stream import Federation, Stream
+from hvdllm.text import windows
+from hvdllm.text.windows import Windows
 
 END, CONTEXT = 0, 4
 
@@ -30,7 +33,12 @@ def some(count: int, seed: int = 0) -> list[int]:
 
 def federation(lengths: list[int], count: int, alpha: float | None = None, **given: int) -> Federation:
     made = {"batch": 6, "micro_batch": 2, "seed": 1, "rank": 0, "size": 1} | given
-    return Stream(text(lengths), context=CONTEXT, device=torch.device("cpu"), end=END, **made).clients(count, alpha)  # type: ignore[arg-type]
+    items = Windows(text(lengths), CONTEXT, END)
+    return Stream(items, device=torch.device("cpu"), **made).clients(count, alpha)  # type: ignore[arg-type]
+
+
+def dealt(tokens: np.ndarray, end: int | None, count: int, alpha: float | None, seed: int) -> Clients:
+    return Clients(Windows(tokens, CONTEXT, end).documents(), CONTEXT, count, alpha, seed)
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +55,14 @@ def test_a_document_is_of_one_client_and_a_window_of_the_document_it_begins_in(
 ) -> None:
     tokens = text(lengths)
     try:
-        found = Clients(tokens, CONTEXT, END, count, alpha, seed=3)
+        found = dealt(tokens, END, count, alpha, 3)
     except UserError:
         return
     windows = max(0, (len(tokens) - 1) // CONTEXT)
-    assert sorted(np.concatenate(found._windows).tolist()) == list(range(windows))
-    assert found.tokens == [len(each) * CONTEXT for each in found._windows]
+    assert sorted(np.concatenate(found._items).tolist()) == list(range(windows))
+    assert found.tokens == [len(each) * CONTEXT for each in found._items]
     where: dict[int, set[int]] = {}
-    for client, each in enumerate(found._windows):
+    for client, each in enumerate(found._items):
         for window in each.tolist():
             begin = window * CONTEXT
             while tokens[begin] == END:  # an end token is of the document that it ends
@@ -65,11 +73,9 @@ def test_a_document_is_of_one_client_and_a_window_of_the_document_it_begins_in(
 
 def test_ends_are_found_across_the_parts_that_are_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = text(some(40))
-    whole = Clients(tokens, CONTEXT, END, 3, None, 0)
-    monkeypatch.setattr(room, "SCAN", 7)
-    assert [a.tolist() for a in Clients(tokens, CONTEXT, END, 3, None, 0)._windows] == [
-        a.tolist() for a in whole._windows
-    ]
+    whole = dealt(tokens, END, 3, None, 0)
+    monkeypatch.setattr(windows, "SCAN", 7)
+    assert [a.tolist() for a in dealt(tokens, END, 3, None, 0)._items] == [a.tolist() for a in whole._items]
 
 
 def test_shares_are_equal_without_alpha_and_as_drawn_with_it() -> None:
@@ -77,13 +83,13 @@ def test_shares_are_equal_without_alpha_and_as_drawn_with_it() -> None:
     lengths = some(400)
     windows = (len(text(lengths)) - 1) // CONTEXT
     longest = max(lengths) // CONTEXT + 2
-    even = Clients(text(lengths), CONTEXT, END, 5, None, 2)
+    even = dealt(text(lengths), END, 5, None, 2)
     assert max(even.tokens) - min(even.tokens) <= longest * CONTEXT
     spread = []
     for alpha in (0.1, 1.0, 100.0):
         draw = drawn(2, room.DEAL)
         shares = draw.dirichlet(np.full(5, alpha))
-        found = Clients(text(lengths), CONTEXT, END, 5, alpha, 2).tokens
+        found = dealt(text(lengths), END, 5, alpha, 2).tokens
         for share, count in zip(shares, found, strict=True):
             assert abs(share * windows - count / CONTEXT) <= longest
         spread.append(max(found) - min(found))
@@ -98,12 +104,12 @@ def test_a_share_of_nothing_gets_nothing() -> None:
 def test_the_deal_depends_on_the_seed_alone_and_is_frozen() -> None:
     """Written down once: another NumPy or machine must deal and draw the same."""
     lengths = [9, 30, 4, 17, 26, 8, 12, 21]
-    deals = [Clients(text(lengths), CONTEXT, END, 3, 0.5, seed).tokens for seed in (0, 1, 0)]
+    deals = [dealt(text(lengths), END, 3, 0.5, seed).tokens for seed in (0, 1, 0)]
     assert deals[0] == deals[2] != deals[1]
-    found = Clients(text(lengths), CONTEXT, END, 3, None, 0)
+    found = dealt(text(lengths), END, 3, None, 0)
     assert found.tokens == FROZEN[0]
     assert [found.sample(t, 2) for t in range(4)] == FROZEN[1]
-    assert found.windows(1, np.arange(6)).tolist() == FROZEN[2]
+    assert found.visits(1, np.arange(6))[0].tolist() == FROZEN[2]
 
 
 FROZEN = ([32, 60, 40], [[1, 2], [0, 2], [0, 1], [1, 2]], [8, 6, 9, 3, 7, 10])
@@ -111,16 +117,16 @@ FROZEN = ([32, 60, 40], [[1, 2], [0, 2], [0, 1], [1, 2]], [8, 6, 9, 3, 7, 10])
 
 def test_one_document_is_no_federation() -> None:
     with pytest.raises(UserError, match=r"one of the 3 clients gets all of the text.*raise exchange.alpha"):
-        Clients(text([100]), CONTEXT, END, 3, None, 0)
+        dealt(text([100]), END, 3, None, 0)
     with pytest.raises(UserError, match="one of the 2 clients"):
-        Clients(text([30, 30]), CONTEXT, None, 2, None, 0)
-    assert Clients(text([100]), CONTEXT, END, 1, None, 0).tokens == [96]
+        dealt(text([30, 30]), None, 2, None, 0)
+    assert dealt(text([100]), END, 1, None, 0).tokens == [96]
 
 
 # ------------------------------------------------------------------ who is drawn
 def test_who_is_drawn_is_a_function_of_seed_and_round() -> None:
     """Seen to catch clients without text that are drawn, and the same draw in every round."""
-    found = Clients(text([40, 2, 40, 40, 40, 40, 1]), CONTEXT, END, 12, None, 5)
+    found = dealt(text([40, 2, 40, 40, 40, 40, 1]), END, 12, None, 5)
     assert 0 in found.tokens and len(found.known) >= 4
     draws = [found.sample(t, 3) for t in range(40)]
     assert draws == [found.sample(t, 3) for t in range(40)]
@@ -128,7 +134,7 @@ def test_who_is_drawn_is_a_function_of_seed_and_round() -> None:
     assert {client for draw in draws for client in draw} == set(found.known)
     assert len({tuple(draw) for draw in draws}) > 3
     assert found.sample(7, None) == found.known
-    other = Clients(text([40, 2, 40, 40, 40, 40, 1]), CONTEXT, END, 12, None, 6)
+    other = dealt(text([40, 2, 40, 40, 40, 40, 1]), END, 12, None, 6)
     assert [other.sample(t, 3) for t in range(40)] != draws
 
 
@@ -147,12 +153,12 @@ def test_a_client_reads_every_window_once_an_epoch_in_an_order_of_its_own() -> N
     one = federation(some(60), 3)
     for client in range(3):
         count = one.tokens[client] // CONTEXT
-        positions = one.clients.windows(client, np.arange(3 * count))
+        positions = one.clients.visits(client, np.arange(3 * count))[0]
         epochs = [positions[k * count : (k + 1) * count].tolist() for k in range(3)]
-        assert all(sorted(epoch) == one.clients._windows[client].tolist() for epoch in epochs)
+        assert all(sorted(epoch) == one.clients._items[client].tolist() for epoch in epochs)
         assert all(a != b for a, b in pairwise(epochs))
         assert read(one, [(client, k) for k in range(2)]) == [
-            one.stream._text.windows[positions[3 * k : 3 * k + 3], :-1].tolist() for k in range(2)
+            one.stream.items.take(positions[3 * k : 3 * k + 3], None)[0].tolist() for k in range(2)
         ]
 
 

@@ -1,8 +1,8 @@
-"""Which windows each walker has taken where no round deals them: lanes through the order of the epochs.
+"""Which items each walker has taken where no round deals them: lanes through the order of the epochs.
 
-There are as many lanes as there were walkers when the run began. Lane k of n takes every n-th window, the k-th first.
+There are as many lanes as there were walkers when the run began. Lane k of n takes every n-th item, the k-th first.
 Where more walkers go on, new lanes are made: what the old ones have not read, up to the furthest place that one of them
-has reached, comes first, so that no window is skipped and none is read twice.
+has reached, comes first, so that no item is skipped and none is read twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hvdllm.plain import Json
 
 
 class Lanes:
-    """taken: of each lane, how many of its windows were handed out. walked: the lanes of this rank."""
+    """taken: of each lane, how many of its items were handed out. walked: the lanes of this rank."""
 
     def __init__(self) -> None:
         self.taken: dict[int, int] = {}
@@ -31,7 +31,7 @@ class Lanes:
         return self.walked
 
     def positions(self, lane: int, at: int, count: int) -> np.ndarray:
-        """In the order of the epochs, of `count` windows of a lane from its place `at` on."""
+        """In the order of the epochs, of `count` items of a lane from its place `at` on."""
         return np.array([self._place(lane, k) for k in range(at, at + count)], dtype=np.int64)
 
     def state(self) -> Json:
@@ -64,7 +64,7 @@ class Lanes:
             at += 1
 
     def _place(self, lane: int, at: int) -> int:
-        """The position of window `at` of a lane."""
+        """The position of item `at` of a lane."""
         of = len(self.taken)
         first = len(range(lane, len(self._rest), of))  # of the rest
         return self._rest[lane + of * at] if at < first else lane + of * (self._from + at - first)

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdllm.errors import UserError
-from hvdllm.text.stream import Batch, Stream, count_windows, deal, permutation, validation
+from hvdllm.order.epochs import deal, permutation
+from hvdllm.task.stream import Batch, Stream
+from hvdllm.task.stream import held_out as validation
+from hvdllm.text.windows import Windows
 
 CPU = torch.device("cpu")
 
@@ -26,7 +29,7 @@ def tokens_of(windows: int, context: int, rest: int = 0) -> np.ndarray:
 
 def stream(windows: int = 10, context: int = 4, **settings: object) -> Stream:
     given: dict[str, object] = {"batch": 4, "micro_batch": 2, "seed": 1, "rank": 0, "size": 1, "device": CPU}
-    return Stream(tokens_of(windows, context), context=context, **given | settings)  # type: ignore[arg-type]
+    return Stream(Windows(tokens_of(windows, context), context), **given | settings)  # type: ignore[arg-type]
 
 
 def rows(batches: list[Batch], context: int = 4) -> list[int]:
@@ -101,7 +104,7 @@ def test_a_window_holds_its_tokens_and_targets_are_one_later() -> None:
 @given(st.integers(0, 50), st.integers(1, 7))
 def test_windows_need_one_token_more_than_the_context(length: int, context: int) -> None:
     starts = [at for at in range(0, length, context) if at + context + 1 <= length]
-    assert count_windows(np.zeros(length), context) == len(starts)
+    assert len(Windows(np.zeros(length), context)) == len(starts)
 
 
 def test_micro_batches_are_views_of_one_pair() -> None:
@@ -209,9 +212,9 @@ def test_a_state_of_another_text_is_refused() -> None:
     for _ in islice(one.rounds(), 5):
         pass
     one.close()
-    with pytest.raises(UserError, match="resume with the text and batch"):
+    with pytest.raises(UserError, match="resume with the data and batch"):
         stream(windows=11, batch=4).load(one.state())
-    with pytest.raises(UserError, match="resume with the text and batch"):
+    with pytest.raises(UserError, match="resume with the data and batch"):
         stream(windows=10, batch=3).load(one.state())
 
 
@@ -305,9 +308,8 @@ def held_out(length: int, eval_tokens: int, size: int = 1, micro_batch: int = 3)
         [
             int(row[0]) // 4
             for inputs, targets in validation(
-                np.arange(length, dtype=np.uint16),
-                context=4,
-                eval_tokens=eval_tokens,
+                Windows(np.arange(length, dtype=np.uint16), 4, validation=True),
+                units=eval_tokens,
                 micro_batch=micro_batch,
                 rank=rank,
                 size=size,
@@ -332,7 +334,7 @@ def test_validation_is_a_fixed_prefix_dealt_like_a_batch() -> None:
 
 def test_validation_text_of_less_than_a_window_is_refused_at_the_call() -> None:
     with pytest.raises(UserError, match=r"4 tokens, less than one window of model.context=4.*eval_every=0"):
-        validation(np.zeros(4), context=4, eval_tokens=0, micro_batch=1, rank=0, size=1, device=CPU)
+        validation(Windows(np.zeros(4), 4, validation=True), units=0, micro_batch=1, rank=0, size=1, device=CPU)
 
 
 # ------------------------------------------------------------------ lanes

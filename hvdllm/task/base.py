@@ -1,0 +1,147 @@
+"""What a run trains on and for: the protocols of a task. The exchanges know nothing of it.
+
+A task is a module (task/causal_lm.py and its neighbours) with the functions of `Kind`. It deals items, which are
+windows, conversations, images or clicks, and counts units, which are what its loss is a sum over: targets of text,
+images, clicks. Budget, batch and cadences count units, under names that end in `tokens` or `every` for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdllm.plain import Json
+from hvdllm.settings import Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights, by precision
+
+
+class Items(Protocol):
+    """A data set whose items can be taken in any order.
+
+    Attributes:
+        name: of the items, in the plural.
+        units: how many units an item counts, in the mean over all of them.
+    """
+
+    name: str
+    units: float
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Reads items. It is a pure function, and threads may call it.
+
+        Args:
+            rows: the numbers of the items, int64 [n].
+            epochs: the epoch in which each is visited, int64 [n], which seeds what is random about it (masks,
+              augmentation); None for an evaluation, which is the same each time.
+
+        Returns inputs and targets on the CPU, which have n items along dimension 0, and the units that each item
+        counts, int64 [n]. Targets that are negative integers do not count.
+        """
+
+    def documents(self) -> np.ndarray:
+        """The number of the document that each item belongs to, int64 [items]. One client gets all of a document."""
+
+    def too_few(self, batch: int) -> str:
+        """The sentence for a data set that is smaller than a batch of so many items, or empty if `batch` is 0."""
+
+
+class Task(Protocol):
+    """What a run learns, as far as its model must know it. It can be kept in the run's folder.
+
+    Attributes:
+        unit: what is counted, in the plural: tokens, images or clicks.
+        measures: how many elements `measure` returns.
+        files: the files that `keep` writes, and their sha256.
+    """
+
+    unit: str
+    measures: int
+
+    @property
+    def files(self) -> dict[str, str]: ...
+
+    def keep(self, folder: Path) -> None:
+        """Writes what `restore` reads to the run's folder."""
+
+    def build(self) -> nn.Module:
+        """The model with weights drawn from the run's seed, on the CPU, in the dtype of its precision (DTYPES)."""
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+
+    @property
+    def activations(self) -> int:
+        """The bytes of activations that an item needs at least in training."""
+
+    @property
+    def flops(self) -> float:
+        """The floating-point operations that training on one unit costs, as MFU counts them."""
+
+    def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The SUM of the losses of all units in a micro-batch, in nats: a scalar on the model's device."""
+
+    def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What an evaluation adds up: a vector whose first two elements are the summed loss and the units."""
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """The results of an evaluation, by name, from the sums of `measure` over all items. `loss` is one of them."""
+
+    def tell(self, metrics: dict[str, float]) -> str:
+        """The results of an evaluation in words, such as `validation loss 3.6045, 1.570 bits per byte`."""
+
+    def sample(self, model: nn.Module, units: int) -> str:
+        """A text that shows what the model can do. Equal weights and committed units give equal text."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its data, open.
+
+    Attributes:
+        task: what is learnt.
+        train, validation: the items; validation may be empty.
+        data_hash: of the content, not of paths or times: equal on all machines with the same data.
+        about: the data in a few words, for the header.
+        notes: one sentence each, for a person.
+        record: what the `run` record says of the data.
+    """
+
+    task: Task
+    train: Items
+    validation: Items
+    data_hash: str
+    about: str
+    notes: list[str] = field(default_factory=list)
+    record: Json = field(default_factory=dict)
+
+
+class Kind(Protocol):
+    """The functions of a task's module."""
+
+    def prepare(self, config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
+        """Opens the data, and prepares it first if that is missing.
+
+        Args:
+            config: the settings of the run.
+            say: gets a sentence before anything that takes time.
+            whole: whether everything is checked. Only one rank of a host does this.
+            wanted: the data hash of the run that goes on, or None.
+
+        Raises UserError if the data cannot be used.
+        """
+
+    def restore(self, config: Config, folder: Path) -> Task:
+        """The task that a run keeps in its folder, which may be a stranger's. Raises UserError if it cannot be read."""
+
+    def rough(self, config: Config) -> Task | None:
+        """A task whose model is no larger than the real one, before there is any data; None if nothing is known."""

@@ -1,0 +1,180 @@
+"""The next token of a text, from the tokens before it. Items are windows of text, units are tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdllm import registry, runs
+from hvdllm.models import size
+from hvdllm.models.generate import generate
+from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.settings import Config
+from hvdllm.task.base import DTYPES, Prepared
+from hvdllm.text import overlap, shards
+from hvdllm.text.shards import Corpus
+from hvdllm.text.tokenize import Tokenizer
+from hvdllm.text.windows import Windows
+
+LEAST_VOCAB = 257  # tokens of the byte tokenizer, the smallest one
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The task over a vocabulary.
+
+    Attributes:
+        config: the settings of the run.
+        vocab: tokens of the tokenizer; the model's own vocabulary is padded.
+        tokenizer: of the run, or None for a rough task.
+        scale: bytes of the validation text over those that its tokens spell.
+    """
+
+    config: Config
+    vocab: int
+    tokenizer: Tokenizer | None = None
+    scale: float = 1.0
+
+    unit, measures = "tokens", 3
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {"tokenizer.json": self.words.hash}
+
+    @property
+    def words(self) -> Tokenizer:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def keep(self, folder: Path) -> None:
+        self.words.save(folder / "tokenizer.json")
+
+    def build(self) -> nn.Module:
+        model = GPT(self.config.model, size.pad_vocab(self.vocab)).to(DTYPES[self.config.precision])
+        init_weights(model, self.config.seed)
+        if self.config.model.compile:
+            compile_blocks(model)
+        return model
+
+    @property
+    def parameters(self) -> int:
+        return size.count_parameters(self.config.model, size.pad_vocab(self.vocab))
+
+    @property
+    def activations(self) -> int:
+        return size.least_activations(self.config.model)
+
+    @property
+    def flops(self) -> float:
+        return size.flops_per_token(self.config.model, size.pad_vocab(self.vocab))
+
+    def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model.loss(inputs, targets)  # type: ignore[operator]
+        return loss
+
+    def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss, the tokens, and the bytes of text that the targets stand for."""
+        counted = targets >= 0
+        spelled = self._token_bytes.to(targets.device)[targets.clamp(min=0)] * counted
+        loss = self.loss(model, inputs, targets)
+        return torch.stack([loss.double(), counted.sum().double(), spelled.sum()])
+
+    @cached_property
+    def _token_bytes(self) -> torch.Tensor:
+        """Bytes of text that each token stands for, float64 [vocab]."""
+        return torch.as_tensor(self.words.token_bytes.astype(np.float64))
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """The mean loss in nats a token, and the same in bits per byte of the text.
+
+        If the tokenizer loses some bytes, or if its counts are estimates, they are scaled so that over the validation
+        text they add up to the size of that text.
+        """
+        loss, tokens, spelled = sums
+        return {"loss": loss / tokens, "bits_per_byte": loss / math.log(2) / max(spelled * self.scale, 1.0)}
+
+    def tell(self, metrics: dict[str, float]) -> str:
+        return f"validation loss {metrics['loss']:.4f}, {metrics['bits_per_byte']:.3f} bits per byte"
+
+    def sample(self, model: nn.Module, units: int) -> str:
+        config = self.config
+        seed = (config.seed * 1_000_003 + units) % 2**63  # the range that torch takes
+        return continue_text(model, self.words, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
+
+
+def continue_text(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+) -> str:
+    """The text, followed by what the model adds to it.
+
+    Args:
+        model: the language model.
+        tokenizer: of the model.
+        text: taken as the beginning of a document.
+        tokens: how many the model adds at most; it stops earlier where it ends the document.
+        seed: of the random numbers.
+        temperature: divides the logits.
+        top_k: only this many of the likeliest tokens are drawn from, or all if None.
+    """
+    assert isinstance(model, GPT)
+    prompt = [tokenizer.end, *tokenizer.encode([text])[0].tolist()]
+    out = generate(
+        model, prompt, tokens=tokens, vocab=tokenizer.vocab, generator=torch.Generator().manual_seed(seed),
+        temperature=temperature, top_k=top_k, stop=tokenizer.end,
+    )  # fmt: skip
+    return tokenizer.decode([*prompt[1:], *out])
+
+
+def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
+    corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say, whole=whole, wanted=wanted)
+    return opened(config, corpus)
+
+
+def opened(config: Config, corpus: Corpus) -> Prepared:
+    """The task of a prepared text."""
+    shard, context = corpus.validation_shard, config.model.context
+    scale = shard.bytes / shard.spelled if shard.spelled else 1.0
+    repeated = corpus.repeated(context, config.eval_tokens)
+    source, vocab = registry.name_of("text", config.text), corpus.tokenizer.vocab
+    return Prepared(
+        CausalLM(config, vocab, corpus.tokenizer, scale),
+        Windows(corpus.train, context, corpus.tokenizer.end),
+        Windows(corpus.validation, context, validation=True),
+        corpus.data_hash,
+        f"{source}, {len(corpus.train):,} training tokens, vocabulary {vocab:,}",
+        [*corpus.notes, *repeated_text(config, repeated)],
+        {"validation_repeated": repeated, "tokenizer_hash": corpus.tokenizer.hash},
+    )
+
+
+def repeated_text(config: Config, share: float | None) -> list[str]:
+    """A note about evaluated text that also occurs in the training text; empty if there is none, or it is unknown."""
+    if not share or not config.eval_every:
+        return []
+    return [
+        f"{share:.1%} of the evaluated windows hold {overlap.RUN} tokens in a row that the training text has too: what "
+        "was learnt by heart lowers the validation loss there"
+    ]
+
+
+def restore(config: Config, folder: Path) -> CausalLM:
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.tokenizer_sum(folder))
+    return CausalLM(config, tokenizer.vocab, tokenizer)
+
+
+def rough(config: Config) -> CausalLM:
+    return CausalLM(config, LEAST_VOCAB)

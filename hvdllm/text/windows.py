@@ -1,0 +1,60 @@
+"""The windows of a text: context + 1 consecutive tokens each, which begin `context` tokens apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+SCAN = 2**24  # tokens that are searched for the ends of documents at a time
+
+
+class Windows:
+    """A text as items of a task (task/base.py): W = (tokens - 1) // context windows, each with `context` targets.
+
+    Args:
+        tokens: the text, unsigned [n]; nothing of it is read before it is needed.
+        context: tokens in a sequence.
+        end: the token between documents; None if the text is one document.
+        validation: whether this text is held out, for the sentence that says that it is too short.
+    """
+
+    name = "windows"
+
+    def __init__(self, tokens: np.ndarray, context: int, end: int | None = None, validation: bool = False) -> None:
+        self.tokens, self.context, self.end, self.validation = tokens, context, end, validation
+        self.units = float(context)
+        self._windows = sliding_window_view(tokens, context + 1)[::context] if len(tokens) > context else tokens[:0]
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.context)
+
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Inputs and targets, each contiguous int64 [rows, context]; the targets are the inputs one token later."""
+        picked = self._windows[rows].astype(np.int64)
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(x)) for x in (picked[:, :-1], picked[:, 1:]))
+        return inputs, targets, np.full(len(rows), self.context)
+
+    def documents(self) -> np.ndarray:
+        """The document in which each window begins. An end token belongs to the document before it."""
+        return np.searchsorted(_ends(self.tokens, self.end), np.arange(len(self)) * self.context)
+
+    def too_few(self, batch: int) -> str:
+        if self.validation:
+            return (
+                f"the validation text has {len(self.tokens)} tokens, less than one window of "
+                f"model.context={self.context} and 1: set text.validation, raise text.validation_share, or switch "
+                "evaluation off with eval_every=0"
+            )
+        return (
+            f"the training text has {len(self)} windows of model.context={self.context} tokens, fewer than the "
+            f"{batch} that one batch takes: give more text, or lower batch_tokens or model.context"
+        )
+
+
+def _ends(tokens: np.ndarray, end: int | None) -> np.ndarray:
+    """The places of the end tokens, in ascending order."""
+    if end is None:
+        return np.empty(0, np.int64)
+    parts = [np.flatnonzero(tokens[at : at + SCAN] == end) + at for at in range(0, len(tokens), SCAN)]
+    return np.concatenate([np.empty(0, np.int64), *parts])
