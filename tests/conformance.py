@@ -57,6 +57,6 @@ LAUNCHERS: list[Launcher] = [local, horovodrun, slurm]
 TRACKERS: list[Make] = [wandb.make, tensorboard.make]
 
 ALL: dict[str, list[Any]] = {
-    "task": [*TASKS], "exchange": [*EXCHANGES], "wire": [*WIRES], "optim": [*OPTIMIZERS], "schedule": [*SCHEDULES], "text": [*SOURCES],
-    "transport": [*TRANSPORTS, *LOGICAL], "launch": [*LAUNCHERS], "track": [*TRACKERS],
+    "task": [*TASKS], "exchange": [*EXCHANGES], "wire": [*WIRES], "optim": [*OPTIMIZERS],
+    "schedule": [*SCHEDULES], "text": [*SOURCES], "transport": [*TRANSPORTS, *LOGICAL], "launch": [*LAUNCHERS], "track": [*TRACKERS],
 }  # fmt: skip
