@@ -58,5 +58,6 @@ TRACKERS: list[Make] = [wandb.make, tensorboard.make]
 
 ALL: dict[str, list[Any]] = {
     "task": [*TASKS], "exchange": [*EXCHANGES], "wire": [*WIRES], "optim": [*OPTIMIZERS],
-    "schedule": [*SCHEDULES], "text": [*SOURCES], "transport": [*TRANSPORTS, *LOGICAL], "launch": [*LAUNCHERS], "track": [*TRACKERS],
+    "schedule": [*SCHEDULES], "text": [*SOURCES], "transport": [*TRANSPORTS, *LOGICAL],
+    "launch": [*LAUNCHERS], "track": [*TRACKERS],
 }  # fmt: skip
