@@ -43,12 +43,14 @@ class TaskFacts:
         unit, items: what is counted, and what is dealt, in the plural.
         model: the name of its model.
         text: whether its items come from the group `text`.
+        writes: whether its model continues a text (`hvdllm sample`).
     """
 
     unit: str
     items: str
     model: str
     text: bool = False
+    writes: bool = False
 
 
 @dataclass(frozen=True)

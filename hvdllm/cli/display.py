@@ -100,42 +100,41 @@ class Screen:
         if now - self._shown < (0.1 if self.live else PLAIN_EVERY_S):
             return
         self._shown = now
-        tokens, budget = values["tokens"], values["budget"]
+        tokens, budget, unit = values["tokens"], values["budget"], values["unit"]
         passed = values["seconds"] - self._rate[0]
         rate = (tokens - self._rate[1]) / passed if passed > 0 else math.nan
         left = max(0, budget - tokens) / rate if rate else math.nan
         parts = [
             f"loss {values['loss']:.3f}",
-            f"{rate:,.0f} tokens/s",
+            f"{rate:,.0f} {unit}/s",
             f"{100 * self._blocked:.0f}% blocked",
             f"{_duration(left)} left",
         ]
         line = " · ".join(part for part in parts if "nan" not in part)
         if not self.live:
-            self.say(f"{tokens:>11,} tokens  {min(100, 100 * tokens / budget):3.0f}%  {line}")
+            self.say(f"{tokens:>11,} {unit}  {min(100, 100 * tokens / budget):3.0f}%  {line}")
             return
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("", total=budget, line="")
-        self._progress.update(self._task, completed=min(tokens, budget), description=f"{tokens:,} tokens", line=line)
+        self._progress.update(self._task, completed=min(tokens, budget), description=f"{tokens:,} {unit}", line=line)
 
     def finish(self, end: Json, run: str, sample: str) -> None:
         self._progress.stop()
         if end["reason"] == "stop":
-            self.say(
-                f"stopped at {end['tokens']:,} tokens; `hvdllm train {shlex.quote(f'resume={run}')}` goes on from the "
-                "last checkpoint"
-            )
+            again = f"hvdllm train {shlex.quote(f'resume={run}')}"
+            self.say(f"stopped at {end['tokens']:,} {end['unit']}; `{again}` goes on from the last checkpoint")
             return
+        unit, one = end["unit"], end["unit"].removesuffix("s")
+        a, told = "an" if one[0] in "aeiou" else "a", end["told"]
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows = {
-            "tokens": f"{end['tokens']:,} in {_duration(end['seconds'])}",
-            "tokens a second": f"{end['tokens'] / end['seconds']:,.0f}",
-            "training loss": f"{end['loss']:.4f} nats a token",
+            unit: f"{end['tokens']:,} in {_duration(end['seconds'])}",
+            f"{unit} a second": f"{end['tokens'] / end['seconds']:,.0f}",
+            "training loss": f"{end['loss']:.4f} nats {a} {one}",
         }
         if end["eval_loss"] is not None:
-            bits = f"{end['bits_per_byte']:.3f} bits per byte"
-            rows["validation loss"] = f"{end['eval_loss']:.4f} nats a token, {bits}"
+            rows["validation loss"] = f"{end['eval_loss']:.4f} nats {a} {one}" + (f", {told}" if told else "")
         if end["mfu"] is not None:
             rows["MFU"] = f"{100 * end['mfu']:.1f}% of the devices' peak"
         if end["data_waited_s"] > 0.01 * end["seconds"]:
@@ -154,7 +153,8 @@ class Screen:
             self.console.print(sample.rstrip())
         self.console.print()
         where = shlex.quote(run)
-        self.console.print(f'next: hvdllm sample {where} "def main("   ·   hvdllm evaluate {where}')
+        say = f'hvdllm sample {where} "def main("   ·   ' if end["writes"] else ""
+        self.console.print(f"next: {say}hvdllm evaluate {where}")
 
 
 def make_show(rank: int, alone: bool, launcher: Sequence[int] = ()) -> Screen | Silent:

@@ -53,5 +53,7 @@ def run(argv: list[str]) -> int:
         values = {"checkpoint": str(found.source), **result.metrics}
         print(json.dumps(values | {"tokens": result.tokens}))
     else:
-        print(f"{found.source}: {data.task.tell(result.metrics)} ({result.tokens:,} {data.task.unit})")
+        one, told = data.task.unit.removesuffix("s"), data.task.tell(result.metrics)
+        loss = f"validation loss {result.loss:.4f} nats a{'n' * (one[0] in 'aeiou')} {one}"
+        print(f"{found.source}: {loss}{', ' * bool(told)}{told} ({result.tokens:,} {data.task.unit})")
     return 0

@@ -23,12 +23,13 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
+    from hvdllm import registry
     from hvdllm.errors import UserError
     from hvdllm.task.causal_lm import CausalLM, continue_text
     from hvdllm.trainer.restore import restore
 
     found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
-    if not isinstance(found.task, CausalLM):
+    if not isinstance(found.task, CausalLM) or not registry.of("task", found.config.task).facts.writes:
         raise UserError(f"{given.run} has learnt no language: its samples stand in samples.txt")
     text = continue_text(
         found.model,

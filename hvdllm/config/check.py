@@ -33,11 +33,6 @@ def check(config: Config, place: Place) -> None:
     """
     check_model(config)
     units = config.task.units(config)
-    if units is not None and config.batch_tokens % units:
-        near = max(1, round(config.batch_tokens / units)) * units
-        raise UserError(
-            f"batch_tokens={config.batch_tokens} is no multiple of model.context={units}: {near} would be the nearest"
-        )
     setup = setup_of(config, place)
     check_world(setup, place)
     if why := refusal(setup):
@@ -111,7 +106,7 @@ def check_batch(setup: Setup, units: float) -> None:
     config, exchange = setup.config, setup.config.exchange
     items, parts = registry.of("task", config.task).facts.items, exchange.parts
     sequences, size = int(config.batch_tokens // units), setup.ranks - exchange.dedicated
-    if sequences % parts and config.task.units(config) is not None:
+    if sequences % parts and config.batch_tokens % units == 0:
         name = registry.name_of("exchange", exchange)
         raise UserError(
             f"batch_tokens={config.batch_tokens} is {sequences} {items}, and exchange={name} takes them in {parts} "

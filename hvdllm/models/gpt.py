@@ -272,24 +272,40 @@ def init_weights(model: GPT, seed: int) -> None:
     Weights are normal with deviation 0.02, or 0.02 / sqrt(2 x layers) in the two layers of a block that add to the
     residual stream. Biases are 0, and the weights of norms are 1.
 
+    """
+
+    def deviation(name: str) -> float:
+        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        return 0.02 / math.sqrt(2 * model.settings.layers) if residual else 0.02
+
+    draw(model, seed, deviation)
+
+
+@torch.no_grad()
+def draw(model: nn.Module, seed: int, deviation: Callable[[str], float]) -> None:
+    """Draws weights from a normal distribution; biases become 0, and other vectors, which are weights of norms, 1.
+
     They are drawn on the CPU in fp32, in order of registration, from a generator of their own. So the same seed gives
     the same weights on every rank, on every device and in every precision, and the global generators stay as they were.
+
+    Args:
+        model: whose weights are drawn.
+        seed: of the run.
+        deviation: the standard deviation for a parameter of this name.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        deviation = 0.02 / math.sqrt(2 * model.settings.layers) if residual else 0.02
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation(name), generator=generator))
 
 
-def compile_blocks(model: GPT, backend: str | Callable[..., object] = "inductor") -> None:
+def compile_blocks(model: nn.Module, backend: str | Callable[..., object] = "inductor") -> None:
     """Compiles each block in place with torch.compile.
 
     The whole model is never compiled as one: its backward would be a single graph, and all gradient hooks would fire in
     the last half millisecond of it.
     """
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         block.compile(backend=backend)

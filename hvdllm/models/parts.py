@@ -76,3 +76,35 @@ class Model(Module):
         if self.dropout >= 1:
             return f"model.dropout={self.dropout} drops everything: choose a share below 1."
         return None
+
+
+@part("model", "bert", "hvdllm.models.bert:Bert")
+@dataclass
+class Bert(Module):
+    """A bidirectional encoder for masked language modelling: BERT by its settings, without segments."""
+
+    layers: int = setting(4, "blocks of attention and MLP, one after the other", least=1, most=10_000)
+    width: int = setting(128, "features of the residual stream", least=1, most=1_000_000)
+    heads: int = setting(4, "attention heads; a divisor of the width", least=1, most=100_000)
+    mlp_width: int | None = setting(None, "hidden features of the MLP; null: 4 x width", most=10_000_000, least=1)
+    context: int = setting(128, "tokens a sequence (window) has", least=1, most=10_000_000)
+    norm_first: bool = setting(
+        False, "norms before attention and MLP (pre-norm), which learns at higher rates; false: after them, as in BERT"
+    )
+    norm_eps: float = setting(1e-12, "added to the variance before its root; 1e-12 as in BERT", most=1.0, least=1e-12)
+    dropout: float = setting(0.0, "share of activations dropped", least=0)
+    checkpointing: bool = setting(
+        False, "compute each block's activations again in the backward: less memory, about a third more time"
+    )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden features of the MLP."""
+        return self.mlp_width or 4 * self.width
+
+    def problem(self) -> str | None:
+        if self.width % self.heads:
+            return f"model.width={self.width} is no multiple of model.heads={self.heads}: choose a width that is"
+        if self.dropout >= 1:
+            return f"model.dropout={self.dropout} drops everything: choose a share below 1"
+        return None

@@ -97,7 +97,7 @@ class Task(Protocol):
         """The results of an evaluation, by name, from the sums of `measure` over all items. `loss` is one of them."""
 
     def tell(self, metrics: dict[str, float]) -> str:
-        """The results of an evaluation in words, such as `validation loss 3.6045, 1.570 bits per byte`."""
+        """The results of an evaluation beside the loss, in words, such as `1.570 bits per byte`."""
 
     def sample(self, model: nn.Module, units: int) -> str:
         """A text that shows what the model can do. Equal weights and committed units give equal text."""

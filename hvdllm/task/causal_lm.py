@@ -101,7 +101,7 @@ class CausalLM:
         return {"loss": loss / tokens, "bits_per_byte": loss / math.log(2) / max(spelled * self.scale, 1.0)}
 
     def tell(self, metrics: dict[str, float]) -> str:
-        return f"validation loss {metrics['loss']:.4f}, {metrics['bits_per_byte']:.3f} bits per byte"
+        return f"{metrics['bits_per_byte']:.3f} bits per byte"
 
     def sample(self, model: nn.Module, units: int) -> str:
         config = self.config

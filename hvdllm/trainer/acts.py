@@ -110,10 +110,11 @@ class Acts:
         tokens = self.tokens + self.settled.tokens
         older = of is not None and of != tokens
         values = {**result.metrics, "wall_s": self.run.clock.wall_s()}
+        task, told = self.run.data.task, self.run.data.task.tell(result.metrics)
         self.run.ledger.record("eval", tokens, seconds, {**values, "weights_tokens": of} if older else values)
         self.run.show.say(
-            f"{tokens:,} {self.run.data.task.unit}: {self.run.data.task.tell(result.metrics)}"
-            + (f" (weights of {of:,} tokens)" if older else "")
+            f"{tokens:,} {task.unit}: validation loss {result.loss:.4f}{', ' * bool(told)}{told}"
+            + (f" (weights of {of:,} {task.unit})" if older else "")
         )
 
     def audit(self, seconds: float) -> None:
@@ -169,7 +170,13 @@ class Acts:
     def _progress(self) -> None:
         config, ledger, seconds = self.run.config, self.run.ledger, self.run.clock.seconds()
         loss = ledger.loss if config.log_every else ledger.last_loss
-        values = {"tokens": self.tokens, "budget": config.budget_tokens, "seconds": seconds, "loss": loss}
+        values = {
+            "tokens": self.tokens,
+            "unit": self.run.data.task.unit,
+            "budget": config.budget_tokens,
+            "seconds": seconds,
+            "loss": loss,
+        }
         self.run.show.progress({**values, "blocked": ledger.last_blocked})
         if self.grace_s is not None and len(self._first_steps) < 4:
             self._first_steps.append(seconds)

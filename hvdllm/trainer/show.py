@@ -14,8 +14,8 @@ class Show(Protocol):
         """Shows how far the run is, at every commit.
 
         Args:
-            values: `tokens`, `budget` and `seconds` so far; `loss`, that of the newest `commit` record; `blocked`, the
-              share of its time in which the commit before waited for the exchange.
+            values: `tokens` (units), `budget` and `seconds` so far; `unit`, what is counted; `loss`, that of the newest
+              `commit` record; `blocked`, the share of its time in which the commit before waited for the exchange.
         """
 
     def say(self, text: str) -> None:

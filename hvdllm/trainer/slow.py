@@ -99,7 +99,7 @@ class Simulated(nn.Module):
         self.jitter, self.seed, self.rank = jitter, seed, rank
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
-        self.spend(inputs.numel() / self.tokens_per_s * self._hiccup(place))
+        self.spend(int((targets >= 0).sum()) / self.tokens_per_s * self._hiccup(place))
         loss: torch.Tensor = self.module(inputs, targets, place)
         return loss
 

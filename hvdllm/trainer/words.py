@@ -111,16 +111,19 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         acts: what was committed and evaluated.
         reason: why the run ends: budget, stop or failed.
     """
-    config, ledger, clock = run.config, run.ledger, run.clock
+    config, ledger, clock, task = run.config, run.ledger, run.clock, run.data.task
     seconds, here = clock.seconds(), clock.seconds_here()
     peak = None if devices.simulated() else size.peak_flops(run.hosts[0]["device"], config.precision)
     if config.precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         peak = None  # the user's environment allows TF32, whose peak is another one
-    flops = run.data.task.flops * acts.tokens_here
+    flops = task.flops * acts.tokens_here
     known = ledger.recorded_loss is not None or math.isnan(ledger.last_loss)
     settled = acts.settled
     return {
         "reason": reason,
+        "unit": task.unit,
+        "told": task.tell(acts.last_eval.metrics) if acts.last_eval else "",
+        "writes": registry.of("task", config.task).facts.writes,
         "tokens": acts.tokens,
         **ledger.totals(seconds),
         "loss": ledger.recorded_loss if known else ledger.last_loss,

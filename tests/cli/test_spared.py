@@ -18,7 +18,7 @@ from hvdllm.cli.display import Screen
 from hvdllm.cli.spared import Spared
 
 END = {"reason": "budget", "tokens": 10, "seconds": 1.0, "loss": 1.0, "eval_loss": None, "mfu": None}
-END |= {"data_waited_s": 0.0, "peak_memory_bytes": 0}
+END |= {"data_waited_s": 0.0, "peak_memory_bytes": 0, "unit": "tokens", "told": "", "writes": True}
 
 
 class Broken(io.StringIO):
@@ -41,7 +41,7 @@ def test_nothing_that_is_said_raises(error: Exception, tmp_path: Path) -> None:
     with Screen(alone=True, out=out) as show:
         show.header({"run": str(tmp_path)})
         show.say("a sentence")
-        show.progress({"tokens": 1, "budget": 10, "seconds": 1.0, "loss": 1.0, "blocked": 0.0})
+        show.progress({"tokens": 1, "unit": "tokens", "budget": 10, "seconds": 1.0, "loss": 1.0, "blocked": 0.0})
         show.finish(END, str(tmp_path), "a sample")
     assert out.lost and "a sentence" in (tmp_path / "log.txt").read_text(), "the run's own log has it"
 

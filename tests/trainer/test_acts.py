@@ -88,7 +88,7 @@ class Rig:
     unit = "tokens"
 
     def tell(self, metrics: dict[str, float]) -> str:
-        return f"validation loss {metrics['loss']:.4f}"
+        return f"{metrics['bits_per_byte']:.3f} bits per byte"
 
     def sample(self, model: Any, tokens: int) -> str:
         assert self.inside
