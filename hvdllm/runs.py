@@ -94,9 +94,9 @@ def read_config(folder: Path, say: Say | None = None) -> Config:
     return compose.from_dict(_config_text(folder, say)[0], f"{folder}/config.yaml")
 
 
-def tokenizer_sum(folder: Path) -> str | None:
-    """The sha256 that the tokenizer.json of a run must have, or None if the run was written before there were sums."""
-    return _config_text(folder, None)[1].get("tokenizer.json")
+def file_sum(folder: Path, name: str) -> str | None:
+    """The sha256 that a file of a run must have, or None if the run was written before there were sums."""
+    return _config_text(folder, None)[1].get(name)
 
 
 def _config_text(folder: Path, say: Say | None) -> tuple[Json, dict[str, str]]:

@@ -106,8 +106,14 @@ def write(
     return final if world.rank == 0 else None
 
 
-def write_final(folder: Path, flat: Flat, vector: torch.Tensor) -> Path:
+def write_final(folder: Path, flat: Flat, vector: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     """Writes final/model.safetensors, the weights to keep by parameter name, and its sum. No run is resumed from it.
+
+    Args:
+        folder: of the run.
+        flat: the map.
+        vector: the weights.
+        tensors: what the model has beside them (its buffers), by name.
 
     Raises RunError if the disk refuses.
     """
@@ -115,7 +121,8 @@ def write_final(folder: Path, flat: Flat, vector: torch.Tensor) -> Path:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        save_file({name: flat.view(name, vector).cpu().contiguous() for name in flat.at}, beside / "model.safetensors")
+        named = {name: flat.view(name, vector).cpu().contiguous() for name in flat.at}
+        save_file(named | _others(tensors or {}), beside / "model.safetensors")
         _sha256_synced(model := beside / "model.safetensors")
         write_whole(sums.beside(model), sums.line_for(model))
         shutil.rmtree(final, ignore_errors=True)
@@ -184,8 +191,12 @@ def _named(flat: Flat, state: State, rank: int) -> dict[str, torch.Tensor]:
     for kind, (spans, vector) in state.local.items():
         add(f"local.{kind}", spans, vector)
     if rank == 0:  # cloned, because the file format does not take two names for the same memory
-        tensors |= {f"tensor/{name}": x.detach().cpu().contiguous().clone() for name, x in state.tensors.items()}
+        tensors |= _others(state.tensors)
     return tensors
+
+
+def _others(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"tensor/{name}": x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
 
 
 def _write_own(folder: Path, step: int, tensors: dict[str, torch.Tensor], rank: int) -> tuple[str, str]:

@@ -108,3 +108,19 @@ class Bert(Module):
         if self.dropout >= 1:
             return f"model.dropout={self.dropout} drops everything: choose a share below 1"
         return None
+
+
+@part("model", "resnet", "hvdllm.models.resnet:ResNet")
+@dataclass
+class ResNet(Module):
+    """A small residual network for images."""
+
+    width: int = setting(16, "channels of the first stage; each later one has twice as many", least=1, most=4096)
+    depth: int = setting(1, "blocks of two convolutions in each stage", least=1, most=1000)
+    stages: int = setting(3, "stages; each after the first halves height and width", least=1, most=8)
+    norm: str = setting(
+        "group",
+        "group (GroupNorm: an image's gradient depends on that image alone, so any number of ranks computes the same) "
+        "or batch (BatchNorm: it depends on the micro-batch; running means are averaged over ranks at marks)",
+        choices=("group", "batch"),
+    )

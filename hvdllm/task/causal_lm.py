@@ -172,7 +172,7 @@ def repeated_text(config: Config, share: float | None) -> list[str]:
 
 
 def restore(config: Config, folder: Path) -> CausalLM:
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.tokenizer_sum(folder))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.file_sum(folder, "tokenizer.json"))
     return CausalLM(config, tokenizer.vocab, tokenizer)
 
 

@@ -46,3 +46,36 @@ class MaskedLM(Task):
 
     def units(self, config: Config) -> int | None:
         return max(1, round(self.share * int(config.model.context)))
+
+
+@part("task", "images", "hvdllm.task.images", TaskFacts("images", "images", model="resnet"))
+@dataclass
+class Images(Task):
+    """The class of an image. The digits that come with hvdllm, or folders of PNG and JPEG files. Units are images."""
+
+    path: str | None = setting(
+        None,
+        "folder with a folder of .png, .jpg or .jpeg files for each class; null: 1,797 digits of 8 x 8 pixels",
+        ours=True,
+    )
+    validation: str | None = setting(
+        None,
+        "such a folder of held-out images, with the same classes; null: chosen by a hash of their content",
+        ours=True,
+    )
+    validation_share: float = setting(0.1, "share of images held out where task.validation is null", least=0, most=0.9)
+    size: int = setting(8, "height and width, in pixels, to which images are scaled", least=4, most=4096)
+    channels: int = setting(1, "1: grey, 3: red, green and blue", least=1, most=3)
+    shift: int = setting(
+        1, "augmentation: each image is moved by up to so many pixels, another way in each epoch", least=0, most=1024
+    )
+    flip: bool = setting(False, "augmentation: half of the images are mirrored, others in each epoch")
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.channels == 2:
+            return "task.channels=2: give 1 (grey) or 3 (red, green and blue)"
+        if self.shift >= self.size:
+            return f"task.shift={self.shift} would move images of task.size={self.size} out of sight: give less"
+        if self.path is None and self.validation is not None:
+            return "task.validation without task.path: the digits hold out images of their own, leave it out"
+        return None

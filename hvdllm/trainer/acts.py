@@ -19,6 +19,7 @@ from hvdllm.device import wait_for_stream
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Commit, Settled
 from hvdllm.plain import Json
+from hvdllm.trainer import buffers
 from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.evaluate import Evaluation, evaluate_run
 from hvdllm.trainer.run import Run
@@ -74,6 +75,8 @@ class Acts:
             with self.run.clock.act():
                 # Acts read from the GPU, and such a read would not notice a lost peer.
                 wait_for_stream(self.run.device)
+                if evaluate or sample or save:
+                    buffers.average(self.run.model, self.run.world, self.run.loss.computed)
                 if audit:  # first, so that nothing is reported or kept of replicas that differ
                     self.audit(seconds)
                 if evaluate:
@@ -89,6 +92,8 @@ class Acts:
         run, config = self.run, self.run.config
         run.ledger.book(settled.report)
         self.settled = settled
+        if self.finished:
+            buffers.average(run.model, run.world, run.loss.computed)
         if self.finished and run.parts.exchange.anchored and (config.eval_every or config.sample_every):
             seconds = run.clock.seconds()
             with run.clock.act():
@@ -99,7 +104,7 @@ class Acts:
         if self.finished and config.save_every:
             with run.parts.exchange.consensus(), run.parts.update.weights():
                 if run.folder is not None:
-                    write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x)
+                    write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x, buffers.tensors(run.model))
 
     # ------------------------------------------------------------------ acts
     def evaluate(self, seconds: float) -> None:
@@ -158,6 +163,7 @@ class Acts:
             "seconds": seconds, "stream": run.stream.state(), "due": self.state(), "horizon": run.origin.horizon,
             "data_hash": run.data.data_hash, "kinds": list(state.sharded),
         }  # fmt: skip
+        state.tensors |= buffers.tensors(run.model)
         path = write.write(
             folder.path if folder is not None else Path(), run.parts.flat, state, values, run.world, run.config.keep,
             mine={"lanes": run.stream.lanes()},

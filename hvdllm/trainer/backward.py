@@ -46,9 +46,11 @@ class Loss(nn.Module):
         super().__init__()
         self.task, self.model, self.precision, self.device = task, model, precision, device
         self.seed, self.rank, self.dropout = seed, rank, dropout
+        self.computed = False  # whether this rank has computed anything
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
         """The summed loss. place: the round, and the number of this micro-batch in it, which seed the dropout."""
+        self.computed = True
         if self.dropout:
             round_, index = place
             torch.manual_seed(int(np.random.SeedSequence([self.seed, round_, self.rank, index]).generate_state(1)[0]))

@@ -13,6 +13,7 @@ from hvdllm.exchange.base import NotFinite, State
 from hvdllm.settings import Config
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
+from hvdllm.trainer import buffers
 from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.agree import agreed_start, clients_without_text
 from hvdllm.trainer.backward import explain
@@ -132,7 +133,7 @@ def load(checkpoint: Path, run: Run, resumed: Saved) -> list[str]:
     vectors = {kind: read.share_vector(checkpoint, kind, flat, world) for kind in resumed["kinds"]}
     ranks = read.saved_ranks(resumed)
     summed = read.load_summed(checkpoint, flat, world, ranks)
-    tensors = read.share_tensors(checkpoint, world)
+    tensors = buffers.load(run.model, read.share_tensors(checkpoint, world), str(checkpoint))
     local = read.load_local(checkpoint, flat, world, ranks)
     exchange.load(State(resumed["shared"], [], vectors, {}, summed, tensors, local), resumed["mine"])
     run.stream.load(resumed["stream"], [mine.get("lanes", {}) for mine in resumed["mine"]])

@@ -17,6 +17,7 @@ from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Task
+from hvdllm.trainer import buffers
 from hvdllm.trainer.assemble import build_model
 
 
@@ -77,6 +78,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     model = build_model(task, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
+    buffers.load(model, read.read_tensors(source or final), str(source or final))
     return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 
 
