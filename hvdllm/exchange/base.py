@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,14 +38,14 @@ Spanned = tuple[list[Span], torch.Tensor]  # spans of the flat vector, and their
 class Batch(Protocol):
     """A micro-batch.
 
-    inputs, targets: token ids of shape [B, T]; None where tokens is 0, and then no graph is run
-    tokens: the targets that its loss is a sum over
+    inputs, targets: what the loss is of, such as token ids of shape [B, T]; None where this rank has no share
+    tokens: the units that its loss is a sum over; where they are 0, no graph is run
     last: it is the last one of this rank's share of the round
     round, index: the round it belongs to, and its number in this rank's share of that round
     """
 
-    inputs: torch.Tensor | None
-    targets: torch.Tensor | None
+    inputs: Any
+    targets: Any
     tokens: int
     last: bool
     round: int
@@ -56,8 +56,8 @@ class Batch(Protocol):
 class Nothing:
     """An empty micro-batch, for a rank that has nothing to compute and still walks the loop."""
 
-    inputs: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
+    inputs: Any = None
+    targets: Any = None
     tokens: int = 0
     last: bool = True
     round: int = 0

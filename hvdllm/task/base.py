@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Any, Any, np.ndarray]:
         """Reads items. It is a pure function, and threads may call it.
 
         Args:
@@ -43,8 +43,9 @@ class Items(Protocol):
             epochs: the epoch in which each is visited, int64 [n], which seeds what is random about it (masks,
               augmentation); None for an evaluation, which is the same each time.
 
-        Returns inputs and targets on the CPU, which have n items along dimension 0, and the units that each item
-        counts, int64 [n]. Targets that are negative integers do not count.
+        Returns inputs and targets, and the units that each item counts, int64 [n]. The first two are tensors on the CPU
+        that have n items along dimension 0, or dicts, tuples or lists of such tensors. Targets that are negative
+        integers do not count.
         """
 
     def documents(self) -> np.ndarray:
@@ -87,10 +88,10 @@ class Task(Protocol):
     def flops(self) -> float:
         """The floating-point operations that training on one unit costs, as MFU counts them."""
 
-    def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
         """The SUM of the losses of all units in a micro-batch, in nats: a scalar on the model's device."""
 
-    def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def measure(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
         """What an evaluation adds up: a vector whose first two elements are the summed loss and the units."""
 
     def metrics(self, sums: list[float]) -> dict[str, float]:

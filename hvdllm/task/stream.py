@@ -18,7 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ T = TypeVar("T")
 class Batch:
     """One micro-batch of one rank. A rank without a share gets an empty one, which has no tensors and runs no graph."""
 
-    inputs: torch.Tensor | None  # [items, ...], on the device
-    targets: torch.Tensor | None  # [items, ...], on the device
+    inputs: Any  # tensors [items, ...] on the device, or a dict, tuple or list of them
+    targets: Any  # the same
     tokens: int  # how many targets the loss counts
     last: bool  # closes this rank's share of the round
     round: int = 0  # as share() takes it; with `index` and the rank it seeds the dropout
@@ -252,25 +253,25 @@ class Stream:
             return None
         inputs, targets, units = self.items.take(rows, epochs)
         if self._copies is None:
-            return inputs, targets, units, None
+            return (inputs, targets), units, None
         with torch.cuda.stream(self._copies):
             # The allocator does not give pinned memory away again before the copy out of it has run.
-            inputs, targets = (x.pin_memory().to(self.device, non_blocking=True) for x in (inputs, targets))
-            return inputs, targets, units, self._copies.record_event()
+            there = each((inputs, targets), lambda x: x.pin_memory().to(self.device, non_blocking=True))
+            return there, units, self._copies.record_event()
 
     def _arrive(self, loaded: _Loaded, round: int) -> list[Batch]:
         """The micro-batches of a share, as views of one pair of tensors. Runs in the loop's thread."""
         if loaded is None:
             return [Batch(None, None, 0, last=True, round=round)]
-        inputs, targets, units, copied = loaded
+        data, units, copied = loaded
         if copied is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(copied)  # the device waits, the host does not
             # The memory belongs to the side stream, which must not reuse it while we read.
-            inputs.record_stream(here)
-            targets.record_stream(here)
-        pairs = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
-        counts = [int(units[at : at + self.micro_batch].sum()) for at in range(0, len(units), self.micro_batch)]
+            each(data, lambda x: x.record_stream(here))
+        parts = [slice(at, at + self.micro_batch) for at in range(0, len(units), self.micro_batch)]
+        pairs = [each(data, itemgetter(part)) for part in parts]
+        counts = [int(units[part].sum()) for part in parts]
         return [Batch(x, y, counts[i], i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
 
 
@@ -348,13 +349,22 @@ class Turns:
         return self.federation.stream._copy(*self.federation.clients.visits(client, positions))
 
 
-# Inputs, targets, the units that each item counts and, on CUDA, the event after the copies. None without a share.
-_Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray, torch.cuda.Event | None] | None
+# Inputs and targets, the units that each item counts and, on CUDA, the event after the copies. None without a share.
+_Loaded = tuple[tuple[Any, Any], np.ndarray, torch.cuda.Event | None] | None
+
+
+def each(data: Any, change: Callable[[torch.Tensor], object]) -> Any:
+    """The same data with every tensor changed; data are a tensor, or a dict, tuple or list of data."""
+    if isinstance(data, dict):
+        return {key: each(value, change) for key, value in data.items()}
+    if isinstance(data, tuple | list):
+        return type(data)(each(value, change) for value in data)
+    return change(data) if isinstance(data, torch.Tensor) else data
 
 
 def held_out(
     items: Items, *, units: int, micro_batch: int, rank: int, size: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Any, Any]]:
     """This rank's (inputs, targets) of an evaluation, on the device.
 
     They are always of the same items: the first of the held-out data, in their order, that count `units` units, rounded
@@ -368,10 +378,10 @@ def held_out(
     count = min(len(items), max(1, int(units // items.units))) if units else len(items)
     first, own = deal(count, rank, size)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches() -> Iterator[tuple[Any, Any]]:
         for at in range(first, first + own, micro_batch):
             rows = np.arange(at, min(at + micro_batch, first + own))
             inputs, targets, _ = items.take(rows, None)
-            yield inputs.to(device), targets.to(device)
+            yield each((inputs, targets), lambda x: x.to(device))
 
     return batches()

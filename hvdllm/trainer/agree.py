@@ -119,12 +119,11 @@ def agreed_room(config: Config, task: Task | None, device: torch.device, world: 
     world.agree(problem, "start.room")
 
 
-def agreed_data(config: Config, start: Start, world: World, show: Show) -> Prepared:
+def agreed_data(config: Config, kind: Kind, start: Start, world: World, show: Show) -> Prepared:
     """The prepared data, which are the same on all ranks. The first rank of each host prepares what is missing.
 
     Collective. Raises UserError on every rank if the data cannot be prepared, or if they differ between ranks.
     """
-    kind: Kind = registry.built(registry.of("task", config.task))
     data, problem = None, None
     for turn in (True, False):
         if (world.local_rank == 0) == turn:

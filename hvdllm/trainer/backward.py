@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Loss(nn.Module):
         self.seed, self.rank, self.dropout = seed, rank, dropout
         self.computed = False  # whether this rank has computed anything
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]) -> torch.Tensor:
+    def forward(self, inputs: Any, targets: Any, place: tuple[int, int]) -> torch.Tensor:
         """The summed loss. place: the round, and the number of this micro-batch in it, which seed the dropout."""
         self.computed = True
         if self.dropout:

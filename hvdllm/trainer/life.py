@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import cast
 
+from hvdllm import registry
 from hvdllm.checkpoint import read
 from hvdllm.config.check import parse_steps
 from hvdllm.errors import RunError, UserError
-from hvdllm.exchange.base import NotFinite, State
+from hvdllm.exchange.base import Commit, NotFinite, State
 from hvdllm.settings import Config
+from hvdllm.task.base import Kind
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
 from hvdllm.trainer import buffers
@@ -28,7 +32,20 @@ from hvdllm.world.detect import Place
 
 
 def run(config: Config, overrides: list[str], place: Place, world: World, show: Show) -> int | None:
-    """Starts or resumes a run and trains until it ends. Collective.
+    """Starts or resumes a run and trains until it ends. Collective. See `commits`."""
+    kind: Kind = registry.built(registry.of("task", config.task))
+    life = commits(config, overrides, place, world, show, kind)
+    while True:
+        try:
+            next(life)
+        except StopIteration as end:
+            return cast(int | None, end.value)
+
+
+def commits(
+    config: Config, overrides: list[str], place: Place, world: World, show: Show, kind: Kind
+) -> Generator[Commit, None, int | None]:
+    """Starts or resumes a run and trains until it ends. Yields its commits, once what is due there is done. Collective.
 
     Args:
         config: the checked settings.
@@ -36,6 +53,7 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         place: which launcher started this process.
         world: the ranks.
         show: what the user sees.
+        kind: the functions of the task.
 
     Returns the number of tokens at which the run was stopped, or None if its budget is met.
 
@@ -46,11 +64,11 @@ def run(config: Config, overrides: list[str], place: Place, world: World, show: 
         if start.finished:
             show.say(f"{start.finished}; a larger budget_tokens goes on")
             return None
-        made = make(config, world, show, start, lock)
+        made = make(config, world, show, start, lock, kind)
         # If an ask makes a mark at once, no step can be too long for the grace period.
         acts = Acts(made, None if made.parts.exchange.marks_on_ask else grace(place))
         begin_records(made, acts, overrides)
-        return live(made, acts)
+        return (yield from live(made, acts))
 
 
 def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
@@ -80,8 +98,8 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
         run.show.say(note)
 
 
-def live(run: Run, acts: Acts) -> int | None:
-    """Trains from the first round to the last record. Returns what `run` returns."""
+def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
+    """Trains from the first round to the last record. Yields and returns what `commits` does."""
     config, world, show, exchange = run.config, run.world, run.show, run.parts.exchange
     tracker = start_tracker(config, Path(run.start.folder), world, show)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, run.device)
@@ -94,11 +112,14 @@ def live(run: Run, acts: Acts) -> int | None:
             if acts.finished:  # an earlier life met the budget, and was killed after its last checkpoint
                 acts.finish(exchange.settle())
             else:
-                train(run.stream, module, exchange, acts, config.budget_tokens)
+                yield from train(run.stream, module, exchange, acts, config.budget_tokens)
         reason = "budget" if acts.finished else "stop"
         noted, path = trace.write(Path(run.start.folder) / "trace.json"), f"{run.start.folder}/trace.json"
         if config.trace_steps:
             show.say(f"trace in {path}" if noted else f"no trace: steps {config.trace_steps} were not trained here")
+    except GeneratorExit:  # whoever takes the commits wants no more of them
+        reason = "stop"
+        raise
     except NotFinite as error:
         exchange.disarm()
         raise explain(error, run.stream, run.loss, run.parts.flat, world) from None

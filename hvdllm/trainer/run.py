@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hvdllm import registry
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
 from hvdllm.lock import Lock
@@ -77,7 +76,7 @@ class Run:
     origin: Origin
 
 
-def make(config: Config, world: World, show: Show, start: Start, lock: Lock | None) -> Run:
+def make(config: Config, world: World, show: Show, start: Start, lock: Lock | None, kind: Kind) -> Run:
     """Makes the parts of a run in the order in which they need each other. Collective.
 
     The weights are those drawn from the seed, or those of the trunk. A checkpoint is loaded later (life.py).
@@ -88,13 +87,13 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
         show: what the user sees.
         start: how this life of the run starts.
         lock: of the run's folder, on rank 0.
+        kind: the functions of the task.
 
     Raises UserError on every rank if the ranks do not agree on device, text or weights, or if the model does not fit.
     """
     device = agreed_device(config, world, show.say)
-    kind: Kind = registry.built(registry.of("task", config.task))
     agreed_room(config, kind.rough(config), device, world)  # before the data are prepared, which may take hours
-    data = agreed_data(config, start, world, show)
+    data = agreed_data(config, kind, start, world, show)
     agreed_room(config, data.task, device, world)
     model = build_model(data.task, device)
     checkpoint = Path(start.checkpoint) if start.checkpoint else None

@@ -133,7 +133,7 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         "tokens_settled": settled.tokens,
         # These lie in the checkpoint and are not yet applied, or they were dropped.
         "tokens_not_committed": settled.dropped + (0 if acts.finished else settled.tokens),
-        "mfu": flops / (here * run.world.size * peak) if peak and here > 0 else None,
+        "mfu": flops / (here * run.world.size * peak) if peak and flops and here > 0 else None,
         "peak_memory_bytes": devices.peak_memory(run.device),
         "device_hours": clock.wall_s() * run.world.size / 3600,
         "data_waited_s": 0.0 if devices.simulated() else run.stream.waited_s,
