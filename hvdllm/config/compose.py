@@ -215,8 +215,11 @@ def _node(words: Sequence[str]) -> Chosen:
     given = [word for word in words if "=" in word and word.partition("=")[0] in known]
     options = [word for word in words if word.partition("=")[0] in (*registry.GROUPS, "experiment")]
     if len(given) + len(options) == len(words):
+        parts = _own(options)
         with contextlib.suppress(*_refusals()):
-            node = copy.deepcopy(_chosen(tuple(options), _parts()))
+            node = copy.deepcopy(_chosen(tuple(word for word in options if word not in parts), _parts()))
+            for word, kind in parts.items():
+                node[word.partition("=")[0]] = OmegaConf.structured(kind)
             for override in OverridesParser.create().parse_overrides([typed(word) for word in given]):
                 if override.is_sweep_override():
                     raise ValueError(override.input_line)
@@ -233,6 +236,22 @@ def _chosen(words: tuple[str, ...], parts: tuple[type, ...]) -> Chosen:
 
     with hydra_over(words) as overrides:
         return hydra_compose("train", overrides=overrides)
+
+
+def _own(words: Sequence[str]) -> dict[str, type]:
+    """Those of the words that choose nothing but a part's own defaults, each with the class of its settings.
+
+    A file of settings may do more, and an experiment is put over what the other words choose.
+    """
+    chosen = [word.partition("=") for word in words]
+    if len({group for group, _, _ in chosen}) < len(words) or "experiment" in {group for group, _, _ in chosen}:
+        return {}
+    return {
+        f"{group}={name}": registry.kinds(group)[name]
+        for group, _, name in chosen
+        if group not in NOT_OPTIONS and name in registry.kinds(group)
+        if not (conf_dir() / group / f"{name}.yaml").exists()
+    }
 
 
 def _parts() -> tuple[type, ...]:
