@@ -1,5 +1,7 @@
-"""What holds for all tests. That this file stands here puts this folder on the import path: tests/launch.py is importable
-from every room."""
+"""What holds for all tests.
+
+That this file stands here also puts this folder on the import path: tests/launch.py is importable from every room.
+"""
 
 from hypothesis import settings
 
