@@ -92,32 +92,39 @@ def test_it_says_its_version(hvdllm: str, tmp_path: Path) -> None:
     assert here.__version__ in call(python, "-m", "hvdllm", "--version", cwd=tmp_path)
 
 
+def words(tmp_path: Path) -> list[str]:
+    """Of a short run on a small text."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for n in range(40):
+        (text / f"{n}.txt").write_text(f"Text number {n} says that {n} and {n} are {2 * n}. " * 40)
+    data = ["text=files", f"text.path={text}", "text.tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
+    model = ["model.layers=1", "model.width=64", "model.heads=2", "model.kv_heads=1", "optim.lr=0.01"]
+    return [*data, *model, "device.threads=1", "batch_tokens=2048", "budget_tokens=10240", "eval_tokens=1024"]
+
+
 def test_it_trains_where_there_is_no_horovod(hvdllm: str, tmp_path: Path) -> None:
     python = str(Path(hvdllm).with_name("python"))
     absent = "import importlib.util as u; print([n for n in ('horovod', 'mpi4py', 'transformers') if u.find_spec(n)])"
     assert call(python, "-c", absent, cwd=tmp_path) == "[]\n"
     assert "budget_tokens" in call(hvdllm, "train", "--help", "all", cwd=tmp_path)
 
-    text = tmp_path / "text"
-    text.mkdir()
-    for n in range(40):
-        (text / f"{n}.txt").write_text(f"Text number {n} says that {n} and {n} are {2 * n}. " * 40)
-    words = ["text=files", f"text.path={text}", "text.tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
-    words += ["model.layers=2", "model.width=64", "model.heads=2", "model.kv_heads=1", "optim.lr=0.01"]
-    words += ["name=first", "batch_tokens=2048", "budget_tokens=10240", "eval_tokens=1024"]
-    call(hvdllm, "train", *words, cwd=tmp_path)
+    call(hvdllm, "train", *words(tmp_path), "name=first", cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "eval"]
     assert records[-1]["kind"] == "end"
     assert records[-1]["tokens"] == 10240
     assert losses[-1] < 5.5  # 257 equal chances are 5.55
 
-    # A sweep over those two settings of a user's own folder; the report's packages are an extra, which it says.
+    # The report's packages are an extra, which it says.
+    lacking = subprocess.run([hvdllm, "report", "runs/first"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert lacking.returncode == 2 and "hvdllm[report]" in lacking.stderr and lacking.stderr.count("\n") == 1
+
+
+@pytest.mark.thorough
+def test_it_sweeps_over_settings_of_a_folder_of_ones_own(hvdllm: str, tmp_path: Path) -> None:
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     (tmp_path / "mine" / "launch" / "site.yaml").write_text("defaults: [local, _self_]\nparallel: 2\n")
-    own = [word for word in words if not word.startswith("name=")]
-    sweep = ["-m", "--config-dir", "mine", "launch=site", "launch.sweep=two", "seed=0,1", *own]
+    sweep = ["-m", "--config-dir", "mine", "launch=site", "launch.sweep=two", "seed=0,1", *words(tmp_path)]
     assert "hvdllm report runs/two" in call(hvdllm, "train", *sweep, cwd=tmp_path)
     assert {path.name for path in (tmp_path / "runs" / "two").iterdir()} == {"seed=0", "seed=1", "sweep.json"}
-    lacking = subprocess.run([hvdllm, "report", "runs/two"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert lacking.returncode == 2 and "hvdllm[report]" in lacking.stderr and lacking.stderr.count("\n") == 1

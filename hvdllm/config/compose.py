@@ -8,6 +8,7 @@ file can name one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import json
@@ -15,6 +16,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,6 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
 
     Raises UserError, with one sentence, if the words cannot be composed.
     """
-    from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     if bad := next((word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/"))), None):
         raise UserError(
             f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
@@ -71,14 +69,11 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         words.append(f"model={task.facts.model}")
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
-        with hydra_over([*chosen, *words]) as overrides:
-            node = hydra_compose("train", overrides=overrides)
-        config = _typed(node)
+        config = _typed(_node([*chosen, *words]))
         if config.plugins is not None and "plugins" not in given:
             raise UserError("plugins= is a word of the command line alone: take it out of the file, and give it there")
         return config if beneath is None else _over(beneath, config, given)
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
-        # ValueError comes from model=null, AssertionError from a word without a key, RecursionError from deep brackets.
+    except _refusals() as error:
         raise UserError(sentence(error, words)) from None
 
 
@@ -206,6 +201,76 @@ def _register() -> None:
             store.store(group=f"schema/{group}", name=name, node=kind)
             if group not in NOT_OPTIONS:
                 store.store(group=group, name=name, node=kind)
+
+
+def _node(words: Sequence[str]) -> Chosen:
+    """What Hydra composes from the words.
+
+    Hydra takes 0.1 s, nearly all of it for the choice of options, and the points of a sweep choose few. So what the
+    options give is kept, and a copy of it gets the settings in the order of the words, which is what Hydra does in the
+    end. Hydra itself composes whatever else a word does, and whatever fails, so that errors are always its own.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    registry.load(plugins(words))
+    known = {*settings()} - {*registry.GROUPS}
+    given = [word for word in words if "=" in word and word.partition("=")[0] in known]
+    options = [word for word in words if word.partition("=")[0] in (*registry.GROUPS, "experiment")]
+    if len(given) + len(options) == len(words):
+        parts = _own(options)
+        with contextlib.suppress(*_refusals()):
+            node = copy.deepcopy(_chosen(tuple(word for word in options if word not in parts), _parts()))
+            for word, kind in parts.items():
+                node[word.partition("=")[0]] = OmegaConf.structured(kind)
+            for override in OverridesParser.create().parse_overrides([typed(word) for word in given]):
+                if override.is_sweep_override():
+                    raise ValueError(override.input_line)
+                OmegaConf.update(node, override.key_or_group, override.value(), merge=True)
+            return node
+    with hydra_over(words) as overrides:
+        return hydra_compose("train", overrides=overrides)
+
+
+@lru_cache(maxsize=64)
+def _chosen(words: tuple[str, ...], parts: tuple[type, ...]) -> Chosen:
+    """What Hydra composes from words that choose options among these parts. The caller must not change it."""
+    from hydra import compose as hydra_compose
+
+    with hydra_over(words) as overrides:
+        return hydra_compose("train", overrides=overrides)
+
+
+def _own(words: Sequence[str]) -> dict[str, type]:
+    """Those of the words that choose nothing but a part's own defaults, each with the class of its settings.
+
+    A file of settings may do more, and an experiment is put over what the other words choose.
+    """
+    chosen = [word.partition("=") for word in words]
+    if len({group for group, _, _ in chosen}) < len(words) or "experiment" in {group for group, _, _ in chosen}:
+        return {}
+    return {
+        f"{group}={name}": registry.kinds(group)[name]
+        for group, _, name in chosen
+        if group not in NOT_OPTIONS and name in registry.kinds(group)
+        if not (conf_dir() / group / f"{name}.yaml").exists()
+    }
+
+
+def _parts() -> tuple[type, ...]:
+    return tuple(kind for kinds in registry.all_kinds().values() for kind in kinds.values())
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Hydra and OmegaConf raise for words that cannot be composed.
+
+    ValueError comes from model=null, AssertionError from a word without a key, RecursionError from deep brackets.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError
 
 
 def _typed(node: Chosen) -> Config:

@@ -92,6 +92,55 @@ def test_whole_floats_are_tokens() -> None:
     assert (config.budget_tokens, config.schedule.horizon) == (1_000_000, 2_500_000)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "exchange=diloco",
+            "exchange.local_steps=7",
+            "seed=1",
+            "seed=2",
+            "sample_prompt='a,b'",
+            "world.slow=[1:4,3:2]",
+        ],
+        [
+            "optim.momentum=0.5",
+            "optim=sgd",
+            "text=files",
+            "text.path=[a, 'b c']",
+            "budget_tokens=1.5M",
+            "name=${seed}x",
+        ],
+        ["experiment=race", "seed=1", "++seed=2"],
+        ["optim.momentum=0.5"],
+        ["seed=1,2"],
+        ["seed=abc", "optim=nope"],
+        ["seed=1", "~seed"],
+        ["text.path=null", "micro_batch=null"],
+    ],
+)
+def test_what_is_kept_of_the_options_changes_nothing(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def composed() -> settings.Config | str:
+        try:
+            return compose.compose(words)
+        except UserError as error:
+            return str(error)
+
+    def nothing_kept(*given: object) -> None:
+        raise ValueError
+
+    found = composed(), composed()
+    monkeypatch.setattr(compose, "_chosen", nothing_kept)
+    assert found == (composed(),) * 2
+
+
+def test_what_one_call_sets_another_does_not_see() -> None:
+    before = compose.compose([])
+    changed = compose.compose(["seed=3", "optim.lr=0.5"])
+    assert (changed.seed, changed.optim.lr) == (3, 0.5)
+    assert compose.compose([]) == before
+
+
 def test_the_last_word_counts_when_a_run_goes_on() -> None:
     assert compose.merged(["seed=1", "optim=sgd"], ["optim=adamw", "keep=3"]) == ["seed=1", "optim=adamw", "keep=3"]
 

@@ -65,14 +65,15 @@ def of(group: str, name: str) -> str:
 
 
 def cases() -> Iterator[Any]:
-    """(world, words, must): each exchange with the plain wire, each wire below one exchange on either world; all pairs
-    by `--all`. must: it may not be refused, as some pairs are."""
+    """(world, words, must): each exchange with the plain wire on one world, each wire below one exchange on either; all
+    pairs on all worlds by `--all`. must: it may not be refused, as some pairs are."""
     wires = registry.kinds("wire")
     for exchange in registry.kinds("exchange"):
         for world in ONLY.get(exchange, ("hvd", "torch")):
             for wire in wires:
                 words = " ".join([WORLD.get(world, ""), of("exchange", exchange), of("wire", wire)]).strip()
-                chosen = wire == "fp32" or (exchange, world) in (("delayed", "hvd"), ("acco", "torch"))
+                chosen = wire == "fp32" and (world == "hvd" or exchange in ONLY)
+                chosen = chosen or (exchange, world) in (("delayed", "hvd"), ("acco", "torch"))
                 chosen = chosen or (exchange, wire, world) == ("delayed", "powersgd", "torch")
                 yield case(world, words, chosen, must=wire == "fp32")
     yield from (case(*each, chosen=True) for each in FURTHER)

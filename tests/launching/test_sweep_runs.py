@@ -37,7 +37,7 @@ def a_shells_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def forked_points(monkeypatch: pytest.MonkeyPatch, a_shells_environment: None) -> None:
-    """Points are forks of the tests' server: what is tested does not need them to be commands."""
+    """Points are forks of the tests' server: those that a signal stops are commands."""
     monkeypatch.setattr(base, "PYTHON", FORKED)
     monkeypatch.setenv(ADDRESS, address())
 
@@ -60,7 +60,7 @@ def begun(out: str) -> list[str]:
 
 
 def test_a_sweep_runs_its_points_and_again_only_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_points: None
 ) -> None:
     given = words(tmp_path, "exchange=allreduce,delayed")
     sweep = tmp_path / "runs" / "s"

@@ -59,7 +59,7 @@ def test_presets_have_the_size_they_are_known_for(name: str, vocab: int, paramet
     assert count_parameters(preset(path), vocab) == parameters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.builds(
         lambda heads, head, groups, **more: Model(width=heads * head, heads=heads, kv_heads=groups, **more),

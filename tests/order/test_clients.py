@@ -48,7 +48,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------ whose a window is
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=3, max_size=30), st.integers(2, 5), st.sampled_from([None, 0.3, 10.0]))
 def test_a_document_is_of_one_client_and_a_window_of_the_document_it_begins_in(
     lengths: list[int], count: int, alpha: float | None

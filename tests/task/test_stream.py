@@ -150,7 +150,7 @@ def test_state_counts_what_was_handed_out_not_what_is_ready(ahead: int) -> None:
     one.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 12), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 3))
 def test_resuming_goes_on_with_the_same_samples_at_any_world_size(
     done: int, parts: int, before: int, after: int

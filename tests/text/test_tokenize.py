@@ -143,3 +143,9 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
         Tokenizer.load(path)
     with pytest.raises(UserError, match=r"nowhere cannot be read \(No such file"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(2**15 + 1, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_token_takes_two_bytes_where_they_are_enough(vocab: int, dtype: type) -> None:
+    names = {END: 0, **{f"w{n}": n for n in range(1, vocab)}}
+    assert Tokenizer(tokenizers.Tokenizer(models.WordLevel(names, unk_token=END)).to_str()).dtype is dtype

@@ -51,8 +51,20 @@ def test_an_earlier_checkpoint_is_another_beginning(trunk: Path) -> None:
     assert any(not a[name].equal(b[name]) for name in b)
 
 
-@pytest.mark.parametrize("exchange", ["allreduce", "sharded", "acco", "delayed", "diloco"])
-@pytest.mark.parametrize("optimizer", [False, True])
+@pytest.mark.parametrize(
+    ("exchange", "optimizer"),
+    [
+        *(
+            pytest.param(exchange, True, id=exchange)
+            for exchange in ("allreduce", "sharded", "acco", "delayed", "diloco")
+        ),
+        pytest.param("sharded", False, id="sharded-without"),
+        *(
+            pytest.param(exchange, False, id=f"{exchange}-without", marks=pytest.mark.thorough)
+            for exchange in ("allreduce", "acco", "delayed", "diloco")
+        ),
+    ],
+)
 def test_the_optimizer_comes_along_if_asked(trunk: Path, exchange: str, optimizer: bool) -> None:
     """One step of rate 0 from the trunk's moments is beta m + (1 - beta) g; from none it is (1 - beta) g."""
     kept = {}
