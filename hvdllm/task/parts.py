@@ -65,7 +65,7 @@ class Images(Task):
     )
     validation_share: float = setting(0.1, "share of images held out where task.validation is null", least=0, most=0.9)
     size: int = setting(8, "height and width, in pixels, to which images are scaled", least=4, most=4096)
-    channels: int = setting(1, "1: grey, 3: red, green and blue", least=1, most=3)
+    channels: int = setting(1, "channels of an image: 1 (grey) or 3 (red, green and blue)", least=1, most=3)
     shift: int = setting(
         1, "augmentation: each image is moved by up to so many pixels, another way in each epoch", least=0, most=1024
     )
