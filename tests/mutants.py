@@ -33,15 +33,24 @@ import torch  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 900.0
 EXCHANGE = "tests/exchange"
-ALLREDUCE, SHARDED, DELAYED, ACCO, LOCAL_SGD, DILOCO, STREAMING, FEDAVG, SERVER, ROUNDS, STEPS, PACE, CONTRACT = (
+ALLREDUCE, SHARDED, DELAYED, ACCO, LOCAL_SGD, DILOCO, STREAMING, FEDAVG, SERVER, ROUNDS, STEPS, BY_SPEED, CONTRACT = (
     f"{EXCHANGE}/test_{name}.py"
     for name in (
         "allreduce", "sharded", "delayed", "acco", "local_sgd", "diloco", "streaming_diloco", "fedavg",
-        "parameter_server", "rounds", "local_steps", "pace", "contract",
+        "parameter_server", "rounds", "local_steps", "by_speed", "contract",
     )
 )  # fmt: skip
-KEPT, CLOCK, NOISE = (f"{EXCHANGE}/test_{name}.py" for name in ("kept_is_conserved", "clock", "noise"))
-WIRE, OPTIM, CHECKPOINT = "tests/exchange/wire", "tests/optim", "tests/checkpoint"
+KEPT, CLOCK, NOISE, TWINS = (
+    f"{EXCHANGE}/test_{name}.py" for name in ("kept_is_conserved", "clock", "noise", "twin_world")
+)
+CASTS, INT8, TOPK, SIGN, CODED, CODECS, FEEDBACK, POWERSGD, HIERARCHICAL, WIRES = (
+    f"{EXCHANGE}/wire/test_{name}.py"
+    for name in (
+        "casts", "int8", "topk", "sign", "coded", "codecs", "feedback", "powersgd", "hierarchical", "wire_contract",
+    )
+)  # fmt: skip
+RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
+OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = (f"tests/text/test_{name}.py" for name in ("stream", "clients", "shards"))
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
@@ -78,7 +87,7 @@ MUTANTS = [
     ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", CONTRACT),
     ("exchange/buckets.py", "if self._missing[bucket.index]:", "if self._missing[bucket.index] > 1:", ROUNDS),
     ("exchange/buckets.py", "return [by_bucket[index] for index in sorted(by_bucket)]", "return flights", ROUNDS),
-    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", ALLREDUCE),
+    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", f"{ROUNDS} {TWINS}"),
     ("exchange/rounds.py", "if not math.isfinite(norm):", "if math.isnan(norm):", CONTRACT),
     ("exchange/rounds.py", 'sum(each["said"][key] for each in mine)', 'mine[0]["said"][key]', CONTRACT),
     ("exchange/rounds.py", "begin = self._landed", "pass", CLOCK),
@@ -116,7 +125,7 @@ MUTANTS = [
         "exchange/local_rounds.py",
         "max(most / max(speeds), 1 / min(speeds))",
         "most / max(speeds)",
-        PACE,
+        BY_SPEED,
     ),
     ("exchange/streaming_diloco.py", "number * every // count", "0", STREAMING),
     ("exchange/streaming_diloco.py", "group.open - air.tokens", "0", STREAMING),
@@ -131,32 +140,42 @@ MUTANTS = [
     ("exchange/server_shard.py", "sorted(pushes, key=lambda each: each.sender)", "pushes[::-1]", SERVER),
     ("exchange/server_shard.py", "gradient * gradient * self", "gradient * self", SERVER),
     # ------------------------------------------------------------------ exchange/wire
-    ("exchange/wire/codecs.py", "blocks.abs().amax(2) / 127", "blocks.abs().amax(2) / 128", WIRE),
-    ("exchange/wire/codecs.py", ".round_().to(torch.int8)", ".trunc_().to(torch.int8)", WIRE),
-    ("exchange/wire/codecs.py", "(u >= 0)", "(u > 0)", WIRE),
-    ("exchange/wire/codecs.py", "blocks[0].numel() - n", "0", WIRE),
-    ("exchange/wire/codecs.py", "min(n, self.ranks * super().count(n))", "min(n, super().count(n))", WIRE),
-    ("exchange/wire/codecs.py", "out.mul_(1 / self.scale)", "out.mul_(self.scale)", WIRE),
-    ("exchange/wire/codecs.py", "if len(places) >= k:", "if len(places) >= k // 2:", WIRE),
-    ("exchange/wire/feedback.py", "factor = before / self.weight", "factor = self.weight / before", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "max(weight, LEAST * self.largest) if weight", "weight if weight", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "rest[span.start : span.stop] = 0", "pass", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "if launch.factor == 0:", "if False:", f"{WIRE} {KEPT}"),
+    ("exchange/wire/codecs.py", "blocks.abs().amax(2) / 127", "blocks.abs().amax(2) / 128", INT8),
+    ("exchange/wire/codecs.py", ".round_().to(torch.int8)", ".trunc_().to(torch.int8)", INT8),
+    ("exchange/wire/codecs.py", "(u >= 0)", "(u > 0)", SIGN),
+    ("exchange/wire/codecs.py", "blocks[0].numel() - n", "0", f"{CODECS} {INT8} {SIGN}"),
+    ("exchange/wire/codecs.py", "min(n, self.ranks * super().count(n))", "min(n, super().count(n))", TOPK),
+    ("exchange/wire/codecs.py", "out.mul_(1 / self.scale)", "out.mul_(self.scale)", CASTS),
+    ("exchange/wire/codecs.py", "if len(places) >= k:", "if len(places) >= k // 2:", TOPK),
+    (
+        "exchange/wire/feedback.py",
+        "factor = before / self.weight",
+        "factor = self.weight / before",
+        RESIDUALS,
+    ),
+    (
+        "exchange/wire/feedback.py",
+        "max(weight, LEAST * self.largest) if weight",
+        "weight if weight",
+        RESIDUALS,
+    ),
+    ("exchange/wire/feedback.py", "rest[span.start : span.stop] = 0", "pass", RESIDUALS),
+    ("exchange/wire/feedback.py", "if launch.factor == 0:", "if False:", RESIDUALS),
     (
         "exchange/wire/coded.py",
         "torch.add(self.wire.feed(self.rows, self.launch, part), left, alpha=self.launch.factor)",
         "self.wire.feed(self.rows, self.launch, part) + 0",
-        f"{WIRE} {KEPT}",
+        f"{INT8} {WIRES}",
     ),
-    ("exchange/wire/coded.py", "y.add_(owner[self.chunks[k]], alpha=self.launch.factor)", "pass", f"{WIRE} {KEPT}"),
-    ("exchange/wire/coded.py", ".mul_(left != 0)", ".mul_(1)", WIRE),
-    ("exchange/wire/coded.py", "math.floor(4 * committed / self", "math.ceil(4 * committed / self", WIRE),
-    ("exchange/wire/coded.py", "out[self.padding[k][own]] = 0", "pass", WIRE),
-    ("exchange/wire/powersgd.py", "self.q[name].copy_(total)", "pass", WIRE),
-    ("exchange/wire/powersgd.py", "own.T, alpha=-1, out", "own.T, alpha=-0.5, out", WIRE),
-    ("exchange/wire/powersgd.py", "torch.linalg.qr(part).Q", "part", WIRE),
-    ("exchange/wire/powersgd.py", "x.add_(residual, alpha=launch.factor)", "x.add_(residual)", f"{WIRE} {KEPT}"),
-    ("exchange/wire/hierarchical.py", ".transpose(0, 1).reshape(-1)\n", ".reshape(-1)\n", WIRE),
+    ("exchange/wire/coded.py", "y.add_(owner[self.chunks[k]], alpha=self.launch.factor)", "pass", f"{INT8} {WIRES}"),
+    ("exchange/wire/coded.py", ".mul_(left != 0)", ".mul_(1)", TOPK),
+    ("exchange/wire/coded.py", "math.floor(4 * committed / self", "math.ceil(4 * committed / self", TOPK),
+    ("exchange/wire/coded.py", "out[self.padding[k][own]] = 0", "pass", WIRES),
+    ("exchange/wire/powersgd.py", "self.q[name].copy_(total)", "pass", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "own.T, alpha=-1, out", "own.T, alpha=-0.5, out", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "torch.linalg.qr(part).Q", "part", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "x.add_(residual, alpha=launch.factor)", "x.add_(residual)", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/hierarchical.py", ".transpose(0, 1).reshape(-1)\n", ".reshape(-1)\n", HIERARCHICAL),
     # ------------------------------------------------------------------ text
     ("text/stream.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
     (

@@ -53,7 +53,7 @@ def growth(exchange: Any, lr: float, momentum: float = 0.0, nesterov: bool = Fal
     """Largest weight in the last quarter of 400 updates over that in the second quarter."""
     optim = SGD(lr=lr, momentum=momentum, nesterov=nesterov, clip=0.0)
     try:
-        (rig,) = train(exchange, 1, 400, optim=optim, model=Point, cost=quadratic)
+        (rig,) = train(exchange, 1, 400, optim=optim, model=Point, cost=quadratic, micro=NOMINAL)
     except NotFinite:
         return float("inf")
     sizes = [w.abs().max().item() for w in rig.weights]

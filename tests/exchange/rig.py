@@ -29,7 +29,7 @@ from hvdllm.trainer.assemble import assemble
 from hvdllm.world import virtual
 
 NOMINAL = 24  # examples of a global batch
-MICRO = 2
+MICRO = 3
 Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]  # of a client or group and its step
 
 
@@ -63,11 +63,11 @@ def own_examples(group: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(count, 3, generator=draw, dtype=torch.float64) * (0.3 + (group + step) % 4)
 
 
-def batches(x: torch.Tensor, t: torch.Tensor, round: int) -> list[Any]:
+def batches(x: torch.Tensor, t: torch.Tensor, round: int, micro: int) -> list[Any]:
     """Micro-batches of one share, which may be empty."""
     if not len(x):
         return [SimpleNamespace(inputs=None, targets=None, tokens=0, last=True, round=round, index=0)]
-    cut = list(zip(x.split(MICRO), t.split(MICRO), strict=True))
+    cut = list(zip(x.split(micro), t.split(micro), strict=True))
     return [SimpleNamespace(inputs=a, targets=b, tokens=len(a), last=i == len(cut) - 1, round=round, index=i)
             for i, (a, b) in enumerate(cut)]  # fmt: skip
 
@@ -86,7 +86,7 @@ class Group:
     def share(self, number: int, parts: int = 1) -> list[Any]:
         x, t = self.data(self.index, number)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
-        return batches(x[part], t[part], number)
+        return batches(x[part], t[part], number, self.whole.micro)
 
 
 class Federation:
@@ -120,14 +120,14 @@ class Turns:
         step, client = divmod(number, len(self.federation.tokens))
         x, t = self.federation.data(client, step)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
-        return batches(x[part], t[part], number)
+        return batches(x[part], t[part], number, self.federation.whole.micro)
 
 
 class Examples:
     """The stream of one rank. taken: local steps of its group, or micro-batches of its lane."""
 
-    def __init__(self, rank: int, size: int, data: Data = own_examples) -> None:
-        self.rank, self.size, self.next, self.taken, self.data = rank, size, 0, 0, data
+    def __init__(self, rank: int, size: int, data: Data = own_examples, micro: int = MICRO) -> None:
+        self.micro, self.rank, self.size, self.next, self.taken, self.data = micro, rank, size, 0, 0, data
 
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
         return Group(self, index, rank, size)
@@ -147,7 +147,7 @@ class Examples:
         for part in itertools.count(self.next):
             x, t = (each[deal(part, parts, self.rank, self.size)] for each in examples(part, parts))
             self.next = part + 1
-            yield batches(x, t, part)
+            yield batches(x, t, part, self.micro)
 
 
 def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -218,6 +218,7 @@ def train(
     links: Any = None,
     speeds: Callable[[int], float] = lambda rank: 1.0,
     data: Data = own_examples,
+    micro: int = MICRO,
     ask: tuple[int, int] | None = None,
     bad: tuple[int, int] | None = None,
     catch: bool = False,
@@ -230,6 +231,7 @@ def train(
         states: of all ranks, to go on from.
         links: there is a simulated clock, and speeds are each rank's examples a second on it.
         data: of groups and clients.
+        micro: examples of a micro-batch at most.
         ask: a rank, and after which micro-batch it is asked to save.
         bad: a rank, and in which micro-batch its loss is no number.
         catch: a rank that a bad number ends leaves it in `bad`.
@@ -240,7 +242,7 @@ def train(
         config = settings_of(exchange, optim, wire or wires.Fp32(), steps, acts or stop_at is not None)
         parts = assemble(config, net_, net_, world, rate, unlike)
         part, flat = parts.exchange, parts.flat
-        stream = Examples(world.rank, world.size, data)
+        stream = Examples(world.rank, world.size, data, micro)
         if states is not None:
             load(part, flat, states, world, model)
             stream.next, stream.taken = states[world.rank if len(states) == size else 0][1]

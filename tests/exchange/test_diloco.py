@@ -104,7 +104,7 @@ def growth(exchange: Any, rounds: int) -> float:
     cost = lambda model, x, t: (model.w - 0 * t).square().sum() / 2  # noqa: E731
     optim = SGD(lr=1.0, momentum=0.0, clip=0.0)  # q = 1: a round ends at the optimum of the local objective
     try:
-        rigs = train(exchange, 1, rounds, optim=optim, model=Point, cost=cost, acts=True)
+        rigs = train(exchange, 1, rounds, optim=optim, model=Point, cost=cost, acts=True, micro=6)
     except NotFinite:
         return float("inf")
     sizes = [w.abs().max().item() for w in rigs[0].kept]
@@ -177,7 +177,7 @@ def test_normalised_deltas_keep_the_fixed_point_of_the_objective(monkeypatch: py
     cost = lambda model, x, t: ((model.w[:1] - t) ** 2).sum() / 2  # noqa: E731
     optim = SGD(lr=eta, momentum=0.0, clip=0.0)
     exchange = DiLoCo(local_steps=30, pulses=1, outer_lr=1.0, outer_momentum=0.0)
-    found = train(exchange, 2, 100, optim=optim, model=Point, cost=cost, data=data)[0].final[0].item()
+    found = train(exchange, 2, 100, optim=optim, model=Point, cost=cost, data=data, micro=6)[0].final[0].item()
     q = [1 - (1 - eta) ** count for count in (2, 30)]
     assert found == pytest.approx(rest([q[0] / 2, q[1] / 30]), abs=1e-8)
     optimum, plain = rest([1.0, 1.0]), rest(q)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from checks import PLAIN
 from local_kit import OPTIMS, rate
-from rig import Examples, Plain, own_examples, own_gradient, put, train
+from rig import Examples, Plain, loss, own_examples, own_gradient, put, train
 from torch import nn
 
+from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.parts import FedAvg
 from hvdllm.optim.parts import SGD
 
@@ -131,7 +132,7 @@ def rest(settings: FedAvg, eta: float) -> float:
     cost = lambda model, x, t: (x * (model.w - t) ** 2).sum() / 2  # noqa: E731
     optim = SGD(lr=eta, momentum=0.0, clip=0.0)
     rounds = 80 // settings.local_steps + 16
-    return float(train(settings, 2, rounds, optim=optim, model=Point, cost=cost, data=quadratic)[0].final[0])
+    return float(train(settings, 2, rounds, optim=optim, model=Point, cost=cost, data=quadratic, micro=6)[0].final[0])
 
 
 def mean(weights: list[float]) -> float:
@@ -225,3 +226,15 @@ def test_a_round_that_is_settled_early_counts_clients_by_what_they_have_made(siz
     torch.testing.assert_close(rigs[-1].final, start - weighted / weight * delta / weight, rtol=0, atol=1e-11)
     total = sum(len(own_examples(c, t)[0]) for c, steps in taken.items() for t in range(steps))
     assert rigs[0].commits[-1].tokens + rigs[0].settled.tokens == total
+
+
+@pytest.mark.parametrize("settings", EVERY, ids=repr)
+def test_a_bad_number_of_one_client_names_its_step_alone(settings: FedAvg) -> None:
+    def cost(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        bad = torch.equal(x, own_examples(1, 3)[0][: len(x)])
+        return loss(model, x, t) * (float("nan") if bad else 1.0)
+
+    for size in (1, 3):
+        with pytest.raises(NotFinite) as error:
+            train(settings, size, 30, optim=OPTIMS[1], cost=cost)
+        assert error.value.again and error.value.rounds in ([3 * settings.clients + 1], [])

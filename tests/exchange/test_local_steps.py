@@ -10,9 +10,11 @@ import rig
 import torch
 from checks import PLAIN, slope, steady
 from local_kit import OPTIMS, rate
-from rig import Plain, train
+from rig import Plain, loss, own_examples, train
 from rig import own_gradient as gradient
+from torch import nn
 
+from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo
 
 EVERY = [
@@ -110,3 +112,15 @@ def test_a_masked_local_step_stops_all_ranks_at_the_next_mark(exchange: Any) -> 
     assert all(each.bad is not None for each in out)
     (step,) = {each.bad.step for each in out if each.bad is not None}
     assert step < 12, "soon, not at the end"
+
+
+@pytest.mark.parametrize("exchange", EVERY, ids=repr)
+def test_a_bad_number_in_one_group_names_its_step_alone(exchange: Any) -> None:
+    def cost(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        value = loss(model, x, t)
+        bad = any(torch.equal(x, own[: len(x)]) for own in [own_examples(1, 3)[0]])
+        return value * float("nan") if bad else value
+
+    with pytest.raises(NotFinite) as error:
+        train(exchange, 2, 30, optim=OPTIMS[1], cost=cost)
+    assert error.value.again and error.value.rounds in ([3], [])
