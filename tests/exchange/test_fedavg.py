@@ -13,6 +13,7 @@ from checks import PLAIN
 from local_kit import OPTIMS, rate
 from rig import Examples, Plain, loss, own_examples, own_gradient, put, train
 from torch import nn
+from variants import MORE
 
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.parts import FedAvg
@@ -162,12 +163,7 @@ def test_a_larger_mu_brings_the_fixed_point_nearer_to_the_optimum() -> None:
     assert far[0] > 1.1 * far[1] > 1.1 * 1.1 * far[2] > 0
 
 
-EVERY = [
-    FedAvg(clients=6, sampled=4, local_steps=2, pulses=2),
-    FedAvg(clients=6, sampled=3, local_steps=4, pulses=4, prox=0.1),
-    FedAvg(clients=4, local_steps=3, pulses=3, server="adam"),
-    FedAvg(clients=4, sampled=2, local_steps=3, pulses=1, outer_lr=0.7, outer_momentum=0.9),
-]
+EVERY = MORE["fedavg"]
 
 
 @pytest.mark.parametrize("pulses", [1, 2, 4])

@@ -13,19 +13,12 @@ from local_kit import OPTIMS, rate
 from rig import Plain, loss, own_examples, train
 from rig import own_gradient as gradient
 from torch import nn
+from variants import LOCAL, facts
 
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.parts import DiLoCo, LocalSGD, StreamingDiLoCo
 
-EVERY = [
-    DiLoCo(local_steps=4, pulses=4),
-    DiLoCo(local_steps=3, pulses=1),
-    DiLoCo(local_steps=4, pulses=2, outer_lr=0.2, overlap=True),
-    DiLoCo(local_steps=3, pulses=1, outer_lr=0.2, overlap=True),
-    LocalSGD(local_steps=4, pulses=4, warmup_tokens=20),
-    StreamingDiLoCo(local_steps=6, fragments=3, delay=1),
-    StreamingDiLoCo(local_steps=4, fragments=2, delay=0, mixing=0.0),
-]
+EVERY = [settings for settings in LOCAL.values() if not facts(settings).clients]
 
 
 def test_weights_to_keep_say_of_which_tokens_they_are() -> None:

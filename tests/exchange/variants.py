@@ -18,7 +18,7 @@ from hvdllm.exchange.parts import DiLoCo, Exchange, FedAvg, LocalSGD, ParameterS
 SHORT: dict[str, Any] = {
     "local_steps": 4, "pulses": 4, "warmup_tokens": NOMINAL, "fragments": 2, "clients": 5, "sampled": 3, "staleness": 0,
 }  # fmt: skip
-MORE: dict[str, list[Exchange]] = {
+MORE: dict[str, list[Any]] = {
     "local_sgd": [LocalSGD(local_steps=4, pulses=4, warmup_tokens=20)],
     "diloco": [
         DiLoCo(local_steps=3, pulses=1), DiLoCo(local_steps=4, pulses=2, outer_lr=0.2, overlap=True),
