@@ -40,15 +40,14 @@ ALLREDUCE, SHARDED, DELAYED, ACCO, LOCAL_SGD, DILOCO, STREAMING, FEDAVG, SERVER,
         "parameter_server", "rounds", "local_steps", "by_speed", "contract",
     )
 )  # fmt: skip
-KEPT, CLOCK, NOISE, TWINS = (
-    f"{EXCHANGE}/test_{name}.py" for name in ("kept_is_conserved", "clock", "noise", "twin_world")
-)
+KEPT, CLOCK, NOISE = (f"{EXCHANGE}/test_{name}.py" for name in ("kept_is_conserved", "clock", "noise"))
 CASTS, INT8, TOPK, SIGN, CODED, CODECS, FEEDBACK, POWERSGD, HIERARCHICAL, WIRES = (
     f"{EXCHANGE}/wire/test_{name}.py"
     for name in (
         "casts", "int8", "topk", "sign", "coded", "codecs", "feedback", "powersgd", "hierarchical", "wire_contract",
     )
 )  # fmt: skip
+WHOLE = f"{ROUNDS} {ALLREDUCE} {SHARDED} {DELAYED}"
 RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
 OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = (f"tests/text/test_{name}.py" for name in ("stream", "clients", "shards"))
@@ -85,9 +84,19 @@ MUTANTS = [
     ("exchange/outer.py", 'state["m"].lerp_(delta, 1 - self.beta1)', 'state["m"].lerp_(delta, self.beta1)', FEDAVG),
     ("exchange/meta.py", 'head.pop("save") > 0', 'head.pop("stop", 0) > 0', CONTRACT),
     ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", CONTRACT),
-    ("exchange/buckets.py", "if self._missing[bucket.index]:", "if self._missing[bucket.index] > 1:", ROUNDS),
-    ("exchange/buckets.py", "return [by_bucket[index] for index in sorted(by_bucket)]", "return flights", ROUNDS),
-    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", f"{ROUNDS} {TWINS}"),
+    (
+        "exchange/buckets.py",
+        "if self._missing[bucket.index]:",
+        "if self._missing[bucket.index] > 1:",
+        WHOLE,
+    ),
+    (
+        "exchange/buckets.py",
+        "return [by_bucket[index] for index in sorted(by_bucket)]",
+        "return flights",
+        WHOLE,
+    ),
+    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", CONTRACT),
     ("exchange/rounds.py", "if not math.isfinite(norm):", "if math.isnan(norm):", CONTRACT),
     ("exchange/rounds.py", 'sum(each["said"][key] for each in mine)', 'mine[0]["said"][key]', CONTRACT),
     ("exchange/rounds.py", "begin = self._landed", "pass", CLOCK),
@@ -125,7 +134,7 @@ MUTANTS = [
         "exchange/local_rounds.py",
         "max(most / max(speeds), 1 / min(speeds))",
         "most / max(speeds)",
-        BY_SPEED,
+        f"{BY_SPEED} {CLOCK}",
     ),
     ("exchange/streaming_diloco.py", "number * every // count", "0", STREAMING),
     ("exchange/streaming_diloco.py", "group.open - air.tokens", "0", STREAMING),

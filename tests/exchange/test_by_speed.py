@@ -30,6 +30,7 @@ def test_the_next_round_is_as_long_as_the_last_one_was_fast() -> None:
         ([4.5, 1.0], [16, 3]),  # 3.56: waiting for a fourth would cost the fast one two steps
         ([4.03, 1.0, 1.0, 1.0], [16, 4, 4, 4]),
         ([100.0, 1.0], [16, 1]),
+        ([100.0, 1.0, 10.0], [16, 1, 10]),  # in the second that the slowest needs for its one
         ([2.0, 2.0], [16, 16]),
     ],
 )
