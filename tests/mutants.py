@@ -32,14 +32,24 @@ import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 900.0
-ROUNDS = "tests/oracles/test_exchange_oracles.py"
-RECORDS = "tests/oracles/test_exchange_records.py"
-LOCAL = "tests/oracles/test_local_oracles.py"
-FEDAVG = "tests/oracles/test_fedavg_oracles.py"
-SERVER = "tests/oracles/test_server_oracles.py"
-KEPT = "tests/oracles/test_kept_is_conserved.py"
-CLOCK = "tests/oracles/test_simulated_clock.py"
-WIRE, OPTIM, CHECKPOINT = "tests/exchange/wire", "tests/optim", "tests/checkpoint"
+EXCHANGE = "tests/exchange"
+ALLREDUCE, SHARDED, DELAYED, ACCO, LOCAL_SGD, DILOCO, STREAMING, FEDAVG, SERVER, ROUNDS, STEPS, BY_SPEED, CONTRACT = (
+    f"{EXCHANGE}/test_{name}.py"
+    for name in (
+        "allreduce", "sharded", "delayed", "acco", "local_sgd", "diloco", "streaming_diloco", "fedavg",
+        "parameter_server", "rounds", "local_steps", "by_speed", "contract",
+    )
+)  # fmt: skip
+KEPT, CLOCK, NOISE = (f"{EXCHANGE}/test_{name}.py" for name in ("kept_is_conserved", "clock", "noise"))
+CASTS, INT8, TOPK, SIGN, CODED, CODECS, FEEDBACK, POWERSGD, HIERARCHICAL, WIRES = (
+    f"{EXCHANGE}/wire/test_{name}.py"
+    for name in (
+        "casts", "int8", "topk", "sign", "coded", "codecs", "feedback", "powersgd", "hierarchical", "wire_contract",
+    )
+)  # fmt: skip
+WHOLE = f"{ROUNDS} {ALLREDUCE} {SHARDED} {DELAYED}"
+RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
+OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
@@ -51,7 +61,7 @@ MUTANTS = [
     ("optim/update.py", ".clamp_(min=1.0)", ".clamp_(min=0.5)", OPTIM),
     ("optim/update.py", "share * self.rate(meta.committed),", "self.rate(meta.committed),", f"{OPTIM} {SERVER}"),
     ("optim/update.py", "~torch.isfinite(norm)", "torch.isnan(norm)", OPTIM),
-    ("optim/update.py", "step.fill_(float(self.steps))", "step.fill_(0.0)", f"{OPTIM} {RECORDS} {CHECKPOINT}"),
+    ("optim/update.py", "step.fill_(float(self.steps))", "step.fill_(0.0)", f"{OPTIM} {CONTRACT} {CHECKPOINT}"),
     ("optim/update.py", "out = [piece.clone() for piece in pieces]", "out = pieces", OPTIM),
     ("optim/update.py", "meta.committed > after and", "meta.committed >= after and", OPTIM),
     ("optim/schedule.py", "math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress / 2)) / 2", OPTIM),
@@ -67,59 +77,69 @@ MUTANTS = [
     ("optim/sgd.py", "settings.weight_decay if on.decayed else 0.0", "settings.weight_decay", OPTIM),
     ("optim/sgd.py", "nesterov=settings.nesterov", "nesterov=False", OPTIM),
     # ------------------------------------------------------------------ exchange
-    ("exchange/noise.py", "norm * norm - trace / tokens", "norm * norm - trace", "tests/exchange/test_noise.py"),
-    ("exchange/noise.py", "/ (ranks - 1)", "/ ranks", "tests/exchange/test_noise.py"),
-    ("exchange/outer.py", "alpha=self.rate * self.momentum", "alpha=self.rate", LOCAL),
+    ("exchange/noise.py", "norm * norm - trace / tokens", "norm * norm - trace", NOISE),
+    ("exchange/noise.py", "/ (ranks - 1)", "/ ranks", NOISE),
+    ("exchange/outer.py", "alpha=self.rate * self.momentum", "alpha=self.rate", DILOCO),
     ("exchange/outer.py", "v.sqrt().add_(self.tau)", "v.add(self.tau).sqrt()", FEDAVG),
     ("exchange/outer.py", 'state["m"].lerp_(delta, 1 - self.beta1)', 'state["m"].lerp_(delta, self.beta1)', FEDAVG),
-    ("exchange/meta.py", 'head.pop("save") > 0', 'head.pop("stop", 0) > 0', f"{RECORDS} tests/exchange"),
-    ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", RECORDS),
-    ("exchange/buckets.py", "if self._missing[bucket.index]:", "if self._missing[bucket.index] > 1:", ROUNDS),
-    ("exchange/buckets.py", "return [by_bucket[index] for index in sorted(by_bucket)]", "return flights", ROUNDS),
-    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", f"{RECORDS} tests/exchange"),
-    ("exchange/rounds.py", "if not math.isfinite(norm):", "if math.isnan(norm):", RECORDS),
-    ("exchange/rounds.py", 'sum(each["said"][key] for each in mine)', 'mine[0]["said"][key]', RECORDS),
-    ("exchange/rounds.py", "begin = self._landed", "pass", f"{RECORDS} {CLOCK}"),
-    ("exchange/rounds.py", 'tuple(shared["noise"]) if shared["noise"] else None', "None", RECORDS),
-    ("exchange/rounds.py", " and not wire.rough", "", RECORDS),
-    ("exchange/rounds.py", "self.update.rate(self.applied_at())", "self.update.rate(self.tokens)", f"{RECORDS} {KEPT}"),
+    ("exchange/meta.py", 'head.pop("save") > 0', 'head.pop("stop", 0) > 0', CONTRACT),
+    ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", CONTRACT),
+    (
+        "exchange/buckets.py",
+        "if self._missing[bucket.index]:",
+        "if self._missing[bucket.index] > 1:",
+        WHOLE,
+    ),
+    (
+        "exchange/buckets.py",
+        "return [by_bucket[index] for index in sorted(by_bucket)]",
+        "return flights",
+        WHOLE,
+    ),
+    ("exchange/rounds.py", "squares / max(tokens, 1.0)", "squares", CONTRACT),
+    ("exchange/rounds.py", "if not math.isfinite(norm):", "if math.isnan(norm):", CONTRACT),
+    ("exchange/rounds.py", 'sum(each["said"][key] for each in mine)', 'mine[0]["said"][key]', CONTRACT),
+    ("exchange/rounds.py", "begin = self._landed", "pass", CLOCK),
+    ("exchange/rounds.py", 'tuple(shared["noise"]) if shared["noise"] else None', "None", CONTRACT),
+    ("exchange/rounds.py", " and not wire.rough", "", CONTRACT),
+    ("exchange/rounds.py", "self.update.rate(self.applied_at())", "self.update.rate(self.tokens)", CONTRACT),
     (
         "exchange/sharded.py",
         'self.world.sum(squares.reshape(1), "total.0").land().reshape(())',
         "squares",
-        ROUNDS,
+        SHARDED,
     ),
-    ("exchange/delayed.py", "(1 if self._flying is None else 2)", "1", f"{RECORDS} {KEPT}"),
-    ("exchange/delayed.py", "self.tokens < self.settings", "self.tokens <= self.settings", ROUNDS),
-    ("exchange/delayed.py", "self.flat.g.addcmul_(self.flat.g, moved)", "self.flat.g.add_(moved)", ROUNDS),
-    ("exchange/delayed.py", 'state.sharded["then"] = self._then', "pass", RECORDS),
-    ("exchange/acco.py", "tokens += self._kept_tokens", "pass", ROUNDS),
-    ("exchange/acco.py", "torch._foreach_add_(sums, self._kept)", "pass", ROUNDS),
+    ("exchange/delayed.py", "(1 if self._flying is None else 2)", "1", KEPT),
+    ("exchange/delayed.py", "self.tokens < self.settings", "self.tokens <= self.settings", DELAYED),
+    ("exchange/delayed.py", "self.flat.g.addcmul_(self.flat.g, moved)", "self.flat.g.add_(moved)", DELAYED),
+    ("exchange/delayed.py", 'state.sharded["then"] = self._then', "pass", DELAYED),
+    ("exchange/acco.py", "tokens += self._kept_tokens", "pass", ACCO),
+    ("exchange/acco.py", "torch._foreach_add_(sums, self._kept)", "pass", ACCO),
     (
         "exchange/acco.py",
         "late = self._kind == TENTATIVE and self._half is not None",
         "late = False",
         KEPT,
     ),
-    ("exchange/acco.py", ".least and tokens >= share", ".least", f"{RECORDS} {CLOCK} {ROUNDS}"),
-    ("exchange/acco.py", "count == self.settings.most", "count > self.settings.most", f"{RECORDS} {ROUNDS}"),
-    ("exchange/acco.py", "self._committed += int(tokens)", "self._committed = int(tokens)", ROUNDS),
-    ("exchange/anchor.py", "weight = fragment.tokens / steps", "weight = fragment.tokens", LOCAL),
-    ("exchange/anchor.py", "meta.steps / meta.weight**2", "meta.steps / meta.weight", LOCAL),
-    ("exchange/anchor.py", "lerp_(anchor, 1 - mixing)", "lerp_(anchor, mixing)", LOCAL),
-    ("exchange/local.py", '"bad": float(self.group.bad is not None)', '"bad": 0.0', f"{LOCAL} {RECORDS}"),
-    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.group.count)", "math.sqrt(metas[-1].squares)", RECORDS),
-    ("exchange/local_rounds.py", "anchor.flat.x.add_(mine)", "pass", RECORDS),
+    ("exchange/acco.py", ".least and tokens >= share", ".least", ACCO),
+    ("exchange/acco.py", "count == self.settings.most", "count > self.settings.most", ACCO),
+    ("exchange/acco.py", "self._committed += int(tokens)", "self._committed = int(tokens)", ACCO),
+    ("exchange/anchor.py", "weight = fragment.tokens / steps", "weight = fragment.tokens", DILOCO),
+    ("exchange/anchor.py", "meta.steps / meta.weight**2", "meta.steps / meta.weight", DILOCO),
+    ("exchange/anchor.py", "lerp_(anchor, 1 - mixing)", "lerp_(anchor, mixing)", STREAMING),
+    ("exchange/local.py", '"bad": float(self.group.bad is not None)', '"bad": 0.0', CONTRACT),
+    ("exchange/local.py", "math.sqrt(metas[-1].squares / self.group.count)", "math.sqrt(metas[-1].squares)", STEPS),
+    ("exchange/local_rounds.py", "anchor.flat.x.add_(mine)", "pass", STEPS),
     (
         "exchange/local_rounds.py",
         "max(most / max(speeds), 1 / min(speeds))",
         "most / max(speeds)",
-        f"{LOCAL} {CLOCK}",
+        f"{BY_SPEED} {CLOCK}",
     ),
-    ("exchange/streaming_diloco.py", "number * every // count", "0", LOCAL),
-    ("exchange/streaming_diloco.py", "group.open - air.tokens", "0", f"{LOCAL} {RECORDS}"),
-    ("exchange/streaming_diloco.py", 'mine["said"] if mine is not None else 0', "0", f"{LOCAL} {RECORDS}"),
-    ("exchange/local_sgd.py", ".land() / self.world.size", ".land()", LOCAL),
+    ("exchange/streaming_diloco.py", "number * every // count", "0", STREAMING),
+    ("exchange/streaming_diloco.py", "group.open - air.tokens", "0", STREAMING),
+    ("exchange/streaming_diloco.py", 'mine["said"] if mine is not None else 0', "0", CONTRACT),
+    ("exchange/local_sgd.py", ".land() / self.world.size", ".land()", LOCAL_SGD),
     ("exchange/fedavg.py", "alpha=self.mu * meta.tokens", "alpha=self.mu", FEDAVG),
     ("exchange/fedavg.py", "self.group.inner.update.fresh()", "pass", FEDAVG),
     ("exchange/outer.py", "self.tau**2", "self.tau", FEDAVG),
@@ -129,32 +149,42 @@ MUTANTS = [
     ("exchange/server_shard.py", "sorted(pushes, key=lambda each: each.sender)", "pushes[::-1]", SERVER),
     ("exchange/server_shard.py", "gradient * gradient * self", "gradient * self", SERVER),
     # ------------------------------------------------------------------ exchange/wire
-    ("exchange/wire/codecs.py", "blocks.abs().amax(2) / 127", "blocks.abs().amax(2) / 128", WIRE),
-    ("exchange/wire/codecs.py", ".round_().to(torch.int8)", ".trunc_().to(torch.int8)", WIRE),
-    ("exchange/wire/codecs.py", "(u >= 0)", "(u > 0)", WIRE),
-    ("exchange/wire/codecs.py", "blocks[0].numel() - n", "0", WIRE),
-    ("exchange/wire/codecs.py", "min(n, self.ranks * super().count(n))", "min(n, super().count(n))", WIRE),
-    ("exchange/wire/codecs.py", "out.mul_(1 / self.scale)", "out.mul_(self.scale)", WIRE),
-    ("exchange/wire/codecs.py", "if len(places) >= k:", "if len(places) >= k // 2:", WIRE),
-    ("exchange/wire/feedback.py", "factor = before / self.weight", "factor = self.weight / before", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "max(weight, LEAST * self.largest) if weight", "weight if weight", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "rest[span.start : span.stop] = 0", "pass", f"{WIRE} {KEPT}"),
-    ("exchange/wire/feedback.py", "if launch.factor == 0:", "if False:", f"{WIRE} {KEPT}"),
+    ("exchange/wire/codecs.py", "blocks.abs().amax(2) / 127", "blocks.abs().amax(2) / 128", INT8),
+    ("exchange/wire/codecs.py", ".round_().to(torch.int8)", ".trunc_().to(torch.int8)", INT8),
+    ("exchange/wire/codecs.py", "(u >= 0)", "(u > 0)", SIGN),
+    ("exchange/wire/codecs.py", "blocks[0].numel() - n", "0", f"{CODECS} {INT8} {SIGN}"),
+    ("exchange/wire/codecs.py", "min(n, self.ranks * super().count(n))", "min(n, super().count(n))", TOPK),
+    ("exchange/wire/codecs.py", "out.mul_(1 / self.scale)", "out.mul_(self.scale)", CASTS),
+    ("exchange/wire/codecs.py", "if len(places) >= k:", "if len(places) >= k // 2:", TOPK),
+    (
+        "exchange/wire/feedback.py",
+        "factor = before / self.weight",
+        "factor = self.weight / before",
+        RESIDUALS,
+    ),
+    (
+        "exchange/wire/feedback.py",
+        "max(weight, LEAST * self.largest) if weight",
+        "weight if weight",
+        RESIDUALS,
+    ),
+    ("exchange/wire/feedback.py", "rest[span.start : span.stop] = 0", "pass", RESIDUALS),
+    ("exchange/wire/feedback.py", "if launch.factor == 0:", "if False:", RESIDUALS),
     (
         "exchange/wire/coded.py",
         "torch.add(self.wire.feed(self.rows, self.launch, part), left, alpha=self.launch.factor)",
         "self.wire.feed(self.rows, self.launch, part) + 0",
-        f"{WIRE} {KEPT}",
+        f"{INT8} {WIRES}",
     ),
-    ("exchange/wire/coded.py", "y.add_(owner[self.chunks[k]], alpha=self.launch.factor)", "pass", f"{WIRE} {KEPT}"),
-    ("exchange/wire/coded.py", ".mul_(left != 0)", ".mul_(1)", WIRE),
-    ("exchange/wire/coded.py", "math.floor(4 * committed / self", "math.ceil(4 * committed / self", WIRE),
-    ("exchange/wire/coded.py", "out[self.padding[k][own]] = 0", "pass", WIRE),
-    ("exchange/wire/powersgd.py", "self.q[name].copy_(total)", "pass", WIRE),
-    ("exchange/wire/powersgd.py", "own.T, alpha=-1, out", "own.T, alpha=-0.5, out", WIRE),
-    ("exchange/wire/powersgd.py", "torch.linalg.qr(part).Q", "part", WIRE),
-    ("exchange/wire/powersgd.py", "x.add_(residual, alpha=launch.factor)", "x.add_(residual)", f"{WIRE} {KEPT}"),
-    ("exchange/wire/hierarchical.py", ".transpose(0, 1).reshape(-1)\n", ".reshape(-1)\n", WIRE),
+    ("exchange/wire/coded.py", "y.add_(owner[self.chunks[k]], alpha=self.launch.factor)", "pass", f"{INT8} {WIRES}"),
+    ("exchange/wire/coded.py", ".mul_(left != 0)", ".mul_(1)", TOPK),
+    ("exchange/wire/coded.py", "math.floor(4 * committed / self", "math.ceil(4 * committed / self", TOPK),
+    ("exchange/wire/coded.py", "out[self.padding[k][own]] = 0", "pass", WIRES),
+    ("exchange/wire/powersgd.py", "self.q[name].copy_(total)", "pass", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "own.T, alpha=-1, out", "own.T, alpha=-0.5, out", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "torch.linalg.qr(part).Q", "part", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/powersgd.py", "x.add_(residual, alpha=launch.factor)", "x.add_(residual)", f"{POWERSGD} {WIRES}"),
+    ("exchange/wire/hierarchical.py", ".transpose(0, 1).reshape(-1)\n", ".reshape(-1)\n", HIERARCHICAL),
     # ------------------------------------------------------------------ text
     ("order/epochs.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
     (

@@ -1,5 +1,6 @@
 """The registry: every part is described once, and what is described is there."""
 
+import configparser
 import dataclasses
 from pathlib import Path
 
@@ -33,6 +34,37 @@ def test_a_part_is_described_and_there(part: registry.Part) -> None:
 def test_mypy_has_proven_all_of_them(group: str) -> None:
     made = [registry.built(part) for part in registry.parts(group).values() if part.made is not None]
     assert sorted(map(id, made)) == sorted(map(id, conformance.ALL[group])), "tests/conformance.py lists them all"
+
+
+def of(group: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("part", registry.parts(group).values(), ids=lambda part: part.name)
+
+
+@of("launch")
+def test_a_launcher_is_ready_or_says_in_a_sentence_what_is_missing(part: registry.Part) -> None:
+    try:
+        registry.built(part).ready(part.settings())
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@of("text")
+def test_a_source_of_text_names_files_or_says_in_a_sentence_what_is_missing(part: registry.Part) -> None:
+    try:
+        found = registry.built(part)(part.settings())
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert found and len(set(found)) == len(found) and all(path.is_file() for path in found)
+    assert found == registry.built(part)(part.settings()), "the same on every rank"
+
+
+@of("track")
+def test_what_a_tracker_needs_can_be_installed_with_hvdllm(part: registry.Part) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+    extras = setup["options.extras_require"]
+    assert not part.facts.package or part.facts.package in extras, "pip install hvdllm[NAME]"
 
 
 def test_a_name_is_taken_once() -> None:

@@ -1,7 +1,7 @@
 """Which parts go together, according to their facts (registry.py). Both the checks and the pages are derived from this.
 
-Each pair that is not refused here is run by tests/oracles/test_composition.py; those with a reference exchange are run
-by test_exchange_ranks.py.
+Each pair that is not refused here is run by tests/exchange/test_composition.py; those with a reference exchange are run
+by test_rounds_on_ranks.py.
 """
 
 from __future__ import annotations

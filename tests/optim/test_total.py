@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hvdllm import registry
 from hvdllm.flat import Span
 from hvdllm.optim.parts import SGD, AdamW, Constant, Cosine, WarmupStableDecay
 from hvdllm.optim.schedule import factor
@@ -69,7 +70,7 @@ def test_no_norm_is_clipped_to_its_bound_from_below() -> None:
 
 
 # ------------------------------------------------------------------ the rate
-@pytest.mark.parametrize("settings", [Constant(warmup=0.25), Cosine(warmup=0.25), WarmupStableDecay(warmup=0.25)])
+@pytest.mark.parametrize("settings", [kind(warmup=0.25) for kind in registry.kinds("schedule").values()])
 def test_every_schedule_rises_linearly_and_is_pure(settings: Constant | Cosine | WarmupStableDecay) -> None:
     rate = factor(settings, 1000)
     assert [rate(t) for t in (0, 1, 125, 250)] == pytest.approx([0.0, 0.004, 0.5, 1.0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdllm import registry
 from hvdllm.flat import Span
 from hvdllm.optim import by_hand
 from hvdllm.optim.parts import SGD, Adam, AdamW, Constant, Cosine, NAdam, WarmupStableDecay
@@ -23,6 +24,8 @@ SETTINGS = [
     SGD(lr=0.01, momentum=0.9, weight_decay=0.1, clip=0.0),
     SGD(lr=0.01, momentum=0.9, nesterov=True, clip=2.0),
 ]
+# Every registered optimizer is held to what all of them promise, by being registered.
+EVERY = [*SETTINGS, *(kind(lr=0.01, clip=1.0) for kind in registry.kinds("optim").values())]
 
 
 def gradients(steps: int = 7) -> list[np.ndarray]:
@@ -142,7 +145,7 @@ def test_a_frozen_second_moment_goes_on_frozen_after_a_resume() -> None:
     assert torch.equal(x, whole)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", EVERY)
 def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: Adam | SGD) -> None:
     """With clipping off: the norm's own sum is allowed another rounding."""
     settings = type(settings)(**{**vars(settings), "clip": 0.0})
@@ -151,7 +154,7 @@ def test_cut_into_other_pieces_the_optimizer_is_bit_equal(settings: Adam | SGD) 
     )
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", EVERY)
 def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does(settings: Adam | SGD) -> None:
     grads = gradients()
     bad = grads[3].copy()
@@ -162,7 +165,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nothing_after_it_does
     assert all(torch.equal(update.vectors[name], before.vectors[name]) for name in before.vectors)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", EVERY)
 def test_a_peek_is_the_step_to_come_and_touches_nothing(settings: Adam | SGD) -> None:
     grads = gradients()
     x, update = ours(settings, [], torch.float64, grads[:3])
@@ -180,11 +183,12 @@ def test_a_peek_is_the_step_to_come_and_touches_nothing(settings: Adam | SGD) ->
     assert torch.equal(x, seen) and not torch.equal(x, before[0])
 
 
-def test_state_goes_on_bit_equal() -> None:
+@pytest.mark.parametrize("settings", EVERY)
+def test_state_goes_on_bit_equal(settings: Adam | SGD) -> None:
     grads = gradients()
-    whole, _ = ours(SETTINGS[0], [], torch.float32, grads)
-    x, update = ours(SETTINGS[0], [], torch.float32, grads[:3])
-    again = Update(SETTINGS[0], lambda tokens: 1 / tokens)
+    whole, _ = ours(settings, [], torch.float32, grads)
+    x, update = ours(settings, [], torch.float32, grads[:3])
+    again = Update(settings, lambda tokens: 1 / tokens)
     spans = [Span(0, DECAYED, True), Span(DECAYED, N, False)]
     again.attach(SimpleNamespace(x=x), spans)
     again.load(*update.state())
@@ -192,6 +196,26 @@ def test_state_goes_on_bit_equal() -> None:
         pieces = [torch.tensor(g, dtype=torch.float32)[a:b].contiguous() for a, b, _ in spans]
         again.step([x[a:b] for a, b, _ in spans], pieces, SimpleNamespace(tokens=TOKENS, committed=k), lambda v: v)
     assert torch.equal(x, whole)
+
+
+@pytest.mark.parametrize("name", registry.kinds("optim"))
+def test_facts_are_what_the_optimizer_does(name: str) -> None:
+    """How many numbers it keeps for each weight, whether a step is linear in the gradient, and what it can freeze."""
+    part = registry.parts("optim")[name]
+    bare = {"lr": 0.01, "clip": 0.0, "weight_decay": 0.0}
+    start = torch.linspace(-1, 1, N, dtype=torch.float64)
+    grads = gradients()
+    (once, update), (twice, _) = (
+        ours(part.settings(**bare), [], torch.float64, [scale * g for g in grads]) for scale in (1, 2)
+    )
+    assert sum(len(vector) for vector in update.state()[1].values()) == part.facts.vectors * N
+    assert torch.allclose(twice - start, 2 * (once - start), rtol=1e-9, atol=0) == part.facts.linear
+    assert part.facts.freezes == hasattr(part.settings, "freeze_tokens") and not (
+        part.facts.linear and part.facts.second_moments
+    )
+    if part.facts.freezes:
+        frozen, never = (ours(part.settings(**bare, freeze_tokens=t), [], torch.float64, grads)[0] for t in (3, 99))
+        assert torch.equal(never, once) and not torch.equal(frozen, once)
 
 
 def test_schedules() -> None:

@@ -1,6 +1,5 @@
-"""Federated averaging against plain references, on virtual ranks that train several clients each.
-
-Clients differ in data, in the size of their text (one has none) and in the examples of every step.
+"""exchange=fedavg against plain references, on ranks that train several clients each. Clients differ in data, in the
+size of their text (one has none) and in the examples of every step.
 """
 
 from __future__ import annotations
@@ -10,21 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from checks import PLAIN
+from local_kit import OPTIMS, rate
 from rig import Examples, Plain, loss, own_examples, own_gradient, put, train
 from torch import nn
+from variants import MORE
 
 from hvdllm.exchange.base import NotFinite
 from hvdllm.exchange.parts import FedAvg
-from hvdllm.optim.parts import SGD, AdamW
-
-OPTIMS = [
-    SGD(lr=0.02, momentum=0.9, clip=1.0, weight_decay=0.1), AdamW(lr=0.01, clip=1.0, weight_decay=0.1),
-]  # fmt: skip
-PLAIN = SGD(lr=0.05, momentum=0.0, clip=0.0)
-
-
-def rate(tokens: int) -> float:
-    return 1.0 / (1 + tokens / 200)
+from hvdllm.optim.parts import SGD
 
 
 def by_hand(
@@ -61,7 +54,6 @@ def by_hand(
     return anchors, counts
 
 
-# ------------------------------------------------------------------ update rules
 @pytest.mark.parametrize(
     ("optim", "settings"),
     [
@@ -121,7 +113,6 @@ def test_nothing_of_a_client_is_left_for_the_next() -> None:
     assert not torch.allclose(one[0].final, exact, rtol=0, atol=1e-9), "the wire was at work"
 
 
-# ------------------------------------------------------------------ uneven clients
 CURVATURES, GOALS = (0.5, 2.0, 0.0, 1.0), (1.0, -0.6, 9.0, 0.4)  # of four clients; the third has no text
 
 
@@ -142,7 +133,7 @@ def rest(settings: FedAvg, eta: float) -> float:
     cost = lambda model, x, t: (x * (model.w - t) ** 2).sum() / 2  # noqa: E731
     optim = SGD(lr=eta, momentum=0.0, clip=0.0)
     rounds = 80 // settings.local_steps + 16
-    return float(train(settings, 2, rounds, optim=optim, model=Point, cost=cost, data=quadratic)[0].final[0])
+    return float(train(settings, 2, rounds, optim=optim, model=Point, cost=cost, data=quadratic, micro=6)[0].final[0])
 
 
 def mean(weights: list[float]) -> float:
@@ -172,32 +163,7 @@ def test_a_larger_mu_brings_the_fixed_point_nearer_to_the_optimum() -> None:
     assert far[0] > 1.1 * far[1] > 1.1 * 1.1 * far[2] > 0
 
 
-# ------------------------------------------------------------------ acts, resuming, other sizes
-EVERY = [
-    FedAvg(clients=6, sampled=4, local_steps=2, pulses=2),
-    FedAvg(clients=6, sampled=3, local_steps=4, pulses=4, prox=0.1),
-    FedAvg(clients=4, local_steps=3, pulses=3, server="adam"),
-    FedAvg(clients=4, sampled=2, local_steps=3, pulses=1, outer_lr=0.7, outer_momentum=0.9),
-]
-
-
-@pytest.mark.parametrize("settings", EVERY, ids=repr)
-def test_acts_change_nothing_and_a_resumed_run_is_bit_equal(settings: FedAvg) -> None:
-    """Seen to catch: a round, the clients' places, or what clients of a round had made, not in the checkpoint."""
-    for size in (1, 2, 3):
-        whole = train(settings, size, 8, optim=OPTIMS[1], rate=rate)
-        acting = train(settings, size, 8, optim=OPTIMS[1], rate=rate, acts=True)
-        for stop in (1, 2, 3, 4, 6):
-            begun = train(settings, size, 8, optim=OPTIMS[1], rate=rate, stop_at=stop, settle=False)
-            again = train(settings, size, 8, optim=OPTIMS[1], rate=rate, states=[rig.state for rig in begun])
-            for a, b, c in zip(whole, again, acting, strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(a.weights[stop:], b.weights, strict=True))
-                assert all(torch.equal(x, y) for x, y in zip(a.weights, c.weights, strict=True))
-                assert torch.equal(a.final, b.final) and torch.equal(a.final, c.final)
-                assert [x.tokens for x in a.commits[stop:]] == [x.tokens for x in b.commits]
-                said = [(r.before.loss_sum, r.before.loss_tokens) for r in a.commits[stop:]]
-                assert said == [(r.before.loss_sum, r.before.loss_tokens) for r in b.commits]
-                assert a.settled.tokens == b.settled.tokens == c.settled.tokens
+EVERY = MORE["fedavg"]
 
 
 @pytest.mark.parametrize("pulses", [1, 2, 4])
@@ -236,18 +202,6 @@ def test_another_world_size_goes_on_with_the_same_clients(settings: FedAvg, old:
             assert rig.commits[-1].tokens == tokens[-1] + lost
 
 
-@pytest.mark.parametrize("settings", EVERY, ids=repr)
-def test_tokens_are_exact_and_losses_add_up(settings: FedAvg) -> None:
-    for size in (2, 3):
-        rigs = train(settings, size, 7, optim=OPTIMS[1], rate=rate)
-        reports = [*(c.before for c in rigs[0].commits[1:]), rigs[0].settled.report]
-        others = [*(c.before for c in rigs[-1].commits[1:]), rigs[-1].settled.report]
-        assert [r.loss_sum for r in reports] == [r.loss_sum for r in others]
-        total = rigs[0].commits[-1].tokens + rigs[0].settled.tokens
-        assert sum(report.loss_tokens for report in reports) == total
-        assert all(torch.equal(rig.final, rigs[0].final) for rig in rigs)
-
-
 @pytest.mark.parametrize(
     ("size", "taken"), [(2, {0: 3, 3: 1, 1: 2}), (1, {0: 3, 1: 3})], ids=["begun", "not begun"]
 )  # fmt: skip
@@ -271,7 +225,7 @@ def test_a_round_that_is_settled_early_counts_clients_by_what_they_have_made(siz
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=repr)
-def test_a_bad_number_of_one_client_ends_the_run_on_every_rank_alike(settings: FedAvg) -> None:
+def test_a_bad_number_of_one_client_names_its_step_alone(settings: FedAvg) -> None:
     def cost(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         bad = torch.equal(x, own_examples(1, 3)[0][: len(x)])
         return loss(model, x, t) * (float("nan") if bad else 1.0)

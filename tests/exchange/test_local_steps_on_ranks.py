@@ -1,4 +1,4 @@
-"""Local steps on real ranks: their curves are those of virtual ranks, which test_local_oracles.py holds against plain
+"""Local steps on real ranks: their curves are those of virtual ranks, which test_<exchange>.py holds against plain
 recursions; they go on bit-equal from mid-round; a rank that fails, or a bad number that only one can see, ends all.
 """
 

@@ -1,5 +1,5 @@
 """Exchanges on real ranks: the exact ones equal one process, the others equal their virtual twins, which
-test_exchange_oracles.py holds against plain recursions. In fp64, different data on each rank, ragged counts, clipping.
+test_<exchange>.py holds against plain recursions. In fp64, different data on each rank, ragged counts, clipping.
 """
 
 from __future__ import annotations

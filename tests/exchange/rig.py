@@ -8,6 +8,7 @@ what the references are made of.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from hvdllm.trainer.assemble import assemble
 from hvdllm.world import virtual
 
 NOMINAL = 24  # examples of a global batch
-MICRO = 2
+MICRO = 3
 Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]  # of a client or group and its step
 
 
@@ -62,11 +63,11 @@ def own_examples(group: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(count, 3, generator=draw, dtype=torch.float64) * (0.3 + (group + step) % 4)
 
 
-def batches(x: torch.Tensor, t: torch.Tensor, round: int) -> list[Any]:
+def batches(x: torch.Tensor, t: torch.Tensor, round: int, micro: int) -> list[Any]:
     """Micro-batches of one share, which may be empty."""
     if not len(x):
         return [SimpleNamespace(inputs=None, targets=None, tokens=0, last=True, round=round, index=0)]
-    cut = list(zip(x.split(MICRO), t.split(MICRO), strict=True))
+    cut = list(zip(x.split(micro), t.split(micro), strict=True))
     return [SimpleNamespace(inputs=a, targets=b, tokens=len(a), last=i == len(cut) - 1, round=round, index=i)
             for i, (a, b) in enumerate(cut)]  # fmt: skip
 
@@ -79,13 +80,13 @@ class Group:
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         while True:
-            self.whole.lane += 1
-            yield self.share(self.whole.lane - 1)
+            self.whole.taken += 1
+            yield self.share(self.whole.taken - 1)
 
     def share(self, number: int, parts: int = 1) -> list[Any]:
         x, t = self.data(self.index, number)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
-        return batches(x[part], t[part], number)
+        return batches(x[part], t[part], number, self.whole.micro)
 
 
 class Federation:
@@ -112,21 +113,21 @@ class Turns:
 
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         for client, step in self.plan:
-            self.federation.whole.lane += 1
+            self.federation.whole.taken += 1
             yield self.share(step * len(self.federation.tokens) + client)
 
     def share(self, number: int, parts: int = 1) -> list[Any]:
         step, client = divmod(number, len(self.federation.tokens))
         x, t = self.federation.data(client, step)
         part = slice(len(x) * self.rank // self.size, len(x) * (self.rank + 1) // self.size)
-        return batches(x[part], t[part], number)
+        return batches(x[part], t[part], number, self.federation.whole.micro)
 
 
 class Examples:
-    """The stream of one rank. lane: local steps that its group has taken."""
+    """The stream of one rank. taken: local steps of its group, or micro-batches of its lane."""
 
-    def __init__(self, rank: int, size: int, data: Data = own_examples) -> None:
-        self.rank, self.size, self.next, self.lane, self.data = rank, size, 0, 0, data
+    def __init__(self, rank: int, size: int, data: Data = own_examples, micro: int = MICRO) -> None:
+        self.micro, self.rank, self.size, self.next, self.taken, self.data = micro, rank, size, 0, 0, data
 
     def group(self, index: int, of: int, rank: int, size: int) -> Group:
         return Group(self, index, rank, size)
@@ -134,25 +135,19 @@ class Examples:
     def clients(self, count: int, alpha: float | None) -> Federation:
         return Federation(self, count)
 
+    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
+        """Where no count closes a round: micro-batches of `most` examples."""
+        while True:
+            at, self.taken = self.taken, self.taken + 1
+            draw = torch.Generator().manual_seed(90_000 + 1000 * index + at)
+            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
+            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=at, index=index)
+
     def rounds(self, parts: int = 1) -> Iterator[list[Any]]:
         for part in itertools.count(self.next):
             x, t = (each[deal(part, parts, self.rank, self.size)] for each in examples(part, parts))
             self.next = part + 1
-            yield batches(x, t, part)
-
-
-class Lanes:
-    """The same where no count closes a round: micro-batches of `most` examples. whole.lane: those taken."""
-
-    def __init__(self, whole: Examples) -> None:
-        self.whole = whole
-
-    def lane(self, index: int, of: int, most: int) -> Iterator[Any]:
-        while True:
-            at, self.whole.lane = self.whole.lane, self.whole.lane + 1
-            draw = torch.Generator().manual_seed(90_000 + 1000 * index + at)
-            x, t = (torch.randn(max(1, most), width, generator=draw, dtype=torch.float64) for width in (4, 3))
-            yield SimpleNamespace(inputs=x, targets=t, tokens=len(x), last=False, round=at, index=index)
+            yield batches(x, t, part, self.micro)
 
 
 def loss(model: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -176,6 +171,7 @@ class Rig:
     state: Any = None  # (State, stream position) where asked for
     sent: float = 0.0
     taken: int = 0  # local steps of its group
+    fed: int = 0  # examples that it has computed
     fragments: Any = None  # of the model that meet together: names of their tensors
 
 
@@ -192,9 +188,12 @@ def steps_noted(monkeypatch: Any) -> list[int]:
     return found
 
 
-def settings_of(exchange: Any, optim: Any, wire: Any) -> Config:
-    """A run of these parts, with a bucket for each tensor."""
-    return Config(batch_tokens=NOMINAL, exchange=replace(exchange, bucket_mb=2**-20), optim=optim, wire=wire)
+def settings_of(exchange: Any, optim: Any, wire: Any, steps: int, acts: bool) -> Config:
+    """A run of these parts, with a bucket for each tensor and a mark after each global batch."""
+    return Config(
+        batch_tokens=NOMINAL, exchange=replace(exchange, bucket_mb=2**-20), optim=optim, wire=wire, log_every=NOMINAL,
+        eval_every=NOMINAL if acts else 0, sample_every=0, save_every=0, audit_every=0, budget_tokens=steps * NOMINAL,
+    )  # fmt: skip
 
 
 def flatten(flat: Flat) -> torch.Tensor:
@@ -219,32 +218,46 @@ def train(
     links: Any = None,
     speeds: Callable[[int], float] = lambda rank: 1.0,
     data: Data = own_examples,
+    micro: int = MICRO,
     ask: tuple[int, int] | None = None,
+    bad: tuple[int, int] | None = None,
     catch: bool = False,
     unlike: bool = False,
 ) -> list[Rig]:
-    """Runs `steps` commits on each of `size` ranks. stop_at: leave after that commit, with its state; states: of all
-    ranks, to go on from. links: there is a simulated clock, and speeds are each rank's examples a second on it. data:
-    of groups and clients; ask: a rank, and after which micro-batch it is asked to save; catch: a rank that a bad number
-    ends leaves it in `bad`."""
+    """Runs `steps` commits on each of `size` ranks.
+
+    Args:
+        stop_at: leave after that commit, with its state.
+        states: of all ranks, to go on from.
+        links: there is a simulated clock, and speeds are each rank's examples a second on it.
+        data: of groups and clients.
+        micro: examples of a micro-batch at most.
+        ask: a rank, and after which micro-batch it is asked to save.
+        bad: a rank, and in which micro-batch its loss is no number.
+        catch: a rank that a bad number ends leaves it in `bad`.
+    """
 
     def body(world: Any) -> Rig:
         out, net_ = Rig(), model()
-        config = settings_of(exchange, optim, wire or wires.Fp32())
+        config = settings_of(exchange, optim, wire or wires.Fp32(), steps, acts or stop_at is not None)
         parts = assemble(config, net_, net_, world, rate, unlike)
         part, flat = parts.exchange, parts.flat
-        stream = Examples(world.rank, world.size, data)
+        stream = Examples(world.rank, world.size, data, micro)
         if states is not None:
             load(part, flat, states, world, model)
-            stream.next, stream.lane = states[world.rank if len(states) == size else 0][1]
+            stream.next, stream.taken = states[world.rank if len(states) == size else 0][1]
         out.begun = flatten(flat)
-        source = Lanes(stream) if getattr(exchange, "timed", False) else stream
-        for number, batch in enumerate(part.feed(source)):
+        computed = 0
+        for number, batch in enumerate(part.feed(stream)):
             value = torch.zeros((), dtype=torch.float64)
             if batch.tokens:
                 if links is not None:
                     world.spend(batch.tokens / speeds(world.rank))
+                out.fed += batch.tokens
                 value = cost(net_, batch.inputs, batch.targets)
+                computed += 1
+                if bad == (world.rank, computed):
+                    value = value * math.nan
                 value.backward()
             commit = part.advance(batch, value.detach())
             if ask == (world.rank, number):
@@ -260,14 +273,14 @@ def train(
                     world.sum(torch.ones(1), "act.x").land()
                     out.kept.append(flatten(flat))
             if commit.step == stop_at:
-                out.state, out.unheard = (freeze(part.state()), (stream.next, stream.lane)), world.asks.save
+                out.state, out.unheard = (freeze(part.state()), (stream.next, stream.taken)), world.asks.save
                 break
             if commit.step >= steps:
                 break
         if settle:
             out.settled = part.settle()
             out.final = flatten(flat)
-        out.sent, out.taken = world.bytes_sent, stream.lane
+        out.sent, out.taken = world.bytes_sent, stream.taken
         out.fragments = [[n for b in each.buckets for n in b.names] for each in getattr(part, "fragments", [])]
         return out
 
