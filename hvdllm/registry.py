@@ -44,6 +44,7 @@ class TaskFacts:
         model: the name of its model.
         text: whether its items come from the group `text`.
         writes: whether its model continues a text (`hvdllm sample`).
+        nats: whether its loss is in nats.
     """
 
     unit: str
@@ -51,6 +52,7 @@ class TaskFacts:
     model: str
     text: bool = False
     writes: bool = False
+    nats: bool = True
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class Silent:
         pass
 
 
+SAMPLED = ' "def main("'  # what the suggested command continues
+
+
 class Screen:
     """The display of rank 0, as trainer/show.py describes it.
 
@@ -125,16 +128,15 @@ class Screen:
             again = f"hvdllm train {shlex.quote(f'resume={run}')}"
             self.say(f"stopped at {end['tokens']:,} {end['unit']}; `{again}` goes on from the last checkpoint")
             return
-        unit, one = end["unit"], end["unit"].removesuffix("s")
-        a, told = "an" if one[0] in "aeiou" else "a", end["told"]
+        unit, each, told = (end[key] for key in ("unit", "each", "told"))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows = {
             unit: f"{end['tokens']:,} in {_duration(end['seconds'])}",
             f"{unit} a second": f"{end['tokens'] / end['seconds']:,.0f}",
-            "training loss": f"{end['loss']:.4f} nats {a} {one}",
+            "training loss": f"{end['loss']:.4f} {each}",
         }
         if end["eval_loss"] is not None:
-            rows["validation loss"] = f"{end['eval_loss']:.4f} nats {a} {one}" + (f", {told}" if told else "")
+            rows["validation loss"] = f"{end['eval_loss']:.4f} {each}" + (f", {told}" if told else "")
         if end["mfu"] is not None:
             rows["MFU"] = f"{100 * end['mfu']:.1f}% of the devices' peak"
         if end["data_waited_s"] > 0.01 * end["seconds"]:
@@ -153,8 +155,9 @@ class Screen:
             self.console.print(sample.rstrip())
         self.console.print()
         where = shlex.quote(run)
-        say = f'hvdllm sample {where} "def main("   ·   ' if end["writes"] else ""
-        self.console.print(f"next: {say}hvdllm evaluate {where}")
+        commands = [f"hvdllm {name} {where}{SAMPLED * (name == 'sample')}" for name in end["next"]]
+        if commands:
+            self.console.print("next: " + "   ·   ".join(commands))
 
 
 def make_show(rank: int, alone: bool, launcher: Sequence[int] = ()) -> Screen | Silent:

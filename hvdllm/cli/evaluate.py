@@ -30,6 +30,7 @@ def run(argv: list[str]) -> int:
     from hvdllm.trainer.evaluate import evaluate_run
     from hvdllm.trainer.restore import restore
     from hvdllm.trainer.resume import asked
+    from hvdllm.trainer.words import each
     from hvdllm.world.single import SingleWorld
 
     def say(text: str) -> None:
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
         values = {"checkpoint": str(found.source), **result.metrics}
         print(json.dumps(values | {"tokens": result.tokens}))
     else:
-        one, told = data.task.unit.removesuffix("s"), data.task.tell(result.metrics)
-        loss = f"validation loss {result.loss:.4f} nats a{'n' * (one[0] in 'aeiou')} {one}"
+        told = data.task.tell(result.metrics)
+        loss = f"validation loss {result.loss:.4f} {each(found.config, data.task)}"
         print(f"{found.source}: {loss}{', ' * bool(told)}{told} ({result.tokens:,} {data.task.unit})")
     return 0

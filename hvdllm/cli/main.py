@@ -70,22 +70,30 @@ def obey(parser: argparse.ArgumentParser, words: list[str]) -> int:
             rest = plugged(rest)
         code: int = importlib.import_module(f"hvdllm.cli.{given.command}").run(rest)
         return code
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        return ended(error)
+
+
+def ended(error: BaseException) -> int:
+    """Says in one sentence why this process ends, and ends it at once if it is one of several ranks.
+
+    Returns the exit code for an error, if this process is the only one.
+    """
+    if isinstance(error, UserError):
         return _end(str(error), 2, once=True)
-    except RunError as error:
+    if isinstance(error, RunError):
         return _end(str(error), 1, once=error.everywhere)
-    except PeerError as error:
+    if isinstance(error, PeerError):
         return _end(str(error), 1, once=False, quiet=True)
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         return _end("ended at once; the last checkpoint counts", 130, once=False)
-    except OSError as error:  # an error of this machine for which no other place has a better sentence
+    if isinstance(error, OSError):  # an error of this machine for which no other place has a better sentence
         where = f"{error.filename}: " if error.filename else ""
         return _end(f"{where}{error.strerror or error}", 1, once=False)
-    except MemoryError:
+    if isinstance(error, MemoryError):
         return _end("there is not enough memory here: a smaller model, micro_batch or text would fit", 1, once=False)
-    except Exception:
-        traceback.print_exc()
-        return _end("this is a bug in hvdllm; the lines above say where", 1, once=False)
+    traceback.print_exception(error)
+    return _end("this is a bug in hvdllm; the lines above say where", 1, once=False)
 
 
 def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:

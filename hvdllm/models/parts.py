@@ -124,3 +124,9 @@ class ResNet(Module):
         "or batch (BatchNorm: it depends on the micro-batch; running means are averaged over ranks at marks)",
         choices=("group", "batch"),
     )
+
+
+@part("model", "own", None)
+@dataclass
+class Own(Module):
+    """A torch module of your own, given to hvdllm.Session."""

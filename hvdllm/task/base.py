@@ -23,15 +23,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 
 
 class Items(Protocol):
-    """A data set whose items can be taken in any order.
+    """A data set whose items can be taken in any order."""
 
-    Attributes:
-        name: of the items, in the plural.
-        units: how many units an item counts, in the mean over all of them.
-    """
+    @property
+    def name(self) -> str:
+        """The items, in the plural."""
 
-    name: str
-    units: float
+    @property
+    def units(self) -> float:
+        """How many units an item counts, in the mean over all of them."""
 
     def __len__(self) -> int: ...
 
@@ -56,19 +56,19 @@ class Items(Protocol):
 
 
 class Task(Protocol):
-    """What a run learns, as far as its model must know it. It can be kept in the run's folder.
-
-    Attributes:
-        unit: what is counted, in the plural: tokens, images or clicks.
-        measures: how many elements `measure` returns.
-        files: the files that `keep` writes, and their sha256.
-    """
-
-    unit: str
-    measures: int
+    """What a run learns, as far as its model must know it. It can be kept in the run's folder."""
 
     @property
-    def files(self) -> dict[str, str]: ...
+    def unit(self) -> str:
+        """What is counted, in the plural: tokens, images or clicks."""
+
+    @property
+    def measures(self) -> int:
+        """How many elements `measure` returns."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that `keep` writes, and their sha256."""
 
     def keep(self, folder: Path) -> None:
         """Writes what `restore` reads to the run's folder."""

@@ -79,3 +79,20 @@ class Images(Task):
         if self.path is None and self.validation is not None:
             return "task.validation without task.path: the digits hold out images of their own, leave it out"
         return None
+
+
+@part("task", "own", None, TaskFacts("units", "items", model="own", nats=False))
+@dataclass
+class Own(Task):
+    """A model, a data set and a loss of your own, given to hvdllm.Session. It has no command."""
+
+    size: int = setting(0, "items of the data set; hvdllm.Session sets it, so that a shorter one is noticed", least=0)
+    each: float = setting(1.0, "units that an item counts in the mean, as hvdllm.Session was told", least=1e-9)
+
+    def units(self, config: Config) -> int | None:
+        return int(self.each) if self.each == int(self.each) else None
+
+    def refusal(self, setup: Setup) -> str | None:
+        if not self.size:
+            return "task=own has no command: it is what hvdllm.Session trains, with data of at least one item"
+        return None

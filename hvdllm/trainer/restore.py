@@ -52,7 +52,12 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     """
     config = runs.read_config(folder, say)
     check_model(config)
-    kind: Kind = registry.built(registry.of("task", config.task))
+    part = registry.of("task", config.task)
+    if part.made is None:
+        raise UserError(
+            f"{folder} is of a model of your own, which hvdllm.Session trained: load final/model.safetensors into it"
+        )
+    kind: Kind = registry.built(part)
     task = kind.restore(config, folder)
     if step is None:
         source = read.newest(folder, say)

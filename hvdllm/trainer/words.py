@@ -13,6 +13,7 @@ from hvdllm.config import compose, pace
 from hvdllm.models import size
 from hvdllm.plain import Json
 from hvdllm.settings import Config
+from hvdllm.task.base import Task
 from hvdllm.trainer import account
 from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.run import Run
@@ -101,6 +102,18 @@ def exchange_name(config: Config) -> str:
     return ", ".join(parts + [f"world {config.world.kind}"] * (config.world.kind not in ("auto", "horovod")))
 
 
+def each(config: Config, task: Task) -> str:
+    """What a loss is per, such as `nats a token`."""
+    one, nats = task.unit.removesuffix("s"), bool(registry.of("task", config.task).facts.nats)
+    return "nats " * nats + f"a{'n' * (one[0] in 'aeiou')} {one}"
+
+
+def next_commands(config: Config) -> list[str]:
+    """The commands that read a finished run of this task."""
+    task = registry.of("task", config.task)
+    return ["sample"] * task.facts.writes + ["evaluate"] * (task.made is not None)
+
+
 def end_record(run: Run, acts: Acts, reason: str) -> Json:
     """The values of the `end` record.
 
@@ -122,8 +135,9 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
     return {
         "reason": reason,
         "unit": task.unit,
+        "each": each(config, task),
         "told": task.tell(acts.last_eval.metrics) if acts.last_eval else "",
-        "writes": registry.of("task", config.task).facts.writes,
+        "next": next_commands(config),
         "tokens": acts.tokens,
         **ledger.totals(seconds),
         "loss": ledger.recorded_loss if known else ledger.last_loss,
