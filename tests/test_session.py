@@ -130,7 +130,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=match):
             list(session(tmp_path, "name=b", **more))
     list(session(tmp_path, "name=c"))
-    with pytest.raises(UserError, match="task.size was 40 and is now 39"):
+    with pytest.raises(UserError, match=r"task\.size was 40 and is now 39"):
         list(session(tmp_path, "name=c", data=data(39), budget=160))
 
 
