@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -36,8 +37,12 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs or sweeps, or patterns")
     parser.add_argument(
-        "--target-loss", type=float,
-        help="validation loss to reach (the runs' target_loss, else the best that all reached behind their warm-up)",
+        "--metric", default="loss",
+        help="what evaluations are compared by: loss, or accuracy, bits_per_byte, ... as their records call it (loss)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", "--target-loss", type=float,
+        help="metric to reach (the runs' target_loss, else the best that all reached behind their warm-up)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=argument, default=Path("report.html"),
@@ -51,15 +56,17 @@ def run(argv: list[str]) -> int:
 
     from hvdllm.report import draw
     from hvdllm.report.compare import compare
-    from hvdllm.report.figures import check_target, measure
+    from hvdllm.report.figures import measure
+    from hvdllm.report.metric import Metric
     from hvdllm.report.read import gather
 
     draw.check_file("--out", given.out, KINDS)
-    check_target(given.target_loss)
+    metric = Metric(named(given.metric))
+    target = metric.target(given.target)
     check_packages()
     if given.out.suffix != ".md":
         draw.check()
-    runs, skipped = gather(given.runs)
+    runs, skipped = gather(given.runs, metric)
     if not runs:
         said = "; ".join(f"{one.where} ({one.why})" for one in skipped[:4])
         raise UserError(f"there is no run to report on: {said}{'; …' if len(skipped) > 4 else ''}")
@@ -71,12 +78,19 @@ def run(argv: list[str]) -> int:
     except UserError:
         tell_skipped(skipped)
         raise
-    figures = measure(comparison, skipped, given.target_loss, given.reference)
+    figures = measure(comparison, skipped, target, given.reference)
     written = write(figures, given.out, "hvdllm report " + shlex.join(argv))
     show(figures)
     tell_skipped(skipped)
     print(f"written to {', '.join(map(str, written))}")
     return 0
+
+
+def named(metric: str) -> str:
+    """The name of a metric. Raises UserError if no record could have it."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", metric):
+        raise UserError(f"--metric {metric}: give the name of a result of evaluations, such as loss or accuracy")
+    return metric
 
 
 def check_packages() -> None:

@@ -116,7 +116,7 @@ def short(label: str) -> str:
 def loss(f: Figures, pyplot: Drawn) -> Drawn:
     """The loss against tokens, seconds and bytes: each seed as a thin line, the mean of the seeds as a thick one."""
     axes_of: list[tuple[str, Callable[[CurvePoint], float | None], tuple[tuple[str, float], ...]]] = [
-        ("tokens", lambda p: p.tokens, COUNTS),
+        (f.unit, lambda p: p.tokens, COUNTS),
         ("training seconds", lambda p: None if f.virtual else p.seconds, (("", 1.0),)),
         ("sent by a rank", lambda p: p.bytes, BYTES),
     ]
@@ -140,7 +140,7 @@ def loss(f: Figures, pyplot: Drawn) -> Drawn:
         axis.set_xlabel(f"{word} {name}".strip())
         axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=5)
-    axes[0][0].set_ylabel("validation loss, nats a token")
+    axes[0][0].set_ylabel(f"{f.metric.words}{',' * bool(f.metric.each(f.unit))}{f.metric.each(f.unit)}")
     losses = sorted(p.loss for run in f.runs for p in run.evals if math.isfinite(p.loss))
     cap = 2.5 * losses[len(losses) // 2]
     if losses[-1] > cap > losses[0]:
@@ -192,7 +192,7 @@ def target(f: Figures, pyplot: Drawn) -> Drawn:
     """Time (or tokens) and bytes to the target: seeds as small marks, and their mean with its interval."""
     panels: list[tuple[str, Callable[[Line], Reach], tuple[tuple[str, float], ...]]] = [
         ("training seconds to the target", lambda line: line.seconds, (("", 1.0),)),
-        ("tokens to the target", lambda line: line.tokens, COUNTS),
+        (f"{f.unit} to the target", lambda line: line.tokens, COUNTS),
         ("a rank sends to the target", lambda line: line.bytes, BYTES),
     ]
     if f.rank_by == "seconds":
@@ -284,7 +284,7 @@ def time(f: Figures, pyplot: Drawn) -> Drawn:
     axis.set_yticks(range(len(lines)), [short(line.label) for line, _ in lines])
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("seconds a million tokens (mean over ranks and runs)")
+    axis.set_xlabel(f"seconds a million {f.unit} (mean over ranks and runs)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -338,7 +338,10 @@ def ranks(f: Figures, pyplot: Drawn) -> Drawn:
 
 
 PICTURES: dict[str, tuple[str, Callable[[Figures, Drawn], Drawn]]] = {
-    "loss": ("Validation loss against tokens, training seconds and bytes sent; thin lines are single runs", loss),
+    "loss": (
+        "The evaluations against progress, training seconds and bytes sent; thin lines are single runs",
+        loss,
+    ),
     "target": ("To the target: means with 95 % intervals over seeds; small marks are seeds", target),
     "time": ("Where the time went", time),
     "ranks": ("Staleness of gradients, and how unequal the ranks were", ranks),

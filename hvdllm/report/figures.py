@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from hvdllm.errors import UserError
 from hvdllm.report import stats
 from hvdllm.report.compare import Comparison, Group, reference
+from hvdllm.report.metric import Metric
 from hvdllm.report.read import CurvePoint, History, Skipped
 from hvdllm.report.stats import Paired, Spread
 
@@ -141,6 +141,16 @@ class Figures:
     tests: int = 0
 
     @property
+    def metric(self) -> Metric:
+        """What the runs are compared by."""
+        return self.runs[0].metric
+
+    @property
+    def unit(self) -> str:
+        """What the runs count."""
+        return self.runs[0].unit
+
+    @property
     def runs(self) -> list[History]:
         return [run for line in self.lines for run in line.group.runs]
 
@@ -174,7 +184,7 @@ def measure(
     equal_tokens = min(last) if last else None
     if last and min(last) < 0.99 * max(last):
         short = next(run.name for run in runs if run.evals and run.evals[-1].tokens == min(last))
-        notes.append(f"losses at equal tokens are read where {short} was last evaluated")
+        notes.append(f"losses at equal {runs[0].unit} are read where {short} was last evaluated")
     # If one run has not recorded the wall-clock, there is no common one.
     ends = [run.evals[-1].wall_s for run in runs if run.evals]
     known = [end for end in ends if end is not None]
@@ -192,12 +202,12 @@ def measure(
     if any(line.bound for line in lines):
         notes.append(
             "marked ≤: below the target at the first evaluation already, so an upper bound, which is not ranked; a "
-            "smaller eval_every or a lower --target-loss measures it"
+            "smaller eval_every or a harder --target measures it"
         )
     if warming := [line.label for line in lines if line.warming and not line.bound]:
         notes.append(
             f"{', '.join(warming)} came to the target before the warm-up of exchange or wire was over, so by another "
-            "algorithm: not ranked; a lower --target-loss lies behind it"
+            "algorithm: not ranked; a harder --target lies behind it"
         )
     return out
 
@@ -246,9 +256,10 @@ def _target(runs: list[History], given: float | None, notes: list[str]) -> tuple
     It is the one that was given, or else the one that all runs name (target_loss), or else the best loss that all of
     them reached. If that loss lies inside a warm-up or before a first evaluation, the next one that does not is taken.
     """
+    metric = runs[0].metric
     if given is not None:
         return given, "the target given"
-    named = {run.settings.get("target_loss", "null") for run in runs}
+    named = {run.settings.get("target_loss", "null") for run in runs} if metric.name == "loss" else {"null"}
     if len(named) == 1 and (text := named.pop()) != "null":
         try:
             return float(text), "the target that the runs name"
@@ -269,14 +280,14 @@ def _target(runs: list[History], given: float | None, notes: list[str]) -> tuple
     if chosen is not worst:
         early = next(one for one in finite if _early(one, best[id(worst)]))
         notes.append(
-            f"the best loss that all runs reached, {best[id(worst)]:.4f}, lies before the first evaluation of "
-            f"{early.name} or inside its warm-up, so a lower one is the target; a target_loss named before the runs "
+            f"the best {metric.short} that all runs reached, {best[id(worst)]:.4f}, lies before the first evaluation "
+            f"of {early.name} or inside its warm-up, so a lower one is the target; a target_loss named before the runs "
             "is better than either"
         )
     if chosen.status != "finished":
-        notes.append(f"the target is set by {chosen.name}, which is {chosen.status}; --target-loss asks for another")
+        notes.append(f"the target is set by {chosen.name}, which is {chosen.status}; --target asks for another")
     which = "that every evaluated run reached" if chosen is worst else "that lies behind every warm-up"
-    return best[id(chosen)], f"the best loss {which}, set by {chosen.name}"
+    return best[id(chosen)], f"the best {metric.short} {which}, set by {chosen.name}"
 
 
 def _early(run: History, target: float) -> bool:
@@ -393,9 +404,3 @@ def _by_rank(runs: list[History]) -> list[float]:
         return []
     total = [sum(column) for column in zip(*counts, strict=True)]
     return [value / fmean(total) for value in total]
-
-
-def check_target(target: float | None) -> None:
-    """Raises UserError if the target is no loss."""
-    if target is not None and not (math.isfinite(target) and target > 0):
-        raise UserError(f"--target-loss {target}: a loss is a number of nats above 0")

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
+from hvdllm.report.metric import LOSS, Metric
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl: six million `commit` records
 MOST_POINTS = 100_000  # of a curve over tokens; a longer one loses every second point until it fits
@@ -52,7 +54,7 @@ class CurvePoint:
 
     Attributes:
         tokens: committed up to here.
-        loss: in nats a token; inf if it was not finite.
+        loss: what is compared (Metric), by default in nats a token; inf if it was not finite.
         seconds: of the training clock.
         wall_s: seconds with evaluations, saves and samples, over all lives of the run.
         bytes: sent by rank 0 up to here.
@@ -105,6 +107,8 @@ class History:
     path: str
     name: str
     settings: dict[str, str]
+    metric: Metric = LOSS  # what its evaluations are read for
+    unit: str = "tokens"  # what is counted
     evals: list[CurvePoint] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
     status: str = "unfinished"  # or finished, stopped or failed, by the last `end` record
@@ -143,7 +147,7 @@ class History:
             self.notes.append(text)
 
 
-def gather(words: list[str]) -> tuple[list[History], list[Skipped]]:
+def gather(words: list[str], metric: Metric = LOSS) -> tuple[list[History], list[Skipped]]:
     """The runs that these words name, in the order given, and what was left out.
 
     Raises UserError if a word names nothing at all.
@@ -151,7 +155,7 @@ def gather(words: list[str]) -> tuple[list[History], list[Skipped]]:
     folders, skipped = find(words)
     found: list[History] = []
     for folder in folders:
-        run = read(folder)
+        run = read(folder, metric)
         if isinstance(run, Skipped):
             skipped.append(run)
             continue
@@ -228,9 +232,10 @@ def _reason(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------ one run
-def read(folder: Path) -> History | Skipped:
+def read(folder: Path, metric: Metric = LOSS) -> History | Skipped:
     """The run in this folder, or why there is none that can be used."""
-    run = History(path=text(folder), name=text(os.path.basename(os.path.realpath(folder))), settings={})
+    name = text(os.path.basename(os.path.realpath(folder)))
+    run = History(path=text(folder), name=name, settings={}, metric=metric)
     digest = hashlib.sha256()
     lives: list[Json] = []
     try:
@@ -391,6 +396,7 @@ def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
             if len(lives) == MOST_LIVES:  # keep the first and the latest ones
                 del lives[MOST_LIVES // 2]
             lives.append(record)
+            run.unit = unit_of(record)
             run.status, run.computed = "unfinished", None
         elif kind == "event" and begins and tokens is not None and str(record.get("what")).startswith("resumed"):
             begins[-1] = tokens
@@ -401,7 +407,8 @@ def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
             run.computed = number(record.get("tokens_computed"))
             run.tokens = max(run.tokens, tokens or 0.0)
         elif kind == "eval":
-            loss = _loss(record.get("loss"))
+            loss = _loss(record.get(run.metric.name))
+            loss = None if loss is None else run.metric.of(loss)
             if tokens is None or loss is None or (evals and tokens < evals[-1][2]):
                 odd += 1
                 continue
@@ -527,6 +534,12 @@ def text(value: object) -> str:
     """The value as one line of bounded length that can be printed."""
     out = "".join(c if c.isprintable() else "�" for c in str(value)[: MOST_TEXT + 1])
     return out if len(out) <= MOST_TEXT else out[: MOST_TEXT - 1] + "…"
+
+
+def unit_of(life: Json) -> str:
+    """What a run counts, as its `run` record says; a run of an earlier version counts tokens."""
+    unit = life.get("unit", "tokens")
+    return unit if isinstance(unit, str) and re.fullmatch(r"[a-z]{1,20}", unit) else "units"
 
 
 def plain(value: object) -> str:

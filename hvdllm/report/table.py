@@ -109,22 +109,22 @@ def result(f: Figures) -> Table:
     sizes = [s.spread.mean for s in (line.bytes for line in f.lines) if s.spread]
     (hours, _), (sized, bytes_) = unit(times, SECONDS), unit(sizes, BYTES)
     second = 3600.0 if hours == "h" else 1.0
-    what = "speed-up" if f.rank_by == "seconds" else "fewer tokens, times"
+    what = "speed-up" if f.rank_by == "seconds" else f"fewer {f.unit}, times"
     head = [
         "",
         "seeds",
         f"{hours} to target",
         what,
         f"{sized} a rank to target",
-        "tokens to target",
+        f"{f.unit} to target",
         "updates to target",
     ]
     if f.virtual:
         del head[2]
     at = NONE if f.equal_tokens is None else count(f.equal_tokens)
-    head += [f"loss at {at} tokens", "less reference"]
+    head += [f"{f.metric.short} at {at} {f.unit}", "less reference"]
     if f.equal_wall is not None:
-        head.append(f"loss at {digits(f.equal_wall)} s wall-clock")
+        head.append(f"{f.metric.short} at {digits(f.equal_wall)} s wall-clock")
     rows = []
     for line in f.lines:
         row = [line.label, str(len(line.group.seeds)), to_target(line, line.seconds, second), versus(line, f.reference)]
@@ -144,13 +144,22 @@ def result(f: Figures) -> Table:
         "Holm's procedure gives it among all tests of the report; n.s.: no significant difference from the reference; "
         f"fewer than {FEWEST} seeds: values alone"
     ]
-    return Table(f"To validation loss {target}, best first", head, rows, notes)
+    return Table(f"To {f.metric.words} {target}, best first", head, rows, notes)
 
 
 def work(f: Figures) -> Table:
     """What an update is, and what it costs."""
-    head = ["", "tokens an update", "computed / committed", "CPU µs a token", "blocked", "hidden", "staleness", "most"]
-    head += ["slowest over fastest rank", "loss at equal wall-clock, less reference"]
+    head = [
+        "",
+        f"{f.unit} an update",
+        "computed / committed",
+        f"CPU µs a {f.unit.removesuffix('s')}",
+        "blocked",
+        "hidden",
+        "staleness",
+        "most",
+    ]
+    head += ["slowest over fastest rank", f"{f.metric.short} at equal wall-clock, less reference"]
     rows = []
 
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -186,7 +195,7 @@ def unevaluated(f: Figures) -> Table:
                 line.label, run.name, count(s.tokens), NONE if s.loss is None else f"{s.loss:.4f}",
                 NONE if speed is None else count(speed), size(s.bytes), count(s.updates),
             ])  # fmt: skip
-    head = ["", "run", "tokens", "training loss", "tokens/s", "sent by a rank", "updates"]
+    head = ["", "run", f.unit, "training loss", f"{f.unit}/s", "sent by a rank", "updates"]
     notes = ["training loss: of the last record, on text that differs from run to run; nothing can be ranked by it"]
     return _cut(Table("No run has an evaluation", head, rows, notes, left=2))
 
@@ -233,7 +242,7 @@ def equal_except(f: Figures) -> Table:
         tokens.setdefault(count(run.tokens), []).append(run.name)
     if len(tokens) > 1:
         said = [f"{value}: {_names(names)}" for value, names in list(tokens.items())[:8]]
-        rows.append(["tokens committed", "compared where all are", "; ".join(said)])
+        rows.append([f"{f.unit} committed", "compared where all are", "; ".join(said)])
     notes = [] if rows else ["The runs differ in nothing."]
     return _cut(Table("Equal except", ["setting", "part in the comparison", "values"], rows, notes, left=3))
 
@@ -260,7 +269,7 @@ def trials(f: Figures) -> Table | None:
             value = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "not finite"
             seeds = len({run.seed for run in trial.runs})
             rows.append([group.label, trial.label, won, str(seeds), value])
-    head = ["", "trial", "", "seeds", "mean last validation loss"]
+    head = ["", "trial", "", "seeds", f"mean last {f.metric.words}"]
     return _cut(Table(f"Tuned by {', '.join(f.comparison.tuned_by)}", head, rows, left=3))
 
 
@@ -275,7 +284,7 @@ def runs(f: Figures) -> Table:
                 line.label, run.path, "; ".join(run.notes), run.seed, run.status, str(run.lives),
                 count(run.tokens), str(len(run.evals)), value,
             ])  # fmt: skip
-    head = ["", "folder", "notes", "seed", "state", "lives", "tokens", "evaluations", "last loss"]
+    head = ["", "folder", "notes", "seed", "state", "lives", f.unit, "evaluations", f"last {f.metric.short}"]
     return _cut(Table("Runs", head, rows, left=3))
 
 
@@ -298,19 +307,21 @@ def method(f: Figures) -> list[str]:
     out = []
     if f.target is not None:
         out.append(
-            f"Target: validation loss {f.target:.4f} nats a token, {f.target_from}. Reached: the first evaluation at "
-            "or below it; tokens, seconds, bytes and updates there are interpolated linearly between that "
-            "evaluation and the one before, so they are no finer than the evaluations are dense. Ranked are groups of "
-            "which every run reached it after its first evaluation and behind the warm-up of its exchange and wire."
+            f"Target: {f.metric.words} {f.target:.4f}{f.metric.each(f.unit)}, {f.target_from}. Reached: the first "
+            f"evaluation at or below it; {f.unit}, seconds, bytes and updates there are interpolated linearly between "
+            "that evaluation and the one before, so they are no finer than the evaluations are dense. Ranked are "
+            "groups of which every run reached it after its first evaluation and behind the warm-up of its exchange "
+            "and wire."
         )
     out.append(
         "Seeds are the replicates: means and 95 % intervals (Student's t) over seeds. Ratios are paired by seed: "
         "geometric mean and two-sided paired t test on their logarithms; differences of losses likewise without the "
         f"logarithm. Fewer than {FEWEST} common seeds test nothing. All {f.tests} tests of this report (each group "
-        "against the reference by the way to the target, by the loss at equal tokens and at equal wall-clock, and "
-        "the first group against all others, as one) are corrected together by Holm's procedure: whatever is true, "
-        "the chance that any difference is claimed where there is none is at most 5 %. A bracket has the level at "
-        "which Holm's procedure tests its difference, so a claimed one leaves out no difference. Bytes are not tested."
+        f"against the reference by the way to the target, by the {f.metric.short} at equal {f.unit} and at equal "
+        "wall-clock, and the first group against all others, as one) are corrected together by Holm's procedure: "
+        "whatever is true, the chance that any difference is claimed where there is none is at most 5 %. A bracket "
+        "has the level at which Holm's procedure tests its difference, so a claimed one leaves out no difference. "
+        "Bytes are not tested."
     )
     if any(run.simulated for run in f.runs):
         out.append(

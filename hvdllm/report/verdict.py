@@ -43,14 +43,14 @@ def _clock(f: Figures) -> str:
     if f.virtual:
         return (
             "The runs are of world=virtual, logical ranks that take turns in one process: their times mean nothing, so "
-            "they are ranked by tokens."
+            f"they are ranked by {f.unit}."
         )
     return ""
 
 
 def _head(f: Figures) -> str:
     """Which group reached the target first, if that can be said."""
-    where = f"validation loss {f.target:.4f} ({f.target_from})"
+    where = f"{f.metric.words} {f.target:.4f} ({f.target_from})"
     ranked = [line for line in f.lines if f.measured(line)]
     if not ranked:
         if not any(line.reached for line in f.lines):
@@ -66,7 +66,7 @@ def _head(f: Figures) -> str:
     if won is None:
         return f"No winner: to {where}, only {first.label} can be ranked ({took})."
     if won.significant and won.lead is not None:
-        word = "first" if f.rank_by == "seconds" else "with the fewest tokens"
+        word = "first" if f.rank_by == "seconds" else f"with the fewest {f.unit}"
         lead = f"{times(won.lead.value)} {_as_good(f)} the next, {won.next.label} ({between(won.lead)})"
         return f"{first.label} came to {where} {word}, in the mean after {took}: {lead}."
     return f"No winner: to {where}, {_undecided(f, won, took)}."
@@ -88,11 +88,11 @@ def _undecided(f: Figures, won: Winner, took: str) -> str:
 def _took(f: Figures, line: Line) -> str:
     found = f.ranked(line).spread
     assert found is not None
-    return amount(found, f.rank_by)
+    return amount(found, "seconds" if f.rank_by == "seconds" else f.unit)
 
 
 def _as_good(f: Figures) -> str:
-    return "as fast as" if f.rank_by == "seconds" else "as frugal with tokens as"
+    return "as fast as" if f.rank_by == "seconds" else f"as frugal with {f.unit} as"
 
 
 def _others(f: Figures, tests: list[Line]) -> str:
@@ -145,8 +145,8 @@ def _wall(f: Figures) -> str:
         return ""
     line, spread = min(known, key=lambda pair: pair[1].mean if pair[1] else math.inf)
     assert spread is not None
-    text = f"After equal wall-clock, evaluation included ({seconds(f.equal_wall)}), the lowest mean loss is that of "
-    text += f"{line.label}, {spread.mean:.4f}"
+    wall = f"After equal wall-clock, evaluation included ({seconds(f.equal_wall)})"
+    text = f"{wall}, the lowest mean {f.metric.short} is that of {line.label}, {spread.mean:.4f}"
     test = line.wall_difference
     if test is None:
         return text + "."
@@ -206,9 +206,9 @@ def why_not(found: Paired) -> str:
 
 
 def amount(spread: Spread, what: str) -> str:
-    """`81.2 s (79.0 s to 83.4 s over 3 seeds)`."""
+    """`81.2 s (79.0 s to 83.4 s over 3 seeds)`. what: `seconds`, or what is counted."""
     show = seconds if what == "seconds" else count
-    unit = "" if what == "seconds" else " tokens"
+    unit = "" if what == "seconds" else f" {what}"
     if spread.low is None or spread.high is None:
         return f"{show(spread.mean)}{unit} ({spread.n} seed{'s' * (spread.n > 1)})"
     low = max(0.0, spread.low)  # with few seeds the interval may reach below nothing

@@ -18,7 +18,14 @@ from hvdllm.cli.display import Screen
 from hvdllm.cli.spared import Spared
 
 END = {"reason": "budget", "tokens": 10, "seconds": 1.0, "loss": 1.0, "eval_loss": None, "mfu": None}
-END |= {"data_waited_s": 0.0, "peak_memory_bytes": 0, "unit": "tokens", "told": "", "each": "", "next": []}
+END |= {
+    "data_waited_s": 0.0,
+    "peak_memory_bytes": 0,
+    "unit": "tokens",
+    "told": "",
+    "each": "",
+    "next": ["sample", "evaluate"],
+}
 
 
 class Broken(io.StringIO):

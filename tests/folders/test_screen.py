@@ -83,7 +83,14 @@ def test_a_terminal_gets_our_own_sequences_alone(monkeypatch: pytest.MonkeyPatch
         show.progress({"tokens": 1, "unit": "tokens", "budget": 10, "seconds": 1.0, "loss": 1.0, "blocked": 0.0})
         show.say("one\x1b[2J\ntwo")
         end = {"reason": "budget", "tokens": 10, "seconds": 1.0, "loss": 1.0, "eval_loss": None, "mfu": None}
-        end |= {"data_waited_s": 0.0, "peak_memory_bytes": 1, "unit": "tokens", "told": "", "each": "", "next": []}
+        end |= {
+            "data_waited_s": 0.0,
+            "peak_memory_bytes": 1,
+            "unit": "tokens",
+            "told": "",
+            "each": "",
+            "next": ["sample", "evaluate"],
+        }
         show.finish(end, path, "sample\x1b[2J\x1b]52;c;aGk=\x07")
     said = terminal.getvalue()
     assert "\x1b[1m" in said and "\\x1b[2J" in said  # a heading of ours is bold

@@ -333,8 +333,8 @@ def test_runs_without_evaluation_show_what_they_have(tmp_path: Path, capsys: pyt
     [
         (["--out", "r.pdf"], "a file that ends in .html, .md, .png, .svg"),
         (["--out", "runs/a/metrics.jsonl/r.html"], "the folder runs/a/metrics.jsonl cannot be made"),
-        (["--target-loss", "nan"], "a loss is a number"),
-        (["--target-loss", "-1"], "a loss is a number"),
+        (["--target-loss", "nan"], "a loss to reach is a number"),
+        (["--target-loss", "-1"], "a loss to reach is a number"),
         (["--reference", "ddp"], "no such group"),
         (["--tuned-by", "optim.lr"], "unequal tuning: trials of optim.lr are allreduce 2, acco 1"),
         (["nothing-there"], "no such folder"),

@@ -1,0 +1,53 @@
+"""What a report compares runs by: the validation loss, or another result of their evaluations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hvdllm.errors import UserError
+
+RIGHT = ("accuracy", "auc")  # shares of what is right: more is better, at most 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A result of evaluations. Less is better: of a share of what is right, 1 minus it is compared.
+
+    Attributes:
+        name: as `eval` records call it.
+    """
+
+    name: str = "loss"
+
+    @property
+    def words(self) -> str:
+        """What is compared, such as `validation loss`."""
+        return f"validation error (1 - {self.name})" if self.name in RIGHT else f"validation {self.name}"
+
+    @property
+    def short(self) -> str:
+        """The same in one word, for the head of a column."""
+        return "error" if self.name in RIGHT else self.name
+
+    def each(self, unit: str) -> str:
+        """What a loss is per, such as ` nats a token`; empty for other metrics."""
+        one = unit.removesuffix("s") or unit
+        return f" nats a{'n' * (one[:1] in 'aeiou')} {one}" if self.name == "loss" else ""
+
+    def of(self, value: float) -> float:
+        """What is compared, from what a record holds."""
+        return 1 - value if self.name in RIGHT else value
+
+    def target(self, given: float | None) -> float | None:
+        """The target as it is compared. Raises UserError if the metric cannot reach it."""
+        if given is None:
+            return None
+        if self.name in RIGHT and not 0 < given < 1:
+            raise UserError(f"--target {given}: {self.name} is a share between 0 and 1")
+        if not (math.isfinite(given) and given > 0):
+            raise UserError(f"--target {given}: a {self.name} to reach is a number above 0")
+        return self.of(given)
+
+
+LOSS = Metric()
