@@ -63,8 +63,10 @@ MAY = {
     "launch": ("config", "runs", "lock", "world.detect", "trainer.resume"),
     "bench": ("",),
     "cli": ("",),
+    "session": ("",),
+    "ddp_hook": ("config", "exchange.base", "exchange.wire.build", "world.torch"),
     "__main__": ("cli",),
-    "__init__": (),
+    "__init__": ("session", "ddp_hook"),
 }
 
 

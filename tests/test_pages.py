@@ -228,6 +228,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_settings([word for word in words if re.match(r"[\w.]+=", word)], Place())
     elif words[0] in ("ruff", "mypy", "pytest"):
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+    elif words[-1] == "mine.py":
+        assert words[0] in ("horovodrun", "torchrun")  # test_session.py runs the script
     elif line == ". .venv/bin/activate" or words[:3] == ["python3", "-m", "venv"]:
         pass  # test_setup.py and test_wheel.py do what they do
     else:

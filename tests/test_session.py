@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +149,32 @@ def test_importing_hvdllm_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute"):
         hvdllm.Sessions  # type: ignore[attr-defined]  # noqa: B018
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+PAGE = Path(hvdllm.__file__).parent / "task" / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=["session", "loop", "hook"])
+def test_an_example_of_the_page_runs(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(EXAMPLES[number])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=launch.LIMIT_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(alone if "dist.init" in EXAMPLES[number] else {})},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    if number == 0:
+        assert len(EXAMPLES[0].splitlines()) <= 35 and "update 100: 6,400 items" in done.stdout
+        last = [record for record in runs.records(tmp_path / "runs" / "mine") if record["kind"] == "eval"][-1]
+        assert last["accuracy"] > 0.6
 
 
 SCRIPT = """

@@ -19,7 +19,7 @@ def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Acts, budge
         if commit is None:
             continue
         due.act(commit)  # log, evaluate, sample, save: the same list on every rank, in order
-        yield commit
+        yield commit  # to whoever iterates over the run (hvdllm.Session)
         if commit.tokens >= budget or commit.asks.stop:
             break
     due.finish(exchange.settle())  # nothing travels any more
