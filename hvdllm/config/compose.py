@@ -63,10 +63,8 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
             f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
             "`hvdllm train -m`"
         )
-    words = [each for word in words for each in expand(word)]
+    words = with_model([each for word in words for each in expand(word)])
     given = {key_of(word): value_of(word) for word in words}
-    if "model" not in given and (task := registry.parts("task").get(given.get("task", ""))):
-        words.append(f"model={task.facts.model}")
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
         config = _typed(_node([*chosen, *words]))
@@ -92,12 +90,19 @@ def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]
 
     registry.load(plugins(words))
     _register()
-    overrides = [typed(word, sweep) for word in words if not word.startswith(CONFIG_DIR)]
+    overrides = [typed(word, sweep) for word in with_model(words) if not word.startswith(CONFIG_DIR)]
     if folders := [f"file://{word.removeprefix(CONFIG_DIR)}" for word in words if word.startswith(CONFIG_DIR)]:
         overrides.append(f"hydra.searchpath={json.dumps(folders, ensure_ascii=False)}")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield overrides
+
+
+def with_model(words: Sequence[str]) -> list[str]:
+    """The words, and the model of the task that they choose if they choose no model."""
+    given = {key_of(word): value_of(word) for word in words}
+    task = registry.parts("task").get(given.get("task", ""))
+    return [*words, f"model={task.facts.model}"] if task is not None and "model" not in given else list(words)
 
 
 def plugins(words: Sequence[str]) -> list[str]:

@@ -166,3 +166,12 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "seed: 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="--bogus"):
         settings_only(["--bogus"], "", compose.compose)
+
+
+def test_a_task_brings_its_model() -> None:
+    """Also in a sweep. A model that was chosen is left alone, and refused if it is another one."""
+    assert type(compose.compose(["task=images"]).model).__name__ == "ResNet"
+    assert type(compose.compose(["model=resnet", "task=images", "model.width=8"]).model).__name__ == "ResNet"
+    assert type(compose.compose(["task=images", "model=tiny"]).model).__name__ == "Model"
+    with compose.hydra_over(["task=masked_lm", "seed=0,1"], sweep=True) as overrides:
+        assert overrides[-1] == "model=bert"

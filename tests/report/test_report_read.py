@@ -16,6 +16,7 @@ from hvdllm.report import read as reading
 from hvdllm.report import table
 from hvdllm.report.compare import compare
 from hvdllm.report.figures import measure
+from hvdllm.report.metric import Metric
 from hvdllm.report.read import History, Skipped, find, gather, read
 from hvdllm.report.verdict import verdict
 
@@ -278,3 +279,24 @@ def test_seconds_of_a_simulated_clock_count_and_are_called_so(tmp_path: Path) ->
     found = measure(compare(runs, [], [], False), [])
     assert found.rank_by == "seconds" and found.lines[0].label == "acco"
     assert "simulated clock" in verdict(found) and "simulated clock" in " ".join(table.method(found))
+
+
+def test_runs_are_compared_by_any_result_of_their_evaluations(tmp_path: Path) -> None:
+    """Of a share of what is right, what is wrong is compared. A run without the metric has nothing to compare."""
+    folder = make(tmp_path / "a", "allreduce")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line |= {"accuracy": 0.25, "perplexity": 7.0}
+        if line["kind"] == "run":
+            line["unit"] = "images"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in (("accuracy", 0.75), ("perplexity", 7.0)):
+        found = read(folder, Metric(name))
+        assert isinstance(found, History) and {p.loss for p in found.evals} == {value} and found.unit == "images"
+    assert isinstance(read(folder, Metric("auc")), Skipped | History)
+    assert Metric("accuracy").target(0.9) == pytest.approx(0.1) and Metric().target(None) is None
+    assert Metric().each("images") == " nats an image" and Metric("auc").each("clicks") == ""
+    for metric, wrong in (("accuracy", 1.0), ("accuracy", -1.0), ("loss", 0.0), ("loss", float("inf"))):
+        with pytest.raises(UserError, match="--target"):
+            Metric(metric).target(wrong)
