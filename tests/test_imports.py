@@ -37,11 +37,11 @@ MAY = {
     "models": (),
     "optim": (),
     "exchange": ("world",),
-    "config": ("models.size", "world.detect", "world.parts"),  # all without torch
+    "config": ("models.size", "models.parts", "models.hugging", "world.detect", "world.parts"),  # all without torch
     "lock": ("world.detect",),
     "runs": ("config", "lock"),
     "track": ("config", "runs"),
-    "checkpoint": ("exchange.base", "world.base", "runs"),
+    "checkpoint": ("exchange.base", "world.base", "runs", "models.hugging", "models.parts"),
     "trainer": (
         *("world", "text", "models", "config", "lock", "runs", "checkpoint", "track.mirror"),
         *("exchange.base", "exchange.wire.build", "exchange.wire.plain", "optim.update", "optim.schedule"),

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import registry
+from hvdllm.config.trunk import begin_with
 from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
+from hvdllm.models.parts import Model
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config
@@ -72,7 +74,10 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         config = _typed(node)
         if config.plugins is not None and "plugins" not in given:
             raise UserError("plugins= is a word of the command line alone: take it out of the file, and give it there")
-        return config if beneath is None else _over(beneath, config, given)
+        config = config if beneath is None else _over(beneath, config, given)
+        if config.init_from is not None:
+            begin_with(config, given, _model)
+        return config
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError) as error:
         # ValueError comes from model=null, AssertionError from a word without a key, RecursionError from deep brackets.
         raise UserError(sentence(error, words)) from None
@@ -245,6 +250,11 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
                 if _theirs(theirs, inner.name) and f"{f.name}.{inner.name}" not in given:
                     setattr(getattr(config, f.name), inner.name, getattr(theirs, inner.name))
     return config
+
+
+def _model(values: Json) -> Model:
+    """A model's settings from values by name, checked as those of a command line."""
+    return Model(**{f.name: value for f, value in _fields(Model, values, "model.")})
 
 
 def _theirs(settings: Chosen, name: str) -> bool:

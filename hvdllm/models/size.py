@@ -18,6 +18,25 @@ def pad_vocab(tokens: int) -> int:
     return -(-tokens // PAD) * PAD
 
 
+def rows(settings: Model, tokens: int) -> int:
+    """The rows of the embedding for a tokenizer of `tokens`: model.vocab, or as many as pad_vocab says."""
+    return settings.vocab or pad_vocab(tokens)
+
+
+def check_vocab(settings: Model, tokens: int) -> None:
+    """Raises UserError if a tokenizer has ids for which the embedding has no row."""
+    if rows(settings, tokens) < tokens:
+        raise UserError(
+            f"the tokenizer has {tokens:,} tokens and the model's embedding {settings.vocab:,} rows (model.vocab): "
+            "take the tokenizer that belongs to the model"
+        )
+
+
+def has_qkv_bias(settings: Model) -> bool:
+    """Whether the layers of queries, keys and values have biases."""
+    return settings.bias if settings.qkv_bias is None else settings.qkv_bias
+
+
 def check_model(settings: Model) -> None:
     """Raises UserError, in one sentence, if no transformer has these settings."""
     width, heads, kv_heads = settings.width, settings.heads, settings.kv_heads
@@ -59,7 +78,7 @@ def count_parameters(settings: Model, vocab: int) -> int:
     )
     norm = width * (2 if settings.norm == "layernorm" and settings.bias else 1)
     up = hidden * (2 if settings.mlp == "swiglu" else 1)
-    biases = (width + 2 * kv_width) + width + up + width if settings.bias else 0
+    biases = (width + 2 * kv_width) * has_qkv_bias(settings) + (width + up + width) * settings.bias
     return _matrices(settings, vocab) + tables + settings.layers * (2 * norm + biases) + norm
 
 

@@ -105,7 +105,7 @@ def agreed_room(config: Config, vocab: int, device: torch.device, world: World) 
     """Raises UserError on every rank if the model cannot fit into the memory of some host or GPU. Collective."""
     # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
     together = world.local_size if device.type == "cpu" or config.device.share else 1
-    rows = size.pad_vocab(vocab)
+    rows = size.rows(config.model, vocab)
     needs, there = size.least_memory(config, rows, world.size) * together, devices.usable_memory(device)
     problem = None
     if there is not None and needs > there:
@@ -156,6 +156,7 @@ def repeated_text(config: Config, corpus: Corpus) -> list[str]:
 
 def check_corpus(config: Config, corpus: Corpus) -> None:
     """Checks the settings that depend on the text. Raises UserError if they do not fit it."""
+    size.check_vocab(config.model, corpus.tokenizer.vocab)
     clients_without_text(config, make_stream(config, corpus, torch.device("cpu"), SingleWorld()))
     if config.eval_every:
         validation(

@@ -79,7 +79,7 @@ def build_model(config: Config, vocab: int, device: torch.device) -> GPT:
         vocab: tokens of the tokenizer; the model's own vocabulary is padded.
         device: where the weights are to lie.
     """
-    model = GPT(config.model, size.pad_vocab(vocab)).to(DTYPES[config.precision])
+    model = GPT(config.model, size.rows(config.model, vocab)).to(DTYPES[config.precision])
     init_weights(model, config.seed)
     model = model.to(device)
     if config.model.compile:

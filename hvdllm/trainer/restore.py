@@ -65,7 +65,8 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
         raise UserError(f"{folder} has no whole checkpoint and no final/: train it for longer, or copy it again")
     if source is None:
         check_final(final, say)
-    vocab = size.pad_vocab(tokenizer.vocab)
+    size.check_vocab(config.model, tokenizer.vocab)
+    vocab = size.rows(config.model, tokenizer.vocab)
     # Checked before a model is made, which would be as large as the settings say.
     if (there := read.count_weights(source or final)) != (asked := size.count_parameters(config.model, vocab)):
         raise UserError(

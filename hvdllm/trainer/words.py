@@ -22,7 +22,7 @@ from hvdllm.trainer.slow import crowded
 def run_record(run: Run, overrides: list[str]) -> Json:
     """The values of the `run` record, with which each life of a run begins. They are enough to repeat it."""
     config, corpus = run.config, run.corpus
-    vocab = size.pad_vocab(corpus.tokenizer.vocab)
+    vocab = size.rows(config.model, corpus.tokenizer.vocab)
     return {
         "command": account.command(),
         "overrides": overrides,
@@ -51,7 +51,7 @@ def header(run: Run) -> dict[str, str]:
     names = sorted({f"{rank['device']} ({rank['kind']})" for rank in hosts})
     machines = len({rank["host"] for rank in hosts})
     context = config.model.context
-    parameters = size.count_parameters(config.model, size.pad_vocab(corpus.tokenizer.vocab))
+    parameters = size.count_parameters(config.model, size.rows(config.model, corpus.tokenizer.vocab))
     ranks = f"{run.world.size} on {machines} host{'s' * (machines > 1)}, {hosts[0]['threads']} threads each"
     text = f"{len(corpus.train):,} training tokens, vocabulary {corpus.tokenizer.vocab:,}"
     batch = f"{config.batch_tokens:,} tokens ({config.batch_tokens // context} x {context})"
