@@ -139,8 +139,8 @@ def _index(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).exists():
         if unsafe := next((name for name in UNSAFE if (folder / name).exists()), None):
             raise UserError(
-                f"its weights are in {unsafe}, whose format may run any program when it is read: save the model again with "
-                "save_pretrained, as safetensors"
+                f"its weights are in {unsafe}, whose format may run any program when it is read: save the model "
+                "again with save_pretrained, as safetensors"
             )
         raise UserError(f"it has neither {WHOLE} nor {INDEX}: take the whole folder")
     try:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -103,7 +102,7 @@ def described(folder: Path) -> Described:
     if not isinstance(found, dict):
         raise UserError(f"its {CONFIG} holds no object: save the model again with save_pretrained")
     kind = found.get("model_type")
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise UserError(
             f"its {CONFIG} says model_type={shown(kind)}, and hvdllm reads {', '.join(CLASSES)}: take one of these"
         )
@@ -220,10 +219,10 @@ def _whole(found: Json, key: str, default: Any = MISSING) -> int:
 
 
 def _number(found: Json, key: str, default: Any = MISSING) -> float:
-    value = float(_value(found, key, default, int | float, "number"))  # type: ignore[arg-type]
-    if not math.isfinite(value) or value <= 0:
-        raise _unknown(key, value, "it must be positive")
-    return value
+    value = _value(found, key, default, int | float, "number")  # type: ignore[arg-type]
+    if not 0 < value < 1e30:
+        raise _unknown(key, value, "it must be positive, and no model has one so large")
+    return float(value)
 
 
 def _flag(found: Json, key: str, default: bool) -> bool:

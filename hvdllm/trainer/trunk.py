@@ -85,6 +85,8 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
         source = newest or path / "final"
     elif (path / "model.safetensors").exists():
         folder, source = path.absolute().parent, path
+        if not (folder / "config.yaml").exists():
+            raise UserError("there is a model.safetensors, but no config.json of transformers, and no run around it")
     else:
         raise UserError("there is no run and no checkpoint: give a run's folder, or a folder of its checkpoints/")
     whole = (source / "manifest.json").exists()

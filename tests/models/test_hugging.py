@@ -20,7 +20,7 @@ from hvdllm.errors import RunError, UserError
 from hvdllm.flat import Flat
 from hvdllm.models import size
 from hvdllm.models.gpt import GPT, init_weights
-from hvdllm.models.hugging import config_of, sources
+from hvdllm.models.hugging import config_of, described, sources
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
@@ -196,6 +196,32 @@ def test_rope_scalings_of_llama3_are_those_of_transformers() -> None:
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     cos, sin = rope_tables(2, 64, 500000.0, "llama3:32:1:4:8192")
     torch.testing.assert_close(torch.atan2(sin[1], cos[1]).float(), theirs, rtol=1e-5, atol=0)
+
+
+ODD = (None, True, -1, 0, 0.5, 10**400, 1e308, float("nan"), "x", "", [], [1], {}, {"a": {}})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "mistral", "qwen2", "arcee"])
+def test_no_value_of_a_config_json_is_a_bug(kind: str, tmp_path: Path) -> None:
+    """Each is the settings of a model, or refused in one sentence."""
+    from hvdllm.config.compose import from_dict, to_dict
+
+    folder = write(tmp_path / "theirs", kind)
+    values = json.loads((folder / "config.json").read_text())
+    deep = [("rope_parameters", key) for key in values.get("rope_parameters", {})]
+    refused, usual = 0, compose([])
+    for place in [*((key,) for key in (*values, "quantization_config", "rope_scaling", "sliding_window")), *deep]:
+        for odd in ODD:
+            changed = json.loads(json.dumps(values))
+            (changed if len(place) == 1 else changed[place[0]])[place[-1]] = odd
+            (folder / "config.json").write_text(json.dumps(changed))
+            try:
+                model = replace(usual.model, **described(folder).settings)
+                from_dict(to_dict(replace(usual, model=model)))
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 100
 
 
 # ------------------------------------------------------------------ out
