@@ -192,7 +192,7 @@ BAD: list[tuple[str, str, Change | None, list[str], str]] = [
     # tensors
     ("missing", "llama", tensors(lambda x: x.pop(NORM)), [], f"it has no tensor `{NORM}`"),
     ("additional", "llama", tensors(lambda x: x.update(more=torch.zeros(2))), [], "it has a tensor `model.more`"),
-    ("biases", "llama", tensors(lambda x: x.update({"model.layers.0.mlp.up_proj.bias": x[NORM] + 1})), [], "proj.bias`"),
+    ("biases", "llama", tensors(lambda x: x.update({"model.layers.0.mlp.up_proj.bias": x[NORM] + 1})), [], "up_proj.b"),
     ("misshapen", "llama", tensors(lambda x: x.update({NORM: torch.zeros(33)})), [], "is 33, and its config.json asks"),
     ("turned", "gpt2", tensors(lambda x: x.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(128, 32)})), [],
      "is 128 x 32, and its config.json asks for 32 x 128"),
