@@ -251,6 +251,30 @@ def made(tmp: Path, shape: str = "llama", tokenizer: Tokenizer | None = None, **
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_the_number_of_parameters_is_known_without_the_model(shape: str, tmp_path: Path) -> None:
+    model = made(tmp_path, shape, vocab=259).model
+    assert size.count_parameters(model.settings, 259) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("linear", "give linear:FACTOR or llama3"),
+        ("yarn:4", "give linear:FACTOR or llama3"),
+        ("llama3:8:1:4", "give linear:FACTOR or llama3"),
+        ("llama3:8:4:1:64", "LOW is below HIGH"),
+        ("linear:0.5", "FACTOR is at least 1"),
+    ],
+)
+def test_a_scaling_that_cannot_be_is_refused(word: str, said: str) -> None:
+    from hvdllm.config.check import check
+    from hvdllm.world.detect import Place
+
+    with pytest.raises(UserError, match=said):
+        check(compose([f"model.rope_scaling={word}", "model.positions=rope"]), Place())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_loads_what_was_exported_with_our_logits_and_gradients(shape: str, tmp_path: Path) -> None:
     found = made(tmp_path, shape)
     kind = export(found, tmp_path / "out")
