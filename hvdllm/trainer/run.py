@@ -31,7 +31,7 @@ from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.ledger import Ledger
 from hvdllm.trainer.resume import Start
 from hvdllm.trainer.show import Show
-from hvdllm.trainer.trunk import Trunk, begin
+from hvdllm.trainer.trunk import Trunk, begin, look
 from hvdllm.world.base import World, from_first
 
 Saved = Json  # the plain values of a checkpoint
@@ -98,6 +98,8 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     """
     device = agreed_device(config, world, show.say)
     agreed_room(config, LEAST_VOCAB, device, world)  # before the text is prepared, which may take hours
+    if start.checkpoint is None:
+        look(config, world)
     corpus = agreed_corpus(config, start, world, show)
     agreed_room(config, corpus.tokenizer.vocab, device, world)
     model = build_model(config, corpus.tokenizer.vocab, device)

@@ -10,6 +10,8 @@ noise of the first, steepest part of training is the same in all of them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hvdllm import registry, runs, sums, untrusted
@@ -37,6 +39,26 @@ class Trunk:
     steps: int
 
 
+def look(config: Config, world: World) -> None:
+    """Looks at the tensors of a folder of transformers, names and shapes, before the text is prepared. Collective.
+
+    Raises UserError on every rank if they are not those of the model. Runs are looked at later (find).
+    """
+    folder = Path(config.init_from or "").expanduser()
+    if config.init_from is not None and is_folder(folder):
+        with _named(config):
+            from_first(world, lambda: hugging.check(folder, config.model), "start.look")
+
+
+@contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """A context in which a UserError names init_from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from None
+
+
 def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
 
@@ -50,15 +72,13 @@ def begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, w
 
     Raises UserError on every rank if the trunk has another tokenizer, model or optimizer, or if it is damaged.
     """
-    try:
-        return _begin(config, tokenizer_hash, exchange, flat, world, say)
-    except UserError as error:
-        raise UserError(f"init_from={config.init_from}: {error}") from None
+    with _named(config):
+        found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
+        return _load(Trunk(**found), config, exchange, flat, world)
 
 
-def _begin(config: Config, tokenizer_hash: str, exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
-    found = from_first(world, lambda: dataclasses.asdict(find(config, tokenizer_hash, say)), "start.trunk")
-    trunk = Trunk(**found)
+def _load(trunk: Trunk, config: Config, exchange: Exchange, flat: Flat, world: World) -> Trunk:
+    """Loads what was found into an exchange, and returns it. Collective."""
     path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
     if is_folder(path):
         model = read.share_filled(lambda vector: hugging.fill(path, config.model, flat, vector), "model", flat, world)
@@ -120,7 +140,7 @@ def find(config: Config, tokenizer_hash: str, say: runs.Say) -> Trunk:
 
 
 def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
-    """What `find` returns for a folder of transformers, whose tensors are looked at and not yet read."""
+    """What `find` returns for a folder of transformers, whose tensors `look` has seen."""
     if config.init_optimizer:
         raise UserError("a folder of transformers holds no optimizer: init_optimizer=false")
     try:
@@ -131,5 +151,4 @@ def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
         raise UserError(
             f"its {TOKENIZER} is not that of this text, so its tokens mean other things: leave text.tokenizer out"
         )
-    hugging.check(path, config.model)
     return Trunk(str(path), None, 0)

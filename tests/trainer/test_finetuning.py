@@ -282,6 +282,13 @@ def test_bad_input_ends_in_one_sentence_before_training(
     assert not (tmp / "runs" / "run").exists()
 
 
+def test_tensors_are_looked_at_before_the_text_is_prepared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "theirs")
+    tensors(lambda x: x.pop(NORM))(folder)
+    assert main(["train", *of(tmp_path, "run", folder, 1), "world=virtual", "world.size=2"]) == 2
+    assert "it has no tensor" in capfd.readouterr().err and not list((tmp_path / "data").glob("*/train.bin"))
+
+
 def test_weights_without_config_json_are_not_taken_for_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "theirs")
     (folder / "config.json").unlink()
