@@ -246,8 +246,8 @@ MUTANTS = [
     ("trainer/trunk.py", "if theirs != tokenizer_hash:", "if False:", TUNED),
     (
         "trainer/harness.py",
-        "found.config.model.context)",
-        "found.config.model.context - 1)",
+        "yield whole[max(0, stop - most) : start + 1]",
+        "yield whole[start : start + 1]",
         "tests/trainer/test_harness.py",
     ),
     (

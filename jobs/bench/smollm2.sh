@@ -6,7 +6,7 @@
 #
 #   jobs/bench/smollm2.sh [STEPS [SETTING=VALUE ...]]
 #
-# It needs jobs/setup.sh --dev, 5 GB of disk and 8 GB of memory; HVDLLM_PIP_ARGS chooses another index. Everything is in
+# It needs jobs/setup.sh --dev, 5 GB of disk and 12 GB of memory; HVDLLM_PIP_ARGS chooses another index. Everything is in
 # runs/smollm2, where a folder that was made before is used again. The figures are in jobs/bench/README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
