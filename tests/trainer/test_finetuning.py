@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hugging_kit import POSITIONS, VOCAB, load, transformers, write
-from launch import BATCH, CONTEXT, SEQUENCES, losses, records, weights, words_of
+from launch import BATCH, CONTEXT, SEQUENCES, losses, records, runs, weights, words_of
 from safetensors.torch import load_file, save_file
 
 from hvdllm.cli.main import main
@@ -68,6 +68,22 @@ def test_fine_tuning_on_two_ranks_has_the_loss_curve_of_transformers_own_loop(ki
     ours, theirs = losses(tmp_path / "runs" / "two"), their_loop(tmp_path, folder, words)
     assert len(ours) == STEPS and ours[-1] < 0.9 * ours[0], "it learns"
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.ranks
+def test_on_real_ranks_rank_0_reads_the_weights_for_all(tmp_path: Path) -> None:
+    folder = write(tmp_path / "theirs", "llama", shard="20KB", dtype=torch.bfloat16)
+    assert main(["train", *of(tmp_path, "alone", folder, 3)]) == 0
+    runs([{"words": of(tmp_path, "two", folder, 3)}], 2, tmp_path)
+    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(tmp_path / "runs" / "alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("experiment", ["laptop", "shakespeare_char"])
+def test_the_folder_counts_more_than_an_experiment(experiment: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "theirs", "llama")
+    made = compose([f"experiment={experiment}", f"init_from={folder}"])
+    assert (made.model.layers, made.model.width, made.model.context) == (2, 32, POSITIONS)
+    assert made.text.tokenizer == f"{folder}/tokenizer.json"
 
 
 # ------------------------------------------------------------------ what a run keeps
