@@ -138,8 +138,9 @@ class Config:
     )
     init_from: str | None = setting(
         None,
-        "run folder, or one of its checkpoints, whose weights this run begins with instead of drawing them: a shared "
-        "trunk makes comparisons sharper; null: draw them",
+        "run folder, one of its checkpoints, or a folder of transformers (config.json and safetensors, which then "
+        "decides the model), whose weights this run begins with instead of drawing them: a shared trunk makes "
+        "comparisons sharper; null: draw them",
         ours=True,
     )
     init_optimizer: bool = setting(

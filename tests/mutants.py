@@ -51,6 +51,7 @@ WHOLE = f"{ROUNDS} {ALLREDUCE} {SHARDED} {DELAYED}"
 RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
 OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
+HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
@@ -241,6 +242,50 @@ MUTANTS = [
     ("trainer/straggler.py", ">= longer / 2", ">= 0", "tests/trainer/test_straggler.py"),
     ("trainer/straggler.py", "- ERRORS * stdev(shares)", "- stdev(shares)", "tests/trainer/test_straggler.py"),
     ("trainer/trunk.py", "steps if isinstance(steps, int) else 0", "0", "tests/trainer/test_trunk.py"),
+    # ------------------------------------------------------------------ folders of transformers
+    ("models/gpt.py", "+ (1 - kept_E2) * frequency_E2 / factor", "+ frequency_E2 / factor", HUGGING),
+    ("models/gpt.py", ".clamp(0, 1)", "", HUGGING),
+    (
+        "models/size.py",
+        "return settings.vocab or pad_vocab(tokens)",
+        "return pad_vocab(settings.vocab or tokens)",
+        TUNED,
+    ),
+    ("models/hugging.py", 'slides = kind == "mistral" or', "slides = False or", TUNED),
+    ("models/hugging.py", "if bias != mlp_bias:", "if False:", TUNED),
+    (
+        "models/hugging.py",
+        'theta = _number(about if "rope_theta" in about else found,',
+        "theta = _number(found,",
+        HUGGING,
+    ),
+    ("models/hugging.py", "real.parents[1] if", "real.parents[0] if", HUGGING),
+    ("checkpoint/hugging.py", "if place.dtype not in FLOATS:", "if False:", TUNED),
+    ("checkpoint/hugging.py", "if not bool(values.isfinite().all()):", "if False:", TUNED),
+    ("checkpoint/hugging.py", "if others := sorted(", "if others := 0 * sorted(", TUNED),
+    ("checkpoint/hugging.py", "if not torch.equal(left", "if False and not torch.equal(left", HUGGING),
+    ("config/trunk.py", "if left[name] != right[name]:", "if False:", TUNED),
+    ("config/trunk.py", "model.context = found.positions", "pass", HUGGING),
+    (
+        "trainer/export.py",
+        "if isinstance(config, dict) and hugging.BY in config:",
+        "if isinstance(config, dict):",
+        HUGGING,
+    ),
+    ("trainer/export.py", "shutil.rmtree(part, ignore_errors=True)", "pass", HUGGING),
+    ("trainer/trunk.py", "if theirs != tokenizer_hash:", "if False:", TUNED),
+    (
+        "trainer/harness.py",
+        "yield whole[max(0, stop - most) : start + 1]",
+        "yield whole[start : start + 1]",
+        "tests/trainer/test_harness.py",
+    ),
+    (
+        "trainer/harness.py",
+        "count = min(len(pairs[k][1]), len(ids) - 1)",
+        "count = len(ids) - 1",
+        "tests/trainer/test_harness.py",
+    ),
 ]
 
 

@@ -39,18 +39,18 @@ MAY = {
     "models": (),
     "optim": (),
     "exchange": ("world",),
-    "config": ("models.size", "world.detect", "world.parts"),  # all without torch
+    "config": ("models.size", "models.parts", "models.hugging", "world.detect", "world.parts"),  # all without torch
     "lock": ("world.detect",),
     "runs": ("config", "lock"),
     "track": ("config", "runs"),
-    "checkpoint": ("exchange.base", "world.base", "runs"),
+    "checkpoint": ("exchange.base", "world.base", "runs", "models.hugging", "models.parts"),
     "trainer": (
         *(
             "world",
             "task",
             "order",
-            "text.shards",
-            "models.size",
+            "text",
+            "models",
             "config",
             "lock",
             "runs",

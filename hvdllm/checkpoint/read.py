@@ -162,14 +162,21 @@ def share_vector(path: Path | None, kind: str, flat: Flat, world: World) -> torc
 
     Every rank gets the whole vector on the CPU, because a GPU may have room only for the pieces that it owns.
     """
+
+    def read(vector: torch.Tensor) -> None:
+        assert path is not None
+        read_vector(path, kind, flat, vector)
+
+    return share_filled(read, kind, flat, world)
+
+
+def share_filled(fill: Callable[[torch.Tensor], None], kind: str, flat: Flat, world: World) -> torch.Tensor:
+    """Rank 0 fills a vector over the map, on the CPU, and broadcasts it, bucket by bucket. Collective.
+
+    `kind` names the collectives. If `fill` raises UserError, every rank does.
+    """
     vector = torch.zeros_like(flat.x, device="cpu")
-
-    def read() -> None:
-        if world.rank == 0:
-            assert path is not None
-            read_vector(path, kind, flat, vector)
-
-    _together(read, world)
+    _together(lambda: fill(vector) if world.rank == 0 else None, world)
     for bucket in flat.buckets:
         world.broadcast(vector[bucket.span.start : bucket.span.stop], f"load.{kind}.{bucket.index}").land()
     return vector

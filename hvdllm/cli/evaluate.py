@@ -1,4 +1,7 @@
-"""`hvdllm evaluate RUN`: computes a run's validation loss again, by the same definition as the run itself."""
+"""`hvdllm evaluate RUN`: computes a run's validation loss again, by the same definition as the run itself.
+
+With `--lm-eval TASK` it asks lm-evaluation-harness instead, which has tasks of its own and needs no text of the run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,18 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
     parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="instead, tasks of lm-evaluation-harness (pip install lm-eval), or .yaml files that describe one",
+    )
+    parser.add_argument("--limit", type=int, help="examples of each task of --lm-eval; default: all")
     given = parser.parse_args(argv)
+    if given.limit is not None and (given.limit < 1 or given.lm_eval is None):
+        parser.error("--limit must be at least 1, and belongs to --lm-eval")
+    if given.lm_eval is not None and (given.words or given.data_dir is not None):
+        parser.error("--lm-eval reads no text of the run: leave the words and --data-dir out")
 
     from dataclasses import replace
 
@@ -28,7 +42,7 @@ def run(argv: list[str]) -> int:
     from hvdllm.errors import UserError
     from hvdllm.task.base import Kind
     from hvdllm.trainer.evaluate import evaluate_run
-    from hvdllm.trainer.restore import restore
+    from hvdllm.trainer.restore import language, restore
     from hvdllm.trainer.resume import asked
     from hvdllm.trainer.words import each
     from hvdllm.world.single import SingleWorld
@@ -37,6 +51,13 @@ def run(argv: list[str]) -> int:
         print(text, file=sys.stderr)
 
     found = restore(given.run, given.step, say)
+    if given.lm_eval is not None:
+        from hvdllm.trainer.harness import evaluate_tasks
+
+        tasks = evaluate_tasks(language(found), given.lm_eval, given.limit)
+        said = json.dumps({"checkpoint": str(found.source), "tasks": tasks}) if given.json else table(tasks)
+        print(said)
+        return 0
     words = [of("resume", str(given.run)), *given.words]
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
     kind: Kind = registry.built(registry.of("task", found.config.task))
@@ -58,3 +79,14 @@ def run(argv: list[str]) -> int:
         loss = f"validation loss {result.loss:.4f} {each(found.config, data.task)}"
         print(f"{found.source}: {loss}{', ' * bool(told)}{told} ({result.tokens:,} {data.task.unit})")
     return 0
+
+
+def table(tasks: dict[str, dict[str, float]]) -> str:
+    """One line a metric of each task, with its standard error where there is one."""
+    lines = []
+    for task, metrics in tasks.items():
+        for name, value in metrics.items():
+            if not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr")
+                lines.append(f"{task:<24} {name:<16} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return "\n".join(lines)

@@ -23,12 +23,19 @@ COMMANDS = {
     "prepare": "make the token shards that train would make by itself",
     "sample": "let a run's model continue a text",
     "evaluate": "a run's validation loss, again",
+    "export": "write a run's model for the library transformers",
     "bench": "measure: a step, a start, or every exchange on a network shaped for it",
     "report": "compare runs: pictures, tables and a verdict",
     "track": "send to W&B what was tracked offline",
     "doctor": "what this machine has, and what to do about what it has not",
 }
-FOLDERS = ("sample", "evaluate", "report", "track")  # commands on runs, which may use parts of the user's modules
+FOLDERS = (
+    "sample",
+    "evaluate",
+    "export",
+    "report",
+    "track",
+)  # commands on runs, which may use parts of the user's modules
 WAIT_S = 10.0  # seconds that other ranks wait for the launcher to end them, so that rank 0's sentence is not lost
 
 

@@ -23,17 +23,13 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
-    from hvdllm import registry
-    from hvdllm.errors import UserError
-    from hvdllm.task.causal_lm import CausalLM, continue_text
-    from hvdllm.trainer.restore import restore
+    from hvdllm.task.causal_lm import continue_text
+    from hvdllm.trainer.restore import language, restore
 
-    found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
-    if not isinstance(found.task, CausalLM) or not registry.of("task", found.config.task).facts.writes:
-        raise UserError(f"{given.run} has learnt no language: its samples stand in samples.txt")
+    found = language(restore(given.run, given.step, lambda text: print(text, file=sys.stderr)))
     text = continue_text(
         found.model,
-        found.task.words,
+        found.tokenizer,
         given.text,
         tokens=given.tokens,
         seed=given.seed,

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdllm import registry
+from hvdllm.config.trunk import begin_with
 from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
+from hvdllm.models.parts import Model
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config
@@ -63,14 +65,19 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
             f"`{bad}` would change nothing: hvdllm reads no settings of Hydra's own, but those of its sweeper with "
             "`hvdllm train -m`"
         )
-    words = with_model([each for word in words for each in expand(word)])
+    words = [each for word in words for each in expand(word)]
+    asked = {key_of(word): value_of(word) for word in words}
+    words = with_model(words)
     given = {key_of(word): value_of(word) for word in words}
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
         config = _typed(_node([*chosen, *words]))
         if config.plugins is not None and "plugins" not in given:
             raise UserError("plugins= is a word of the command line alone: take it out of the file, and give it there")
-        return config if beneath is None else _over(beneath, config, given)
+        config = config if beneath is None else _over(beneath, config, given)
+        if config.init_from is not None:
+            begin_with(config, asked, _model)
+        return config
     except _refusals() as error:
         raise UserError(sentence(error, words)) from None
 
@@ -319,6 +326,11 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
                 if _theirs(theirs, inner.name) and f"{f.name}.{inner.name}" not in given:
                     setattr(getattr(config, f.name), inner.name, getattr(theirs, inner.name))
     return config
+
+
+def _model(values: Json) -> Model:
+    """A model's settings from values by name, checked as those of a command line."""
+    return Model(**{f.name: value for f, value in _fields(Model, values, "model.")})
 
 
 def _theirs(settings: Chosen, name: str) -> bool:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hvdllm.models.parts import Model
+from hvdllm.models.size import has_qkv_bias
 
 # TokenLoss takes so many tokens at a time that they have CHUNK logits (2 MiB in fp32, which fit into a core's cache),
 # but not so few that the products become slow. A GPU has no such cache, and each chunk costs kernel launches.
@@ -52,13 +53,25 @@ def make_norm(settings: Model) -> nn.Module:
     return nn.LayerNorm(settings.width, eps=settings.norm_eps, bias=settings.bias)
 
 
-def rope_tables(context: int, features: int, theta: float) -> Tensor:
+def rope_tables(context: int, features: int, theta: float, scaling: str | None = None) -> Tensor:
     """The cosine and the sine of position x frequency, [2, context, features / 2], in fp64.
+
+    `scaling` is model.rope_scaling: `linear:F` divides all frequencies by F. `llama3:F:L:H:C` (Llama 3.1, Grattafiori
+    et al., 2024) divides by F those that turn fewer than L times within C tokens, leaves those that turn more than H
+    times, and goes linearly from one to the other in between.
 
     They are computed in fp64 whatever the model's dtype is, and rounded where they are used. In fp32 an angle of 2,000
     radians has lost three digits, which an fp64 model would never get back.
     """
     frequency_E2 = theta ** (-torch.arange(0, features, 2, dtype=torch.float64) / features)
+    if scaling is not None:
+        factor, *more = map(float, scaling.split(":")[1:])
+        kept_E2 = torch.zeros_like(frequency_E2)  # the share of a frequency that is not divided
+        if more:
+            low, high, trained = more
+            turns_E2 = trained * frequency_E2 / (2 * math.pi)
+            kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)
+        frequency_E2 = kept_E2 * frequency_E2 + (1 - kept_E2) * frequency_E2 / factor
     angle_TE2 = torch.outer(torch.arange(context, dtype=torch.float64), frequency_E2)
     return torch.stack([angle_TE2.cos(), angle_TE2.sin()])
 
@@ -90,7 +103,7 @@ class Attention(nn.Module):
         self.features = settings.width // settings.heads
         self.dropout = settings.dropout
         rows = (self.heads + 2 * self.kv_heads) * self.features
-        self.qkv = Linear(settings.width, rows, bias=settings.bias)
+        self.qkv = Linear(settings.width, rows, bias=has_qkv_bias(settings))
         self.out = Linear(settings.width, settings.width, bias=settings.bias)
 
     def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
@@ -200,7 +213,7 @@ class TokenLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over `vocab` token ids, a number that was padded by size.pad_vocab.
+    """A decoder-only transformer over `vocab` token ids, a number that size.rows gives.
 
     Its weights are not initialised. Its parameters are registered in the order in which the forward uses them. A tied
     output layer is no parameter of its own: it reads `embed.weight`, and so it stays tied when the trainer moves the
@@ -217,7 +230,9 @@ class GPT(nn.Module):
         self.norm = make_norm(settings)
         self.head = None if settings.tied else Linear(settings.width, vocab, bias=False)
         features = settings.width // settings.heads
-        rope = None if learned else rope_tables(settings.context, features, settings.rope_theta)
+        rope = None
+        if not learned:
+            rope = rope_tables(settings.context, features, settings.rope_theta, settings.rope_scaling)
         self.rope: Tensor | None
         self.register_buffer("rope", rope, persistent=False)
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from hvdllm.registry import part
 from hvdllm.settings import Settings, Setup, setting
 
+NUMBER = r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?"
+SCALINGS = (
+    rf"linear:{NUMBER}|llama3:{NUMBER}:{NUMBER}:{NUMBER}:[0-9]+",
+    "linear:FACTOR or llama3:FACTOR:LOW:HIGH:CONTEXT",
+)
+
 
 @dataclass
 class Module(Settings):
@@ -44,9 +50,25 @@ class Model(Module):
     norm_eps: float = setting(1e-5, "added to the variance before its root", most=1.0, least=1e-12)
     mlp: str = setting("gelu", "gelu (GPT-2, tanh form) or swiglu (Llama)", choices=("gelu", "swiglu"))
     bias: bool = setting(True, "biases in linear layers and LayerNorm; true in GPT-2, false in Llama")
+    qkv_bias: bool | None = setting(
+        None, "biases in the layers of queries, keys and values; null: as bias; true beside bias=false in Qwen2"
+    )
     tied: bool = setting(True, "the output layer shares the embedding's weights; spares vocabulary x width")
     rope_theta: float = setting(
         10000.0, "base of the rotary frequencies; read where positions=rope", most=1e12, least=1
+    )
+    rope_scaling: str | None = setting(
+        None,
+        "how the rotary frequencies are lowered for contexts longer than the pretraining's: linear:FACTOR or "
+        "llama3:FACTOR:LOW:HIGH:CONTEXT; null: not at all; read where positions=rope",
+        form=SCALINGS,
+    )
+    vocab: int | None = setting(
+        None,
+        "rows of the embedding; null: the tokenizer's tokens, padded to a multiple of 64, or those of init_from where "
+        "it is a folder of transformers",
+        least=1,
+        most=10_000_000,
     )
     dropout: float = setting(
         0.0,
@@ -75,6 +97,10 @@ class Model(Module):
             return f"model.mlp_width={self.mlp_width} leaves the MLP no features: choose at least 1."
         if self.dropout >= 1:
             return f"model.dropout={self.dropout} drops everything: choose a share below 1."
+        if self.rope_scaling is not None:
+            factor, *more = map(float, self.rope_scaling.split(":")[1:])
+            if factor < 1 or (more and not 0 < more[0] < more[1]) or (more and more[2] < 1):
+                return f"model.rope_scaling={self.rope_scaling}: FACTOR is at least 1, and LOW is below HIGH"
         return None
 
 

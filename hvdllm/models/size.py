@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from hvdllm import registry
+from hvdllm.errors import UserError
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 
@@ -15,6 +16,25 @@ PAD = 64  # rows; matrix kernels are fastest with sizes that are multiples of 64
 def pad_vocab(tokens: int) -> int:
     """The rows of the embedding for a vocabulary of `tokens`: the next multiple of 64. For example, 257 gives 320."""
     return -(-tokens // PAD) * PAD
+
+
+def rows(settings: Model, tokens: int) -> int:
+    """The rows of the embedding for a tokenizer of `tokens`: model.vocab, or as many as pad_vocab says."""
+    return settings.vocab or pad_vocab(tokens)
+
+
+def check_vocab(settings: Model, tokens: int) -> None:
+    """Raises UserError if a tokenizer has ids for which the embedding has no row."""
+    if rows(settings, tokens) < tokens:
+        raise UserError(
+            f"the tokenizer has {tokens:,} tokens and the model's embedding {settings.vocab:,} rows (model.vocab): "
+            "take the tokenizer that belongs to the model"
+        )
+
+
+def has_qkv_bias(settings: Model) -> bool:
+    """Whether the layers of queries, keys and values have biases."""
+    return settings.bias if settings.qkv_bias is None else settings.qkv_bias
 
 
 def _matrices(settings: Model, vocab: int) -> int:
@@ -37,7 +57,7 @@ def count_parameters(settings: Model, vocab: int) -> int:
     )
     norm = width * (2 if settings.norm == "layernorm" and settings.bias else 1)
     up = hidden * (2 if settings.mlp == "swiglu" else 1)
-    biases = (width + 2 * kv_width) + width + up + width if settings.bias else 0
+    biases = (width + 2 * kv_width) * has_qkv_bias(settings) + (width + up + width) * settings.bias
     return _matrices(settings, vocab) + tables + settings.layers * (2 * norm + biases) + norm
 
 

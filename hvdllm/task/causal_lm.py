@@ -16,6 +16,7 @@ from hvdllm import registry, runs
 from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Prepared
 from hvdllm.text import overlap, shards
@@ -57,7 +58,7 @@ class CausalLM:
         self.words.save(folder / "tokenizer.json")
 
     def build(self) -> nn.Module:
-        model = GPT(self.config.model, size.pad_vocab(self.vocab)).to(DTYPES[self.config.precision])
+        model = GPT(self.config.model, size.rows(self.config.model, self.vocab)).to(DTYPES[self.config.precision])
         init_weights(model, self.config.seed)
         if self.config.model.compile:
             compile_blocks(model)
@@ -65,7 +66,7 @@ class CausalLM:
 
     @property
     def parameters(self) -> int:
-        return size.count_parameters(self.config.model, size.pad_vocab(self.vocab))
+        return size.count_parameters(self.config.model, size.rows(self.config.model, self.vocab))
 
     @property
     def activations(self) -> int:
@@ -73,7 +74,7 @@ class CausalLM:
 
     @property
     def flops(self) -> float:
-        return size.flops_per_token(self.config.model, size.pad_vocab(self.vocab))
+        return size.flops_per_token(self.config.model, size.rows(self.config.model, self.vocab))
 
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = model.loss(inputs, targets)  # type: ignore[operator]
@@ -146,6 +147,8 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
 
 def opened(config: Config, corpus: Corpus) -> Prepared:
     """The task of a prepared text."""
+    if isinstance(config.model, Model):
+        size.check_vocab(config.model, corpus.tokenizer.vocab)
     shard, context = corpus.validation_shard, config.model.context
     scale = shard.bytes / shard.spelled if shard.spelled else 1.0
     repeated = corpus.repeated(context, config.eval_tokens)
@@ -173,6 +176,8 @@ def repeated_text(config: Config, share: float | None) -> list[str]:
 
 def restore(config: Config, folder: Path) -> CausalLM:
     tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.file_sum(folder, "tokenizer.json"))
+    if isinstance(config.model, Model):
+        size.check_vocab(config.model, tokenizer.vocab)
     return CausalLM(config, tokenizer.vocab, tokenizer)
 
 

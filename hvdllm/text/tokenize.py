@@ -84,6 +84,24 @@ class Tokenizer:
         return str(self._bpe.decode(known))
 
     @property
+    def end_text(self) -> str:
+        """How the end token is spelled."""
+        return END if self._bpe is None else str(self._bpe.id_to_token(self.end))
+
+    def for_others(self) -> str:
+        """The tokenizer.json that other programs read. That of bytes is one of BPE without merges."""
+        if self._bpe is not None:
+            return self.json
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that ByteLevel spells as they are
+        others = [byte for byte in range(256) if byte not in plain]
+        letters = {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + k) for k, byte in enumerate(others)}}
+        spelled = tokenizers.Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+        spelled.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        spelled.decoder = decoders.ByteLevel()
+        spelled.add_special_tokens([END])
+        return str(spelled.to_str())
+
+    @property
     def exact(self) -> bool:
         """Whether it is one of ours, which keep every text exactly."""
         return self._bpe is None or self.ours

@@ -15,8 +15,11 @@ from hvdllm.checkpoint import read
 from hvdllm.config.check import check_model
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
+from hvdllm.models.gpt import GPT
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Task
+from hvdllm.task.causal_lm import CausalLM
+from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import buffers
 from hvdllm.trainer.assemble import build_model
 
@@ -38,6 +41,27 @@ class Restored:
     model: nn.Module
     device: torch.device
     source: Path
+
+
+@dataclass(frozen=True)
+class Language(Restored):
+    """A model that writes text.
+
+    Attributes:
+        model: the transformer.
+        tokenizer: of the run.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def language(found: Restored) -> Language:
+    """The same, if the model writes text. Raises UserError if it has learnt anything else."""
+    writes = registry.of("task", found.config.task).facts.writes
+    if not (writes and isinstance(found.task, CausalLM) and isinstance(found.model, GPT)):
+        raise UserError(f"{found.source} has learnt no language, so there is no text that it could go on with")
+    return Language(found.config, found.task, found.model, found.device, found.source, found.task.words)
 
 
 def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:

@@ -25,7 +25,7 @@ from hvdllm.trainer.clock import Clock
 from hvdllm.trainer.ledger import Ledger
 from hvdllm.trainer.resume import Start
 from hvdllm.trainer.show import Show
-from hvdllm.trainer.trunk import Trunk, begin
+from hvdllm.trainer.trunk import Trunk, begin, look
 from hvdllm.world.base import World, from_first
 
 Saved = Json  # the plain values of a checkpoint
@@ -93,6 +93,8 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     """
     device = agreed_device(config, world, show.say)
     agreed_room(config, kind.rough(config), device, world)  # before the data are prepared, which may take hours
+    if start.checkpoint is None:
+        look(config, world)
     data = agreed_data(config, kind, start, world, show)
     agreed_room(config, data.task, device, world)
     model = build_model(data.task, device)

@@ -1,5 +1,7 @@
 """`init_from`: a new run begins with the weights of another run (its trunk), which may have other settings.
 
+The trunk may also be a folder of transformers, from which composing has taken the settings of the model.
+
 Only the weights are taken, and the optimizer's state if `init_optimizer` asks for it. Committed tokens, schedule, order
 of data, residuals and sums in flight begin anew. Runs that share a trunk differ only in what is compared, because the
 noise of the first, steepest part of training is the same in all of them.
@@ -8,13 +10,16 @@ noise of the first, steepest part of training is the same in all of them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hvdllm import registry, runs, sums, untrusted
-from hvdllm.checkpoint import read
+from hvdllm.checkpoint import hugging, read
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
+from hvdllm.models.hugging import TOKENIZER, is_folder, root_of
 from hvdllm.settings import Config
 from hvdllm.world.base import World, from_first
 
@@ -24,14 +29,34 @@ class Trunk:
     """Where the weights of a trunk are.
 
     Attributes:
-        path: of the checkpoint, or of the folder final/.
-        tokens: how many the trunk had committed there, or None for final/.
+        path: of the checkpoint, of the folder final/, or of a folder of transformers.
+        tokens: how many the trunk had committed there, or None if it is no checkpoint.
         steps: how many steps its optimizer had made.
     """
 
     path: str
     tokens: int | None
     steps: int
+
+
+def look(config: Config, world: World) -> None:
+    """Looks at the tensors of a folder of transformers, names and shapes, before the text is prepared. Collective.
+
+    Raises UserError on every rank if they are not those of the model. Runs are looked at later (find).
+    """
+    folder = Path(config.init_from or "").expanduser()
+    if config.init_from is not None and is_folder(folder):
+        with _named(config):
+            from_first(world, lambda: hugging.check(folder, config.model), "start.look")
+
+
+@contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """A context in which a UserError names init_from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from None
 
 
 def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
@@ -47,13 +72,18 @@ def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat,
 
     Raises UserError on every rank if the trunk has another tokenizer, model or optimizer, or if it is damaged.
     """
-    try:
+    with _named(config):
         found = from_first(world, lambda: dataclasses.asdict(find(config, files, say)), "start.trunk")
-    except UserError as error:
-        raise UserError(f"init_from={config.init_from}: {error}") from None
-    trunk = Trunk(**found)
+        return _load(Trunk(**found), config, exchange, flat, world)
+
+
+def _load(trunk: Trunk, config: Config, exchange: Exchange, flat: Flat, world: World) -> Trunk:
+    """Loads what was found into an exchange, and returns it. Collective."""
     path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
-    model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
+    if is_folder(path):
+        model = read.share_filled(lambda vector: hugging.fill(path, config.model, flat, vector), "model", flat, world)
+    else:
+        model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
     exchange.start(model, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
 
@@ -64,6 +94,8 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
     Raises UserError if there are none, or if they do not fit the settings.
     """
     path = Path(config.init_from or "").expanduser()
+    if is_folder(path):
+        return _foreign(path, config, files["tokenizer.json"])
     if (path / "manifest.json").exists():
         folder, source = path.absolute().parents[1], path
         if problem := read.broken(path):
@@ -73,6 +105,8 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
         source = newest or path / "final"
     elif (path / "model.safetensors").exists():
         folder, source = path.absolute().parent, path
+        if not (folder / "config.yaml").exists():
+            raise UserError("there is a model.safetensors, but no config.json of transformers, and no run around it")
     else:
         raise UserError("there is no run and no checkpoint: give a run's folder, or a folder of its checkpoints/")
     whole = (source / "manifest.json").exists()
@@ -105,3 +139,18 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
     shared = state.get("shared", {})
     tokens, steps = read.tokens_of(state, source) if whole else None, shared.get("steps")
     return Trunk(str(source), tokens, steps if isinstance(steps, int) else 0)
+
+
+def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
+    """What `find` returns for a folder of transformers, whose tensors `look` has seen."""
+    if config.init_optimizer:
+        raise UserError("a folder of transformers holds no optimizer: init_optimizer=false")
+    try:
+        theirs = sums.of_file(path / TOKENIZER, root_of(path)) if (path / TOKENIZER).exists() else tokenizer_hash
+    except (OSError, untrusted.Unfit) as error:
+        raise UserError(f"its {TOKENIZER} cannot be read ({error}): take the whole folder") from None
+    if theirs != tokenizer_hash:
+        raise UserError(
+            f"its {TOKENIZER} is not that of this text, so its tokens mean other things: leave text.tokenizer out"
+        )
+    return Trunk(str(path), None, 0)

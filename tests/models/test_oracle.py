@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hugging_kit import randomize, transformers
 from torch import Tensor, nn
 
 from hvdllm.models.gpt import GPT
 from hvdllm.models.parts import Model
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # classes and random weights are all we want of it: nothing is looked up
-transformers = pytest.importorskip("transformers")
-
 VOCAB, B, T = 128, 3, 24
 # Of a tensor's largest value. Measured: at most 2e-6 and 5e-15, the order of sums and nothing else.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 FP32_FP64 = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-
-
-def randomize(model: nn.Module) -> None:
-    """No parameter at a value that hides it: biases are not 0, norms not 1."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
 
 
 def from_gpt2(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def test_on_a_simulated_clock_it_spends_tokens_over_speed() -> None:
     module = Simulated(Model(), spent.append, 8.0, 0.0, 0, 0)
     for rows in (6, 2):
         module(torch.ones(rows, 4), torch.ones(rows, 2), (0, 0))
-    assert spent == [3.0, 1.0]
+    assert spent == [1.5, 0.5], "twelve targets and four at 8 a second"
 
 
 def test_jitter_is_heavy_tailed_of_mean_one_and_a_function_of_the_place() -> None:

@@ -41,6 +41,7 @@ def test_with_rate_zero_the_weights_are_the_trunks(trunk: Path, source: str) -> 
     assert all(a[name].equal(b[name]) for name in b)
     (first,) = records(run, "run")
     assert first["trunk"]["path"].startswith(f"{trunk}/runs/trunk")
+    assert first["trunk"]["steps"] == (0 if source == "/final" else STEPS)
     assert records(run, "commit")[0]["tokens"] == BATCH, "tokens begin anew"
 
 
