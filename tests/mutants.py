@@ -52,6 +52,7 @@ RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
 OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
+TASK = "tests/task"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
@@ -84,7 +85,7 @@ MUTANTS = [
     ("exchange/outer.py", "v.sqrt().add_(self.tau)", "v.add(self.tau).sqrt()", FEDAVG),
     ("exchange/outer.py", 'state["m"].lerp_(delta, 1 - self.beta1)', 'state["m"].lerp_(delta, self.beta1)', FEDAVG),
     ("exchange/meta.py", 'head.pop("save") > 0', 'head.pop("stop", 0) > 0', CONTRACT),
-    ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", CONTRACT),
+    ("exchange/meta.py", "len(FIELDS) + len(SLOT) * world.rank\n", "len(FIELDS)\n", ROUNDS),
     (
         "exchange/buckets.py",
         "if self._missing[bucket.index]:",
@@ -103,7 +104,7 @@ MUTANTS = [
     ("exchange/rounds.py", "begin = self._landed", "pass", CLOCK),
     ("exchange/rounds.py", 'tuple(shared["noise"]) if shared["noise"] else None', "None", CONTRACT),
     ("exchange/rounds.py", " and not wire.rough", "", CONTRACT),
-    ("exchange/rounds.py", "self.update.rate(self.applied_at())", "self.update.rate(self.tokens)", CONTRACT),
+    ("exchange/rounds.py", "self.update.rate(self.applied_at())", "self.update.rate(self.tokens)", KEPT),
     (
         "exchange/sharded.py",
         'self.world.sum(squares.reshape(1), "total.0").land().reshape(())',
@@ -139,7 +140,7 @@ MUTANTS = [
     ),
     ("exchange/streaming_diloco.py", "number * every // count", "0", STREAMING),
     ("exchange/streaming_diloco.py", "group.open - air.tokens", "0", STREAMING),
-    ("exchange/streaming_diloco.py", 'mine["said"] if mine is not None else 0', "0", CONTRACT),
+    ("exchange/streaming_diloco.py", 'mine["said"] if mine is not None else 0', "0", f"{STREAMING} {STEPS} {CLOCK}"),
     ("exchange/local_sgd.py", ".land() / self.world.size", ".land()", LOCAL_SGD),
     ("exchange/fedavg.py", "alpha=self.mu * meta.tokens", "alpha=self.mu", FEDAVG),
     ("exchange/fedavg.py", "self.group.inner.update.fresh()", "pass", FEDAVG),
@@ -286,6 +287,17 @@ MUTANTS = [
         "count = len(ids) - 1",
         "tests/trainer/test_harness.py",
     ),
+    # ------------------------------------------------------------------ task and what is around it
+    ("task/masked_lm.py", "how < 0.8", "how < 0.5", f"{TASK}/test_masked_lm.py"),
+    ("task/masked_lm.py", "else int(epochs[i])", "else 0", f"{TASK}/test_masked_lm.py"),
+    ("models/bert.py", "(targets_BT >= 0)", "(targets_BT > 0)", f"tests/models/test_bert.py {TASK}/test_masked_lm.py"),
+    ("task/images.py", "draw = drawn(seed, row, epoch)", "draw = drawn(seed, row)", f"{TASK}/test_images.py"),
+    ("task/images.py", "/ 127.5 - 1", "/ 127.5", f"{TASK}/test_images.py"),
+    ("task/own.py", '"loss": sums[0] / sums[1]', '"loss": sums[0]', "tests/test_session.py"),
+    ("task/own.py", "int(self.count(item))", "1", "tests/test_session.py"),
+    ("trainer/buffers.py", " * float(trains)", "", "tests/trainer/test_buffers.py"),
+    ("trainer/buffers.py", "total[:-1] / total[-1]", "total[:-1] / world.size", "tests/trainer/test_buffers.py"),
+    ("report/metric.py", "return 1 - value if", "return value if", "tests/report/test_report_read.py"),
 ]
 
 
