@@ -56,6 +56,11 @@ class Model(Module):
     checkpointing: bool = setting(
         False, "compute each block's activations again in the backward: less memory, about a third more time"
     )
+    documents: bool = setting(
+        False,
+        "attention stays inside a document where a window holds several, and learned positions begin anew in each; "
+        "costs a mask of context x context bytes a sequence",
+    )
 
     def problem(self) -> str | None:
         width, heads, kv_heads = self.width, self.heads, self.kv_heads
@@ -76,6 +81,11 @@ class Model(Module):
         if self.dropout >= 1:
             return f"model.dropout={self.dropout} drops everything: choose a share below 1."
         return None
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.documents and getattr(setup.config.text, "conversations", False):
+            return "model.documents=true with text=chat: each conversation is a sequence of its own, leave it out"
+        return super().refusal(setup)
 
 
 @part("model", "bert", "hvdllm.models.bert:Bert")

@@ -57,7 +57,8 @@ class CausalLM:
         self.words.save(folder / "tokenizer.json")
 
     def build(self) -> nn.Module:
-        model = GPT(self.config.model, size.pad_vocab(self.vocab)).to(DTYPES[self.config.precision])
+        end = None if self.tokenizer is None else self.tokenizer.end
+        model = GPT(self.config.model, size.pad_vocab(self.vocab), end).to(DTYPES[self.config.precision])
         init_weights(model, self.config.seed)
         if self.config.model.compile:
             compile_blocks(model)
