@@ -83,7 +83,7 @@ class Model(Module):
         return None
 
     def refusal(self, setup: Setup) -> str | None:
-        if self.documents and getattr(setup.config.text, "conversations", False):
+        if self.documents and setup.config.text.conversations:
             return "model.documents=true with text=chat: each conversation is a sequence of its own, leave it out"
         return super().refusal(setup)
 

@@ -28,6 +28,9 @@ class Items(Protocol):
     Attributes:
         name: of the items, in the plural.
         units: how many units an item counts, in the mean over all of them.
+
+    Items that have an attribute `ragged` which is true are of unequal size. They are taken by micro-batches, so that
+    each is padded by itself.
     """
 
     name: str

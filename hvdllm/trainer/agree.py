@@ -12,6 +12,7 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm import registry
+from hvdllm.config.check import check_batch
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.lock import Lock
@@ -144,6 +145,8 @@ def agreed_data(config: Config, kind: Kind, start: Start, world: World, show: Sh
 
 def check_data(config: Config, data: Prepared, ranks: int) -> None:
     """Checks the settings that depend on the data. Raises UserError if they do not fit it."""
+    if config.task.units(config) is None:
+        check_batch(config, ranks, data.train.units)
     clients_without_text(config, make_stream(config, data.train, torch.device("cpu"), SingleWorld()))
     if config.eval_every and not len(data.validation):
         raise UserError(data.validation.too_few(0))

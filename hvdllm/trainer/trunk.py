@@ -81,6 +81,8 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
     try:
         if not whole and (problem := sums.changed(source / "model.safetensors", source)):
             raise UserError(f"its final/ cannot be read ({problem}): copy it again")
+        # A model may be taught to answer (text=chat) that was not asked before, or in another way.
+        files = {name: digest for name, digest in files.items() if name != runs.ASKED}
         other = [name for name, digest in files.items() if sums.of_file(folder / name, folder) != digest]
     except (OSError, untrusted.Unfit) as error:
         raise UserError(f"its {' or '.join(files)} cannot be read ({error}): copy the whole folder") from None
