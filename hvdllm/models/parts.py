@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdllm.registry import part
-from hvdllm.settings import Settings, Setup, setting
+from hvdllm.settings import Settings, Setup, Several, setting, several
 
 
 @dataclass
@@ -61,6 +61,17 @@ class Model(Module):
         "attention stays inside a document where a window holds several, and learned positions begin anew in each; "
         "costs a mask of context x context bytes a sequence",
     )
+    lora_rank: int = setting(
+        0,
+        "rank of the adapters (LoRA), which are then all that is trained; 0: none, all weights are",
+        least=0,
+        most=10_000,
+    )
+    lora_alpha: float = setting(16.0, "an adapter's product is scaled by lora_alpha / lora_rank", least=1e-6, most=1e6)
+    lora_targets: Several = setting(
+        "qkv",
+        "what gets an adapter, one or a list: q, k, v, qkv (one for all three), out, up, down, and gate (mlp=swiglu)",
+    )
 
     def problem(self) -> str | None:
         width, heads, kv_heads = self.width, self.heads, self.kv_heads
@@ -80,6 +91,15 @@ class Model(Module):
             return f"model.mlp_width={self.mlp_width} leaves the MLP no features: choose at least 1."
         if self.dropout >= 1:
             return f"model.dropout={self.dropout} drops everything: choose a share below 1."
+        return self._lora_problem() if self.lora_rank else None
+
+    def _lora_problem(self) -> str | None:
+        there = ["q", "k", "v", "qkv", "out", "up", "down"] + ["gate"] * (self.mlp == "swiglu")
+        targets = several(self.lora_targets)
+        if odd := [target for target in targets if target not in there]:
+            return f"model.lora_targets names {odd[0]!r}, which this model has not: choose of {', '.join(there)}."
+        if not targets or len(set(targets)) < len(targets) or ("qkv" in targets and {"q", "k", "v"} & {*targets}):
+            return f"model.lora_targets={targets} must name something, and nothing twice (qkv is q, k and v)."
         return None
 
     def refusal(self, setup: Setup) -> str | None:

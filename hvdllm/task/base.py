@@ -84,6 +84,10 @@ class Task(Protocol):
         """How many parameters the model has."""
 
     @property
+    def frozen(self) -> int:
+        """How many of them are not trained."""
+
+    @property
     def activations(self) -> int:
         """The bytes of activations that an item needs at least in training."""
 

@@ -20,6 +20,7 @@ from hvdllm.errors import UserError
 from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.models.lora import adapt
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Prepared
 from hvdllm.text import overlap, shards
@@ -70,13 +71,21 @@ class CausalLM:
         end = None if self.tokenizer is None else self.tokenizer.end
         model = GPT(self.config.model, size.pad_vocab(self.vocab), end).to(DTYPES[self.config.precision])
         init_weights(model, self.config.seed)
+        if self.config.model.lora_rank:
+            adapt(model, self.config.seed)
         if self.config.model.compile:
             compile_blocks(model)
         return model
 
     @property
     def parameters(self) -> int:
-        return size.count_parameters(self.config.model, size.pad_vocab(self.vocab))
+        model = self.config.model
+        return size.count_parameters(model, size.pad_vocab(self.vocab)) + size.count_adapters(model)
+
+    @property
+    def frozen(self) -> int:
+        adapters = size.count_adapters(self.config.model)
+        return self.parameters - adapters if adapters else 0
 
     @property
     def activations(self) -> int:

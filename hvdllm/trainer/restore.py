@@ -17,7 +17,7 @@ from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Task
-from hvdllm.trainer import buffers
+from hvdllm.trainer import buffers, frozen
 from hvdllm.trainer.assemble import build_model
 
 
@@ -67,7 +67,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     if source is None:
         check_final(final, say)
     # Checked before a model is made, which would be as large as the settings say.
-    if (there := read.count_weights(source or final)) != (asked := task.parameters):
+    if (there := read.count_weights(source or final)) != (asked := task.parameters - task.frozen):
         raise UserError(
             f"{source or final} has {there:,} weights and {folder}/config.yaml describes a model of {asked:,}: one of "
             "them was changed, copy the folder again"
@@ -78,6 +78,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     model = build_model(task, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
+    frozen.load(folder, model)
     buffers.load(model, read.read_tensors(source or final), str(source or final))
     return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
 from hvdllm.settings import Config
+from hvdllm.trainer import frozen
 from hvdllm.world.base import World, from_first
 
 
@@ -34,14 +37,19 @@ class Trunk:
     steps: int
 
 
-def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(
+    config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, model: nn.Module, world: World, say: runs.Say
+) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
+
+    Where adapters are trained, the trunk's weights are those that are frozen.
 
     Args:
         config: the settings; `init_from` names the trunk.
         files: what the task keeps in the folder of a run, and the sums.
         exchange: attached, and not trained yet.
         flat: the map.
+        model: whose weights these are.
         world: the ranks.
         say: is told of damaged checkpoints that were passed over.
 
@@ -52,9 +60,12 @@ def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat,
     except UserError as error:
         raise UserError(f"init_from={config.init_from}: {error}") from None
     trunk = Trunk(**found)
+    if frozen.named(model):
+        frozen.begin(model, Path(trunk.path), "model" if trunk.tokens is not None else "", world)
+        return trunk
     path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
-    model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
-    exchange.start(model, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
+    weights = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
+    exchange.start(weights, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
 
 
@@ -93,6 +104,10 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
         )
     if other:
         raise UserError(f"its {other[0]} is not that of these data: give the data that it was trained on")
+    if (folder / runs.FROZEN).exists():
+        raise UserError("that run trained adapters: export it with its adapters merged, and begin with that")
+    if config.init_optimizer and getattr(config.model, "lora_rank", False):
+        raise UserError("its optimizer knows nothing of adapters (model.lora_rank): give init_optimizer=false")
     state = read.read_state(source) if whole else {}
     if config.init_optimizer:
         if not whole:
