@@ -172,7 +172,7 @@ class TokenLoss(torch.autograd.Function):
     """The sum of the cross entropies of the output layer. The logits of all tokens are never in memory at once.
 
     It equals F.cross_entropy(x @ head.T, target, reduction="sum") up to rounding, in its value and its gradients. With
-    `masked`, negative targets are left out, as by ignore_index; no host read tells where they are. Value and gradients
+    `masked`, negative targets are left out, as by ignore_index, without a read of where they are. Value and gradients
     are computed for one chunk of tokens after the other, while the logits of the chunk are in the cache. The gradient
     is computed in the forward already, and the backward only scales it. The idea is that of Liger's fused linear cross
     entropy (Hsu et al., 2024).
@@ -288,10 +288,13 @@ class GPT(nn.Module):
         Targets are int64. If `masked` is true they may be negative, and then do not count. Padded ids take part in the
         softmax, as in nanoGPT. They are never a target, so their probability soon is nearly zero.
         """
-        x_ND = self.features(inputs_BT).flatten(0, 1)
+        x_ND, target_N = self.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
+        if masked and not x_ND.is_cuda:  # to read where they are stops no queue here, and spares their logits
+            counts_N = target_N >= 0
+            x_ND, target_N, masked = x_ND[counts_N], target_N[counts_N], False
         # It must be told: inside its forward autograd is always off, and needs_input_grad is true under no_grad too.
         graded = torch.is_grad_enabled()
-        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded, masked)  # type: ignore[no-untyped-call]
+        total: Tensor = TokenLoss.apply(x_ND, self.output, target_N, graded, masked)  # type: ignore[no-untyped-call]
         return total
 
 

@@ -78,6 +78,13 @@ def test_masked_targets_are_left_out(shape: dict, dtype: torch.dtype, monkeypatc
     torch.testing.assert_close(loss, plain, **close)
     for mine, theirs in zip(gradients(model, 0.5 * loss), gradients(model, 0.5 * plain), strict=True):
         torch.testing.assert_close(mine, theirs, **close)
+    x_ND = model.features(inputs_BT).flatten(0, 1)  # as on a GPU, where no host looks at the targets
+    blind = gpt.TokenLoss.apply(x_ND, model.output, targets_BT.flatten(), True, True)
+    torch.testing.assert_close(blind, plain, **close)
+    for mine, theirs in zip(
+        gradients(model, blind), gradients(model, model.loss(inputs_BT, targets_BT, True)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **close)
     whole = draw()
     assert torch.equal(model.loss(*whole), model.loss(*whole, masked=True)), "nothing is masked: the same to the bit"
     nothing = model.loss(inputs_BT, torch.full_like(targets_BT, -1), masked=True)
