@@ -7,6 +7,8 @@ runs/<name>/
   checkpoints/<step>/ the checkpoints to go on from (checkpoint/write.py)
   final/              the weights to keep, once the budget is met, and their sum
   tokenizer.json      the tokenizer, so that a copied run can be sampled
+  frozen.safetensors  with model.lora_rank, the weights that are not trained
+  chat.json           with text=chat, what its template puts around a question
   samples.txt         the samples of text
   log.txt             what was printed
   lock                says which process trains in the folder, as long as it does (lock.py)
@@ -30,6 +32,8 @@ from hvdllm.lock import Lock
 from hvdllm.plain import Json
 from hvdllm.settings import Config
 
+ASKED = "chat.json"  # what stands around a question, of a run that learns conversations (text/chat.py)
+FROZEN = "frozen.safetensors"  # the weights of a run that are not trained, written once (trainer/frozen.py)
 MOST_CONFIG = 256 * 2**10  # the most bytes of a config.yaml
 Say = Callable[[str], None]  # takes one sentence for the user
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from launch import BATCH, HVDLLM, RANKS, launch, records, words_of
 
+from hvdllm.cli.main import main
 from hvdllm.launch import lab
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def tiny(tmp: Path, *more: str) -> list[str]:
 
 
 def test_the_files_are_these_and_say_how_they_are_started() -> None:
-    assert FILES.keys() == {*ALONE, *SWEEPS}
+    assert FILES.keys() == {*ALONE, "chat_lora", *SWEEPS}
     for name, text in FILES.items():
         assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
         assert (f"hvdllm train -m experiment={name}" in text) == (name in SWEEPS), name
@@ -54,6 +55,28 @@ def test_one_run(name: str, tmp_path: Path) -> None:
     words = [word for word in words if name != "bert" or not word.startswith("model.kv_heads=")]
     launch([*HVDLLM, "train", *words, f"batch_tokens={BATCH}"], "gloo", 2)
     assert records(tmp_path / "runs" / "one", "end")[-1]["reason"] == "budget"
+
+
+def test_fine_tuning_goes_on_from_another_run(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 5)} for i in range(60)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = [
+        "text.tokenizer=bytes",
+        "model.layers=1",
+        "model.width=16",
+        "model.heads=2",
+        "model.context=64",
+        "device=cpu",
+    ]
+    folders = [f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/data", "world=virtual", "world.size=2"]
+    source = ["text=files", f"text.path={ROOT}/README.md", f"text.validation={ROOT}/conf/README.md"]
+    assert main(["train", *shape, *folders, *source, "batch_tokens=256", "budget_tokens=512", "name=base"]) == 0
+    talk = [f"text.path={tmp_path}/talk.jsonl", f"init_from={tmp_path}/runs/base", "name=tuned", "budget_tokens=600"]
+    words = [*shape, *folders, *talk, "batch_tokens=100", "text.validation_share=0.2"]
+    assert main(["train", "experiment=chat_lora", *words]) == 0
+    run = tmp_path / "runs" / "tuned"
+    assert records(run, "end")[-1]["reason"] == "budget" and records(run, "run")[0]["parameters_frozen"] > 0
+    assert (run / "frozen.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SWEEPS])

@@ -7,7 +7,7 @@ any program.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.flat import Flat
 from hvdllm.models.hugging import HEAD, NO_PARAMETERS, Described, Source, described, root_of, sources, whole_name
 from hvdllm.models.parts import Model
 from hvdllm.paths import short
@@ -45,8 +44,8 @@ def check(folder: Path, settings: Model) -> None:
         _fitting(found, described(folder), settings)
 
 
-def fill(folder: Path, settings: Model, flat: Flat, vector: torch.Tensor) -> None:
-    """Fills a vector over the map with the weights of a folder.
+def fill(folder: Path, settings: Model, view: Callable[[str], torch.Tensor]) -> None:
+    """Fills a model's parameters with the weights of a folder. view: gives the place of each by its name.
 
     Raises UserError if a tensor is missing, is one too many, or has another shape, another type than a float of 16, 32
     or 64 bits, or numbers that are not finite.
@@ -56,7 +55,7 @@ def fill(folder: Path, settings: Model, flat: Flat, vector: torch.Tensor) -> Non
             values = place.file.get_tensor(place.key)
             if not bool(values.isfinite().all()):
                 raise UserError(f"its tensor `{short(place.key)}` has numbers that are not finite: take another file")
-            rows = flat.view(source.name, vector)[source.start : source.stop]
+            rows = view(source.name)[source.start : source.stop]
             rows.copy_((values.T if source.transposed else values)[: len(rows)])
 
 

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from hvdllm import untrusted
 from hvdllm.checkpoint.whole import broken, newest, steps
@@ -101,7 +102,16 @@ def saved_ranks(state: Json) -> int:
 
 
 # ------------------------------------------------------------------ by one rank
-def read_vector(path: Path, kind: str, flat: Flat, vector: torch.Tensor) -> None:
+class Places(Protocol):
+    """What of the flat map reading needs: the elements of each tensor, and where they go."""
+
+    at: dict[str, slice]
+    parameters: dict[str, nn.Parameter]
+
+    def paste(self, parts: list[TensorPart], vector: torch.Tensor) -> None: ...
+
+
+def read_vector(path: Path, kind: str, flat: Places, vector: torch.Tensor) -> None:
     """Fills a vector over the map with the ranges that all ranks wrote.
 
     Args:
@@ -250,7 +260,7 @@ def count_weights(path: Path) -> int:
     return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS)
 
 
-def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[TensorPart]:
+def _parts(path: Path, files: str, kind: str, flat: Places) -> Iterator[TensorPart]:
     """The ranges of this model's tensors that the files hold under a kind."""
     for key, values in _entries(path, files, lambda key: key.rpartition("/")[0] == kind, FLOATS):
         name, _, start = key.rpartition("/")[2].partition("@")
@@ -265,7 +275,7 @@ def _parts(path: Path, files: str, kind: str, flat: Flat) -> Iterator[TensorPart
         yield TensorPart(name, int(start or 0), values)
 
 
-def _refuse_others(path: Path, flat: Flat) -> None:
+def _refuse_others(path: Path, flat: Places) -> None:
     """Raises UserError if the files hold tensors of no parameter, or of a kind that the state does not name."""
     known: Any = read_state(path).get("kinds") if (path / "state.json").exists() else None
     known = [] if (path / "model.safetensors").exists() else known

@@ -22,14 +22,26 @@ def run(argv: list[str]) -> int:
         type=int,
         help="most tokens of a sequence that the folder names, where positions are rotary; default: model.context",
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a run with model.lora_rank, its adapters alone, in peft's format"
+    )
     given = parser.parse_args(argv)
     if given.positions is not None and given.positions < 1:
         parser.error("--positions must be at least 1")
 
+    from hvdllm.errors import UserError
+    from hvdllm.models.lora import merge, write_adapter
     from hvdllm.trainer.export import export
     from hvdllm.trainer.restore import language, restore
 
     found = language(restore(given.run, given.step, lambda text: print(text, file=sys.stderr)))
+    if given.adapter:
+        if given.out.exists():
+            raise UserError(f"{given.out} is there already: give a folder that is not")
+        write_adapter(given.out, found.model, found.config.init_from)
+        print(f"{given.out}: adapters of {found.source}")
+        return 0
+    merge(found.model)
     kind = export(found, given.out, given.positions)
     print(f"{given.out}: {kind}, {sum(p.numel() for p in found.model.parameters()):,} parameters, of {found.source}")
     return 0

@@ -12,7 +12,9 @@ def run(argv: list[str]) -> int:
     """Runs the command, and returns its exit code. Raises UserError."""
     parser = argparse.ArgumentParser("hvdllm sample", description="Lets a run's model continue a text.")
     parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
-    parser.add_argument("text", nargs="?", default="", help="what to continue; default: a new document")
+    parser.add_argument(
+        "text", nargs="?", default="", help="what to continue, or to answer after text=chat; default: a new document"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token, 1 as learnt (0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0: from all (50)")
@@ -35,6 +37,7 @@ def run(argv: list[str]) -> int:
         seed=given.seed,
         temperature=given.temperature,
         top_k=given.top_k or None,
+        around=found.task.around,
     )
     print(text)
     return 0

@@ -38,7 +38,7 @@ def check(config: Config, place: Place) -> None:
     if why := refusal(setup):
         raise UserError(why)
     if units is not None:
-        check_batch(setup, units)
+        check_batch(config, setup.ranks, units)
     check_paths(config)
     if config.precision == "fp64" and config.device.kind == "cuda":
         raise UserError("precision=fp64 is for oracles on the CPU: give device=cpu, or precision=fp32 or bf16")
@@ -101,11 +101,11 @@ def check_model(config: Config) -> None:
         raise UserError(problem)
 
 
-def check_batch(setup: Setup, units: float) -> None:
+def check_batch(config: Config, ranks: int, units: float) -> None:
     """Raises UserError if a global batch cannot be dealt to the ranks. units: what an item counts in the mean."""
-    config, exchange = setup.config, setup.config.exchange
+    exchange = config.exchange
     items, parts = registry.of("task", config.task).facts.items, exchange.parts
-    sequences, size = int(config.batch_tokens // units), setup.ranks - exchange.dedicated
+    sequences, size = int(config.batch_tokens // units), ranks - exchange.dedicated
     if sequences % parts and config.batch_tokens % units == 0:
         name = registry.name_of("exchange", exchange)
         raise UserError(

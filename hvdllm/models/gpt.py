@@ -83,14 +83,27 @@ def rotate(x_BHTE: Tensor, rope_2TE2: Tensor) -> Tensor:
     return torch.cat([left * cos_TE2 - right * sin_TE2, right * cos_TE2 + left * sin_TE2], dim=-1)
 
 
-def repeats_heads(q_BHTE: Tensor) -> bool:
+def repeats_heads(q_BHTE: Tensor, mask_B1TT: Tensor | None = None) -> bool:
     """Whether the heads of keys and values must be repeated for the heads of queries that share them.
 
     In full precision, the only GPU kernel that supports shared heads keeps all T x T weights in memory. The kernel that
     does not keep them needs one head of keys and values for each head of queries. (Flash attention supports shared
-    heads, in 16 bits.)
+    heads, in 16 bits and without a mask.)
     """
-    return q_BHTE.is_cuda and q_BHTE.dtype is torch.float32
+    return q_BHTE.is_cuda and (q_BHTE.dtype is torch.float32 or mask_B1TT is not None)
+
+
+def places(begins_BT: Tensor) -> Tensor:
+    """The place of each token in its document. begins: where documents begin; what precedes the first counts from 0."""
+    at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
+    first_BT = (at_T * begins_BT).cummax(dim=1).values
+    return at_T - first_BT
+
+
+def inside_documents(begins_BT: Tensor) -> Tensor:
+    """Which tokens [B, 1, T, T] each token attends to: those of its document up to itself. It takes B x T x T bytes."""
+    document_BT = begins_BT.cumsum(dim=1)
+    return (document_BT[:, None, :, None] == document_BT[:, None, None, :]).tril()
 
 
 class Attention(nn.Module):
@@ -106,7 +119,7 @@ class Attention(nn.Module):
         self.qkv = Linear(settings.width, rows, bias=has_qkv_bias(settings))
         self.out = Linear(settings.width, settings.width, bias=settings.bias)
 
-    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         H, K = self.heads, self.kv_heads
         qkv_BHTE = self.qkv(x_BTD).view(B, T, H + 2 * K, self.features).transpose(1, 2)
@@ -116,14 +129,15 @@ class Attention(nn.Module):
             qk_BHTE, v_BKTE = qkv_BHTE.split([H + K, K], dim=1)
             # Under autocast the tables are in fp32, and so is the rotation. Attention rounds its result to bf16.
             q_BHTE, k_BKTE = rotate(qk_BHTE, rope_2TE2).split([H, K], dim=1)
-        if K < H and repeats_heads(q_BHTE):
+        if K < H and repeats_heads(q_BHTE, mask_B1TT):
             k_BKTE, v_BKTE = (x_BKTE.repeat_interleave(H // K, dim=1) for x_BKTE in (k_BKTE, v_BKTE))
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE,
             k_BKTE,
             v_BKTE,
+            attn_mask=mask_B1TT,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask_B1TT is None,
             enable_gqa=k_BKTE.shape[1] < H,
         )
         y_BTD = self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
@@ -161,8 +175,8 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(settings)
         self.mlp = MLP(settings)
 
-    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TE2)
+    def forward(self, x_BTD: Tensor, rope_2TE2: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TE2, mask_B1TT)
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return x_BTD
 
@@ -170,7 +184,8 @@ class Block(nn.Module):
 class TokenLoss(torch.autograd.Function):
     """The sum of the cross entropies of the output layer. The logits of all tokens are never in memory at once.
 
-    It equals F.cross_entropy(x @ head.T, target, reduction="sum") up to rounding, in its value and its gradients. Both
+    It equals F.cross_entropy(x @ head.T, target, reduction="sum") up to rounding, in its value and its gradients. With
+    `masked`, negative targets are left out, as by ignore_index, without a read of where they are. Value and gradients
     are computed for one chunk of tokens after the other, while the logits of the chunk are in the cache. The gradient
     is computed in the forward already, and the backward only scales it. The idea is that of Liger's fused linear cross
     entropy (Hsu et al., 2024).
@@ -180,36 +195,44 @@ class TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, graded: bool) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, graded: bool, masked: bool) -> Tensor:
         kind, (N, V) = x_ND.device.type, (len(x_ND), len(head_VD))
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
         exact = torch.promote_types(dtype, torch.float32)
         rows = max(LEAST_ROWS[kind], CHUNK // V)
         total = torch.zeros((), dtype=exact, device=x_ND.device)
+        head_graded = graded and head_VD.requires_grad  # it may be frozen
         if graded:
-            dx_ND, dhead_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
+            dx_ND, dhead_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD) if head_graded else None
         with torch.autocast(kind, enabled=False):
             head_VD = head_VD.to(dtype)
             for start in range(0, N, rows):
                 x_nD = x_ND[start : start + rows].to(dtype)
                 target_n1 = target_N[start : start + rows, None]
                 log_p_nV = (x_nD @ head_VD.T).to(exact).log_softmax(dim=-1)
-                total -= log_p_nV.gather(1, target_n1).sum()
+                if masked:
+                    counts_n1 = (target_n1 >= 0).to(exact)
+                    target_n1 = target_n1.clamp(min=0)
+                log_p_n1 = log_p_nV.gather(1, target_n1)
+                total -= (log_p_n1 * counts_n1 if masked else log_p_n1).sum()
                 if graded:
                     dlogits_nV = log_p_nV.exp_()
                     dlogits_nV.scatter_add_(1, target_n1, dlogits_nV.new_full(target_n1.shape, -1.0))
+                    if masked:
+                        dlogits_nV *= counts_n1
                     dlogits_nV = dlogits_nV.to(dtype)
                     dx_ND[start : start + rows] = dlogits_nV @ head_VD
-                    dhead_VD += dlogits_nV.T @ x_nD
+                    if dhead_VD is not None:
+                        dhead_VD += dlogits_nV.T @ x_nD
         if graded:
             ctx.save_for_backward(dx_ND, dhead_VD)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dx_ND, dhead_VD = ctx.saved_tensors
-        return grad * dx_ND, grad * dhead_VD, None, None
+        return grad * dx_ND, None if dhead_VD is None else grad * dhead_VD, None, None, None
 
 
 class GPT(nn.Module):
@@ -218,11 +241,14 @@ class GPT(nn.Module):
     Its weights are not initialised. Its parameters are registered in the order in which the forward uses them. A tied
     output layer is no parameter of its own: it reads `embed.weight`, and so it stays tied when the trainer moves the
     data of that parameter into its flat vector. The model computes in the dtype of its parameters.
+
+    `end` is the token between documents. With settings.documents attention stays inside a document, which begins at its
+    end token, as a sample does. Learned positions begin anew there; rotary ones are relative anyway.
     """
 
-    def __init__(self, settings: Model, vocab: int) -> None:
+    def __init__(self, settings: Model, vocab: int, end: int | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.end = settings, end if settings.documents else None
         self.embed = Embedding(vocab, settings.width)
         learned = settings.positions == "learned"
         self.positions = Embedding(settings.context, settings.width) if learned else None
@@ -245,8 +271,11 @@ class GPT(nn.Module):
         """The input of the output layer: the normalised residual stream after the last block, [B, T, D]."""
         T = ids_BT.shape[1]
         x_BTD = self.embed(ids_BT)
+        begins_BT = None if self.end is None else ids_BT == self.end
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[:T]
+            learned = self.positions.weight[:T] if begins_BT is None else self.positions(places(begins_BT))
+            x_BTD = x_BTD + learned
+        mask_B1TT = None if begins_BT is None else inside_documents(begins_BT)
         rope_2TE2 = None if self.rope is None else self.rope[:, :T].to(x_BTD.dtype)
         x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
         for block in self.blocks:
@@ -255,11 +284,12 @@ class GPT(nn.Module):
                     block,
                     x_BTD,
                     rope_2TE2,
+                    mask_B1TT,
                     use_reentrant=False,
                     preserve_rng_state=self.settings.dropout > 0,  # saving it costs a copy a block
                 )
             else:
-                x_BTD = block(x_BTD, rope_2TE2)
+                x_BTD = block(x_BTD, rope_2TE2, mask_B1TT)
         features: Tensor = self.norm(x_BTD)
         return features
 
@@ -267,16 +297,19 @@ class GPT(nn.Module):
         """The logits [B, T, V] of the token after each of ids [B, T], integers below V; T is at most `context`."""
         return F.linear(self.features(ids_BT), self.output)
 
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor, masked: bool = False) -> Tensor:
         """The sum (not the mean) of -ln p(target) over the B x T tokens, in nats: an fp32 scalar, fp64 in fp64 models.
 
-        Targets are int64. Padded ids take part in the softmax, as in nanoGPT. They are never a target, so their
-        probability soon is nearly zero.
+        Targets are int64. If `masked` is true they may be negative, and then do not count. Padded ids take part in the
+        softmax, as in nanoGPT. They are never a target, so their probability soon is nearly zero.
         """
-        x_ND = self.features(inputs_BT).flatten(0, 1)
+        x_ND, target_N = self.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
+        if masked and not x_ND.is_cuda:  # to read where they are stops no queue here, and spares their logits
+            counts_N = target_N >= 0
+            x_ND, target_N, masked = x_ND[counts_N], target_N[counts_N], False
         # It must be told: inside its forward autograd is always off, and needs_input_grad is true under no_grad too.
         graded = torch.is_grad_enabled()
-        total: Tensor = TokenLoss.apply(x_ND, self.output, targets_BT.flatten(), graded)  # type: ignore[no-untyped-call]
+        total: Tensor = TokenLoss.apply(x_ND, self.output, target_N, graded, masked)  # type: ignore[no-untyped-call]
         return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdllm.registry import part
-from hvdllm.settings import Settings, Setup, setting
+from hvdllm.settings import Settings, Setup, Several, setting, several
 
 NUMBER = r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?"
 SCALINGS = (
@@ -78,6 +78,22 @@ class Model(Module):
     checkpointing: bool = setting(
         False, "compute each block's activations again in the backward: less memory, about a third more time"
     )
+    documents: bool = setting(
+        False,
+        "attention stays inside a document where a window holds several, and learned positions begin anew in each; "
+        "costs a mask of context x context bytes a sequence",
+    )
+    lora_rank: int = setting(
+        0,
+        "rank of the adapters (LoRA), which are then all that is trained; 0: none, all weights are",
+        least=0,
+        most=10_000,
+    )
+    lora_alpha: float = setting(16.0, "an adapter's product is scaled by lora_alpha / lora_rank", least=1e-6, most=1e6)
+    lora_targets: Several = setting(
+        "qkv",
+        "what gets an adapter, one or a list: q, k, v, qkv (one for all three), out, up, down, and gate (mlp=swiglu)",
+    )
 
     def problem(self) -> str | None:
         width, heads, kv_heads = self.width, self.heads, self.kv_heads
@@ -101,7 +117,21 @@ class Model(Module):
             factor, *more = map(float, self.rope_scaling.split(":")[1:])
             if factor < 1 or (more and not 0 < more[0] < more[1]) or (more and more[2] < 1):
                 return f"model.rope_scaling={self.rope_scaling}: FACTOR is at least 1, and LOW is below HIGH"
+        return self._lora_problem() if self.lora_rank else None
+
+    def _lora_problem(self) -> str | None:
+        there = ["q", "k", "v", "qkv", "out", "up", "down"] + ["gate"] * (self.mlp == "swiglu")
+        targets = several(self.lora_targets)
+        if odd := [target for target in targets if target not in there]:
+            return f"model.lora_targets names {odd[0]!r}, which this model has not: choose of {', '.join(there)}."
+        if not targets or len(set(targets)) < len(targets) or ("qkv" in targets and {"q", "k", "v"} & {*targets}):
+            return f"model.lora_targets={targets} must name something, and nothing twice (qkv is q, k and v)."
         return None
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.documents and setup.config.text.conversations:
+            return "model.documents=true with text=chat: each conversation is a sequence of its own, leave it out"
+        return super().refusal(setup)
 
 
 @part("model", "bert", "hvdllm.models.bert:Bert")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hvdllm import registry
 from hvdllm.errors import UserError
 from hvdllm.models.parts import Model
-from hvdllm.settings import Config
+from hvdllm.settings import Config, several
 
 PAD = 64  # rows; matrix kernels are fastest with sizes that are multiples of 64
 
@@ -61,14 +61,28 @@ def count_parameters(settings: Model, vocab: int) -> int:
     return _matrices(settings, vocab) + tables + settings.layers * (2 * norm + biases) + norm
 
 
+def count_adapters(settings: Model) -> int:
+    """The number of parameters of the adapters, which are then all that is trained; 0 without model.lora_rank."""
+    if not settings.lora_rank:
+        return 0
+    width, hidden = settings.width, settings.mlp_width or 4 * settings.width
+    kv_width = width // settings.heads * (settings.kv_heads or settings.heads)
+    sides = {"q": width + width, "k": width + kv_width, "v": width + kv_width, "qkv": width + width + 2 * kv_width}
+    sides |= {"out": width + width, "up": width + hidden, "gate": width + hidden, "down": hidden + width}
+    return settings.layers * settings.lora_rank * sum(sides[target] for target in several(settings.lora_targets))
+
+
 def flops_per_token(settings: Model, vocab: int) -> int:
     """The floating-point operations that training on one token costs, forward and backward, as MFU counts them.
 
     They are 6 x the weights of the matrices (with the output layer, without embeddings, biases and norms), plus
     12 x layers x width x context for attention (PaLM, appendix B; Chowdhery et al., 2022). By this convention the
-    causal mask does not halve the attention, and what checkpointing computes again is not counted.
+    causal mask does not halve the attention, and what checkpointing computes again is not counted. Frozen weights have
+    no gradient of their own, so they count 4 times, and their adapters 6 times.
     """
-    return 6 * _matrices(settings, vocab) + 12 * settings.layers * settings.width * settings.context
+    adapters = count_adapters(settings)
+    products = (4 if adapters else 6) * _matrices(settings, vocab) + 6 * adapters
+    return products + 12 * settings.layers * settings.width * settings.context
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,13 @@ class Memory:
 
 def memory(settings: Model, vocab: int, precision: str) -> Memory:
     """The bytes of weights, gradients and AdamW's state. With bf16 (autocast) all three are in fp32."""
-    one = count_parameters(settings, vocab) * (8 if precision == "fp64" else 4)
-    return Memory(weights=one, gradients=one, optimizer=2 * one)
+    bytes_each, whole, adapters = (
+        8 if precision == "fp64" else 4,
+        count_parameters(settings, vocab),
+        count_adapters(settings),
+    )
+    trained = bytes_each * (adapters or whole)
+    return Memory(weights=bytes_each * (whole + adapters), gradients=trained, optimizer=2 * trained)
 
 
 def least_activations(settings: Model) -> int:
@@ -95,7 +114,7 @@ def least_activations(settings: Model) -> int:
     return 4 * settings.context * settings.width * settings.layers * (1 if settings.checkpointing else 2)
 
 
-def least_memory(config: Config, parameters: int, activations: int, ranks: int) -> int:
+def least_memory(config: Config, parameters: int, activations: int, ranks: int, frozen: int = 0) -> int:
     """The bytes that a rank holds at least while it trains, so that what surely does not fit is refused early.
 
     They are those of the weights, the gradients (as many vectors as the exchange holds), the optimizer's state and the
@@ -106,14 +125,17 @@ def least_memory(config: Config, parameters: int, activations: int, ranks: int) 
         parameters: how many the model has.
         activations: the bytes that an item needs at least.
         ranks: that train together.
+        frozen: how many of the parameters are not trained.
     """
-    one = parameters * (8 if config.precision == "fp64" else 4)
+    bytes_each = 8 if config.precision == "fp64" else 4
+    one = (parameters - frozen) * bytes_each
     exchange, optim = registry.of("exchange", config.exchange).facts, registry.of("optim", config.optim).facts
     shares = ranks if exchange.shares_state else 1
     anchors = int(exchange.local and not getattr(config.exchange, "host_memory", False))
     units = config.task.units(config)
     items = max(1, min(config.micro_batch, config.batch_tokens // units // ranks if units else 1))
-    return int(one * (1 + config.exchange.gradients + anchors + optim.vectors / shares) + activations * items)
+    trained = one * (1 + config.exchange.gradients + anchors + optim.vectors / shares)
+    return int(trained + frozen * bytes_each + activations * items)
 
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets: what a matrix product reaches at best in each of our precisions

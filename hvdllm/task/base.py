@@ -23,7 +23,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 
 
 class Items(Protocol):
-    """A data set whose items can be taken in any order."""
+    """A data set whose items can be taken in any order.
+
+    Items that have an attribute `ragged` which is true are of unequal size. They are taken by micro-batches, so that
+    each is padded by itself.
+    """
 
     @property
     def name(self) -> str:
@@ -79,6 +83,10 @@ class Task(Protocol):
     @property
     def parameters(self) -> int:
         """How many parameters the model has."""
+
+    @property
+    def frozen(self) -> int:
+        """How many of them are not trained."""
 
     @property
     def activations(self) -> int:

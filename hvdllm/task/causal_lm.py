@@ -1,4 +1,7 @@
-"""The next token of a text, from the tokens before it. Items are windows of text, units are tokens."""
+"""The next token of a text, from the tokens before it. Items are windows of text, units are tokens.
+
+With text=chat items are conversations, and units are the tokens of the assistant.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,17 @@ import torch
 from torch import nn
 
 from hvdllm import registry, runs
+from hvdllm.errors import UserError
 from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
+from hvdllm.models.lora import adapt
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Prepared
 from hvdllm.text import overlap, shards
+from hvdllm.text.chat import Around
+from hvdllm.text.conversations import Conversations
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.text.windows import Windows
@@ -36,18 +43,20 @@ class CausalLM:
         vocab: tokens of the tokenizer; the model's own vocabulary is padded.
         tokenizer: of the run, or None for a rough task.
         scale: bytes of the validation text over those that its tokens spell.
+        around: of conversations, what their template puts around a question.
     """
 
     config: Config
     vocab: int
     tokenizer: Tokenizer | None = None
     scale: float = 1.0
+    around: Around | None = None
 
     unit, measures = "tokens", 3
 
     @property
     def files(self) -> dict[str, str]:
-        return {"tokenizer.json": self.words.hash}
+        return {"tokenizer.json": self.words.hash} | ({runs.ASKED: self.around.hash} if self.around else {})
 
     @property
     def words(self) -> Tokenizer:
@@ -56,17 +65,28 @@ class CausalLM:
 
     def keep(self, folder: Path) -> None:
         self.words.save(folder / "tokenizer.json")
+        if self.around is not None:
+            runs.write_whole(folder / runs.ASKED, self.around.json())
 
     def build(self) -> nn.Module:
-        model = GPT(self.config.model, size.rows(self.config.model, self.vocab)).to(DTYPES[self.config.precision])
+        end = None if self.tokenizer is None else self.tokenizer.end
+        model = GPT(self.config.model, size.rows(self.config.model, self.vocab), end).to(DTYPES[self.config.precision])
         init_weights(model, self.config.seed)
+        if self.config.model.lora_rank:
+            adapt(model, self.config.seed)
         if self.config.model.compile:
             compile_blocks(model)
         return model
 
     @property
     def parameters(self) -> int:
-        return size.count_parameters(self.config.model, size.rows(self.config.model, self.vocab))
+        model = self.config.model
+        return size.count_parameters(model, size.rows(model, self.vocab)) + size.count_adapters(model)
+
+    @property
+    def frozen(self) -> int:
+        adapters = size.count_adapters(self.config.model)
+        return self.parameters - adapters if adapters else 0
 
     @property
     def activations(self) -> int:
@@ -77,7 +97,7 @@ class CausalLM:
         return size.flops_per_token(self.config.model, size.rows(self.config.model, self.vocab))
 
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model.loss(inputs, targets)  # type: ignore[operator]
+        loss: torch.Tensor = model.loss(inputs, targets, self.around is not None)  # type: ignore[operator]
         return loss
 
     def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -107,7 +127,9 @@ class CausalLM:
     def sample(self, model: nn.Module, units: int) -> str:
         config = self.config
         seed = (config.seed * 1_000_003 + units) % 2**63  # the range that torch takes
-        return continue_text(model, self.words, config.sample_prompt, tokens=config.sample_tokens, seed=seed)
+        return continue_text(
+            model, self.words, config.sample_prompt, tokens=config.sample_tokens, seed=seed, around=self.around
+        )
 
 
 def continue_text(
@@ -119,8 +141,9 @@ def continue_text(
     seed: int,
     temperature: float = 0.8,
     top_k: int | None = 50,
+    around: Around | None = None,
 ) -> str:
-    """The text, followed by what the model adds to it.
+    """The text, followed by what the model adds to it. Where it has learnt conversations, only what it answers.
 
     Args:
         model: the language model.
@@ -130,14 +153,18 @@ def continue_text(
         seed: of the random numbers.
         temperature: divides the logits.
         top_k: only this many of the likeliest tokens are drawn from, or all if None.
+        around: what stands around a question in a conversation; None if the model has learnt text.
     """
     assert isinstance(model, GPT)
-    prompt = [tokenizer.end, *tokenizer.encode([text])[0].tolist()]
+    if around is None:
+        prompt, stop = [tokenizer.end, *tokenizer.encode([text])[0].tolist()], tokenizer.end
+    else:
+        prompt, stop = around.ids(tokenizer, text), around.ends(tokenizer)
     out = generate(
         model, prompt, tokens=tokens, vocab=tokenizer.vocab, generator=torch.Generator().manual_seed(seed),
-        temperature=temperature, top_k=top_k, stop=tokenizer.end,
+        temperature=temperature, top_k=top_k, stop=stop,
     )  # fmt: skip
-    return tokenizer.decode([*prompt[1:], *out])
+    return tokenizer.decode([*prompt[1:], *out] if around is None else out)
 
 
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
@@ -152,14 +179,25 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
     shard, context = corpus.validation_shard, config.model.context
     scale = shard.bytes / shard.spelled if shard.spelled else 1.0
     repeated = corpus.repeated(context, config.eval_tokens)
+    task = CausalLM(config, corpus.tokenizer.vocab, corpus.tokenizer, scale, corpus.around)
     source, vocab = registry.name_of("text", config.text), corpus.tokenizer.vocab
+    train: Windows | Conversations
+    validation: Windows | Conversations
+    if corpus.around is not None:
+        train = Conversations(corpus.train, context, corpus.tokenizer.end)
+        validation = Conversations(corpus.validation, context, corpus.tokenizer.end, validation=True)
+        notes = [*train.notes(), *validation.notes()]
+    else:
+        train = Windows(corpus.train, context, corpus.tokenizer.end)
+        validation = Windows(corpus.validation, context, validation=True)
+        notes = repeated_text(config, repeated)
     return Prepared(
-        CausalLM(config, vocab, corpus.tokenizer, scale),
-        Windows(corpus.train, context, corpus.tokenizer.end),
-        Windows(corpus.validation, context, validation=True),
+        task,
+        train,
+        validation,
         corpus.data_hash,
         f"{source}, {len(corpus.train):,} training tokens, vocabulary {vocab:,}",
-        [*corpus.notes, *repeated_text(config, repeated)],
+        [*corpus.notes, *notes],
         {"validation_repeated": repeated, "tokenizer_hash": corpus.tokenizer.hash},
     )
 
@@ -178,7 +216,12 @@ def restore(config: Config, folder: Path) -> CausalLM:
     tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.file_sum(folder, "tokenizer.json"))
     if isinstance(config.model, Model):
         size.check_vocab(config.model, tokenizer.vocab)
-    return CausalLM(config, tokenizer.vocab, tokenizer)
+    if not config.text.conversations:
+        return CausalLM(config, tokenizer.vocab, tokenizer)
+    around = Around.load(folder / runs.ASKED, folder)
+    if runs.file_sum(folder, runs.ASKED) != around.hash:
+        raise UserError(f"{folder / runs.ASKED} is not what was written: copy the run's folder again")
+    return CausalLM(config, tokenizer.vocab, tokenizer, around=around)
 
 
 def rough(config: Config) -> CausalLM:

@@ -137,6 +137,10 @@ class Classification:
         return sum(p.numel() for p in self._shape.parameters())
 
     @property
+    def frozen(self) -> int:
+        return 0
+
+    @property
     def activations(self) -> int:
         model, size = self.config.model, self.config.task.size
         return int(4 * model.width * size * size * (1 + 2 * model.depth))

@@ -88,6 +88,10 @@ class MaskedLM(causal_lm.CausalLM):
         return int((rows + model.context) * width + model.layers * block + norms + head)
 
     @property
+    def frozen(self) -> int:
+        return 0
+
+    @property
     def flops(self) -> float:
         """Per guessed token, each of which needs the whole window to be read."""
         model, context = self.config.model, self.config.model.context

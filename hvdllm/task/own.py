@@ -92,6 +92,10 @@ class OwnTask:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def frozen(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+
+    @property
     def activations(self) -> int:
         return 0
 

@@ -25,9 +25,11 @@ class CausalLM(Task):
     """The next token of a text, from all tokens before it in the same window. Units are tokens."""
 
     def units(self, config: Config) -> int | None:
-        return int(config.model.context)
+        return None if config.text.conversations else int(config.model.context)
 
     def refusal(self, setup: Setup) -> str | None:
+        if self.units(setup.config) is None:
+            return None
         batch, context = setup.config.batch_tokens, setup.config.model.context
         if batch % context:
             near = max(1, round(batch / context)) * context
@@ -46,6 +48,11 @@ class MaskedLM(Task):
 
     def units(self, config: Config) -> int | None:
         return max(1, round(self.share * int(config.model.context)))
+
+    def refusal(self, setup: Setup) -> str | None:
+        if setup.config.text.conversations:
+            return "task=masked_lm with text=chat: it reads windows of text, give text=files or task=causal_lm"
+        return None
 
 
 @part("task", "images", "hvdllm.task.images", TaskFacts("images", "images", model="resnet"))

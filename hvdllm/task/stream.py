@@ -251,16 +251,20 @@ class Stream:
         """These items in these epochs, copied or on their way to the device. Runs in the thread."""
         if not len(rows):
             return None
-        inputs, targets, units = self.items.take(rows, epochs)
+        step = self.micro_batch if getattr(self.items, "ragged", False) else len(rows)
+        parts = [slice(at, at + step) for at in range(0, len(rows), step)]
+        taken = [self.items.take(rows[part], None if epochs is None else epochs[part]) for part in parts]
+        units = np.concatenate([units for _, _, units in taken])
+        data = [(inputs, targets) for inputs, targets, _ in taken]
         if self._copies is None:
-            return (inputs, targets), units, None
+            return data, units, None
         with torch.cuda.stream(self._copies):
             # The allocator does not give pinned memory away again before the copy out of it has run.
-            there = each((inputs, targets), lambda x: x.pin_memory().to(self.device, non_blocking=True))
+            there = each(data, lambda x: x.pin_memory().to(self.device, non_blocking=True))
             return there, units, self._copies.record_event()
 
     def _arrive(self, loaded: _Loaded, round: int) -> list[Batch]:
-        """The micro-batches of a share, as views of one pair of tensors. Runs in the loop's thread."""
+        """The micro-batches of a share, as views of the tensors that were taken. Runs in the loop's thread."""
         if loaded is None:
             return [Batch(None, None, 0, last=True, round=round)]
         data, units, copied = loaded
@@ -270,7 +274,8 @@ class Stream:
             # The memory belongs to the side stream, which must not reuse it while we read.
             each(data, lambda x: x.record_stream(here))
         parts = [slice(at, at + self.micro_batch) for at in range(0, len(units), self.micro_batch)]
-        pairs = [each(data, itemgetter(part)) for part in parts]
+        # What was taken at once is cut. Of ragged items each micro-batch was taken by itself.
+        pairs = data if len(data) == len(parts) else [each(data[0], itemgetter(part)) for part in parts]
         counts = [int(units[part].sum()) for part in parts]
         return [Batch(x, y, counts[i], i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
 
@@ -349,8 +354,9 @@ class Turns:
         return self.federation.stream._copy(*self.federation.clients.visits(client, positions))
 
 
-# Inputs and targets, the units that each item counts and, on CUDA, the event after the copies. None without a share.
-_Loaded = tuple[tuple[Any, Any], np.ndarray, torch.cuda.Event | None] | None
+# Pairs of inputs and targets (one, or one for each micro-batch of ragged items), the units that each item counts and,
+# on CUDA, the event after the copies. None without a share.
+_Loaded = tuple[list[tuple[Any, Any]], np.ndarray, torch.cuda.Event | None] | None
 
 
 def each(data: Any, change: Callable[[torch.Tensor], object]) -> Any:

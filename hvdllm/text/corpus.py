@@ -1,6 +1,7 @@
 """The documents of a text, in one fixed order, each on one side: training or validation.
 
-A file is a document, and so is a line of a .jsonl file. A document of more than 64 KiB is cut into pieces that
+A file is a document, and so is a line of a .jsonl file. Of text=chat the text of a document is the JSON of its
+conversation (text/chat.py), which is never cut. Another document of more than 64 KiB is cut into pieces that
 concatenate to it again. This bounds the memory, and it lets a part of one long book be held out. Where a document is
 cut depends on the text around the cut alone. Two copies of a long passage are therefore cut at the same places, and
 their pieces are on the same side.
@@ -23,25 +24,27 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from hvdllm import registry, untrusted
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
-from hvdllm.text.parts import Files, Stdlib, Text
+from hvdllm.text import chat
+from hvdllm.text.parts import Chat, Files, Stdlib, Text
 
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
 SHORTEST = 1024  # bytes of a piece that ends where its content says
 LOOK = 64  # bytes before the end of a line, whose hash decides whether a piece ends there
 ONE_IN = 256  # lines end a piece, on average
 READ = (".txt", ".md", ".py", ".jsonl")  # endings, each also followed by .gz
+READ_CHAT = (".jsonl",)
 # Folders of the standard library that hold other people's text, or tests (half of it all, and odd encodings).
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text: at most 64 KiB as it was read, and never empty.
+    """One piece of text: at most 64 KiB as it was read (a conversation is whole), and never empty.
 
     Bytes that were replaced by U+FFFD may make it longer than that.
     """
@@ -147,7 +150,8 @@ def sources(text: Text) -> tuple[list[Path], list[Path]]:
 
     A file that both name is validation text only. Raises UserError if a file does not exist.
     """
-    validation = [] if text.validation is None else _resolve(text.validation, "text.validation")
+    read = READ_CHAT if text.conversations else READ
+    validation = [] if text.validation is None else _resolve(text.validation, "text.validation", read)
     training: list[Path] = registry.built(registry.of("text", text))(text)
     apart = set(validation)
     return [path for path in training if path not in apart], validation
@@ -160,6 +164,13 @@ def files(text: Files) -> list[Path]:
     return _resolve(text.path, "text.path")
 
 
+def chats(text: Chat) -> list[Path]:
+    """The files of conversations that text.path names."""
+    if text.path is None:
+        raise UserError("text=chat reads the files that text.path names: give a .jsonl file, a folder or a glob")
+    return _resolve(text.path, "text.path", READ_CHAT)
+
+
 def stdlib(text: Stdlib) -> list[Path]:
     """The files of this machine's Python standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -169,7 +180,7 @@ def stdlib(text: Stdlib) -> list[Path]:
     return found
 
 
-def _resolve(paths: object, setting: str) -> list[Path]:
+def _resolve(paths: object, setting: str, read: tuple[str, ...] = READ) -> list[Path]:
     """The files that a path, a glob or a list of these names, in order and each once."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
@@ -179,22 +190,22 @@ def _resolve(paths: object, setting: str) -> list[Path]:
     for each in paths:
         path = path_of(str(each), f"{setting}=")
         if os.path.isdir(path):
-            files = list(_walk(path, READ))
+            files = list(_walk(path, read))
         elif os.path.exists(path):
-            if _ending(path) not in READ:
-                raise UserError(f"{setting}: {path} is none of {', '.join(READ)} (each also .gz): rename or convert it")
+            if _ending(path) not in read:
+                raise UserError(f"{setting}: {path} is none of {', '.join(read)} (each also .gz): rename or convert it")
             files = [path]
         elif glob.has_magic(str(path)):
             files = []
             for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
                 if os.path.isdir(match):
-                    files += _walk(match, READ)
-                elif _ending(match) in READ:
+                    files += _walk(match, read)
+                elif _ending(match) in read:
                     files.append(match)
         else:
             raise UserError(f"{setting}: there is no file or folder {path}: correct the path")
         if not files:
-            raise UserError(f"{setting}: {path} holds no file of {', '.join(READ)} (each also .gz): correct the path")
+            raise UserError(f"{setting}: {path} holds no file of {', '.join(read)} (each also .gz): correct the path")
         found |= dict.fromkeys(map(_regular, files))
     if not found:
         raise UserError(f"{setting} is an empty list: give a file, a folder or a glob")
@@ -282,7 +293,8 @@ def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]
     for path in files:
         with _opened(path) as stream:
             for name, document in _documents(path, stream, text):
-                for number, piece in enumerate(_cut(document)):
+                pieces = [document.read().decode()] if text.conversations else _cut(document)
+                for number, piece in enumerate(pieces):
                     yield name, number, piece
 
 
@@ -295,15 +307,16 @@ def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, 
     for number, line in enumerate(untrusted.lines(stream), start=1):
         if line.strip():
             name = f"{path}:{number}"
-            yield name, io.BytesIO(_field(name, line, column))
+            try:
+                row = untrusted.parsed(line)
+            except untrusted.Unfit as error:
+                raise UserError(f"{name} {error}: correct the line, or take it out") from None
+            found = chat.canonical(name, row).encode() if text.conversations else _field(name, row, column)
+            yield name, io.BytesIO(found)
 
 
-def _field(name: str, line: bytes, column: str) -> bytes:
+def _field(name: str, row: Any, column: str) -> bytes:
     """The text of one line of a .jsonl file, as UTF-8."""
-    try:
-        row = untrusted.parsed(line)
-    except untrusted.Unfit as error:
-        raise UserError(f"{name} {error}: correct the line, or take it out") from None
     if not isinstance(row, dict) or column not in row:
         known = (
             f"it has {', '.join(str(key)[:40] for key in list(row)[:10]) or 'none'}"

@@ -17,6 +17,11 @@ class Text(Settings):
         """Are the files the user's own, and not those of this machine's Python?"""
         return True
 
+    @property
+    def conversations(self) -> bool:
+        """Is it made of conversations (text/chat.py), and not of documents?"""
+        return False
+
     tokenizer: str = setting(
         "bpe",
         "bytes (257 tokens), bpe (byte-level, trained on this corpus) or the path of a tokenizer.json; "
@@ -76,4 +81,29 @@ class Files(Text):
     def refusal(self, setup: Setup) -> str | None:
         if self.path is None and self.prepared is None:
             return "text=files needs text.path: a file, a folder, a glob or a list of them"
+        return super().refusal(setup)
+
+
+@part("text", "chat", "hvdllm.text.corpus:chats")
+@dataclass
+class Chat(Text):
+    """Conversations: .jsonl or .jsonl.gz of `messages`, or of `prompt` and `completion`. Only answers count."""
+
+    @property
+    def conversations(self) -> bool:
+        return True
+
+    path: Several = setting(
+        None, "file, folder or glob of .jsonl, or a list of them; folders are walked in sorted order", ours=True
+    )
+    template: str = setting(
+        "auto",
+        "how a conversation is written: tokenizer (by the chat_template beside the tokenizer.json that text.tokenizer "
+        "names), ours, or auto (the former if there is one)",
+        choices=("auto", "tokenizer", "ours"),
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.path is None and self.prepared is None:
+            return "text=chat needs text.path: a .jsonl file, a folder, a glob or a list of them"
         return super().refusal(setup)

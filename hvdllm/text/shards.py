@@ -29,6 +29,8 @@ from hvdllm import untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.text import overlap
+from hvdllm.text.chat import AROUND, Around, Template, template, written
+from hvdllm.text.conversations import BEGINS, COUNTS, IDS
 from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
 from hvdllm.text.parts import Text
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
@@ -56,6 +58,7 @@ class Shard:
     tokenizer: str  # hash of its tokenizer.json
     content: str  # sha256 of the tokens
     spelled: int | None = None  # bytes that its tokens stand for; None if an older version prepared the text
+    flagged: bool = False  # its tokens have the flags of text/conversations.py; bytes are those of tokens that count
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Corpus:
     validation_shard: Shard
     notes: list[str]  # one sentence each, for a person
     seen: np.ndarray | None = None  # see text/overlap.py; None if an older version prepared the text
+    around: Around | None = None  # of conversations: what their template puts around a question
 
     @property
     def train_bytes(self) -> int:
@@ -202,6 +206,8 @@ def _recipe(text: Text) -> Json:
     else:
         recipe["tokenizers"] = tokenizers.__version__
         recipe["tokenizer"] = text.vocab if text.tokenizer == "bpe" else _sha256(_users(text))
+    if text.conversations:
+        recipe["template"] = hashlib.sha256(_template(text).source.encode()).hexdigest()
     return recipe
 
 
@@ -226,6 +232,12 @@ def _users(text: Text) -> Path:
     if not path.is_file():
         raise UserError(f"text.tokenizer={text.tokenizer} is neither bytes nor bpe nor a file: correct it")
     return path
+
+
+def _template(text: Text) -> Template:
+    """The template of a text of conversations."""
+    own = text.tokenizer in ("bytes", "bpe")
+    return template(None if own else _users(text), getattr(text, "template", "auto"))
 
 
 @contextlib.contextmanager
@@ -280,15 +292,25 @@ def _build(text: Text, part: Path, mode: int) -> None:
     if text.tokenizer == "bytes":
         tokenizer = Tokenizer(BYTES)
     elif text.tokenizer == "bpe":
-        tokenizer = train_bpe((each.text for each in documents(text) if not each.held_out), text.vocab)
+        plain = (lambda each: written(json.loads(each.text))) if text.conversations else (lambda each: each.text)
+        tokenizer = train_bpe((plain(each) for each in documents(text) if not each.held_out), text.vocab)
     else:
         tokenizer = Tokenizer.load(_users(text))
     tokenizer.save(part / "tokenizer.json")
     notes = [note] if (note := encoding_note(text)) else []
     lost = Lost(tokenizer)
     copies: list[str] = []
-    with _Writer(part / "train.bin", tokenizer) as train, _Writer(part / "validation.bin", tokenizer) as validation:
+    template, flagged = _template(text) if text.conversations else None, text.conversations
+    if template is not None:
+        (part / AROUND).write_text(template.around().json())
+    with (
+        _Writer(part / "train.bin", tokenizer, flagged) as train,
+        _Writer(part / "validation.bin", tokenizer, flagged) as validation,
+    ):
         for batch in _batches(documents(text, copies)):
+            if template is not None:
+                _converse(batch, template, tokenizer, train, validation)
+                continue
             for each, ids in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
                 (validation if each.held_out else train).add(each, ids)
                 lost.look(each, ids)
@@ -298,13 +320,25 @@ def _build(text: Text, part: Path, mode: int) -> None:
     notes += [copies_note(copies)] if copies else []
     (part / NOTES).write_text(json.dumps(notes))
     sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
-    np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
+    if not flagged:
+        np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
     for file in part.iterdir():
         mode &= file.stat().st_mode  # the user's umask may take away more
         file.chmod(mode)
         _sync(file)
     part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read the files may enter the folder
     _sync(part)
+
+
+def _converse(
+    batch: list[Document], template: Template, tokenizer: Tokenizer, train: _Writer, validation: _Writer
+) -> None:
+    """Writes conversations. Raises UserError if nothing of one counts."""
+    encoded = template.encode(tokenizer, [(each.name, json.loads(each.text)) for each in batch])
+    for each, (ids, counts) in zip(batch, encoded, strict=True):
+        if not counts[1:].any():
+            raise UserError(f"{each.name}: its template writes nothing that the assistant says, take the line out")
+        (validation if each.held_out else train).converse(ids, counts)
 
 
 EMPTY = "the text is empty: text.path names files without a character"
@@ -366,11 +400,12 @@ def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
 class _Writer:
     """Writes a shard. The header is written last, so that a file that was cut short has none."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, flagged: bool = False) -> None:
         self._file = path.open("wb")
         self._file.write(bytes(HEADER))
         self._tokenizer = tokenizer
-        self._dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
+        self._flagged = flagged
+        self._dtype = np.dtype(np.uint32 if flagged else tokenizer.dtype).newbyteorder("<")
         self._hash = hashlib.sha256()
         self.tokens = self._bytes = self._documents = self._spelled = 0
 
@@ -385,6 +420,15 @@ class _Writer:
         self._write(ids)
         self._bytes += len(document.text.encode())
         self._spelled += int(self._tokenizer.token_bytes[ids].sum())
+
+    def converse(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Adds a conversation. counts: whether each of its tokens counts, bool [tokens]."""
+        flags = np.where(counts, COUNTS, np.uint32(0))
+        flags[0] |= BEGINS
+        self._write(ids.astype(np.uint32) | flags)
+        self._documents += 1
+        spelled = int(self._tokenizer.token_bytes[ids[counts]].sum())
+        self._bytes, self._spelled = self._bytes + spelled, self._spelled + spelled
 
     def _write(self, ids: np.ndarray) -> None:
         data = ids.astype(self._dtype).tobytes()
@@ -402,6 +446,7 @@ class _Writer:
             self._tokenizer.hash,
             self._hash.hexdigest(),
             self._spelled,
+            self._flagged,
         )
         with self._file as file:
             file.seek(0)
@@ -425,6 +470,9 @@ def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> 
         say(f"comparing the prepared text with its sums, {size / 1e9:.1f} GB")
     train, train_shard = open_shard(folder / "train.bin", tokenizer, whole)
     validation, validation_shard = open_shard(folder / "validation.bin", tokenizer, whole)
+    if {train_shard.flagged, validation_shard.flagged} != {text.conversations}:
+        other = "files" if text.conversations else "chat"
+        raise UserError(f"the prepared text in {folder} is not of this kind: give text={other} with it")
     notes = _notes(folder / NOTES)
     if text.tokenizer == "bpe" and tokenizer.vocab < text.vocab:
         notes.append(f"the text yields {tokenizer.vocab:,} tokens, fewer than the {text.vocab:,} of text.vocab")
@@ -440,6 +488,7 @@ def _open(folder: Path, text: Text, say: Callable[[str], None], whole: bool) -> 
         validation_shard,
         notes,
         _seen(folder / SEEN, len(validation)),
+        Around.load(folder / AROUND) if text.conversations else None,
     )
 
 
@@ -485,9 +534,17 @@ def open_shard(path: Path, tokenizer: Tokenizer, whole: bool = True) -> tuple[np
         if whole or data.nbytes <= VERIFY:
             if hashlib.sha256(tokens.data).hexdigest() != shard.content:
                 raise ValueError("its tokens are not those that were written")
-            if tokens.max(initial=0) >= tokenizer.vocab:
-                raise ValueError(f"it holds the token {tokens.max()}, the tokenizer has only {tokenizer.vocab}")
+            if (most := _largest(tokens, shard.flagged)) >= tokenizer.vocab:
+                raise ValueError(f"it holds the token {most}, the tokenizer has only {tokenizer.vocab}")
     except (OSError, TypeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} is damaged ({why}): delete the folder {path.parent}, it is then made anew") from None
     return tokens, shard
+
+
+def _largest(tokens: np.ndarray, flagged: bool) -> int:
+    """The largest id, without flags. A part of the tokens is looked at at a time."""
+    if not flagged:
+        return int(tokens.max(initial=0))
+    parts = (tokens[at : at + VERIFY // 4] & IDS for at in range(0, len(tokens), VERIFY // 4))
+    return max((int(part.max()) for part in parts), default=0)

@@ -72,6 +72,28 @@ class Tokenizer:
             for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
+    def encode_special(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each text, where special tokens may be spelt, and the character at which each begins, int64."""
+        if self._bpe is None:
+            sizes = [[len(char.encode()) for char in text] for text in texts]
+            return [
+                (ids, np.repeat(np.arange(len(each)), each))
+                for ids, each in zip(self.encode(texts), sizes, strict=True)
+            ]
+        self._bpe.encode_special_tokens = False
+        try:
+            found = self._bpe.encode_batch(texts, add_special_tokens=False)
+        finally:
+            self._bpe.encode_special_tokens = True
+        return [
+            (np.array(each.ids, self.dtype), np.array([first for first, _ in each.offsets], np.int64)) for each in found
+        ]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is none."""
+        found: int | None = None if self._bpe is None else self._bpe.token_to_id(token)
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these tokens. A broken character becomes U+FFFD.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 
@@ -12,6 +12,7 @@ import torch
 
 from hvdllm import device as devices
 from hvdllm import registry
+from hvdllm.config.check import check_batch
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.lock import Lock
@@ -105,7 +106,7 @@ def agreed_room(config: Config, task: Task | None, device: torch.device, world: 
     # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
     together = world.local_size if device.type == "cpu" or config.device.share else 1
     parameters = task.parameters
-    needs = size.least_memory(config, parameters, task.activations, world.size) * together
+    needs = size.least_memory(config, parameters, task.activations, world.size, task.frozen) * together
     there = devices.usable_memory(device)
     problem = None
     if there is not None and needs > there:
@@ -144,6 +145,8 @@ def agreed_data(config: Config, kind: Kind, start: Start, world: World, show: Sh
 
 def check_data(config: Config, data: Prepared, ranks: int) -> None:
     """Checks the settings that depend on the data. Raises UserError if they do not fit it."""
+    if config.task.units(config) is None:
+        check_batch(config, ranks, data.train.units)
     clients_without_text(config, make_stream(config, data.train, torch.device("cpu"), SingleWorld()))
     if config.eval_every and not len(data.validation):
         raise UserError(data.validation.too_few(0))
@@ -172,9 +175,17 @@ def clients_without_text(config: Config, stream: Stream) -> list[str]:
     ]
 
 
-def agree_on_weights(flat: Flat, world: World) -> None:
-    """Checks that all ranks drew the same weights, bit for bit. Collective. Raises UserError if they differ."""
-    own = hashlib.sha256(json.dumps(fingerprint(flat).tolist()).encode()).hexdigest()
-    prints = world.texts(own, "start.weights")
+def agree_on_weights(flat: Flat, world: World, frozen: Iterable[torch.Tensor] = ()) -> None:
+    """Checks that all ranks have the same weights, bit for bit. Collective. Raises UserError if they differ.
+
+    Args:
+        flat: the weights that are trained.
+        world: the ranks.
+        frozen: those that are not.
+    """
+    own = hashlib.sha256(json.dumps(fingerprint(flat).tolist()).encode())
+    for weight in frozen:
+        own.update(weight.detach().cpu().contiguous().numpy().data)
+    prints = world.texts(own.hexdigest(), "start.weights")
     if len(set(prints)) > 1:
         raise UserError("the ranks drew different weights from the same seed: they need the same versions of torch")

@@ -17,7 +17,7 @@ from hvdllm.settings import Config
 from hvdllm.task.base import Kind
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
-from hvdllm.trainer import buffers
+from hvdllm.trainer import buffers, frozen
 from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.agree import agreed_start, clients_without_text
 from hvdllm.trainer.backward import explain
@@ -84,7 +84,8 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
             notes += load(checkpoint, run, resumed)
             acts.load(resumed["due"])
     if folder is not None:
-        folder.create(config, run.data.task.files)
+        folder.check()
+        folder.create(config, run.data.task.files | frozen.keep(folder.path, run.model))
         events = folder.truncate(resumed["shared"]["tokens"] if resumed else None) if start.again else []
         run.data.task.keep(folder.path)
         folder.record("run", run_record(run, overrides), sync=True)

@@ -20,7 +20,7 @@ from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Task
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer import buffers
+from hvdllm.trainer import buffers, frozen
 from hvdllm.trainer.assemble import build_model
 
 
@@ -48,9 +48,12 @@ class Language(Restored):
     """A model that writes text.
 
     Attributes:
+        task: the next token, over the run's vocabulary.
         model: the transformer.
         tokenizer: of the run.
     """
+
+    task: CausalLM
 
     model: GPT
     tokenizer: Tokenizer
@@ -96,7 +99,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     if source is None:
         check_final(final, say)
     # Checked before a model is made, which would be as large as the settings say.
-    if (there := read.count_weights(source or final)) != (asked := task.parameters):
+    if (there := read.count_weights(source or final)) != (asked := task.parameters - task.frozen):
         raise UserError(
             f"{source or final} has {there:,} weights and {folder}/config.yaml describes a model of {asked:,}: one of "
             "them was changed, copy the folder again"
@@ -107,6 +110,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     model = build_model(task, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
+    frozen.load(folder, model)
     buffers.load(model, read.read_tensors(source or final), str(source or final))
     return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 

@@ -17,7 +17,7 @@ from hvdllm.runs import Folder
 from hvdllm.settings import Config
 from hvdllm.task.base import Kind, Prepared
 from hvdllm.task.stream import Stream
-from hvdllm.trainer import account
+from hvdllm.trainer import account, frozen
 from hvdllm.trainer.agree import agree_on_weights, agreed_data, agreed_device, agreed_room
 from hvdllm.trainer.assemble import Assembly, assemble, build_model, make_stream
 from hvdllm.trainer.backward import Loss
@@ -114,8 +114,10 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     parts = assemble(config, model, loss, world, factor(config.schedule, horizon, config.batch_tokens), unlike)
     trunk = None
     if config.init_from is not None and resumed is None:
-        trunk = begin(config, data.task.files, parts.exchange, parts.flat, world, show.say)
-    agree_on_weights(parts.flat, world)
+        trunk = begin(config, data.task.files, parts.exchange, parts.flat, model, world, show.say)
+    if resumed is not None and frozen.named(model):
+        frozen.share(model, lambda: frozen.load(Path(start.folder), model), world)
+    agree_on_weights(parts.flat, world, frozen.named(model).values())
     stream = make_stream(config, data.train, device, world)
     folder = Folder(Path(start.folder), lock) if world.rank == 0 else None
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)

@@ -38,7 +38,7 @@ class Slow(nn.Module):
     def __init__(self, module: nn.Module, loss: nn.Module, factor: float, asleep: bool) -> None:
         super().__init__()
         self.module, self.loss, self.factor, self.asleep = module, loss, factor, asleep
-        self.weights = list(loss.parameters())
+        self.weights = [p for p in loss.parameters() if p.requires_grad]
         self._owed = 0.0  # sequences that are still to be computed once more
         self._began = self._took = 0.0  # forward and backward of the last micro-batch, seconds
         if asleep:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import hugging, read
 from hvdllm.errors import UserError
@@ -21,6 +23,7 @@ from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
 from hvdllm.models.hugging import TOKENIZER, is_folder, root_of
 from hvdllm.settings import Config
+from hvdllm.trainer import frozen
 from hvdllm.world.base import World, from_first
 
 
@@ -59,14 +62,19 @@ def _named(config: Config) -> Iterator[None]:
         raise UserError(f"init_from={config.init_from}: {error}") from None
 
 
-def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(
+    config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, model: nn.Module, world: World, say: runs.Say
+) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
+
+    Where adapters are trained, the trunk's weights are those that are frozen.
 
     Args:
         config: the settings; `init_from` names the trunk.
         files: what the task keeps in the folder of a run, and the sums.
         exchange: attached, and not trained yet.
         flat: the map.
+        model: whose weights these are.
         world: the ranks.
         say: is told of damaged checkpoints that were passed over.
 
@@ -74,18 +82,32 @@ def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat,
     """
     with _named(config):
         found = from_first(world, lambda: dataclasses.asdict(find(config, files, say)), "start.trunk")
-        return _load(Trunk(**found), config, exchange, flat, world)
-
-
-def _load(trunk: Trunk, config: Config, exchange: Exchange, flat: Flat, world: World) -> Trunk:
-    """Loads what was found into an exchange, and returns it. Collective."""
-    path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
-    if is_folder(path):
-        model = read.share_filled(lambda vector: hugging.fill(path, config.model, flat, vector), "model", flat, world)
-    else:
-        model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
-    exchange.start(model, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
+        trunk = Trunk(**found)
+        path, kind = Path(trunk.path), "model" if trunk.tokens is not None else ""
+        if frozen.named(model):
+            _freeze(path, kind, config, model, world)
+            return trunk
+        kinds = exchange.update.state()[1] if config.init_optimizer else ()
+        if is_folder(path):
+            weights = read.share_filled(
+                lambda vector: hugging.fill(path, config.model, lambda name: flat.view(name, vector)),
+                "model",
+                flat,
+                world,
+            )
+        else:
+            weights = read.share_vector(path, kind, flat, world)
+        exchange.start(weights, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
+
+
+def _freeze(path: Path, kind: str, config: Config, model: nn.Module, world: World) -> None:
+    """Takes the frozen weights of a model with adapters from what was found. Collective."""
+    if not is_folder(path):
+        frozen.begin(model, path, kind, world)
+        return
+    weights = frozen.named(model)
+    frozen.share(model, lambda: hugging.fill(path, config.model, lambda name: weights[name].detach()), world)
 
 
 def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
@@ -115,6 +137,8 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
     try:
         if not whole and (problem := sums.changed(source / "model.safetensors", source)):
             raise UserError(f"its final/ cannot be read ({problem}): copy it again")
+        # A model may be taught to answer (text=chat) that was not asked before, or in another way.
+        files = {name: digest for name, digest in files.items() if name != runs.ASKED}
         other = [name for name, digest in files.items() if sums.of_file(folder / name, folder) != digest]
     except (OSError, untrusted.Unfit) as error:
         raise UserError(f"its {' or '.join(files)} cannot be read ({error}): copy the whole folder") from None
@@ -125,6 +149,10 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
         )
     if other:
         raise UserError(f"its {other[0]} is not that of these data: give the data that it was trained on")
+    if (folder / runs.FROZEN).exists():
+        raise UserError("that run trained adapters: export it with its adapters merged, and begin with that")
+    if config.init_optimizer and getattr(config.model, "lora_rank", False):
+        raise UserError("its optimizer knows nothing of adapters (model.lora_rank): give init_optimizer=false")
     state = read.read_state(source) if whole else {}
     if config.init_optimizer:
         if not whole:

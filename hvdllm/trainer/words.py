@@ -40,6 +40,7 @@ def run_record(run: Run, overrides: list[str]) -> Json:
         **run.data.record,
         "unit": task.unit,
         "parameters": task.parameters,
+        "parameters_frozen": task.frozen,
         "flops_per_token": task.flops,
         "trunk": run.origin.trunk and asdict(run.origin.trunk),
     }
@@ -59,8 +60,9 @@ def header(run: Run) -> dict[str, str]:
     if trunk is not None:
         at = f", {trunk.tokens:,} {task.unit}" if trunk.tokens is not None else ""
         going_on = {"begins": f"with the weights of {trunk.path}{at}"}
+    trained = f", of which {(task.parameters - task.frozen) / 1e6:.2f} M are trained" if task.frozen else ""
     return {
-        "model": f"{task.parameters / 1e6:.2f} M parameters, {config.precision}",
+        "model": f"{task.parameters / 1e6:.2f} M parameters{trained}, {config.precision}",
         "text" if facts.text else "data": run.data.about,
         "exchange": exchange_name(config),
         "update": f"{batch}, {registry.name_of('optim', config.optim)}",

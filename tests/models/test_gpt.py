@@ -63,6 +63,34 @@ def test_loss_is_the_sum_of_cross_entropies(shape: dict, dtype: torch.dtype, mon
         torch.testing.assert_close(model.loss(inputs_BT, targets_BT), plain, **close)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_targets_are_left_out(shape: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk in which every target is masked, one in which none is, and values as by ignore_index."""
+    monkeypatch.setattr(gpt, "CHUNK", 7 * VOCAB)
+    monkeypatch.setattr(gpt, "LEAST_ROWS", {"cpu": 7})
+    model, (inputs_BT, targets_BT) = build(shape, dtype=dtype), draw()
+    targets_BT = targets_BT.masked_fill(torch.arange(32).view(2, 16) < 9, -1).index_fill(1, torch.tensor([15]), -1)
+    logits_NV = model(inputs_BT).flatten(0, 1)
+    plain = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum", ignore_index=-1)
+    loss = model.loss(inputs_BT, targets_BT, masked=True)
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, plain, **close)
+    for mine, theirs in zip(gradients(model, 0.5 * loss), gradients(model, 0.5 * plain), strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    x_ND = model.features(inputs_BT).flatten(0, 1)  # as on a GPU, where no host looks at the targets
+    blind = gpt.TokenLoss.apply(x_ND, model.output, targets_BT.flatten(), True, True)
+    torch.testing.assert_close(blind, plain, **close)
+    for mine, theirs in zip(
+        gradients(model, blind), gradients(model, model.loss(inputs_BT, targets_BT, True)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **close)
+    whole = draw()
+    assert torch.equal(model.loss(*whole), model.loss(*whole, masked=True)), "nothing is masked: the same to the bit"
+    nothing = model.loss(inputs_BT, torch.full_like(targets_BT, -1), masked=True)
+    assert nothing == 0 and all(not g.any() for g in gradients(model, nothing))
+
+
 def test_an_evaluation_computes_no_gradient() -> None:
     model, (inputs_BT, targets_BT) = build(GPT2), draw()
     with torch.no_grad(), FlopCounterMode(display=False) as logits:
@@ -273,7 +301,7 @@ def test_the_output_layer_is_a_bf16_product_under_autocast() -> None:
     x_ND, head_VD = torch.randn(50, 32), torch.randn(VOCAB, 32)
     target_N = torch.arange(50)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = gpt.TokenLoss.apply(x_ND, head_VD, target_N, False)
+        rounded = gpt.TokenLoss.apply(x_ND, head_VD, target_N, False, False)
     logits_NV = (x_ND.bfloat16() @ head_VD.bfloat16().T).float()
     torch.testing.assert_close(rounded, F.cross_entropy(logits_NV, target_N, reduction="sum"), rtol=1e-6, atol=0)
 
@@ -314,7 +342,7 @@ def test_heads_repeated_for_those_that_share_them_change_nothing(monkeypatch: py
         assert q.shape == k.shape == v.shape
         return attention(q, k, v, **rest)
 
-    monkeypatch.setattr(gpt, "repeats_heads", lambda q: True)
+    monkeypatch.setattr(gpt, "repeats_heads", lambda q, mask: True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     repeated = gradients(model, model.loss(inputs_BT, targets_BT))
     assert asked == [False, False]
