@@ -37,7 +37,7 @@ def tiny(tmp: Path, *more: str) -> list[str]:
 
 
 def test_the_files_are_these_and_say_how_they_are_started() -> None:
-    assert FILES.keys() == {"laptop", "shakespeare_char", *SWEEPS}
+    assert FILES.keys() == {"clicks", "laptop", "shakespeare_char", *SWEEPS}
     for name, text in FILES.items():
         assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
         assert (f"hvdllm train -m experiment={name}" in text) == (name in SWEEPS), name

@@ -40,7 +40,10 @@ def run(argv: list[str]) -> int:
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
     kind: Kind = registry.built(registry.of("task", found.config.task))
     data = kind.prepare(
-        replace(found.config, text=config.text, data_dir=config.data_dir), say=say, whole=True, wanted=None
+        replace(found.config, task=config.task, text=config.text, data_dir=config.data_dir),
+        say=say,
+        whole=True,
+        wanted=None,
     )
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, data.data_hash):
