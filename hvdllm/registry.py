@@ -67,6 +67,7 @@ class ExchangeFacts:
         fresh_optimizer: whether the optimizer begins anew within a run.
         buckets: whether it reads exchange.bucket_mb.
         clients: whether the text is dealt to clients (settings clients, alpha and sampled).
+        sparse: whether it sends rows of tables (tables.py) as rows.
     """
 
     carries: str = SUMS
@@ -77,6 +78,7 @@ class ExchangeFacts:
     fresh_optimizer: bool = False
     buckets: bool = True
     clients: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Task(Protocol):
     Attributes:
         unit: what is counted, in the plural: tokens, images or clicks.
         measures: how many elements `measure` returns.
+        tables: how many of the parameters are in tables whose gradients are rows (tables.py).
         files: the files that `keep` writes, and their sha256.
     """
 
@@ -79,6 +80,9 @@ class Task(Protocol):
     @property
     def parameters(self) -> int:
         """How many parameters the model has."""
+
+    @property
+    def tables(self) -> int: ...
 
     @property
     def activations(self) -> int:

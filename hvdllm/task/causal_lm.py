@@ -42,7 +42,7 @@ class CausalLM:
     tokenizer: Tokenizer | None = None
     scale: float = 1.0
 
-    unit, measures = "tokens", 3
+    unit, measures, tables = "tokens", 3, 0
 
     @property
     def files(self) -> dict[str, str]:

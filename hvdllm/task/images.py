@@ -103,7 +103,7 @@ class Classification:
     config: Config
     classes: tuple[str, ...]
 
-    unit, measures = "images", 3
+    unit, measures, tables = "images", 3, 0
 
     @property
     def kept(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hvdllm.models.gpt import Embedding
 from hvdllm.models.size import pad_vocab
 from hvdllm.models.towers import Towers, compile_towers, init_weights
 from hvdllm.settings import Config
+from hvdllm.tables import Table
 from hvdllm.task import clicks, kept
 from hvdllm.task.base import DTYPES, Prepared
 from hvdllm.text.shards import data_folder
@@ -95,7 +97,11 @@ class Recommender:
         kept.write(folder, self.kept)
 
     def _towers(self) -> Towers:
-        return Towers(self.config.model, pad_vocab(self.users), pad_vocab(self.items))
+        task = self.config.task
+        lr = 0.1 if task.table_lr is None else task.table_lr
+        sparse = partial(Table, lr=lr, adaptive=task.table_optim == "adagrad")
+        table = sparse if task.sparse else Embedding
+        return Towers(self.config.model, pad_vocab(self.users), pad_vocab(self.items), table)
 
     def build(self) -> nn.Module:
         model = self._towers().to(DTYPES[self.config.precision])
@@ -113,6 +119,11 @@ class Recommender:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self._shape.parameters())
+
+    @property
+    def tables(self) -> int:
+        rows = pad_vocab(self.users) + pad_vocab(self.items)
+        return int(rows * self.config.model.width) if self.config.task.sparse else 0
 
     @property
     def activations(self) -> int:

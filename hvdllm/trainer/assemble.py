@@ -92,7 +92,7 @@ def milestones(config: Config) -> Milestones:
 
 def bucket_bytes(config: Config, model: nn.Module) -> float:
     """The size in bytes of a bucket, which is the gradients that travel together (exchange.bucket_mb)."""
-    whole = sum(p.nbytes for p in model.parameters())
+    whole = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     chosen = config.exchange.bucket_mb
     if chosen:
         return float(chosen * 2**20)

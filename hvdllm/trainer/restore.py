@@ -78,7 +78,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     model = build_model(task, torch.device("cpu"))
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
-    buffers.load(model, read.read_tensors(source or final), str(source or final))
+    buffers.load(model, read.read_tensors(source or final), str(source or final), optimizer=False)
     return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 
 

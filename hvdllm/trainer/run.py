@@ -112,7 +112,7 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     parts = assemble(config, model, loss, world, factor(config.schedule, horizon, config.batch_tokens), unlike)
     trunk = None
     if config.init_from is not None and resumed is None:
-        trunk = begin(config, data.task.files, parts.exchange, parts.flat, world, show.say)
+        trunk = begin(config, model, data.task.files, parts.exchange, parts.flat, world, show.say)
     agree_on_weights(parts.flat, world)
     stream = make_stream(config, data.train, device, world)
     folder = Folder(Path(start.folder), lock) if world.rank == 0 else None

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
 from hvdllm.settings import Config
+from hvdllm.trainer import buffers
 from hvdllm.world.base import World, from_first
 
 
@@ -34,11 +37,14 @@ class Trunk:
     steps: int
 
 
-def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say) -> Trunk:
+def begin(
+    config: Config, model: nn.Module, files: dict[str, str], exchange: Exchange, flat: Flat, world: World, say: runs.Say
+) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
 
     Args:
         config: the settings; `init_from` names the trunk.
+        model: whose buffers and tables are filled.
         files: what the task keeps in the folder of a run, and the sums.
         exchange: attached, and not trained yet.
         flat: the map.
@@ -53,8 +59,9 @@ def begin(config: Config, files: dict[str, str], exchange: Exchange, flat: Flat,
         raise UserError(f"init_from={config.init_from}: {error}") from None
     trunk = Trunk(**found)
     path, kinds = Path(trunk.path), exchange.update.state()[1] if config.init_optimizer else ()
-    model = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
-    exchange.start(model, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
+    weights = read.share_vector(path, "model" if trunk.tokens is not None else "", flat, world)
+    buffers.load(model, read.share_tensors(path, world), trunk.path, config.init_optimizer)
+    exchange.start(weights, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from hvdllm import runs
+from hvdllm.checkpoint.read import count_weights
 from hvdllm.cli.main import main
 from hvdllm.config.check import check
 from hvdllm.config.compose import compose
@@ -278,3 +281,84 @@ def test_a_run_on_a_file_is_evaluated_again_where_the_file_is_named(
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, rel=1e-6)
     assert main(["evaluate", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 1, "one sentence"
+
+
+# ------------------------------------------------------------------ tables whose gradients are rows
+SPARSE = [*RUN, "task.sparse=true", "optim.weight_decay=0"]
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def run(tmp: Path, name: str, *words: str, ranks: int = 2) -> Path:
+    assert main(["train", *words, "world=virtual", f"world.size={ranks}", f"runs_dir={tmp}", f"name={name}"]) == 0
+    return tmp / name
+
+
+def test_sparse_and_dense_runs_are_equal_under_plain_descent_for_any_number_of_ranks(tmp_path: Path) -> None:
+    sgd = ["precision=fp64", "optim=sgd", "optim.lr=2", "optim.momentum=0", "optim.nesterov=false", "optim.clip=0.01"]
+    dense = final(run(tmp_path, "dense", *RUN, *sgd, "optim.weight_decay=0"))
+    for ranks in (1, 2, 3):
+        words = [*SPARSE, *sgd, "task.table_optim=sgd", "task.table_lr=2"]
+        sparse = final(run(tmp_path, f"sparse{ranks}", *words, ranks=ranks))
+        assert sparse.keys() == {name.replace("users.weight", "tensor/table.users")
+                                 .replace("items.weight", "tensor/table.items") for name in dense}  # fmt: skip
+        for side in ("users", "items"):
+            found, wanted = sparse[f"tensor/table.{side}"], dense[f"{side}.weight"]
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    begun = prepared(*SPARSE[1:], "precision=fp64").task.build().users.weight
+    assert (dense["users.weight"] - begun).abs().max() > 1e-3
+
+
+def test_a_resumed_sparse_run_goes_on_bit_equal_at_any_world_size(tmp_path: Path) -> None:
+    """Seen to fail without the sums of squares in the checkpoint."""
+    horizon = "schedule.horizon=96"
+    one = run(tmp_path, "one", *SPARSE, horizon)
+    run(tmp_path, "two", *SPARSE, horizon, "budget_tokens=48")
+    two = run(tmp_path, "two", *SPARSE, horizon)
+    assert (one / "final/model.safetensors").read_bytes() == (two / "final/model.safetensors").read_bytes()
+    run(tmp_path, "other", *SPARSE, horizon, "budget_tokens=48", ranks=3)
+    other = final(run(tmp_path, "other", *SPARSE, horizon))
+    for name, tensor in final(one).items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5)
+    assert [record["replicas_agree"] for record in records(one, "audit")] == [True, True]
+
+
+def test_the_tables_of_a_run_are_evaluated_and_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen to fail when init_from took the flat map alone."""
+    source = run(tmp_path, "x", *SPARSE, "model.layers=0")
+    loss = records(source, "eval")[-1]["loss"]
+    whole, kept = source / "checkpoints" / "4", source / "final"
+    assert count_weights(whole) == count_weights(kept) == prepared(*SPARSE[1:], "model.layers=0").task.parameters
+    for _ in range(2):  # from a checkpoint, then from final/
+        capsys.readouterr()
+        assert main(["evaluate", str(source), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, rel=1e-5)
+        still = [*SPARSE, "model.layers=0", f"init_from={source}", "optim.lr=0", "task.table_lr=0", "budget_tokens=24"]
+        begun = run(tmp_path, f"from{_}", *still)
+        assert records(begun, "eval")[-1]["loss"] == pytest.approx(loss, rel=1e-5)
+        shutil.rmtree(source / "checkpoints", ignore_errors=True)
+    assert main(["train", *RUN, "model.layers=0", f"init_from={source}", f"runs_dir={tmp_path}", "name=dense"]) == 2
+    assert "does not fit this model" in capsys.readouterr().err
+
+
+def test_a_larger_table_costs_no_bytes(tmp_path: Path) -> None:
+    """What a rank sends is a function of its clicks. Dense, it is one of the tables."""
+
+    def sent(*words: str) -> float:
+        few = [word for word in RUN if not word.startswith("task.users")]
+        name = f"{len(list(tmp_path.iterdir()))}"  # all of one length, since names travel too
+        run(tmp_path, name, *few, *words, "eval_every=0", "save_every=0")
+        return float(records(tmp_path / name, "end")[-1]["bytes_total"])
+
+    small, large = (sent("task.sparse=true", f"task.users={users}") for users in (64, 6400))
+    assert small == large
+    # Of a dense table each of two ranks sends 2 (N-1)/N = 1 times its bytes: 4 updates, rows of 4 numbers of 4 bytes.
+    assert sent("task.users=6400") - sent("task.users=64") == 4 * (6400 - 64) * 4 * 4
+
+
+def test_memory_that_a_sparse_table_does_not_need_is_not_asked_for() -> None:
+    dense, sparse = (prepared("task.clicks=50", "task.users=100000", *more).task for more in ([], ["task.sparse=true"]))
+    assert dense.parameters == sparse.parameters and dense.tables == 0
+    assert sparse.parameters - sparse.tables == sum(p.numel() for p in sparse.build().parameters() if p.requires_grad)
