@@ -40,6 +40,8 @@ WORLD = {"virtual": "world=virtual world.size=2"}
 LATE = "exchange=diloco exchange.local_steps=2 exchange.overlap=true exchange.outer_lr=0.2"
 ACTS = "save_every=96 eval_every=96 sample_every=96 audit_every=96"
 INNER = "exchange=local_sgd exchange.local_steps=2 exchange.inner=allreduce exchange.group=2 budget_tokens=512"
+# Rows of tables, which every rank gathers (the settings of GPT that the worker gives all cases are left out).
+RATINGS = "task=ratings task.users=70 task.clicks=900 task.sparse=true"
 FURTHER = [
     ("hvd", f"{LATE} exchange.host_memory=true"), ("torch", f"exchange=acco wire=int8 {ACTS}"),
     ("hvd", "exchange=sharded wire.hierarchical=true"), ("torch", "exchange=sharded wire.hierarchical=true"),

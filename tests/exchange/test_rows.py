@@ -116,8 +116,8 @@ def test_row_wise_adagrad_is_the_published_rule_and_a_bad_number_changes_nothing
 # ------------------------------------------------------------------ ranks
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_ranks_compute_what_one_process_computes_and_are_bit_equal(n: int) -> None:
-    """Each rank has another number of examples, and some rows are those of several ranks. Seen to catch: rows that are
-    added twice, that are divided by the rank's own examples, or that a micro-batch leaves behind."""
+    """Each rank has another number of examples, and some rows are those of several ranks. Seen to catch: rows that a
+    micro-batch leaves behind, which are then added twice, and a noise scale of a part of the gradients."""
     (_, one), (out, many) = trained(1, 7, True), trained(n, 7, True)
     for model in many:
         assert torch.equal(model.table.weight, many[0].table.weight)

@@ -101,8 +101,8 @@ def test_ids_are_rows_where_the_tables_have_a_size_and_a_threshold_makes_clicks(
 
 
 def test_files_of_a_folder_are_read_in_chunks_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of ids do not depend on chunks or files."""
-    lines = [f"u{k * 7 % 23},i{k % 11},{k % 2}" for k in range(200)]
+    """The rows of ids do not depend on chunks or files, and equal pairs are on one side, whatever their labels."""
+    lines = [f"u{k % 100 * 7 % 23},i{k % 100 % 11},{k // 100}" for k in range(200)]
     monkeypatch.setattr(clicks, "CHUNK", 16)
     for number, part in enumerate((lines[:90], lines[90:])):
         (tmp_path / "whole").mkdir(exist_ok=True)
@@ -111,7 +111,11 @@ def test_files_of_a_folder_are_read_in_chunks_in_any_order(tmp_path: Path, monke
     monkeypatch.undo()
     one = table(tmp_path, "\n".join(["user,item,label", *reversed(lines)]))
     assert rows_of(cut) == rows_of(one) and cut.task.ids == one.task.ids
-    assert len(rows_of(cut)) == 200 and cut.task.users == 23 and cut.task.items == 11
+    found = np.concatenate([cut.train.rows, cut.validation.rows])
+    assert len(found) == 200 and cut.task.users == 23 and cut.task.items == 11
+    assert set(found["user"]) == set(range(23)) and set(found["item"]) == set(range(11))
+    pairs = [{row[:2] for row in side.rows.tolist()} for side in (cut.train, cut.validation)]
+    assert pairs[1] and not pairs[0] & pairs[1]
 
 
 def test_a_parquet_file_gives_the_same_as_csv(tmp_path: Path) -> None:
