@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -270,18 +269,29 @@ class Parsed:
     """
 
     def __init__(self, file: Path, settings: Ratings, sides: list[Ids], rows: list[Row]) -> None:
-        columns: list[list[Any]] = [[], [], []]
-        for line, user, item, label in rows:
-            try:
-                columns[0].append(sides[0].number(user))
-                columns[1].append(sides[1].number(item))
-                columns[2].append(label_of(label, settings))
-            except ValueError as error:
-                raise UserError(f"{file}, line {line}, {error}: correct or remove that row") from None
-        self.users, self.items = np.array(columns[0], np.uint64), np.array(columns[1], np.uint64)
-        self.labels = np.array(columns[2], np.float32)
-        sides[0].note(self.users)
-        sides[1].note(self.items)
+        lines, *columns = zip(*rows, strict=True)
+        problems: list[tuple[int, str]] = []
+
+        def parsed(texts: tuple[str, ...], of: Callable[[str], float]) -> list[float]:
+            """The value of each text. Each text is looked at once, since a column has few different ones."""
+            values: dict[str, float] = {}
+            for text in dict.fromkeys(texts):
+                try:
+                    values[text] = of(text)
+                except ValueError as error:
+                    problems.append((texts.index(text), str(error)))  # the first one of this column
+                    return []
+            return [values[text] for text in texts]
+
+        users, items = (parsed(texts, side.number) for texts, side in zip(columns[:2], sides, strict=True))
+        labels = parsed(columns[2], lambda text: label_of(text, settings))
+        if problems:
+            at, problem = min(problems)
+            raise UserError(f"{file}, line {lines[at]}, {problem}: correct or remove that row")
+        self.users, self.items = np.array(users, np.uint64), np.array(items, np.uint64)
+        self.labels = np.array(labels, np.float32)
+        for side, numbers in zip(sides, (self.users, self.items), strict=True):
+            side.note(numbers)
 
 
 def label_of(text: str, settings: Ratings) -> float:
