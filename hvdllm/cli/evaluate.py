@@ -48,8 +48,9 @@ def run(argv: list[str]) -> int:
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, data.data_hash):
         raise UserError(
-            f"the text here is not the one {given.run} was trained on (text=stdlib differs between Python versions): "
-            "evaluate it where it was trained, or give --data-dir the shards of that machine"
+            f"the data here are not those {given.run} was trained on (text=stdlib differs between Python versions): "
+            "evaluate it where it was trained, name its files (text.path=… or task.path=…), or give --data-dir the "
+            "shards of that machine"
         )
     result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
     if given.json:

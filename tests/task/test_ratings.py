@@ -270,6 +270,24 @@ def test_every_family_of_exchanges_trains_it(exchange: tuple[str, ...], tmp_path
     assert end["unit"] == "clicks" and end["tokens"] >= 96 and end["reason"] == "budget"
 
 
+def test_prepare_reads_a_table_and_a_run_does_not_go_on_with_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("user,item,label\n" + "".join(f"{k % 17},{k % 13},{k % 2}\n" for k in range(200)))
+    where = [f"task.path={file}", f"data_dir={tmp_path / 'data'}"]
+    assert main(["prepare", "task=ratings", *where]) == 0
+    said = capsys.readouterr()
+    assert "for training, 17 users and 13 items" in said.out and "preparing the table of clicks, once" in said.err
+    own = [word for word in RUN if not word.startswith("task.")]
+    words = ["train", *own, *where, f"runs_dir={tmp_path}", "name=x"]
+    assert main(words) == 0
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    assert main([*words, "budget_tokens=192"]) == 2
+    assert "the data are not those that" in capsys.readouterr().err
+
+
 def test_a_run_on_a_file_is_evaluated_again_where_the_file_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
