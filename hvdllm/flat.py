@@ -6,6 +6,8 @@ all decayed, except in the last one, which holds those that are not. Each bucket
 bytes, so a rank's pieces are its equal slice of *every* bucket. (With one contiguous shard for each rank, the
 reduce-scatter of a bucket would be a reduce to one or two ranks.) Padding stays zero, and enters no norm and no
 checkpoint.
+
+Frozen parameters are left out, and so are tables, whose gradients travel as rows (tables.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from hvdllm.tables import Table
 
 ALIGN_BYTES = 64
 
@@ -62,6 +66,7 @@ class Flat:
 
     def __init__(self, model: nn.Module, ranks: int, bucket_bytes: float, copies: int = 1) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.tables = {name: module for name, module in model.named_modules() if isinstance(module, Table)}
         first = next(iter(self.parameters.values()))
         align = ALIGN_BYTES // first.element_size()
         decayed = [name for name, p in self.parameters.items() if p.dim() >= 2]

@@ -69,6 +69,7 @@ class ExchangeFacts:
         fresh_optimizer: whether the optimizer begins anew within a run.
         buckets: whether it reads exchange.bucket_mb.
         clients: whether the text is dealt to clients (settings clients, alpha and sampled).
+        sparse: whether it sends rows of tables (tables.py) as rows.
     """
 
     carries: str = SUMS
@@ -79,6 +80,7 @@ class ExchangeFacts:
     fresh_optimizer: bool = False
     buckets: bool = True
     clients: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True)

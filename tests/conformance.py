@@ -30,7 +30,7 @@ from hvdllm.launch.base import Launcher
 from hvdllm.optim import adamw, nadam, schedule, sgd
 from hvdllm.optim.base import Optimizer
 from hvdllm.settings import Setup
-from hvdllm.task import causal_lm, images, masked_lm
+from hvdllm.task import causal_lm, images, masked_lm, ratings
 from hvdllm.task.base import Kind
 from hvdllm.text import corpus
 from hvdllm.track import tensorboard, wandb
@@ -48,7 +48,7 @@ WIRES: list[Callable[[Any, Any, Any, int], Wire]] = [
 ]  # fmt: skip
 OPTIMIZERS: list[Optimizer] = [adamw, nadam, sgd]
 SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [schedule.constant, schedule.cosine, schedule.wsd]
-TASKS: list[Kind] = [causal_lm, masked_lm, images]
+TASKS: list[Kind] = [causal_lm, masked_lm, images, ratings]
 SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files, corpus.chats]
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld

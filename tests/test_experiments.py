@@ -40,7 +40,7 @@ def tiny(tmp: Path, *more: str) -> list[str]:
 
 
 def test_the_files_are_these_and_say_how_they_are_started() -> None:
-    assert FILES.keys() == {*ALONE, "chat_lora", *SWEEPS}
+    assert FILES.keys() == {*ALONE, "chat_lora", "clicks", *SWEEPS}
     for name, text in FILES.items():
         assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
         assert (f"hvdllm train -m experiment={name}" in text) == (name in SWEEPS), name

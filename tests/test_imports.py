@@ -21,6 +21,7 @@ GROUND = (
         "canvas",
         "screen",
         "interpreter",
+        "tables",
         "flat",
         "untrusted",
         "sums",

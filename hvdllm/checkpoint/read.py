@@ -27,6 +27,7 @@ from hvdllm.world.base import World, from_first
 __all__ = ["broken", "newest", "steps"]  # from whole.py; what is defined below is public too
 
 WEIGHTS = ("model", "")  # the kinds of tensors that are weights
+TABLES = "tensor/table."  # what the names of the weights of tables begin with
 FLOATS = {"F32", "F64"}  # types of the vectors over the map
 OF_A_RUN = {"horizon": int, "data_hash": str, "seconds": float | int, "kinds": list, "stream": dict, "due": dict}
 MOST_STATE = 2**28  # bytes of a state.json, which has some hundred for each rank and a few for each lane
@@ -257,7 +258,7 @@ def _together(read: Callable[[], T], world: World) -> T:
 def count_weights(path: Path) -> int:
     """How many numbers the weights of a checkpoint or of a final/ have. Only the heads of the files are read."""
     heads = ((key, math.prod(head.get_shape())) for _, key, head in _heads(path, "*"))
-    return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS)
+    return sum(count for key, count in heads if key.rpartition("/")[0] in WEIGHTS or key.startswith(TABLES))
 
 
 def _parts(path: Path, files: str, kind: str, flat: Places) -> Iterator[TensorPart]:

@@ -62,13 +62,17 @@ def run(argv: list[str]) -> int:
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
     kind: Kind = registry.built(registry.of("task", found.config.task))
     data = kind.prepare(
-        replace(found.config, text=config.text, data_dir=config.data_dir), say=say, whole=True, wanted=None
+        replace(found.config, task=config.task, text=config.text, data_dir=config.data_dir),
+        say=say,
+        whole=True,
+        wanted=None,
     )
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, data.data_hash):
         raise UserError(
-            f"the text here is not the one {given.run} was trained on (text=stdlib differs between Python versions): "
-            "evaluate it where it was trained, or give --data-dir the shards of that machine"
+            f"the data here are not those {given.run} was trained on (text=stdlib differs between Python versions): "
+            "evaluate it where it was trained, name its files (text.path=… or task.path=…), or give --data-dir the "
+            "shards of that machine"
         )
     result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
     if given.json:

@@ -6,18 +6,21 @@ import sys
 import time
 from collections.abc import Sequence
 
+from hvdllm import registry
 from hvdllm.cli.flags import settings_only
 from hvdllm.config.compose import compose
 from hvdllm.settings import Config
+from hvdllm.task.base import Kind
 from hvdllm.text.overlap import RUN
 from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
 
 USAGE = """hvdllm prepare [setting=value ...] [--help]
 
-Makes the token shards that train would make by itself. It reads the settings text.* and data_dir:
+Makes the token shards that train would make by itself. It reads the settings text.*, task.* and data_dir:
 
   hvdllm prepare
   hvdllm prepare text=files text.path=notes/ text.tokenizer=bytes
+  hvdllm prepare task=ratings task.path=ratings.csv task.threshold=4
 """
 
 
@@ -32,8 +35,19 @@ def run(words: Sequence[str]) -> int:
         return 0
     config = compose(settings)
     started = time.perf_counter()
-    corpus = prepare(config.text, data_folder(config.data_dir), say=lambda text: print(text, file=sys.stderr))
-    print(table(corpus, config, time.perf_counter() - started))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    task = registry.of("task", config.task)
+    if task.facts.text:
+        print(table(prepare(config.text, data_folder(config.data_dir), say=say), config, time.perf_counter() - started))
+        return 0
+    kind: Kind = registry.built(task)
+    data = kind.prepare(config, say=say, whole=True, wanted=None)
+    notes = [("note", note) for note in data.notes]
+    seconds = f"{time.perf_counter() - started:.1f}"
+    print(lines([("data", data.about), ("data hash", data.data_hash), ("seconds", seconds), *notes]))
     return 0
 
 
@@ -52,6 +66,11 @@ def table(corpus: Corpus, config: Config, seconds: float) -> str:
         ("seconds", f"{seconds:.1f}"),
         *(("note", note) for note in corpus.notes),
     ]
+    return lines(rows)
+
+
+def lines(rows: Sequence[tuple[str, str]]) -> str:
+    """A line for each name and value."""
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
 
 

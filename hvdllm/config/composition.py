@@ -47,7 +47,7 @@ def refusal(setup: Setup) -> str | None:
     config = setup.config
     exchange, wire = registry.of("exchange", config.exchange), registry.of("wire", config.wire)
     why = unfit(exchange, wire) or _library(setup, exchange, wire) or _letters(setup, exchange) or _hierarchy(config)
-    why = why or _fresh(config, exchange)
+    why = why or _fresh(config, exchange) or _rows(config, exchange)
     for group in registry.GROUPS if why is None else ():
         if (why := getattr(config, group).refusal(setup)) is not None:
             return str(why)
@@ -113,6 +113,16 @@ def _fresh(config: Config, exchange: Part) -> str | None:
             "moments that have learnt nothing which could be kept; leave it at null"
         )
     return None
+
+
+def _rows(config: Config, exchange: Part) -> str | None:
+    if not getattr(config.task, "sparse", False) or exchange.facts.sparse:
+        return None
+    able = " or ".join(name for name, part in registry.parts("exchange").items() if part.facts.sparse)
+    return (
+        f"task.sparse=true with exchange={exchange.name}: it sends whole gradients and no rows of tables; take "
+        f"exchange={able}, or task.sparse=false"
+    )
 
 
 def matrix() -> str:

@@ -26,6 +26,7 @@ from torch import nn
 from hvdllm.device import Later, Mark
 from hvdllm.flat import Flat, Span
 from hvdllm.plain import Json
+from hvdllm.tables import RowSums
 from hvdllm.world.base import Asks, Flight, World
 
 Values = Json  # plain values by name, as JSON has them
@@ -242,9 +243,11 @@ class Update(Protocol):
         """The learning rate of an update after which so many tokens are committed."""
 
     def step(
-        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Divisor, total: Total, share: float = 1.0
-    ) -> tuple[float, Later]:
-        """One step in place. Returns the learning rate and the norm of the mean gradient, which is read later."""
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Divisor, total: Total, share: float = 1.0,
+        rows: Sequence[RowSums] = (),
+    ) -> tuple[float, Later]:  # fmt: skip
+        """One step in place, on rows of tables too, which only exchanges with whole replicas have. Returns the learning
+        rate and the norm of the mean gradient, which is read later."""
 
     def fresh(self) -> None:
         """Forgets its moments; a mask for a bad gradient stays."""

@@ -37,7 +37,7 @@ More in hvdllm/exchange/README.md, `fedavg`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from hvdllm.exchange.local_rounds import Together
 from hvdllm.exchange.meta import MetaSum
 from hvdllm.exchange.outer import FedAdam, Mean, Nesterov, Outer
 from hvdllm.flat import Flat, Span
+from hvdllm.tables import RowSums
 from hvdllm.world.base import World
 
 
@@ -71,11 +72,12 @@ class Proximal:
         self.update.attach(flat, pieces)
 
     def step(
-        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Divisor, total: Total, share: float = 1.0
-    ) -> Any:
+        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Divisor, total: Total, share: float = 1.0,
+        rows: Sequence[RowSums] = (),
+    ) -> Any:  # fmt: skip
         for x, g, span in zip(pieces, grad, self.spans, strict=True):
             g.add_(x - self.anchor[span.start : span.stop], alpha=self.mu * meta.tokens)
-        return self.update.step(pieces, grad, meta, total, share)
+        return self.update.step(pieces, grad, meta, total, share, rows)
 
 
 class ClientRounds:

@@ -49,7 +49,7 @@ class Exchange(Settings):
         return False
 
 
-@part("exchange", "allreduce", "hvdllm.exchange.allreduce:AllReduce", ExchangeFacts())
+@part("exchange", "allreduce", "hvdllm.exchange.allreduce:AllReduce", ExchangeFacts(sparse=True))
 @dataclass
 class AllReduce(Exchange):
     """Synchronous: every update waits for the sum of all ranks' gradients. Replicas stay identical."""
@@ -64,6 +64,8 @@ class AllReduce(Exchange):
     def refusal(self, setup: Setup) -> str | None:
         if self.reduction != "adasum":
             return None
+        if getattr(setup.config.task, "sparse", False):
+            return "exchange.reduction=adasum works on whole tensors, not on rows: give task.sparse=false"
         if not of("wire", setup.config.wire).facts.exact or setup.config.wire.hierarchical:
             return "exchange.reduction=adasum needs wire=fp32, not hierarchical: it works on whole tensors"
         if setup.ranks & (setup.ranks - 1):

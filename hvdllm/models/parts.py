@@ -182,6 +182,21 @@ class ResNet(Module):
     )
 
 
+@part("model", "towers", "hvdllm.models.towers:Towers")
+@dataclass
+class Towers(Module):
+    """A two-tower recommender: tables of users and items, a small MLP on each side, and their dot product."""
+
+    width: int = setting(16, "features of a row of the tables, and of what the towers make", least=1, most=65_536)
+    layers: int = setting(1, "residual blocks of two linear layers in each tower; 0: plain factors", least=0, most=1000)
+    mlp_width: int | None = setting(None, "hidden features of a block; null: 4 x width", least=1, most=10_000_000)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden features of a block."""
+        return self.mlp_width or 4 * self.width
+
+
 @part("model", "own", None)
 @dataclass
 class Own(Module):

@@ -7,7 +7,7 @@ and raises. All ranks do the same, because the norm is that of the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +20,7 @@ from hvdllm.flat import Flat, Span
 from hvdllm.optim.base import Optimizer, Slices
 from hvdllm.optim.parts import OptimizerSettings
 from hvdllm.plain import Json
+from hvdllm.tables import RowSums
 
 Total = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,7 +87,13 @@ class Update:
         return self.settings.lr * self.factor(committed)
 
     def step(
-        self, pieces: list[torch.Tensor], grad: list[torch.Tensor], meta: Meta, total: Total, share: float = 1.0
+        self,
+        pieces: list[torch.Tensor],
+        grad: list[torch.Tensor],
+        meta: Meta,
+        total: Total,
+        share: float = 1.0,
+        rows: Sequence[RowSums] = (),
     ) -> tuple[float, Later]:
         """Makes one step of the optimizer in place.
 
@@ -96,12 +103,13 @@ class Update:
             meta: of the round.
             total: sums a small vector over the owners of all pieces.
             share: of the learning rate that this step takes, if it is less than a whole step.
+            rows: summed gradients of rows of tables, which every rank has in whole. They enter the norm.
 
         Returns the learning rate, and the norm of the mean gradient before clipping, which can be read later.
         """
         if self._freezes(meta) and self.frozen_at is None:
             self.frozen_at = self.steps
-        norm = self._apply(pieces, grad, meta, total, self._own, share)
+        norm = self._apply(pieces, grad, meta, total, self._own, share, rows)
         self.steps += 1
         return self.rate(meta.committed), norm
 
@@ -131,8 +139,10 @@ class Update:
         total: Total,
         slots: Slots,
         share: float = 1.0,
+        rows: Sequence[RowSums] = (),
     ) -> Later:
-        squares = torch.stack([torch.linalg.vector_norm(g) for g in grad]).square().sum()
+        gradients = [*grad, *(each.values for each in rows)]
+        squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
         norm = total(squares).sqrt() / meta.tokens
         read_later = Later(norm)  # before the optimizer's kernels, so that reading does not wait for them
         slots.bad.logical_or_(~torch.isfinite(norm))
@@ -161,6 +171,8 @@ class Update:
                     seen,
                 )
                 self.optimizer.step(self.settings, on)
+        for each in rows:
+            each.table.step(each, divisor, share * self.factor(meta.committed), slots.bad)
         return read_later
 
     def _freezes(self, meta: Meta) -> bool:

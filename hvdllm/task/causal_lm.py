@@ -52,7 +52,7 @@ class CausalLM:
     scale: float = 1.0
     around: Around | None = None
 
-    unit, measures = "tokens", 3
+    unit, measures, tables = "tokens", 3, 0
 
     @property
     def files(self) -> dict[str, str]:

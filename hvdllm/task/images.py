@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hvdllm import runs, untrusted
+from hvdllm import untrusted
 from hvdllm.errors import UserError
 from hvdllm.models.resnet import ResNet, init_weights, operations
 from hvdllm.order.epochs import drawn
 from hvdllm.settings import Config
+from hvdllm.task import kept
 from hvdllm.task.base import DTYPES, Prepared
 
 ENDINGS = (".png", ".jpg", ".jpeg")
@@ -36,7 +37,6 @@ MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 HEAD = 4096  # bytes of each file that enter the hash
 MOST = 2**28  # the most bytes of a file
 MOST_CLASSES, MOST_NAME = 100_000, 255
-KEPT = "task.json"
 
 
 class Images:
@@ -103,7 +103,7 @@ class Classification:
     config: Config
     classes: tuple[str, ...]
 
-    unit, measures = "images", 3
+    unit, measures, tables = "images", 3, 0
 
     @property
     def kept(self) -> str:
@@ -112,10 +112,10 @@ class Classification:
 
     @property
     def files(self) -> dict[str, str]:
-        return {KEPT: hashlib.sha256(self.kept.encode()).hexdigest()}
+        return kept.digest(self.kept)
 
     def keep(self, folder: Path) -> None:
-        runs.write_whole(folder / KEPT, self.kept)
+        kept.write(folder, self.kept)
 
     def build(self) -> nn.Module:
         model = ResNet(self.config.model, self.config.task.channels, len(self.classes))
@@ -297,20 +297,12 @@ class Decoded:
 
 
 def restore(config: Config, folder: Path) -> Classification:
-    path = folder / KEPT
-    try:
-        text = untrusted.read(path, 64 * 2**20, folder)
-    except (OSError, untrusted.Unfit) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy the run's folder again") from None
-    wanted = runs.file_sum(folder, KEPT)
-    try:
-        classes = untrusted.parsed(text)["classes"]
+    def made(values: Any) -> Classification | None:
+        classes = values["classes"]
         known = isinstance(classes, list) and all(isinstance(c, str) and len(c) <= MOST_NAME for c in classes)
-    except (untrusted.Unfit, KeyError, TypeError):
-        known = False
-    if not known or not 2 <= len(classes) <= MOST_CLASSES or hashlib.sha256(text).hexdigest() != wanted:
-        raise UserError(f"{path} is not what was written: copy the run's folder again")
-    return Classification(config, tuple(classes))
+        return Classification(config, tuple(classes)) if known and 2 <= len(classes) <= MOST_CLASSES else None
+
+    return kept.read(folder, made)
 
 
 def rough(config: Config) -> Classification:

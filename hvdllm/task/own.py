@@ -95,6 +95,8 @@ class OwnTask:
     def frozen(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
 
+    tables = 0
+
     @property
     def activations(self) -> int:
         return 0

@@ -88,6 +88,67 @@ class Images(Task):
         return None
 
 
+@part("task", "ratings", "hvdllm.task.ratings", TaskFacts("clicks", "clicks", model="towers"))
+@dataclass
+class Ratings(Task):
+    """Whether a user clicks on an item: a recommender. Clicks of known probabilities that are drawn, or tables of .csv
+    or .parquet. Units are rows of the data (clicks)."""
+
+    path: str | None = setting(
+        None, "a .csv or .parquet file, or a folder of them; null: clicks drawn at known probabilities", ours=True
+    )
+    user_column: str = setting("user", "column of the users' ids")
+    item_column: str = setting("item", "column of the items' ids")
+    label_column: str = setting("label", "column of the clicks (0 to 1) or ratings (with task.threshold)")
+    threshold: float | None = setting(
+        None,
+        "ratings of at least so much are clicks, lower ones are none; null: labels lie between 0 and 1",
+        least=-1e9,
+        most=1e9,
+    )
+    validation_share: float = setting(
+        0.1, "share of the pairs of user and item held out, by a hash; equal pairs are on one side", least=0, most=0.9
+    )
+    users: int | None = setting(
+        None,
+        "rows of the table of users; ids of files are then whole numbers below it; null: as many as the files name, "
+        "under any ids, or 400 that are drawn",
+        least=1,
+        most=2**31 - 65,
+    )
+    items: int | None = setting(None, "the same of items; null: as named, or 200", least=1, most=2**31 - 65)
+    clicks: int | None = setting(None, "how many are drawn; null: 100,000", least=1, most=100_000_000)
+    sparse: bool = setting(
+        False,
+        "rows of the tables travel in place of tables, and only they are updated, by an optimizer of the tables' own; "
+        "false: tables are ordinary parameters, which every exchange trains",
+    )
+    table_optim: str = setting(
+        "adagrad",
+        "where task.sparse: adagrad (row-wise, one number a row; Naumov et al., 2019) or sgd (plain descent)",
+        choices=("adagrad", "sgd"),
+    )
+    table_lr: float | None = setting(
+        None, "where task.sparse: peak learning rate of the tables, under the schedule; null: 0.1", least=0
+    )
+    drawn_by: int = setting(0, "seed of the clicks that are drawn, whatever the run's seed is", least=0, most=2**32 - 1)
+
+    def refusal(self, setup: Setup) -> str | None:
+        blank = type(self)()
+        of_files = ("user_column", "item_column", "label_column", "threshold")
+        for name in of_files if self.path is None else ("clicks", "drawn_by"):
+            if getattr(self, name) != getattr(blank, name):
+                where = (
+                    "without task.path: clicks are drawn" if self.path is None else "with task.path: nothing is drawn"
+                )
+                return f"task.{name} {where}, so nothing reads it; leave it out"
+        if not self.sparse and (self.table_lr is not None or self.table_optim != blank.table_optim):
+            return "task.table_lr and task.table_optim are read where task.sparse=true: give that, or leave them out"
+        if len({self.user_column, self.item_column, self.label_column}) < 3:
+            return "task.user_column, task.item_column and task.label_column must be three columns: give each its own"
+        return None
+
+
 @part("task", "own", None, TaskFacts("units", "items", model="own", nats=False))
 @dataclass
 class Own(Task):

@@ -129,31 +129,50 @@ def prepare(
         before = data_dir / _key({**recipe, "format": older})
         if before.is_dir() and find(data_dir, wanted, before.name) is not None:
             return _open(before, text, say, whole)
-    key = _key(recipe)
-    folder = data_dir / key
-    if not folder.is_dir():
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(data_dir / f"{key}.lock", say):
-                if not folder.is_dir():
-                    _sweep(data_dir)
-                    say(f"preparing the text, once, into {folder}")
-                    part = data_dir / f"{key}.part"
-                    try:
-                        mode = _mode(text)
-                        _build(text, part, mode)
-                        if _recipe(text) != recipe:
-                            raise UserError("the text changed while it was read: start again when it is complete")
-                        part.rename(folder)
-                        _sync(data_dir)
-                    finally:
-                        shutil.rmtree(part, ignore_errors=True)  # a full disk stays full otherwise
-        except OSError as error:
-            raise UserError(
-                f"prepared text cannot be written to {data_dir} ({error.strerror or error}): "
-                "make room there, or choose another folder with data_dir=…"
-            ) from None
+
+    def build(part: Path) -> None:
+        _build(text, part, _mode(text))
+        if _recipe(text) != recipe:
+            raise UserError("the text changed while it was read: start again when it is complete")
+
+    folder = once(data_dir, _key(recipe), build, "text", say)
     return _open(folder, text, say, whole)
+
+
+def once(data_dir: Path, key: str, build: Callable[[Path], None], what: str, say: Callable[[str], None]) -> Path:
+    """The folder data_dir/key, which is made if it is missing. Of several processes one makes it, and the others wait.
+
+    Args:
+        data_dir: the folder of all prepared data.
+        key: the name of the folder.
+        build: makes the folder under another name, which it is given, and syncs it.
+        what: is prepared, in a word.
+        say: gets a sentence before anything that takes time.
+
+    Raises UserError if the folder cannot be written.
+    """
+    folder = data_dir / key
+    if folder.is_dir():
+        return folder
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(data_dir / f"{key}.lock", what, say):
+            if not folder.is_dir():
+                _sweep(data_dir)
+                say(f"preparing the {what}, once, into {folder}")
+                part = data_dir / f"{key}.part"
+                try:
+                    build(part)
+                    part.rename(folder)
+                    _sync(data_dir)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)  # a full disk stays full otherwise
+    except OSError as error:
+        raise UserError(
+            f"prepared {what} cannot be written to {data_dir} ({error.strerror or error}): "
+            "make room there, or choose another folder with data_dir=…"
+        ) from None
+    return folder
 
 
 def _key(recipe: Json) -> str:
@@ -241,7 +260,7 @@ def _template(text: Text) -> Template:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds an exclusive lock on a file, which is left in place.
 
     The kernel releases the lock when the process ends, whatever ends it.
@@ -250,7 +269,7 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another run prepares this text: waiting for it")
+            say(f"another run prepares this {what}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

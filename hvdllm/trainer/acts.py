@@ -104,7 +104,8 @@ class Acts:
         if self.finished and config.save_every:
             with run.parts.exchange.consensus(), run.parts.update.weights():
                 if run.folder is not None:
-                    write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x, buffers.tensors(run.model))
+                    beside = buffers.tensors(run.model, optimizer=False)
+                    write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x, beside)
 
     # ------------------------------------------------------------------ acts
     def evaluate(self, seconds: float) -> None:

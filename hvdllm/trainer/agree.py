@@ -20,7 +20,7 @@ from hvdllm.models import size
 from hvdllm.plain import Json
 from hvdllm.runs import new_name
 from hvdllm.settings import Config
-from hvdllm.task.base import Kind, Prepared, Task
+from hvdllm.task.base import DTYPES, Kind, Prepared, Task
 from hvdllm.task.stream import Stream
 from hvdllm.trainer.assemble import make_stream
 from hvdllm.trainer.audit import fingerprint
@@ -105,8 +105,11 @@ def agreed_room(config: Config, task: Task | None, device: torch.device, world: 
         return
     # Ranks of one host share its memory, and so do logical ranks, which are all in this process.
     together = world.local_size if device.type == "cpu" or config.device.share else 1
-    parameters = task.parameters
-    needs = size.least_memory(config, parameters, task.activations, world.size, task.frozen) * together
+    parameters, number = task.parameters, DTYPES[config.precision].itemsize
+    dense = parameters - task.tables  # the rest has no gradients of its size, nor an optimizer with as many numbers
+    needs = (
+        size.least_memory(config, dense, task.activations, world.size, task.frozen) + task.tables * number
+    ) * together
     there = devices.usable_memory(device)
     problem = None
     if there is not None and needs > there:

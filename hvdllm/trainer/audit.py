@@ -1,4 +1,4 @@
-"""Compares the weights of the ranks: are they equal, or how far are they apart if they need not be equal?
+"""Compares the weights of the ranks, tables included: are they equal, or how far are they apart if they may differ?
 
 Invariant: equal replicas have equal fingerprints, however their flat maps are padded and cut. Fingerprints differ as
 soon as one bit differs, or if two elements of a tensor have changed places.
@@ -53,11 +53,12 @@ def audit(flat: Flat, world: World) -> Audit | None:
     (most, count), *others = Counter(column).most_common()
     tie = others[0][1] == count
     rank = 0 if tie else next(r for r, value in enumerate(column) if value != most)
-    return Audit(list(flat.parameters)[differ[0]], rank, tie, len(differ))
+    return Audit([*flat.parameters, *flat.tables][differ[0]], rank, tie, len(differ))
 
 
 def fingerprint(flat: Flat) -> torch.Tensor:
-    """A hash of each parameter, in registration order: int64 [parameters], on the device, without a host read.
+    """A hash of each parameter, in registration order, and then of each table: int64 [parameters and tables], on the
+    device, without a host read.
 
     The bits of a tensor are taken as 64-bit words. Within a chunk each word is multiplied by an odd weight, and the
     products are summed modulo 2^64; the sums of a tensor's chunks are joined in the same way. Since weights are odd,
@@ -66,13 +67,15 @@ def fingerprint(flat: Flat) -> torch.Tensor:
     device = flat.x.device
     table = _table(device)
     sums, owners, weights = [], [], []
-    for number, place in enumerate(flat.at[name] for name in flat.parameters):
-        for index, words in enumerate(_words(flat.x[place].detach()).split(CHUNK)):
+    tensors = [flat.x[flat.at[name]] for name in flat.parameters]
+    tensors += [table.weight.reshape(-1) for table in flat.tables.values()]
+    for number, tensor in enumerate(tensors):
+        for index, words in enumerate(_words(tensor.detach()).split(CHUNK)):
             sums.append((words * table[: len(words)]).sum())
             owners.append(number)
             weights.append(2 * index + 1)
     weighted = torch.stack(sums) * torch.tensor(weights, device=device)
-    totals = torch.zeros(len(flat.parameters), dtype=torch.int64, device=device)
+    totals = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     return totals.index_add_(0, torch.tensor(owners, device=device), weighted)
 
 

@@ -99,10 +99,8 @@ def explain(error: NotFinite, stream: Stream, model: nn.Module, flat: Flat, worl
         for name, p in flat.parameters.items():  # a library may have moved the gradient elsewhere
             p.grad = flat.view(name, flat.g)
         loss = backward(model, batch).item()
-        if batch.tokens and not bool(torch.isfinite(flat.g).all()):
-            # The gradient of the last registered tensor is complete first. (The order of flat.at is another one.)
-            name = next(n for n in reversed(flat.parameters) if not bool(torch.isfinite(flat.view(n, flat.g)).all()))
-            found = {"tensor": name, "loss": loss, "batch": batch.index + 1, "of": len(batches)}
+        if batch.tokens and (odd := _not_finite(flat)) is not None:
+            found = {"tensor": odd, "loss": loss, "batch": batch.index + 1, "of": len(batches)}
             break
     says = [json.loads(text) for text in world.texts(json.dumps(found), "act.explain")]
     rank = next((rank for rank, said in enumerate(says) if said), None)
@@ -130,3 +128,13 @@ def explain(error: NotFinite, stream: Stream, model: nn.Module, flat: Flat, worl
             "the text of this batch"
         )
     return RunError(sentence, everywhere=True)
+
+
+def _not_finite(flat: Flat) -> str | None:
+    """The parameter or table whose gradient is not finite; None if all are.
+
+    The gradient of the last registered tensor is complete first. (The order of flat.at is another one.)
+    """
+    gradients = {name: [flat.view(name, flat.g)] for name in flat.parameters}
+    gradients |= {name: [values for _, values in table.gradients()] for name, table in flat.tables.items()}
+    return next((n for n in reversed(gradients) if not all(bool(x.isfinite().all()) for x in gradients[n])), None)

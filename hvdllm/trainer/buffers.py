@@ -1,8 +1,11 @@
-"""Buffers of a model: numbers that it keeps and no optimizer changes, such as the running means of BatchNorm.
+"""What a model has beside the parameters of the flat map: buffers, and tables (hvdllm/tables.py).
+
+Buffers are numbers that no optimizer changes, such as the running means of BatchNorm.
 
 Each rank keeps its own while it trains. At every mark at which the weights are evaluated, sampled or saved they become
 the mean over the ranks that train, so all ranks evaluate and save the same. Running means are linear in what they are
-made of. Their mean over ranks is therefore the same up to rounding, whenever it is taken.
+made of. Their mean over ranks is therefore the same up to rounding, whenever it is taken. Tables are equal on all
+ranks.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import torch
 from torch import nn
 
 from hvdllm.errors import UserError
+from hvdllm.tables import Table
 from hvdllm.world.base import World
 
-PREFIX = "buffer."  # of their names among the tensors of a checkpoint
+# Prefixes of names among the tensors of a checkpoint: of buffers, of tables, and of what their optimizers keep.
+PREFIX, TABLE, SQUARES = "buffer.", "table.", "squares."
 
 
 def named(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,30 +51,46 @@ def average(model: nn.Module, world: World, trains: bool) -> None:
         at += buffer.numel()
 
 
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers as a checkpoint holds them, by name."""
-    return {f"{PREFIX}{name}": buffer for name, buffer in named(model).items()}
+def tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, torch.Tensor]:
+    """The buffers and tables as a checkpoint holds them, by name. optimizer: also what the tables' optimizers keep."""
+    found = {f"{PREFIX}{name}": buffer for name, buffer in named(model).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, Table):
+            found[f"{TABLE}{name}"] = module.weight
+            if optimizer and module.squares is not None:
+                found[f"{SQUARES}{name}"] = module.squares
+    return found
 
 
 @torch.no_grad()
-def load(model: nn.Module, found: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """Takes the buffers from the tensors of a checkpoint, and returns the other tensors.
+def load(
+    model: nn.Module, found: dict[str, torch.Tensor], where: str, optimizer: bool = True
+) -> dict[str, torch.Tensor]:
+    """Takes buffers and tables from the tensors of a checkpoint, and returns the other tensors.
 
     Args:
-        model: whose buffers are filled.
+        model: whose buffers and tables are filled.
         found: the tensors by name.
         where: the checkpoint, for the sentence of the error.
+        optimizer: whether what the tables' optimizers keep is taken too.
 
-    Raises UserError if a buffer is missing, unknown or of another shape, or if it is not finite.
+    Raises UserError if one is missing, unknown or of another shape, or if it is not finite.
     """
-    buffers = named(model)
-    theirs = {name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)}
-    if odd := sorted(buffers.keys() ^ theirs.keys()):
-        raise UserError(f"checkpoint {where} does not fit this model: the buffer `{odd[0]}` is in one of them alone")
-    for name, buffer in buffers.items():
-        if theirs[name].shape != buffer.shape or theirs[name].is_floating_point() != buffer.is_floating_point():
-            raise UserError(f"checkpoint {where} does not fit this model: the buffer `{name}` has another form there")
+    ours = tensors(model, optimizer=optimizer)
+    prefixes = (PREFIX, TABLE, *[SQUARES] * optimizer)
+    theirs = {name: x for name, x in found.items() if name.startswith(prefixes)}
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        raise UserError(f"checkpoint {where} does not fit this model: the {_spoken(odd[0])} is in one of them alone")
+    for name, tensor in ours.items():
+        if theirs[name].shape != tensor.shape or theirs[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"checkpoint {where} does not fit this model: the {_spoken(name)} has another form there")
         if not bool(theirs[name].isfinite().all()):
-            raise UserError(f"checkpoint {where} cannot be used: the buffer `{name}` has numbers that are not finite")
-        buffer.copy_(theirs[name])
-    return {name: x for name, x in found.items() if not name.startswith(PREFIX)}
+            raise UserError(f"checkpoint {where} cannot be used: the {_spoken(name)} has numbers that are not finite")
+        tensor.copy_(theirs[name])
+    return {name: x for name, x in found.items() if not name.startswith((PREFIX, TABLE, SQUARES))}
+
+
+def _spoken(name: str) -> str:
+    """For example, buffer `1.running_mean`."""
+    kind, _, rest = name.partition(".")
+    return f"{kind} `{rest}`"

@@ -111,7 +111,7 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
     flat = Flat(model, 1, math.inf)
     read.read_vector(source or final, "model" if source else "", flat, flat.x)
     frozen.load(folder, model)
-    buffers.load(model, read.read_tensors(source or final), str(source or final))
+    buffers.load(model, read.read_tensors(source or final), str(source or final), optimizer=False)
     return Restored(config, task, model.to(device, DTYPES[config.precision]), device, source or final)
 
 

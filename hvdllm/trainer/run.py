@@ -103,7 +103,7 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     horizon = int(resumed["horizon"]) if resumed else config.schedule.horizon or config.budget_tokens
     if data.data_hash != (resumed["data_hash"] if resumed else start.data_hash or data.data_hash):
         raise UserError(
-            f"the text is not the one that {start.folder} was trained on: give it back, or choose another name"
+            f"the data are not those that {start.folder} was trained on: give them back, or choose another name"
         )
     loss = Loss(
         data.task, model, precision=config.precision, device=device, seed=config.seed, rank=world.rank,

@@ -23,7 +23,7 @@ from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
 from hvdllm.models.hugging import TOKENIZER, is_folder, root_of
 from hvdllm.settings import Config
-from hvdllm.trainer import frozen
+from hvdllm.trainer import buffers, frozen
 from hvdllm.world.base import World, from_first
 
 
@@ -71,6 +71,7 @@ def begin(
 
     Args:
         config: the settings; `init_from` names the trunk.
+        model: whose buffers and tables are filled.
         files: what the task keeps in the folder of a run, and the sums.
         exchange: attached, and not trained yet.
         flat: the map.
@@ -97,6 +98,7 @@ def begin(
             )
         else:
             weights = read.share_vector(path, kind, flat, world)
+            buffers.load(model, read.share_tensors(path, world), trunk.path, config.init_optimizer)
         exchange.start(weights, {kind: read.share_vector(path, kind, flat, world) for kind in kinds}, trunk.steps)
     return trunk
 

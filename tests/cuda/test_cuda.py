@@ -40,6 +40,7 @@ WORLD = {"virtual": "world=virtual world.size=2"}
 LATE = "exchange=diloco exchange.local_steps=2 exchange.overlap=true exchange.outer_lr=0.2"
 ACTS = "save_every=96 eval_every=96 sample_every=96 audit_every=96"
 INNER = "exchange=local_sgd exchange.local_steps=2 exchange.inner=allreduce exchange.group=2 budget_tokens=512"
+ROWS = "task=ratings task.users=70 task.clicks=900 task.sparse=true model.width=4"  # of tables, which ranks gather
 FURTHER = [
     ("hvd", f"{LATE} exchange.host_memory=true"), ("torch", f"exchange=acco wire=int8 {ACTS}"),
     ("hvd", "exchange=sharded wire.hierarchical=true"), ("torch", "exchange=sharded wire.hierarchical=true"),
@@ -49,6 +50,7 @@ FURTHER = [
     ("virtual", "world=virtual world.size=2 world.tokens_per_s=2000 exchange=acco wire=int8"),
     ("single", f"exchange=diloco exchange.local_steps=2 exchange.host_memory=true {ACTS}"),
     ("single", "exchange=parameter_server exchange.staleness=0"), ("single", "optim=nadam trace_steps=2:4"),
+    ("hvd", f"{ROWS} {ACTS} resume=must"), ("torch", ROWS), ("single", ROWS),
     ("single", "model.checkpointing=true precision=bf16 model.tied=false model.mlp=swiglu model.dropout=0.1"),
 ]  # fmt: skip
 THOROUGH = [

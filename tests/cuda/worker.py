@@ -60,7 +60,9 @@ def train(world: str, size: int, words: list[str]) -> None:
         train(world, size, [word for word in words if word != "resume=must"])
         words = [*words, "budget_tokens=256"]
     words = [f"micro_batch={1 if size > 1 else 4}", *words]
-    config = compose.compose([*BASE, *words])
+    other = any(word.startswith("task=") for word in words)  # whose model is no GPT
+    base = [word for word in BASE if not (other and word.startswith("model."))]
+    config = compose.compose([*base, *words])
     if world == "virtual":
         from hvdllm.world import virtual
         from hvdllm.world.hub import Links

@@ -8,6 +8,7 @@ from torch import nn
 
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
+from hvdllm.tables import Table
 from hvdllm.trainer.agree import agree_on_weights
 from hvdllm.trainer.audit import Audit, _table, audit, fingerprint, spread
 from hvdllm.world import virtual
@@ -150,6 +151,29 @@ def test_a_run_does_not_begin_with_weights_that_changed_places() -> None:
         return ""
 
     assert all("the ranks drew different weights" in said for said in virtual.run(2, live))
+
+
+def test_a_table_is_audited_and_agreed_on_too() -> None:
+    """Seen to fail when only the flat map was looked at."""
+
+    def live(world: Any) -> tuple[Audit | None, str]:
+        model = nn.Sequential(Table(5, 3, 0.1, True), nn.Linear(3, 2))
+        for p in model.parameters():
+            p.data.fill_(0.5)
+        own, said = Flat(model, 2, 100), ""
+        agree_on_weights(own, world)
+        if world.rank == 1:
+            bits(own.tables["0"].weight.detach())[4, 2] ^= 1
+        found = audit(own, world)
+        try:
+            agree_on_weights(own, world)
+        except UserError as error:
+            said = str(error)
+        return found, said
+
+    for found, said in virtual.run(2, live):
+        assert found is not None and found.parameter == "0" and found.parameters == 1
+        assert "the ranks drew different weights" in said
 
 
 def test_spread_of_nothing() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hvdllm.cli.main import main
 from hvdllm.errors import UserError
+from hvdllm.tables import Table
 from hvdllm.trainer import buffers
 from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
@@ -68,6 +69,30 @@ def test_what_a_checkpoint_holds_is_checked() -> None:
     ):
         with pytest.raises(UserError, match=match):
             buffers.load(model(), wrong, "here")
+
+
+def test_a_table_is_kept_with_its_optimizer_and_never_averaged() -> None:
+    table = Table(3, 2, 0.1, True)
+    table.weight.copy_(torch.arange(6.0).view(3, 2))
+    table.squares.copy_(torch.arange(3.0))  # type: ignore[union-attr]
+    made = nn.ModuleDict({"users": table})
+    kept = {name: x.clone() for name, x in buffers.tensors(made).items()}
+    assert kept.keys() == {"table.users", "squares.users"}
+    assert buffers.tensors(made, optimizer=False).keys() == {"table.users"}
+    assert not buffers.named(made), "ranks have equal tables, there is nothing to average"
+    fresh = Table(3, 2, 0.1, True)
+    assert not buffers.load(nn.ModuleDict({"users": fresh}), kept, "here")
+    assert torch.equal(fresh.weight, table.weight) and torch.equal(fresh.squares, table.squares)  # type: ignore[arg-type]
+    plain = nn.ModuleDict({"users": Table(3, 2, 0.1, False)})
+    assert not buffers.load(plain, kept, "here", optimizer=False), "sums of squares are left where they are"
+    for model, wrong, match in (
+        (plain, kept, "the squares `users` is in one of them alone"),
+        (made, {"table.users": kept["table.users"]}, "the squares `users` is in one of them alone"),
+        (made, {**kept, "table.users": torch.ones(4, 2)}, "the table `users` has another form"),
+        (made, {**kept, "squares.users": torch.full((3,), torch.inf)}, "the squares `users` has numbers that are not"),
+    ):
+        with pytest.raises(UserError, match=match):
+            buffers.load(model, wrong, "here")
 
 
 def test_a_resumed_run_with_batch_norm_goes_on_exactly(tmp_path: Path) -> None:
