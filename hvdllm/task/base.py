@@ -63,47 +63,6 @@ class Task(Protocol):
     """What a run learns, as far as its model must know it. It can be kept in the run's folder."""
 
     @property
-    def units(self) -> float:
-        """How many units an item counts, in the mean over all of them."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Any, Any, np.ndarray]:
-        """Reads items. It is a pure function, and threads may call it.
-
-        Args:
-            rows: the numbers of the items, int64 [n].
-            epochs: the epoch in which each is visited, int64 [n], which seeds what is random about it (masks,
-              augmentation); None for an evaluation, which is the same each time.
-
-        Returns inputs and targets, and the units that each item counts, int64 [n]. The first two are tensors on the CPU
-        that have n items along dimension 0, or dicts, tuples or lists of such tensors. Targets that are negative
-        integers do not count.
-        """
-
-    def documents(self) -> np.ndarray:
-        """The number of the document that each item belongs to, int64 [items]. One client gets all of a document."""
-
-    def too_few(self, batch: int) -> str:
-        """The sentence for a data set that is smaller than a batch of so many items, or empty if `batch` is 0."""
-
-
-class Task(Protocol):
-    """What a run learns, as far as its model must know it. It can be kept in the run's folder."""
-
-    """What a run learns, as far as its model must know it. It can be kept in the run's folder.
-
-    Attributes:
-        unit: what is counted, in the plural: tokens, images or clicks.
-        measures: how many elements `measure` returns.
-        tables: how many of the parameters are in tables whose gradients are rows (tables.py).
-        files: the files that `keep` writes, and their sha256.
-    """
-
-    unit: str
-    measures: int
-
-    @property
     def unit(self) -> str:
         """What is counted, in the plural: tokens, images or clicks."""
 

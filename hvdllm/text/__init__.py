@@ -1,4 +1,5 @@
-"""From text to batches: corpus (what is read), tokenize, shards (token files), stream (batch = f(seed, position)).
+"""From text to windows and conversations: corpus (what is read), tokenize, shards (token files), windows, conversations.
 
-Blind to models, exchange, trainer and horovod. stream.py alone needs torch: a text is prepared without it.
+Blind to models, exchange, trainer and horovod. Only windows.py and conversations.py need torch: a text is prepared
+without it.
 """

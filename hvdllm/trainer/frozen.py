@@ -17,12 +17,14 @@ from hvdllm import runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.errors import RunError, UserError
 from hvdllm.flat import TensorPart
+from hvdllm.tables import Table
 from hvdllm.world.base import World
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not trained, by name."""
-    return {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    """The parameters that are not trained, by name. Those of tables are, though not by autograd (tables.py)."""
+    tables = {id(p) for module in model.modules() if isinstance(module, Table) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in tables}
 
 
 class Places:

@@ -38,7 +38,7 @@ def read(folder: Path, *words: str) -> tuple[Config, GPT]:
     model = GPT(config.model, size.rows(config.model, 257))
     flat = Flat(model, 1, math.inf)
     reading.check(folder, config.model)
-    reading.fill(folder, config.model, flat, flat.x)
+    reading.fill(folder, config.model, flat.view)
     return config, model
 
 

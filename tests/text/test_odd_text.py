@@ -155,16 +155,18 @@ def test_a_tokenizer_that_loses_text_is_said(tmp_path: Path, text: str, how: dic
 
 def test_bits_per_byte_are_of_the_texts_own_bytes(tmp_path: Path) -> None:
     """Over the whole validation text the bytes of its tokens are those of the text, whatever the tokenizer lost."""
-    from hvdllm.trainer.evaluate import text_bytes
+    from hvdllm.config.compose import compose
+    from hvdllm.task.causal_lm import CausalLM, opened
 
     (tmp_path / "a.txt").write_text(PLAIN)
     (tmp_path / "v.txt").write_text("red é green 漢字 blue\n" * 50)
     for name in (str(tokenizer(tmp_path)), "bytes", "bpe"):
         text = files(tmp_path / "a.txt", tokenizer=name, vocab=300, validation=str(tmp_path / "v.txt"))
         found = prepare(text, tmp_path / "data", say=lambda text: None)
-        assert text_bytes(found)[found.validation].sum() == pytest.approx(
-            (tmp_path / "v.txt").stat().st_size, rel=1e-12
-        )
+        task = opened(compose([]), found).task
+        assert isinstance(task, CausalLM)
+        spelled = task.words.token_bytes[found.validation].sum() * task.scale
+        assert spelled == pytest.approx((tmp_path / "v.txt").stat().st_size, rel=1e-12)
 
 
 # ------------------------------------------------------------------ shards that came along

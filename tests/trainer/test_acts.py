@@ -94,6 +94,8 @@ class Rig:
     def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
         return []
 
+    named_modules = named_buffers
+
     def tell(self, metrics: dict[str, float]) -> str:
         return f"{metrics['bits_per_byte']:.3f} bits per byte"
 

@@ -1,0 +1,1 @@
+"""What a run learns, and from which items. README.md says what each task is, and how to add one."""
