@@ -5,6 +5,7 @@ With text=chat items are conversations, and units are the tokens of the assistan
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from hvdllm.models.lora import adapt
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Prepared
-from hvdllm.text import overlap, shards
+from hvdllm.text import overlap, shards, tokens
 from hvdllm.text.chat import Around
 from hvdllm.text.conversations import Conversations
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.text.windows import Windows
+from hvdllm.text.windows import Joined, Windows
 
 LEAST_VOCAB = 257  # tokens of the byte tokenizer, the smallest one
 
@@ -168,6 +169,8 @@ def continue_text(
 
 
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
+    if config.text.ready:
+        return opened_tokens(config, say)
     corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say, whole=whole, wanted=wanted)
     return opened(config, corpus)
 
@@ -200,6 +203,25 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
         [*corpus.notes, *notes],
         {"validation_repeated": repeated, "tokenizer_hash": corpus.tokenizer.hash},
     )
+
+
+def opened_tokens(config: Config, say: Callable[[str], None]) -> Prepared:
+    """The task of a text that is tokens already. Whether held-out text is repeated in the other is not known."""
+    tokenizer, context = tokens.tokenizer_of(config.text), config.model.context
+    if isinstance(config.model, Model):
+        size.check_vocab(config.model, tokenizer.vocab)
+    train, held, digest = tokens.split(config.text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
+    sides = [
+        Joined([Windows(each, context, tokenizer.end, validation) for each in side], context, validation)
+        for side, validation in ((train, False), (held, True))
+    ]
+    count = sum(len(each) for each in train)
+    return Prepared(
+        CausalLM(config, tokenizer.vocab, tokenizer), sides[0], sides[1],
+        hashlib.sha256(f"{digest} {tokenizer.hash}".encode()).hexdigest(),
+        f"tokens, {count:,} in {len(train)} file{'s' * (len(train) > 1)} for training, vocabulary {tokenizer.vocab:,}",
+        [], {"validation_repeated": None, "tokenizer_hash": tokenizer.hash},
+    )  # fmt: skip
 
 
 def repeated_text(config: Config, share: float | None) -> list[str]:

@@ -24,12 +24,12 @@ from hvdllm.order.epochs import drawn
 from hvdllm.settings import Config
 from hvdllm.task import causal_lm
 from hvdllm.task.base import DTYPES, Prepared
-from hvdllm.text.windows import Windows
+from hvdllm.text.windows import Joined, Windows
 
 EVALUATION = 2**31  # in the place of an epoch: an evaluation masks the same tokens each time
 
 
-class Masked(Windows):
+class Masked:
     """Windows with masked tokens.
 
     Args:
@@ -39,13 +39,24 @@ class Masked(Windows):
         vocab: tokens of the tokenizer. The mask token has the next number.
     """
 
-    def __init__(self, windows: Windows, seed: int, count: int, vocab: int) -> None:
-        super().__init__(windows.tokens, windows.context, windows.end, windows.validation)
+    name = "windows"
+
+    def __init__(self, windows: Windows | Joined, seed: int, count: int, vocab: int) -> None:
+        self.windows, self.context = windows, windows.context
         self.seed, self.count, self.vocab, self.units = seed, count, vocab, float(count)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def documents(self) -> np.ndarray:
+        return self.windows.documents()
+
+    def too_few(self, batch: int) -> str:
+        return self.windows.too_few(batch)
 
     def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Masked inputs, and targets, which are -1 where nothing is to be guessed: int64 [rows, context]."""
-        inputs, _, _ = super().take(rows, epochs)
+        inputs, _, _ = self.windows.take(rows, epochs)
         targets = torch.full_like(inputs, -1)
         for i, row in enumerate(rows):
             draw = drawn(self.seed, int(row), EVALUATION if epochs is None else int(epochs[i]))
@@ -141,7 +152,7 @@ class MaskedLM(causal_lm.CausalLM):
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
     data = causal_lm.prepare(config, say=say, whole=whole, wanted=wanted)
     assert isinstance(data.task, causal_lm.CausalLM)
-    assert isinstance(data.train, Windows) and isinstance(data.validation, Windows)
+    assert isinstance(data.train, Windows | Joined) and isinstance(data.validation, Windows | Joined)
     task = MaskedLM(config, data.task.vocab, data.task.tokenizer)
     sides = (Masked(each, config.seed, task.count, task.vocab) for each in (data.train, data.validation))
     train, validation = sides

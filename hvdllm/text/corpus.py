@@ -151,7 +151,7 @@ def sources(text: Text) -> tuple[list[Path], list[Path]]:
     A file that both name is validation text only. Raises UserError if a file does not exist.
     """
     read = READ_CHAT if text.conversations else READ
-    validation = [] if text.validation is None else _resolve(text.validation, "text.validation", read)
+    validation = [] if text.validation is None else resolve(text.validation, "text.validation", read)
     training: list[Path] = registry.built(registry.of("text", text))(text)
     apart = set(validation)
     return [path for path in training if path not in apart], validation
@@ -161,14 +161,14 @@ def files(text: Files) -> list[Path]:
     """The files that text.path names."""
     if text.path is None:
         raise UserError("text=files reads the files that text.path names: give a file, a folder or a glob")
-    return _resolve(text.path, "text.path")
+    return resolve(text.path, "text.path")
 
 
 def chats(text: Chat) -> list[Path]:
     """The files of conversations that text.path names."""
     if text.path is None:
         raise UserError("text=chat reads the files that text.path names: give a .jsonl file, a folder or a glob")
-    return _resolve(text.path, "text.path", READ_CHAT)
+    return resolve(text.path, "text.path", READ_CHAT)
 
 
 def stdlib(text: Stdlib) -> list[Path]:
@@ -180,7 +180,7 @@ def stdlib(text: Stdlib) -> list[Path]:
     return found
 
 
-def _resolve(paths: object, setting: str, read: tuple[str, ...] = READ) -> list[Path]:
+def resolve(paths: object, setting: str, read: tuple[str, ...] = READ) -> list[Path]:
     """The files that a path, a glob or a list of these names, in order and each once."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]

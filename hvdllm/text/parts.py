@@ -18,6 +18,11 @@ class Text(Settings):
         return True
 
     @property
+    def ready(self) -> bool:
+        """Is it tokens already (text/tokens.py)?"""
+        return False
+
+    @property
     def conversations(self) -> bool:
         """Is it made of conversations (text/chat.py), and not of documents?"""
         return False
@@ -81,6 +86,29 @@ class Files(Text):
     def refusal(self, setup: Setup) -> str | None:
         if self.path is None and self.prepared is None:
             return "text=files needs text.path: a file, a folder, a glob or a list of them"
+        return super().refusal(setup)
+
+
+@part("text", "tokens", "hvdllm.text.tokens:files")
+@dataclass
+class Tokens(Text):
+    """Tokens that somebody else has made: files of Megatron-LM (.bin and .idx), llm.c (.bin) or NumPy (.npy)."""
+
+    path: Several = setting(
+        None, "file, folder or glob of .npy or .bin, or a list of them; folders are walked in sorted order", ours=True
+    )
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.path is None:
+            return "text=tokens needs text.path: a .npy or .bin file, a folder, a glob or a list of them"
+        if self.tokenizer == "bpe":
+            return "text=tokens needs text.tokenizer: the tokenizer.json that made the tokens, or bytes"
+        if self.prepared is not None:
+            return "text.prepared with text=tokens: nothing is prepared, leave it out"
         return super().refusal(setup)
 
 

@@ -29,7 +29,7 @@ def masked(seed: int = 0, count: int = 6) -> Masked:
 def test_masks_are_bert_s() -> None:
     """Over many visits: 80 % mask tokens, 10 % random ones, 10 % as they were; only those have targets."""
     items, kinds = masked(count=10), np.zeros(3)
-    whole = Windows(items.tokens, 40).take(np.arange(10), None)[0]
+    whole = items.windows.take(np.arange(10), None)[0]
     for epoch in range(60):
         inputs, targets, units = items.take(np.arange(10), np.full(10, epoch))
         there = targets >= 0
