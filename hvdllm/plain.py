@@ -5,3 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 Json = dict[str, Any]
+
+Tree = Any
+"""A tensor, or a dict, tuple or list of trees. What other values it holds passes through."""

@@ -15,7 +15,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +31,7 @@ from hvdllm.config.words import of
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Commit
 from hvdllm.flat import Flat
+from hvdllm.plain import Tree
 from hvdllm.task.own import Data, Held, Loss, OwnItems, OwnKind, OwnTask
 from hvdllm.trainer import buffers, life
 from hvdllm.trainer.resume import asked, folder_of
@@ -84,10 +84,10 @@ class Session:
         data: Data,
         validation: Data | None = None,
         metrics: Mapping[str, Loss] | None = None,
-        count: Callable[[Any], int] | None = None,
+        count: Callable[[Tree], int] | None = None,
         units: float = 1.0,
         unit: str = "items",
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: Callable[[list[Tree]], Tree] = default_collate,
         exchange: str = "allreduce",
         wire: str = "fp32",
         optim: str = "adamw",

@@ -18,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from hvdllm.device import Later, Mark
 from hvdllm.flat import Flat, Span
-from hvdllm.plain import Json
+from hvdllm.plain import Json, Tree
 from hvdllm.tables import RowSums
 from hvdllm.world.base import Asks, Flight, World
 
@@ -45,8 +45,8 @@ class Batch(Protocol):
     round, index: the round it belongs to, and its number in this rank's share of that round
     """
 
-    inputs: Any
-    targets: Any
+    inputs: Tree
+    targets: Tree
     tokens: int
     last: bool
     round: int
@@ -57,8 +57,8 @@ class Batch(Protocol):
 class Nothing:
     """An empty micro-batch, for a rank that has nothing to compute and still walks the loop."""
 
-    inputs: Any = None
-    targets: Any = None
+    inputs: Tree = None
+    targets: Tree = None
     tokens: int = 0
     last: bool = True
     round: int = 0

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from hvdllm.plain import Json
+from hvdllm.plain import Json, Tree
 from hvdllm.settings import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights, by precision
@@ -39,7 +39,7 @@ class Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Any, Any, np.ndarray]:
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Tree, Tree, np.ndarray]:
         """Reads items. It is a pure function, and threads may call it.
 
         Args:
@@ -100,10 +100,10 @@ class Task(Protocol):
     def flops(self) -> float:
         """The floating-point operations that training on one unit costs, as MFU counts them."""
 
-    def loss(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, inputs: Tree, targets: Tree) -> torch.Tensor:
         """The SUM of the losses of all units in a micro-batch, in nats: a scalar on the model's device."""
 
-    def measure(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
+    def measure(self, model: nn.Module, inputs: Tree, targets: Tree) -> torch.Tensor:
         """What an evaluation adds up: a vector whose first two elements are the summed loss and the units."""
 
     def metrics(self, sums: list[float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from hvdllm.errors import UserError
+from hvdllm.plain import Tree
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Prepared, Task
 
-Loss = Callable[[nn.Module, Any], torch.Tensor]
+Loss = Callable[[nn.Module, Tree], torch.Tensor]
 
 
 class Data(Protocol):
@@ -25,7 +26,7 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Any: ...
+    def __getitem__(self, number: int) -> Tree: ...
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class OwnItems:
     """
 
     data: Data
-    count: Callable[[Any], int] | None
+    count: Callable[[Tree], int] | None
     units: float
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Tree]], Tree] = default_collate
 
     name = "items"
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Any, Any, np.ndarray]:
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Tree, Tree, np.ndarray]:
         items = [self.data[int(row)] for row in rows]
         counts = [1] * len(items) if self.count is None else [int(self.count(item)) for item in items]
         return self.collate(items), None, np.array(counts, np.int64)
@@ -106,7 +107,7 @@ class OwnTask:
         """Not known, so no MFU is said."""
         return 0.0
 
-    def loss(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, inputs: Tree, targets: Tree) -> torch.Tensor:
         loss = self.sum(model, inputs)
         if not isinstance(loss, torch.Tensor) or loss.dim():
             raise UserError(
@@ -116,7 +117,7 @@ class OwnTask:
             )
         return loss
 
-    def measure(self, model: nn.Module, inputs: Any, targets: Any) -> torch.Tensor:
+    def measure(self, model: nn.Module, inputs: Tree, targets: Tree) -> torch.Tensor:
         """The summed loss, the units, and the sums of the user's metrics. `targets` are the counts of units."""
         sums = [self.loss(model, inputs, None).double(), targets.sum().double()]
         sums += [torch.as_tensor(metric(model, inputs)).double().reshape(()) for metric in self.more.values()]
@@ -138,7 +139,7 @@ class OwnTask:
 class Held(OwnItems):
     """The items to evaluate on. Their targets are the units that each counts."""
 
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Any, Any, np.ndarray]:
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[Tree, Tree, np.ndarray]:
         inputs, _, counts = super().take(rows, epochs)
         return inputs, torch.from_numpy(counts), counts
 

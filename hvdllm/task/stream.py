@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from hvdllm.errors import UserError
 from hvdllm.order.clients import Clients
 from hvdllm.order.epochs import Epochs, deal
 from hvdllm.order.lanes import Lanes
-from hvdllm.plain import Json
+from hvdllm.plain import Json, Tree
 from hvdllm.task.base import Items
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ T = TypeVar("T")
 class Batch:
     """One micro-batch of one rank. A rank without a share gets an empty one, which has no tensors and runs no graph."""
 
-    inputs: Any  # tensors [items, ...] on the device, or a dict, tuple or list of them
-    targets: Any  # the same
+    inputs: Tree  # tensors [items, ...] on the device, or a dict, tuple or list of them
+    targets: Tree  # the same
     tokens: int  # how many targets the loss counts
     last: bool  # closes this rank's share of the round
     round: int = 0  # as share() takes it; with `index` and the rank it seeds the dropout
@@ -356,10 +356,10 @@ class Turns:
 
 # Pairs of inputs and targets (one, or one for each micro-batch of ragged items), the units that each item counts and,
 # on CUDA, the event after the copies. None without a share.
-_Loaded = tuple[list[tuple[Any, Any]], np.ndarray, torch.cuda.Event | None] | None
+_Loaded = tuple[list[tuple[Tree, Tree]], np.ndarray, torch.cuda.Event | None] | None
 
 
-def each(data: Any, change: Callable[[torch.Tensor], object]) -> Any:
+def each(data: Tree, change: Callable[[torch.Tensor], object]) -> Tree:
     """The same data with every tensor changed; data are a tensor, or a dict, tuple or list of data."""
     if isinstance(data, dict):
         return {key: each(value, change) for key, value in data.items()}
@@ -370,7 +370,7 @@ def each(data: Any, change: Callable[[torch.Tensor], object]) -> Any:
 
 def held_out(
     items: Items, *, units: int, micro_batch: int, rank: int, size: int, device: torch.device
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Tree, Tree]]:
     """This rank's (inputs, targets) of an evaluation, on the device.
 
     They are always of the same items: the first of the held-out data, in their order, that count `units` units, rounded
@@ -384,7 +384,7 @@ def held_out(
     count = min(len(items), max(1, int(units // items.units))) if units else len(items)
     first, own = deal(count, rank, size)
 
-    def batches() -> Iterator[tuple[Any, Any]]:
+    def batches() -> Iterator[tuple[Tree, Tree]]:
         for at in range(first, first + own, micro_batch):
             rows = np.arange(at, min(at + micro_batch, first + own))
             inputs, targets, _ = items.take(rows, None)

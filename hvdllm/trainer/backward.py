@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, NotFinite, Stream
 from hvdllm.flat import Flat
-from hvdllm.plain import Json
+from hvdllm.plain import Json, Tree
 from hvdllm.task.base import Task
 from hvdllm.world.base import World
 
@@ -49,7 +48,7 @@ class Loss(nn.Module):
         self.seed, self.rank, self.dropout = seed, rank, dropout
         self.computed = False  # whether this rank has computed anything
 
-    def forward(self, inputs: Any, targets: Any, place: tuple[int, int]) -> torch.Tensor:
+    def forward(self, inputs: Tree, targets: Tree, place: tuple[int, int]) -> torch.Tensor:
         """The summed loss. place: the round, and the number of this micro-batch in it, which seed the dropout."""
         self.computed = True
         if self.dropout:

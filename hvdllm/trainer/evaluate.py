@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from hvdllm.plain import Json
+from hvdllm.plain import Json, Tree
 from hvdllm.settings import Config
 from hvdllm.task.base import Prepared, Task
 from hvdllm.task.stream import held_out
@@ -48,7 +47,7 @@ class Evaluation:
 def evaluate(
     task: Task,
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[tuple[Tree, Tree]],
     precision: str,
     device: torch.device,
     world: World,
