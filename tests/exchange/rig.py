@@ -180,9 +180,9 @@ def steps_noted(monkeypatch: Any) -> list[int]:
     found: list[int] = []
 
     class Noted(Update):
-        def step(self, pieces: Any, grad: Any, meta: Any, *more: Any) -> Any:
+        def step(self, pieces: Any, grad: Any, meta: Any, *more: Any, **named: Any) -> Any:
             found.append(meta.committed)
-            return super().step(pieces, grad, meta, *more)
+            return super().step(pieces, grad, meta, *more, **named)
 
     monkeypatch.setattr(trainer_assemble, "Update", Noted)
     return found
