@@ -54,7 +54,7 @@ def opened(path: Path) -> np.ndarray:
         with untrusted.opened(path) as file:
             head = file.read(4 * LLM_C_HEAD)
         if head.startswith(b"\x93NUMPY"):
-            found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            found: np.ndarray = np.load(path, mmap_mode="r")
         elif path.with_suffix(".idx").exists():
             found = np.memmap(path, megatron_type(path.with_suffix(".idx")), "r")
         else:
