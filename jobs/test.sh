@@ -29,7 +29,7 @@ stage ruff check .
 stage ruff format --check .
 stage mypy
 if [ "${1-}" = --quick ]; then
-  stage pytest -n 2 --dist loadfile -m "not ranks and not thorough" "${@:2}"
+  stage pytest -n 2 --dist worksteal -m "not ranks and not thorough" "${@:2}"
 elif [ "${1-}" = --all ]; then
   stage pytest "${@:2}"
 elif [ $# -gt 0 ]; then
