@@ -45,6 +45,7 @@ class TaskFacts:
         text: whether its items come from the group `text`.
         writes: whether its model continues a text (`hvdllm sample`).
         nats: whether its loss is in nats.
+        usual: words that stand for defaults of other groups where a command line chooses the task, and not these.
     """
 
     unit: str
@@ -53,6 +54,7 @@ class TaskFacts:
     text: bool = False
     writes: bool = False
     nats: bool = True
+    usual: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

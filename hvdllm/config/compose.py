@@ -67,7 +67,7 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
         )
     words = [each for word in words for each in expand(word)]
     asked = {key_of(word): value_of(word) for word in words}
-    words = with_model(words)
+    words = with_model(words, usual=beneath is None)
     given = {key_of(word): value_of(word) for word in words}
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
@@ -105,11 +105,15 @@ def hydra_over(words: Sequence[str], sweep: bool = False) -> Iterator[list[str]]
         yield overrides
 
 
-def with_model(words: Sequence[str]) -> list[str]:
-    """The words, and the model of the task that they choose if they choose no model."""
+def with_model(words: Sequence[str], usual: bool = True) -> list[str]:
+    """The words, and what the task that they choose brings along where they do not choose it: its model and its usual
+    settings. usual: whether these are wanted, too."""
     given = {key_of(word): value_of(word) for word in words}
     task = registry.parts("task").get(given.get("task", ""))
-    return [*words, f"model={task.facts.model}"] if task is not None and "model" not in given else list(words)
+    if task is None:
+        return list(words)
+    brought = [f"model={task.facts.model}", *(task.facts.usual if usual else ())]
+    return [*words, *(word for word in brought if key_of(word) not in given)]
 
 
 def plugins(words: Sequence[str]) -> list[str]:

@@ -118,7 +118,10 @@ def _table(
 ) -> None:
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=False)
+    width = min(console.width, 80)  # of a part without settings too, whose title would be broken otherwise
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), min_width=width
+    )  # fmt: skip
     grid.add_column("setting", no_wrap=True)
     grid.add_column("value", overflow="fold", max_width=14)
     grid.add_column("what it is", overflow="fold")

@@ -55,7 +55,7 @@ class MaskedLM(Task):
         return None
 
 
-@part("task", "images", "hvdllm.task.images", TaskFacts("images", "images", model="resnet"))
+@part("task", "images", "hvdllm.task.images", TaskFacts("images", "images", model="resnet", usual=("batch_tokens=64",)))
 @dataclass
 class Images(Task):
     """The class of an image. The digits that come with hvdllm, or folders of PNG and JPEG files. Units are images."""

@@ -173,5 +173,9 @@ def test_a_task_brings_its_model() -> None:
     assert type(compose.compose(["task=images"]).model).__name__ == "ResNet"
     assert type(compose.compose(["model=resnet", "task=images", "model.width=8"]).model).__name__ == "ResNet"
     assert type(compose.compose(["task=images", "model=tiny"]).model).__name__ == "Model"
+    assert compose.compose(["task=images"]).batch_tokens == 64 and compose.compose([]).batch_tokens == 2048
+    assert compose.compose(["task=images", "batch_tokens=128"]).batch_tokens == 128
+    beneath = compose.compose(["task=images", "batch_tokens=32"])
+    assert compose.compose(["task=images"], beneath).batch_tokens == 32, "a run keeps its own"
     with compose.hydra_over(["task=masked_lm", "seed=0,1"], sweep=True) as overrides:
         assert overrides[-1] == "model=bert"
