@@ -121,7 +121,7 @@ def peft_tensors(model: GPT) -> tuple[list[str], dict[str, Tensor]]:
     Raises UserError if no architecture of transformers has these layers.
     """
     settings = model.settings
-    if settings.mlp == "swiglu" and settings.positions == "rope":
+    if settings.positions == "rope":  # Llama, or Arcee, whose MLP has no gate
         layers, place = LLAMA, "model.layers"
     elif settings.mlp == "gelu" and settings.positions == "learned":
         layers, place = GPT2, "transformer.h"

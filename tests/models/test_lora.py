@@ -224,8 +224,8 @@ def test_peft_loads_them(shape: dict[str, Any], targets: list[str], tmp_path: Pa
 def test_what_has_no_names_in_transformers_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has one layer for q, k and v, and model\.lora_targets names q"):
         write_adapter(tmp_path, build(GPT2, ["q"]))
-    with pytest.raises(UserError, match=r"no model of transformers has model\.mlp=gelu and model\.positions=rope"):
-        write_adapter(tmp_path, build(dict(GPT2, positions="rope"), ["qkv"]))
+    with pytest.raises(UserError, match=r"no model of transformers has model\.mlp=swiglu and model\.positions=learned"):
+        write_adapter(tmp_path, build(dict(GPT2, mlp="swiglu"), ["qkv"]))
     plain = GPT(Model(layers=1, width=16, heads=2), VOCAB)
     with pytest.raises(UserError, match="this model has no adapters"):
         write_adapter(tmp_path, plain)

@@ -22,6 +22,7 @@ from hvdllm.task.stream import Stream
 from hvdllm.text import shards
 from hvdllm.text.tokenize import Tokenizer, train_bpe
 from hvdllm.text.windows import Windows
+from hvdllm.trainer.restore import restore
 
 STEPS = 50
 
@@ -312,3 +313,39 @@ def test_weights_without_config_json_are_not_taken_for_a_run(tmp_path: Path, cap
     words = [word for word in of(tmp_path, "run", folder, 1)]
     assert main(["train", *words]) == 2
     assert "config.json" in capfd.readouterr().err
+
+
+def test_adapters_on_a_folder_of_transformers_are_exported_merged_and_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The frozen weights are those of the folder. What is exported has the adapters in it, or is the adapters alone."""
+    plain = [
+        "text.tokenizer=bytes",
+        "model.bias=false",
+        "model.norm=rmsnorm",
+        "model.positions=rope",
+        "model.mlp=swiglu",
+    ]
+    assert main(["train", *words_of(tmp_path, "first", 2, *plain)]) == 0
+    assert main(["export", f"{tmp_path}/runs/first", f"{tmp_path}/base"]) == 0
+    lora = ["model.lora_rank=2", "model.lora_targets=[q,v]", "optim.lr=0.05"]
+    assert main(["train", *of(tmp_path, "tuned", tmp_path / "base", 3, *lora)]) == 0
+    run, first = tmp_path / "runs" / "tuned", weights(tmp_path / "runs" / "first")
+    frozen = load_file(run / "frozen.safetensors")
+    assert frozen.keys() == first.keys() and all(frozen[name].equal(first[name]) for name in frozen)
+    assert main(["export", str(run), f"{tmp_path}/merged"]) == 0
+    base, merged = load(tmp_path / "base"), load(tmp_path / "merged")
+    changed = {
+        name for (name, a), b in zip(base.named_parameters(), merged.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+    found, ids = restore(run, None, print), torch.tensor([[1, 5, 9, 4]])
+    torch.testing.assert_close(found.model(ids), merged(ids).logits, rtol=1e-4, atol=1e-5)
+    assert main(["export", str(run), f"{tmp_path}/adapter", "--adapter"]) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and set(config["target_modules"]) == {"self_attn.q_proj", "self_attn.v_proj"}
+    capfd.readouterr()
+    assert main(["export", str(run), f"{tmp_path}/adapter", "--adapter"]) == 2
+    assert main(["export", f"{tmp_path}/runs/first", f"{tmp_path}/none", "--adapter"]) == 2
+    said = capfd.readouterr().err
+    assert "is there already" in said and "has no adapters" in said
