@@ -5,9 +5,10 @@ start real ranks, and thorough ones, are left out: what only they would notice i
 
     python tests/mutants.py [PART ...]          a part is the beginning of a file's name: optim/ exchange/acco.py
 
-dead: a test failed. SURVIVED: none did, and a test is missing. NO END: the tests were ended at their limit, because
-they hang or the machine is slow. NOT APPLICABLE: the old text is not there exactly once, and the line below has to
-follow the code. See jobs/bench/mutants.sh.
+First the tests are run without a mutant, since tests that fail anyway would notice nothing. dead: a test failed.
+SURVIVED: none did, and a test is missing. NO END: the tests were ended at their limit, because they hang or the machine
+is slow. NOT APPLICABLE: the old text is not there exactly once, and the line below has to follow the code. See
+jobs/bench/mutants.sh.
 """
 
 from __future__ import annotations
@@ -323,6 +324,11 @@ def main(parts: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="hvdllm-mutants-") as tmp:
         copy = Path(tmp) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
+        named = sorted({test for *_, tests in chosen for test in tests.split()})
+        if verdict(copy, copy / "hvdllm" / "plain.py", "Json = ", "Json = ", named) != "SURVIVED":
+            print((copy.parent / "pytest.log").read_text()[-3000:])
+            print("the tests fail without a mutant, so no mutant can be judged: mend them first")
+            return 1
         for name, old, new, tests in chosen:
             begin = time.monotonic()
             ended = verdict(copy, copy / "hvdllm" / name, old, new, tests.split())

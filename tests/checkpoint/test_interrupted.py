@@ -163,3 +163,18 @@ def test_the_newest_is_the_largest_number_and_other_names_are_none(tmp_path: Pat
     assert newest_value(tmp_path) == ("100", 100.0)
     assert [path.name for path in write.steps(tmp_path)] == ["9", "10", "100"]
     assert read.newest(tmp_path / "nowhere", pytest.fail) is None
+
+
+def test_an_older_checkpoint_that_is_damaged_does_not_count_among_those_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by an earlier life of the run, so that this process knows nothing of them."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, float(step))
+    monkeypatch.setattr(write, "_WHOLE", set())
+    damaged = tmp_path / "checkpoints" / "2" / "rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    write.prune(tmp_path, 2, tmp_path / "checkpoints" / "3")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert newest_value(tmp_path) == ("1", 1.0)

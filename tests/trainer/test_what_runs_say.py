@@ -13,9 +13,11 @@ from launch import BATCH, records, words_of
 from safetensors import safe_open
 
 from hvdllm.cli.main import main
+from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT
+from hvdllm.task.stream import Batch
 from hvdllm.trainer import words as said
-from hvdllm.trainer.backward import Loss
+from hvdllm.trainer.backward import Loss, _not_finite, backward
 
 
 def test_an_evaluation_reads_the_validation_text(tmp_path: Path) -> None:
@@ -87,3 +89,26 @@ def dropped(seed: int, rank: int, place: tuple[int, int]) -> float:
 )
 def test_dropout_is_another_for_each_seed_rank_round_and_micro_batch_and_the_same_when_repeated(other: Any) -> None:
     assert dropped(*other) == dropped(*other) and dropped(*other) != dropped(0, 0, (0, 0))
+
+
+def test_a_loss_that_is_not_finite_makes_its_gradients_so() -> None:
+    """Also one whose own gradient is finite: only gradients are seen by all ranks."""
+    net = torch.nn.Linear(3, 1)
+
+    def loss(inputs: Any, targets: Any, place: Any) -> torch.Tensor:
+        return net(inputs).sum() + targets.sum()
+
+    for target, finite in ((0.0, True), (float("nan"), False), (float("inf"), False)):
+        net.zero_grad()
+        batch = Batch(torch.ones(2, 3), torch.full((2,), target), 2, last=True)
+        backward(loss, batch)  # type: ignore[arg-type]
+        assert net.weight.grad is not None and bool(net.weight.grad.isfinite().all()) == finite
+
+
+def test_of_several_gradients_that_are_not_finite_the_last_one_is_named() -> None:
+    """It is the one that the backward pass came to first."""
+    flat = Flat(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)), 1, 1)
+    assert _not_finite(flat) is None
+    for name in ("0.weight", "1.weight"):
+        flat.view(name, flat.g)[0, 0] = float("nan")
+    assert _not_finite(flat) == "1.weight"
