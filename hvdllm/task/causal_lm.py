@@ -175,10 +175,15 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
     return opened(config, corpus)
 
 
+def _check_vocab(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model's embedding has too few rows; the rows of a BERT always follow the tokenizer."""
+    if isinstance(config.model, Model):
+        size.check_vocab(config.model, tokenizer.vocab)
+
+
 def opened(config: Config, corpus: Corpus) -> Prepared:
     """The task of a prepared text."""
-    if isinstance(config.model, Model):
-        size.check_vocab(config.model, corpus.tokenizer.vocab)
+    _check_vocab(config, corpus.tokenizer)
     shard, context = corpus.validation_shard, config.model.context
     scale = shard.bytes / shard.spelled if shard.spelled else 1.0
     repeated = corpus.repeated(context, config.eval_tokens)
@@ -208,8 +213,7 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
 def opened_tokens(config: Config, say: Callable[[str], None]) -> Prepared:
     """The task of a text that is tokens already. Whether held-out text is repeated in the other is not known."""
     tokenizer, context = tokens.tokenizer_of(config.text), config.model.context
-    if isinstance(config.model, Model):
-        size.check_vocab(config.model, tokenizer.vocab)
+    _check_vocab(config, tokenizer)
     train, held, digest = tokens.split(config.text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
     sides = [
         Joined([Windows(each, context, tokenizer.end, validation) for each in side], context, validation)
@@ -236,8 +240,7 @@ def repeated_text(config: Config, share: float | None) -> list[str]:
 
 def restore(config: Config, folder: Path) -> CausalLM:
     tokenizer = Tokenizer.load(folder / "tokenizer.json", folder, runs.file_sum(folder, "tokenizer.json"))
-    if isinstance(config.model, Model):
-        size.check_vocab(config.model, tokenizer.vocab)
+    _check_vocab(config, tokenizer)
     if not config.text.conversations:
         return CausalLM(config, tokenizer.vocab, tokenizer)
     around = Around.load(folder / runs.ASKED, folder)
