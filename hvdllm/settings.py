@@ -13,8 +13,16 @@ are read and written, and which tracker and plugins are used. All others only sh
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from hvdllm.errors import UserError
 
 Several = Any  # one text or a list of them, since OmegaConf has no unions
 Chosen = Any  # the settings of the part that was chosen, since OmegaConf has no unions
@@ -51,6 +59,81 @@ def setting(
     """
     about = {"doc": doc, "choices": choices, "least": least, "most": most, "form": form, "ours": ours}
     return field(default=default, metadata=about)
+
+
+S = TypeVar("S")
+
+
+def made(kind: type[S], values: Mapping[str, object], where: str) -> S:
+    """Settings of a class from plain values by name, checked as those of a command line. Others have their defaults.
+
+    Raises UserError, which names the setting, if one is unknown or wrong by itself. `where` goes before its name.
+    """
+    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(f"there is no setting {where}{key}{meant(key, list(known))}")
+    return kind(**{key: checked(known[key], hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def checked(f: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+    """A plain value for a field of settings, as the field's type has it.
+
+    Args:
+        f: the field, made by `setting`.
+        hint: its type.
+        value: the value.
+        where: the name of the setting, for the sentence.
+
+    Raises UserError if the value is wrong by itself.
+    """
+    value = _of_type(value, hint, where)
+    choices, least, form = (f.metadata.get(key) for key in ("choices", "least", "form"))
+    if choices and value not in choices:
+        raise UserError(f"{where}={value}: choose one of {', '.join(choices)}{meant(str(value), choices)}")
+    if least is not None and value is not None and not value >= least:
+        raise UserError(f"{where}={value} is too small: it must be at least {least:g}")
+    if isinstance(value, int | float) and abs(value) > f.metadata.get("most", math.inf) and math.isfinite(value):
+        raise UserError(f"{where}={value} is too large: it must be at most {f.metadata['most']:,.12g}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value} is not a finite number: give it one")
+    if form is not None and value is not None:
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, str) or not re.fullmatch(form[0], one):
+                raise UserError(f"{where}={one}: give {form[1]}")
+    return value
+
+
+def _of_type(value: Any, hint: Any, where: str) -> Any:
+    """The value, with a whole number as a float if a float is asked for. Raises UserError if it is of another type."""
+    kinds = typing.get_args(hint) or (hint,)
+    if hint is Any:
+        _plain(value, where)
+        return value
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is too large a number") from None
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UserError(f"{where}={str(value)[:80]}: not a value of type {names}")
+    return value
+
+
+def _plain(value: object, where: str) -> None:
+    """Raises UserError for values that no setting can have, such as a date or bytes."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _plain(one, where)
+    elif value is not None and not isinstance(value, str | int | float | bool):
+        raise UserError(f"{where}={str(value)[:80]}: not a plain value")
+
+
+def meant(word: str, names: Sequence[str]) -> str:
+    """A hint such as `, did you mean acco?` if one of the names is similar to the word, else ""."""
+    near = difflib.get_close_matches(word, names, 2, 0.6)
+    return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 # Forms of values that go into command lines. None begins with a hyphen, holds a blank or means anything to a shell.

@@ -32,7 +32,7 @@ from hvdllm.optim.base import Optimizer
 from hvdllm.settings import Setup
 from hvdllm.task import causal_lm, images, masked_lm, ratings
 from hvdllm.task.base import Kind
-from hvdllm.text import corpus, tokens
+from hvdllm.text import corpus, mix, tokens
 from hvdllm.track import tensorboard, wandb
 from hvdllm.track.base import Make
 from hvdllm.world import hvd, single, torch, virtual
@@ -49,7 +49,7 @@ WIRES: list[Callable[[Any, Any, Any, int], Wire]] = [
 OPTIMIZERS: list[Optimizer] = [adamw, nadam, sgd]
 SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [schedule.constant, schedule.cosine, schedule.wsd]
 TASKS: list[Kind] = [causal_lm, masked_lm, images, ratings]
-SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files, corpus.chats, tokens.files]
+SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files, corpus.chats, tokens.files, mix.files]
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld

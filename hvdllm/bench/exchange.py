@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from hvdllm import runs
+from hvdllm import registry, runs
 from hvdllm.bench import figures
 from hvdllm.bench.figures import Raw, Repetition
 from hvdllm.config import compose, pace
@@ -264,7 +264,7 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
     Raises UserError for a request that cannot work at all. A case that fails or is refused is part of the result.
     """
     from hvdllm import device
-    from hvdllm.text import shards
+    from hvdllm.task.base import Kind
 
     base = base_words(asked, device.usable_cores())
     together = Place("horovodrun", 0, asked.ranks, 0, 1)
@@ -282,7 +282,8 @@ def measure(asked: Asked, say: Callable[[str], None], keep: bool) -> Json:
     asked_for = [results[case.label]["refused"] for case in todo if case.kind == "together"]
     if all(asked_for):
         raise UserError(asked_for[0])
-    shards.prepare(config.text, shards.data_folder(config.data_dir), say=say)  # once, not by each rank
+    kind: Kind = registry.built(registry.of("task", config.task))
+    kind.prepare(config, say=say, whole=True, wanted=None)  # once, not by each rank
     raws: dict[str, list[Repetition]] = {case.label: [] for case in todo}
     seen: Json = {}
     with ended_by_signals(), folder_of(keep) as folder, network_of(asked) as network:

@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
     from hvdllm.config.words import of
     from hvdllm.errors import UserError
     from hvdllm.task.base import Kind
-    from hvdllm.trainer.evaluate import evaluate_run
+    from hvdllm.trainer.evaluate import evaluate_run, told
     from hvdllm.trainer.restore import language, restore
     from hvdllm.trainer.resume import asked
     from hvdllm.trainer.words import each
@@ -79,9 +79,9 @@ def run(argv: list[str]) -> int:
         values = {"checkpoint": str(found.source), **result.metrics}
         print(json.dumps(values | {"tokens": result.tokens}))
     else:
-        told = data.task.tell(result.metrics)
+        said = told(data.task, result)
         loss = f"validation loss {result.loss:.4f} {each(found.config, data.task)}"
-        print(f"{found.source}: {loss}{', ' * bool(told)}{told} ({result.tokens:,} {data.task.unit})")
+        print(f"{found.source}: {loss}{', ' * bool(said)}{said} ({result.tokens:,} {data.task.unit})")
     return 0
 
 

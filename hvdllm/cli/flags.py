@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hvdllm import registry
-from hvdllm.config.compose import CONFIG_DIR, config_folder, meant, plugins
+from hvdllm.config.compose import CONFIG_DIR, config_folder, plugins
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
-from hvdllm.settings import Config
+from hvdllm.settings import Config, meant
 
 FLAGS = ("-h", "--help", "--cfg=job")
 

@@ -12,6 +12,7 @@ from hvdllm.config.compose import compose
 from hvdllm.settings import Config
 from hvdllm.task.base import Kind
 from hvdllm.text.overlap import RUN
+from hvdllm.text.parts import Mix
 from hvdllm.text.shards import Corpus, Shard, data_folder, prepare
 
 USAGE = """hvdllm prepare [setting=value ...] [--help]
@@ -40,7 +41,7 @@ def run(words: Sequence[str]) -> int:
         print(text, file=sys.stderr)
 
     task = registry.of("task", config.task)
-    if task.facts.text:
+    if task.facts.text and not config.text.ready and not isinstance(config.text, Mix):
         print(table(prepare(config.text, data_folder(config.data_dir), say=say), config, time.perf_counter() - started))
         return 0
     kind: Kind = registry.built(task)

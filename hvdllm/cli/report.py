@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
 
 def named(metric: str) -> str:
     """The name of a metric. Raises UserError if no record could have it."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", metric):
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63})?", metric):
         raise UserError(f"--metric {metric}: give the name of a result of evaluations, such as loss or accuracy")
     return metric
 

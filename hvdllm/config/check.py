@@ -56,8 +56,8 @@ def check_paths(config: Config) -> None:
     if config.name is not None:
         check_name(config.name, "name")
         path_of(str(Path(config.runs_dir) / config.name / "checkpoints"), "runs_dir=")
-    texts = {"text.path": getattr(config.text, "path", None), "text.validation": config.text.validation}
-    paths: list[tuple[str, str | None]] = [(key, path) for key, value in texts.items() for path in several(value)]
+    texts = config.text.paths.items()
+    paths: list[tuple[str, str | None]] = [(key, path) for key, value in texts for path in several(value)]
     paths += [("runs_dir", config.runs_dir), ("data_dir", config.data_dir), ("init_from", config.init_from)]
     paths += [("text.tokenizer", config.text.tokenizer)] * (config.text.tokenizer not in ("bytes", "bpe"))
     paths += [("resume", config.resume)] * (config.resume not in ("auto", "never", "must"))

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import difflib
 import json
-import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from hvdllm.errors import UserError
 from hvdllm.models.parts import Model
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
-from hvdllm.settings import MODULES, Chosen, Config
+from hvdllm.settings import MODULES, Chosen, Config, checked, meant
 
 CONFIG_DIR = "--config-dir="
 NOT_OPTIONS = ("world", "device")  # groups with one class of settings, whose options are presets alone
@@ -243,7 +242,8 @@ def _node(words: Sequence[str]) -> Chosen:
             for override in OverridesParser.create().parse_overrides([typed(word) for word in given]):
                 if override.is_sweep_override():
                     raise ValueError(override.input_line)
-                OmegaConf.update(node, override.key_or_group, override.value(), merge=True)
+                value = override.value()  # a dict replaces another one, such as that of an experiment
+                OmegaConf.update(node, override.key_or_group, value, merge=not isinstance(value, dict))
             return node
     with hydra_over(words) as overrides:
         return hydra_compose("train", overrides=overrides)
@@ -367,47 +367,7 @@ def _fields(kind: type, node: Any, where: str) -> Iterator[tuple[dataclasses.Fie
             continue
         if isinstance(value, (DictConfig, ListConfig)):
             value = OmegaConf.to_container(value, resolve=True)
-        value = _of_type(value, hints[name], f"{where}{name}")
-        choices, least, form = (f.metadata.get(key) for key in ("choices", "least", "form"))
-        if choices and value not in choices:
-            raise UserError(f"{where}{name}={value}: choose one of {', '.join(choices)}{meant(str(value), choices)}")
-        if least is not None and value is not None and not value >= least:
-            raise UserError(f"{where}{name}={value} is too small: it must be at least {least:g}")
-        if isinstance(value, int | float) and abs(value) > f.metadata.get("most", math.inf) and math.isfinite(value):
-            raise UserError(f"{where}{name}={value} is too large: it must be at most {f.metadata['most']:,.12g}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}{name}={value} is not a finite number: give it one")
-        if form is not None and value is not None:
-            for one in value if isinstance(value, list) else [value]:
-                if not isinstance(one, str) or not re.fullmatch(form[0], one):
-                    raise UserError(f"{where}{name}={one}: give {form[1]}")
-        yield f, value
-
-
-def _of_type(value: Any, hint: Any, where: str) -> Any:
-    """The value, with a whole number as a float if a float is asked for. Raises UserError if it is of another type."""
-    kinds = typing.get_args(hint) or (hint,)
-    if hint is Any:
-        _plain(value, where)
-        return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{where} is too large a number") from None
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise UserError(f"{where}={str(value)[:80]}: not a value of type {names}")
-    return value
-
-
-def _plain(value: object, where: str) -> None:
-    """Raises UserError for values that no setting can have, such as a date or bytes."""
-    if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            _plain(one, where)
-    elif value is not None and not isinstance(value, str | int | float | bool):
-        raise UserError(f"{where}={str(value)[:80]}: not a plain value")
+        yield f, checked(f, hints[name], value, f"{where}{name}")
 
 
 def _unknown(key: str) -> str:
@@ -434,12 +394,6 @@ def settings() -> list[str]:
     for group, kinds in registry.all_kinds().items():
         names += [f"{group}.{f.name}" for kind in kinds.values() for f in dataclasses.fields(kind)]
     return list(dict.fromkeys(names))
-
-
-def meant(word: str, names: Sequence[str]) -> str:
-    """A hint such as `, did you mean acco?` if one of the names is similar to the word, else ""."""
-    near = difflib.get_close_matches(word, names, 2, 0.6)
-    return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def sentence(error: Exception, words: Sequence[str], sweep: bool = False) -> str:

@@ -10,7 +10,7 @@ from hvdllm import registry, screen
 from hvdllm.config import compose
 from hvdllm.config.words import GROUPS
 from hvdllm.errors import UserError
-from hvdllm.settings import LARGEST, Chosen, Config
+from hvdllm.settings import LARGEST, Chosen, Config, meant
 
 # The settings of no group that the first screen shows.
 OFTEN = ("name", "budget_tokens", "batch_tokens", "micro_batch", "seed", "resume", "eval_every", "save_every")
@@ -32,7 +32,7 @@ def print_help(usage: str, config: Config, topic: str | None = None, groups: tup
     known = (*GROUPS, ALL, OWN, *compose.settings())
     if topic is not None and topic not in known:
         raise UserError(
-            f"--help {topic}: there is no such group or setting{compose.meant(topic, known)}; groups are "
+            f"--help {topic}: there is no such group or setting{meant(topic, known)}; groups are "
             f"{', '.join(groups)}, and {ALL} is everything"
         )
     if topic in (None, ALL):

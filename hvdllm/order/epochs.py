@@ -13,9 +13,9 @@ def deal(count: int, rank: int, size: int) -> tuple[int, int]:
     return rank * each + min(rank, more), each + (rank < more)
 
 
-def permutation(items: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the items in an epoch, int64 [items]."""
-    return frozen(np.random.SeedSequence([seed, epoch])).permutation(items)
+def permutation(items: int, seed: int, epoch: int, *key: int) -> np.ndarray:
+    """The order of the items in an epoch, int64 [items]. `key` tells data sets apart that have the same seed."""
+    return frozen(np.random.SeedSequence([seed, epoch, *key])).permutation(items)
 
 
 class Epochs:
@@ -24,13 +24,14 @@ class Epochs:
     Args:
         items: how many there are.
         seed: of the run.
+        key: tells data sets apart that have the same seed.
     """
 
-    def __init__(self, items: int, seed: int) -> None:
+    def __init__(self, items: int, seed: int, *key: int) -> None:
         self.items = items
         # A round touches at most two epochs, since there are as many items as a batch takes. Lanes may be a little
         # apart.
-        self._order = lru_cache(maxsize=3)(lambda epoch: permutation(items, seed, epoch))
+        self._order = lru_cache(maxsize=3)(lambda epoch: permutation(items, seed, epoch, *key))
 
     def visits(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items at these positions, and the epochs in which they are visited there, both int64 [positions]."""

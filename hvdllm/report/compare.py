@@ -29,7 +29,7 @@ NO_MATTER = (
     "git.dirty",
 )  # fmt: skip
 NETWORK = ("launch.link", "launch.controller", "launch.interface", "launch.how")
-SAME_DATA = ("text.path", "text.column", "text.validation")  # do not matter if the data have the same hash
+SAME_DATA = ("text.path", "text.sources", "text.column", "text.validation")  # no matter with equal data hashes
 ABSENT = "not recorded"
 EMPTY = (ABSENT, "null", "false")  # a setting that one version lacks counts as one that was left empty
 

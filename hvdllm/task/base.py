@@ -117,6 +117,21 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A part of the held-out data that is evaluated apart.
+
+    Attributes:
+        task: measures it.
+        items: of it, not empty.
+        share: of this part in the results of the whole.
+    """
+
+    task: Task
+    items: Items
+    share: float
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A task and its data, open.
 
@@ -127,6 +142,7 @@ class Prepared:
         about: the data in a few words, for the header.
         notes: one sentence each, for a person.
         record: what the `run` record says of the data.
+        sources: parts of the held-out data that are evaluated apart, by name; empty if it is one whole.
     """
 
     task: Task
@@ -136,6 +152,7 @@ class Prepared:
     about: str
     notes: list[str] = field(default_factory=list)
     record: Json = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
 
 
 class Kind(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,13 +24,15 @@ from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.models.lora import adapt
 from hvdllm.models.parts import Model
 from hvdllm.settings import Config
-from hvdllm.task.base import DTYPES, Prepared
-from hvdllm.text import overlap, shards, tokens
+from hvdllm.task.base import DTYPES, Items, Prepared, Source
+from hvdllm.task.joined import Joined, by_share
+from hvdllm.text import mix, overlap, shards, tokens
 from hvdllm.text.chat import Around
 from hvdllm.text.conversations import Conversations
+from hvdllm.text.parts import Mix, Tokens
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.text.windows import Joined, Windows
+from hvdllm.text.windows import Windows
 
 LEAST_VOCAB = 257  # tokens of the byte tokenizer, the smallest one
 
@@ -168,11 +170,41 @@ def continue_text(
     return tokenizer.decode([*prompt[1:], *out] if around is None else out)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A text, open.
+
+    Attributes:
+        train, validation: the items.
+        task: the task of this text alone.
+        data_hash: of the content.
+        about: the text in a few words.
+        notes: one sentence each, for a person.
+        repeated: the share of evaluated windows that the training text repeats, or None if it is not known.
+    """
+
+    train: Items
+    validation: Items
+    task: CausalLM
+    data_hash: str
+    about: str
+    notes: list[str]
+    repeated: float | None
+
+
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
+    data_dir = shards.data_folder(config.data_dir)
+    if isinstance(config.text, Mix):
+        return mixed(config, sources(config, config.text, say=say, whole=whole))
     if config.text.ready:
-        return opened_tokens(config, say)
-    corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say, whole=whole, wanted=wanted)
-    return opened(config, corpus)
+        text = opened_tokens(config, config.text, say)
+    else:
+        text = opened(config, shards.prepare(config.text, data_dir, say=say, whole=whole, wanted=wanted))
+    source, vocab = registry.name_of("text", config.text), text.task.vocab
+    return Prepared(
+        text.task, text.train, text.validation, text.data_hash, f"{source}, {text.about}, vocabulary {vocab:,}",
+        text.notes, {"validation_repeated": text.repeated, "tokenizer_hash": text.task.words.hash},
+    )  # fmt: skip
 
 
 def _check_vocab(config: Config, tokenizer: Tokenizer) -> None:
@@ -181,14 +213,12 @@ def _check_vocab(config: Config, tokenizer: Tokenizer) -> None:
         size.check_vocab(config.model, tokenizer.vocab)
 
 
-def opened(config: Config, corpus: Corpus) -> Prepared:
-    """The task of a prepared text."""
+def opened(config: Config, corpus: Corpus) -> Opened:
+    """A prepared text."""
     _check_vocab(config, corpus.tokenizer)
     shard, context = corpus.validation_shard, config.model.context
     scale = shard.bytes / shard.spelled if shard.spelled else 1.0
     repeated = corpus.repeated(context, config.eval_tokens)
-    task = CausalLM(config, corpus.tokenizer.vocab, corpus.tokenizer, scale, corpus.around)
-    source, vocab = registry.name_of("text", config.text), corpus.tokenizer.vocab
     train: Windows | Conversations
     validation: Windows | Conversations
     if corpus.around is not None:
@@ -199,32 +229,63 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
         train = Windows(corpus.train, context, corpus.tokenizer.end)
         validation = Windows(corpus.validation, context, validation=True)
         notes = repeated_text(config, repeated)
-    return Prepared(
-        task,
-        train,
-        validation,
-        corpus.data_hash,
-        f"{source}, {len(corpus.train):,} training tokens, vocabulary {vocab:,}",
-        [*corpus.notes, *notes],
-        {"validation_repeated": repeated, "tokenizer_hash": corpus.tokenizer.hash},
-    )
+    task = CausalLM(config, corpus.tokenizer.vocab, corpus.tokenizer, scale, corpus.around)
+    about, notes = f"{len(corpus.train):,} training tokens", [*corpus.notes, *notes]
+    return Opened(train, validation, task, corpus.data_hash, about, notes, repeated)
 
 
-def opened_tokens(config: Config, say: Callable[[str], None]) -> Prepared:
-    """The task of a text that is tokens already. Whether held-out text is repeated in the other is not known."""
-    tokenizer, context = tokens.tokenizer_of(config.text), config.model.context
+def opened_tokens(config: Config, text: Tokens, say: Callable[[str], None]) -> Opened:
+    """A text that is tokens already. Whether held-out text is repeated in the other is not known."""
+    tokenizer, context = tokens.tokenizer_of(text), config.model.context
     _check_vocab(config, tokenizer)
-    train, held, digest = tokens.split(config.text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
-    sides = [
-        Joined([Windows(each, context, tokenizer.end, validation) for each in side], context, validation)
-        for side, validation in ((train, False), (held, True))
-    ]
-    count = sum(len(each) for each in train)
+    train, held, digest = tokens.split(text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
+    windows = [[Windows(each, context, tokenizer.end) for each in train]]
+    windows += [[Windows(each, context, validation=True) for each in held or [train[0][:0]]]]
+    sides = [Joined(side, tokenizer.end) for side in windows]
+    count, files = sum(len(each) for each in train), f"{len(train)} file{'s' * (len(train) > 1)}"
+    hashed = hashlib.sha256(f"{digest} {tokenizer.hash}".encode()).hexdigest()
+    task = CausalLM(config, tokenizer.vocab, tokenizer)
+    return Opened(sides[0], sides[1], task, hashed, f"{count:,} in {files} for training", [], None)
+
+
+def sources(config: Config, text: Mix, *, say: Callable[[str], None], whole: bool) -> dict[str, Opened]:
+    """The texts of a mixture by name, open."""
+    corpora = mix.prepare(text, shards.data_folder(config.data_dir), say=say, whole=whole)
+    return {
+        name: opened(config, corpora[name]) if name in corpora else opened_tokens(config, each, say)  # type: ignore[arg-type]
+        for name, each in text.parts.items()
+    }
+
+
+def mixed(config: Config, texts: dict[str, Opened], change: Callable[[Items], Items] = lambda items: items) -> Prepared:
+    """The task of a mixture. `change` makes the items of another task from those of each text."""
+    shares = None if config.text.mix is None else config.text.shares()
+    train = {name: change(text.train) for name, text in texts.items()}
+    held = {name: change(text.validation) for name, text in texts.items()}
+    for name, part in train.items():
+        if not len(part):
+            raise UserError(f"text.sources.{name}: {part.too_few(1)}")
+    first = next(iter(texts.values())).task
+    around = next((text.task.around for text in texts.values() if text.task.around is not None), None)
+    task = replace(first, scale=1.0, around=around)
+    tasks = {name: replace(text.task, around=around) for name, text in texts.items()}
+    evaluated = by_share(held, shares)
+    sources = {name: Source(tasks[name], held[name], share) for name, share in evaluated.items()}
+    of_units = by_share(train, shares)
+    notes = [f"{name}: {note}" for name, text in texts.items() for note in text.notes]
+    notes += [f"{name}: nothing is held out, so it has no validation loss" for name in texts if name not in sources]
+    rounds = {name: config.budget_tokens * of_units[name] / (len(part) * part.units) for name, part in train.items()}
+    about = ", ".join(f"{name} {of_units[name]:.0%} ({rounds[name]:.2g} epochs)" for name in texts)
+    joined = Joined(list(train.values()), first.words.end, shares and list(of_units.values()))
     return Prepared(
-        CausalLM(config, tokenizer.vocab, tokenizer), sides[0], sides[1],
-        hashlib.sha256(f"{digest} {tokenizer.hash}".encode()).hexdigest(),
-        f"tokens, {count:,} in {len(train)} file{'s' * (len(train) > 1)} for training, vocabulary {tokenizer.vocab:,}",
-        [], {"validation_repeated": None, "tokenizer_hash": tokenizer.hash},
+        task, joined, Joined(list(held.values()), first.words.end),
+        mix.data_hash({name: text.data_hash for name, text in texts.items()}),
+        f"mix of {about}, vocabulary {first.vocab:,}", notes,
+        {
+            "validation_repeated": {name: text.repeated for name, text in texts.items()},
+            "tokenizer_hash": first.words.hash,
+        },
+        sources,
     )  # fmt: skip
 
 

@@ -23,8 +23,10 @@ from hvdllm.models.gpt import compile_blocks
 from hvdllm.order.epochs import drawn
 from hvdllm.settings import Config
 from hvdllm.task import causal_lm
-from hvdllm.task.base import DTYPES, Prepared
-from hvdllm.text.windows import Joined, Windows
+from hvdllm.task.base import DTYPES, Items, Prepared, Task
+from hvdllm.task.joined import Joined
+from hvdllm.text.parts import Mix
+from hvdllm.text.windows import Windows
 
 EVALUATION = 2**31  # in the place of an epoch: an evaluation masks the same tokens each time
 
@@ -42,8 +44,7 @@ class Masked:
     name = "windows"
 
     def __init__(self, windows: Windows | Joined, seed: int, count: int, vocab: int) -> None:
-        self.windows, self.context = windows, windows.context
-        self.seed, self.count, self.vocab, self.units = seed, count, vocab, float(count)
+        self.windows, self.seed, self.count, self.vocab, self.units = windows, seed, count, vocab, float(count)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -60,7 +61,7 @@ class Masked:
         targets = torch.full_like(inputs, -1)
         for i, row in enumerate(rows):
             draw = drawn(self.seed, int(row), EVALUATION if epochs is None else int(epochs[i]))
-            places = torch.from_numpy(draw.permutation(self.context)[: self.count])
+            places = torch.from_numpy(draw.permutation(inputs.shape[1])[: self.count])
             how = torch.from_numpy(draw.random_sample(self.count))
             others = torch.from_numpy(draw.randint(self.vocab, size=self.count))
             targets[i, places] = whole = inputs[i, places]
@@ -150,13 +151,22 @@ class MaskedLM(causal_lm.CausalLM):
 
 
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
+    def masked(items: Items) -> Masked:
+        assert isinstance(items, Windows | Joined)
+        return Masked(items, config.seed, task.count, task.vocab)
+
+    if isinstance(config.text, Mix):
+        texts = causal_lm.sources(config, config.text, say=say, whole=whole)
+        task = _of(config, next(iter(texts.values())).task)
+        return causal_lm.mixed(config, {name: replace(text, task=task) for name, text in texts.items()}, masked)
     data = causal_lm.prepare(config, say=say, whole=whole, wanted=wanted)
-    assert isinstance(data.task, causal_lm.CausalLM)
-    assert isinstance(data.train, Windows | Joined) and isinstance(data.validation, Windows | Joined)
-    task = MaskedLM(config, data.task.vocab, data.task.tokenizer)
-    sides = (Masked(each, config.seed, task.count, task.vocab) for each in (data.train, data.validation))
-    train, validation = sides
-    return replace(data, task=task, train=train, validation=validation)
+    task = _of(config, data.task)
+    return replace(data, task=task, train=masked(data.train), validation=masked(data.validation))
+
+
+def _of(config: Config, task: Task) -> MaskedLM:
+    assert isinstance(task, causal_lm.CausalLM)
+    return MaskedLM(config, task.vocab, task.tokenizer)
 
 
 def restore(config: Config, folder: Path) -> MaskedLM:

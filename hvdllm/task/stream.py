@@ -29,6 +29,7 @@ from hvdllm.errors import UserError
 from hvdllm.order.clients import Clients
 from hvdllm.order.epochs import Epochs, deal
 from hvdllm.order.lanes import Lanes
+from hvdllm.order.mixture import Mixture
 from hvdllm.plain import Json, Tree
 from hvdllm.task.base import Items
 
@@ -87,7 +88,8 @@ class Stream:
         self.position = 0  # items handed out to all ranks
         self.waited_s = 0.0
         self._federation: tuple[tuple[int, float | None], Federation] | None = None
-        self._epochs = Epochs(len(items), seed)
+        own = items.order(seed) if hasattr(items, "order") else None
+        self._order: Epochs | Mixture = Epochs(len(items), seed) if own is None else own
         self._pool: ThreadPoolExecutor | None = None
         self._lanes = Lanes()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -245,7 +247,7 @@ class Stream:
         """The items at these positions, copied or on their way to the device. Runs in the thread."""
         if not len(positions):
             return None
-        return self._copy(*self._epochs.visits(positions))
+        return self._copy(*self._order.visits(positions))
 
     def _copy(self, rows: np.ndarray, epochs: np.ndarray) -> _Loaded:
         """These items in these epochs, copied or on their way to the device. Runs in the thread."""

@@ -55,28 +55,28 @@ class Document:
     joins: bool  # continues the last document of the same side, so no end token stands between them
 
 
-def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]:
+def documents(text: Text, copies: list[str] | None = None, apart: frozenset[int] = frozenset()) -> Iterator[Document]:
     """All documents: first those of the training text in order, then those of text.validation, if it is given.
 
     Without text.validation a piece is held out if the hash of its content is below text.validation_share. If no piece
     is, and there are two or more, the one with the smallest hash is held out. A share of 0 holds nothing out.
 
     Equal pieces are on the same side. With text.validation, pieces of the training text that it contains too are left
-    out of the training text, and their names are added to `copies`.
+    out of the training text, and their names are added to `copies`. So are pieces whose hash is in `apart`.
 
     Raises UserError, which names the file, if something cannot be read.
     """
     training, validation = sources(text)
     limit = 0 if validation else _limit(text, training)
-    apart = {_hash(piece) for _, _, piece in _pieces(validation, text)}
+    held = {hash_of(piece) for _, _, piece in _pieces(validation, text)}
     where: dict[bool, tuple[str, int]] = {}  # side -> the last piece on it
     for name, number, piece in _pieces(training, text):
-        digest = _hash(piece)
-        if digest in apart:
+        digest = hash_of(piece)
+        held_out = digest < limit
+        if digest in held or (digest in apart and not held_out):
             if copies is not None:
                 copies.append(name)
             continue
-        held_out = digest < limit
         yield Document(name, piece, held_out, joins=where.get(held_out) == (name, number - 1))
         where[held_out] = (name, number)
     for name, number, piece in _pieces(validation, text):
@@ -273,13 +273,13 @@ def _limit(text: Text, files: list[Path]) -> int:
         return 0
     smallest, count = 2**64, 0
     for _, _, piece in _pieces(files, text):
-        smallest, count = min(smallest, _hash(piece)), count + 1
+        smallest, count = min(smallest, hash_of(piece)), count + 1
         if smallest < limit:
             return limit
     return smallest + 1 if count > 1 else 0
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
     """64 bits that depend on the content alone and are the same on every machine.
 
     The kind of line ends, and blanks at the end of the text, are ignored, because copies often differ in them.

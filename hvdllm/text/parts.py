@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
+from hvdllm import registry
+from hvdllm.errors import UserError
 from hvdllm.registry import part
-from hvdllm.settings import DIGEST, Settings, Setup, Several, setting
+from hvdllm.settings import DIGEST, NAME, Settings, Setup, Several, made, meant, setting
 
 
 @dataclass
@@ -51,16 +55,24 @@ class Text(Settings):
         least=0,
     )
 
+    @property
+    def paths(self) -> dict[str, Several]:
+        """The paths that it names, by setting."""
+        return {"text.path": getattr(self, "path", None), "text.validation": self.validation}
+
     def refusal(self, setup: Setup) -> str | None:
         for key in ("path", "validation"):
             value = getattr(self, key, None)
-            if value is not None and not (
-                isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value))
-            ):
+            if value is not None and not _paths(value):
                 return f"text.{key}={value} is neither a path nor a list of paths"
         if not 0 <= self.validation_share < 1:
             return f"text.validation_share={self.validation_share} must lie between 0 and 1"
         return None
+
+
+def _paths(value: object) -> bool:
+    several = isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+    return isinstance(value, str) or several
 
 
 @part("text", "stdlib", "hvdllm.text.corpus:stdlib")
@@ -135,3 +147,105 @@ class Chat(Text):
         if self.path is None and self.prepared is None:
             return "text=chat needs text.path: a .jsonl file, a folder, a glob or a list of them"
         return super().refusal(setup)
+
+
+COMMON = ("tokenizer", "vocab", "prepared")  # settings that all sources of a mixture share
+
+
+@part("text", "mix", "hvdllm.text.mix:files")
+@dataclass
+class Mix(Text):
+    """Several texts, each visited as often as its share says, each with a validation loss of its own."""
+
+    sources: Any = setting(
+        None,
+        "the texts by name: {NAME: PATH, ...} for files as text=files takes them, or a dict of settings where `text` "
+        "names another kind: {code: src/, talk: {text: chat, path: talk.jsonl}}; their tokenizer is text.tokenizer",
+        ours=True,
+    )
+    mix: Any = setting(
+        None,
+        "the share of each source among the tokens that count, as numbers that are divided by their sum: "
+        "{code: 0.7, talk: 0.3}; null: each item once an epoch",
+    )
+
+    @property
+    def conversations(self) -> bool:
+        return any(each.conversations for each in self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, Text]:
+        """The settings of each source; {} if none is named. Raises UserError if they are wrong."""
+        if self.sources is None:
+            return {}
+        if not isinstance(self.sources, dict) or not self.sources:
+            raise UserError(f"text.sources={self.sources} is no dict: give {{NAME: PATH, ...}}")
+        return {name: self._part(name, value) for name, value in self.sources.items()}
+
+    def _part(self, name: object, value: object) -> Text:
+        where = f"text.sources.{name}"
+        if not isinstance(name, str) or not re.fullmatch(NAME[0], name):
+            raise UserError(f"text.sources: the name {name!r} is none, give {NAME[1]}")
+        values = dict(value) if isinstance(value, dict) else {"path": value}
+        kinds = {kind: each for kind, each in registry.kinds("text").items() if each is not Mix}
+        kind = values.pop("text", "files")
+        if kind not in kinds:
+            raise UserError(f"{where}.text={kind}: choose one of {', '.join(kinds)}{meant(str(kind), list(kinds))}")
+        if common := next((key for key in COMMON if key in values), None):
+            raise UserError(f"{where}.{common}: all sources share it, give text.{common}")
+        common_ones = {"tokenizer": self.tokenizer, "vocab": self.vocab}
+        held = {"validation_share": self.validation_share}
+        found: Text = made(kinds[kind], {**common_ones, **held, **values}, f"{where}.")
+        for key, path in found.paths.items():
+            if path is not None and not _paths(path):
+                raise UserError(f"{where}{key.removeprefix('text')}={path} is neither a path nor a list of paths")
+        return found
+
+    @property
+    def paths(self) -> dict[str, Several]:
+        return {
+            f"text.sources.{name}{key.removeprefix('text')}": path
+            for name, each in self.parts.items()
+            for key, path in each.paths.items()
+        }
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.sources is None and self.prepared is None:
+            return "text=mix needs text.sources: {NAME: PATH, ...}, such as text.sources={code: src/, books: books/}"
+        try:
+            parts = self.parts
+        except UserError as error:
+            return str(error)
+        if self.validation is not None:
+            return "text.validation with text=mix: give it to a source, {NAME: {path: …, validation: …}}"
+        for name, each in parts.items():
+            if (why := each.refusal(setup)) is not None:
+                return f"text.sources.{name}: {why.replace('text.', f'text.sources.{name}.')}"
+        return self._shares_refused(setup, list(parts)) or super().refusal(setup)
+
+    def _shares_refused(self, setup: Setup, sources: list[str]) -> str | None:
+        """Why the shares cannot be used, or None."""
+        if self.mix is None:
+            return None
+        if not isinstance(self.mix, dict) or not self.mix:
+            return f"text.mix={self.mix} is no dict: give {{NAME: SHARE, ...}}"
+        for name, share in self.mix.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1e9:
+                return f"text.mix.{name}={share}: give a number above 0, or take the source out"
+        if least := next((name for name, share in self.shares().items() if share < LEAST_SHARE), None):
+            return f"text.mix.{least} is less than {LEAST_SHARE:g} of all: raise it, or take the source out"
+        if sources and (odd := {*sources} ^ self.mix.keys()):
+            names = ", ".join(sorted(map(str, odd)))
+            return f"text.mix and text.sources name different sources ({names}): name the same"
+        exchange = registry.of("exchange", setup.config.exchange)
+        if exchange.facts.clients:
+            return f"text.mix with exchange={exchange.name}: clients train on all they own, leave text.mix at null"
+        return None
+
+    def shares(self) -> dict[str, float]:
+        """The shares of text.mix, which add up to 1."""
+        whole = sum(self.mix.values())
+        return {name: share / whole for name, share in self.mix.items()}
+
+
+LEAST_SHARE = 1e-3  # of a source of a mixture

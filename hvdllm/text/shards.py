@@ -101,7 +101,13 @@ def data_folder(data_dir: str | None) -> Path:
 
 
 def prepare(
-    text: Text, data_dir: Path, *, say: Callable[[str], None], whole: bool = True, wanted: str | None = None
+    text: Text,
+    data_dir: Path,
+    *,
+    say: Callable[[str], None],
+    whole: bool = True,
+    wanted: str | None = None,
+    apart: frozenset[int] = frozenset(),
 ) -> Corpus:
     """Opens the prepared text; prepares it first if it is missing.
 
@@ -115,6 +121,7 @@ def prepare(
         whole: whether large shards are hashed too, which takes a second for each GB or two. One rank of a host does it.
         wanted: the data hash of the run that is resumed. If an older version of hvdllm has prepared the text with this
             hash from these files, that text is taken as it is.
+        apart: hashes of documents (corpus.hash_of) that another text holds out. They are not trained on.
 
     Raises UserError if the text or the tokenizer cannot be read, if the folder cannot be written, or if a shard is
     damaged.
@@ -124,18 +131,19 @@ def prepare(
         if found is None:
             raise UserError(f"text.prepared={text.prepared}: no text in {data_dir} has this data hash; give data_dir=")
         return _open(found, text, say, whole)
-    recipe = _recipe(text)
+    beside = {"apart": hashlib.sha256(json.dumps(sorted(apart)).encode()).hexdigest()} if apart else {}
+    recipe = recipe_of(text) | beside
     for older in range(1, FORMAT) if wanted is not None else ():
-        before = data_dir / _key({**recipe, "format": older})
+        before = data_dir / key_of({**recipe, "format": older})
         if before.is_dir() and find(data_dir, wanted, before.name) is not None:
             return _open(before, text, say, whole)
 
     def build(part: Path) -> None:
-        _build(text, part, _mode(text))
-        if _recipe(text) != recipe:
+        _build(text, part, mode_of(text), apart)
+        if recipe_of(text) | beside != recipe:
             raise UserError("the text changed while it was read: start again when it is complete")
 
-    folder = once(data_dir, _key(recipe), build, "text", say)
+    folder = once(data_dir, key_of(recipe), build, "text", say)
     return _open(folder, text, say, whole)
 
 
@@ -175,7 +183,7 @@ def once(data_dir: Path, key: str, build: Callable[[Path], None], what: str, say
     return folder
 
 
-def _key(recipe: Json) -> str:
+def key_of(recipe: Json) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
@@ -205,7 +213,7 @@ def _data_hash(tokenizer: str, heads: list[Shard]) -> str:
     return hashlib.sha256(" ".join([tokenizer, *(head.content for head in heads)]).encode()).hexdigest()
 
 
-def _recipe(text: Text) -> Json:
+def recipe_of(text: Text) -> Json:
     """Everything that shapes the tokens, as plain values for JSON."""
     training, validation = sources(text)
     settings = dataclasses.asdict(text)
@@ -285,7 +293,7 @@ def _sweep(data_dir: Path) -> None:
             shutil.rmtree(part)
 
 
-def _mode(text: Text) -> int:
+def mode_of(text: Text) -> int:
     """The mode of the prepared files: they may be read by those who may read all files of the text.
 
     If one file of the text is 0600, so are the prepared files.
@@ -301,7 +309,7 @@ def _mode(text: Text) -> int:
     return mode
 
 
-def _build(text: Text, part: Path, mode: int) -> None:
+def _build(text: Text, part: Path, mode: int, apart: frozenset[int]) -> None:
     """Makes the files of a prepared text in the folder `part`, with the given mode.
 
     The text is read twice if a BPE is trained. No more than a few MB of it are in memory at a time.
@@ -311,8 +319,7 @@ def _build(text: Text, part: Path, mode: int) -> None:
     if text.tokenizer == "bytes":
         tokenizer = Tokenizer(BYTES)
     elif text.tokenizer == "bpe":
-        plain = (lambda each: written(json.loads(each.text))) if text.conversations else (lambda each: each.text)
-        tokenizer = train_bpe((plain(each) for each in documents(text) if not each.held_out), text.vocab)
+        tokenizer = train_bpe(spoken(text, apart), text.vocab)
     else:
         tokenizer = Tokenizer.load(_users(text))
     tokenizer.save(part / "tokenizer.json")
@@ -326,7 +333,7 @@ def _build(text: Text, part: Path, mode: int) -> None:
         _Writer(part / "train.bin", tokenizer, flagged) as train,
         _Writer(part / "validation.bin", tokenizer, flagged) as validation,
     ):
-        for batch in _batches(documents(text, copies)):
+        for batch in _batches(documents(text, copies, apart)):
             if template is not None:
                 _converse(batch, template, tokenizer, train, validation)
                 continue
@@ -341,12 +348,24 @@ def _build(text: Text, part: Path, mode: int) -> None:
     sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
     if not flagged:
         np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
-    for file in part.iterdir():
+    seal(part, mode)
+
+
+def spoken(text: Text, apart: frozenset[int] = frozenset()) -> Iterator[str]:
+    """The training documents as text without marks, from which a tokenizer learns."""
+    for each in documents(text, apart=apart):
+        if not each.held_out:
+            yield written(json.loads(each.text)) if text.conversations else each.text
+
+
+def seal(folder: Path, mode: int) -> None:
+    """Gives the files of a folder this mode, and waits until all of it is on the disk."""
+    for file in folder.iterdir():
         mode &= file.stat().st_mode  # the user's umask may take away more
         file.chmod(mode)
         _sync(file)
-    part.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read the files may enter the folder
-    _sync(part)
+    folder.chmod(0o700 | mode | (mode & 0o444) >> 2)  # who may read the files may enter the folder
+    _sync(folder)
 
 
 def _converse(

@@ -12,7 +12,6 @@ under the file's path, size and time of change.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from hvdllm import untrusted
 from hvdllm.errors import UserError
 from hvdllm.text.corpus import resolve
+from hvdllm.text.kept import keep, kept
 from hvdllm.text.parts import Tokens
 from hvdllm.text.tokenize import BYTES, Tokenizer
 
@@ -89,11 +89,8 @@ def looked_at(path: Path, tokens: np.ndarray, data_dir: Path, say: Callable[[str
     stat = os.stat(path)
     key = hashlib.sha256(f"{os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
     known = data_dir / "tokens" / f"{key.hexdigest()}.json"
-    try:
-        kept = untrusted.read_json(known, 4096)
-        return str(kept["sha256"]), int(kept["most"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if {"sha256", "most"} <= (before := kept(known, 4096)).keys():
+        return str(before["sha256"]), int(before["most"])
     if len(tokens) > BLOCK:
         say(f"reading {path} once, {tokens.nbytes / 2**30:.1f} GiB, for its sum")
     digest, least, most = hashlib.sha256(str(tokens.dtype).encode()), 0, 0
@@ -104,13 +101,7 @@ def looked_at(path: Path, tokens: np.ndarray, data_dir: Path, say: Callable[[str
     if least < 0:
         raise UserError(f"{path} holds the number {least}, which is no token: give a file of tokens")
     found = digest.hexdigest(), most
-    try:  # what cannot be kept is read again the next time
-        known.parent.mkdir(parents=True, exist_ok=True)
-        beside = known.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({"sha256": found[0], "most": found[1]}))
-        beside.replace(known)
-    except OSError:
-        pass
+    keep(known, {"sha256": found[0], "most": found[1]})
     return found
 
 

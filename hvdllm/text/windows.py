@@ -43,49 +43,6 @@ class Windows:
         return _too_few(len(self.tokens), len(self), self.context, batch, self.validation)
 
 
-class Joined:
-    """The windows of several texts, one text after the other. No window reaches from one into the next.
-
-    Args:
-        parts: the texts.
-        context: tokens in a sequence.
-        validation: whether they are held out.
-    """
-
-    name = "windows"
-
-    def __init__(self, parts: list[Windows], context: int, validation: bool = False) -> None:
-        self.parts, self.context, self.validation = parts, context, validation
-        self.units = float(context)
-        self._first = np.cumsum([0, *map(len, parts)])  # the number of each part's first window, and of all
-
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """Inputs and targets, each int64 [rows, context], as those of one text."""
-        inputs, targets = torch.empty(2, len(rows), self.context, dtype=torch.int64)
-        owners = np.searchsorted(self._first, rows, side="right") - 1
-        for owner in np.unique(owners):
-            mine = owners == owner
-            some = self.parts[owner].take(rows[mine] - self._first[owner], None)
-            inputs[torch.from_numpy(mine)], targets[torch.from_numpy(mine)] = some[0], some[1]
-        return inputs, targets, np.full(len(rows), self.context)
-
-    def documents(self) -> np.ndarray:
-        """The document in which each window begins. Each text begins a new one."""
-        out, before = [np.empty(0, np.int64)], 0
-        for part in self.parts:
-            own = part.documents()
-            out.append(own + before)
-            before += int(own.max(initial=-1)) + 1
-        return np.concatenate(out)
-
-    def too_few(self, batch: int) -> str:
-        tokens = sum(len(part.tokens) for part in self.parts)
-        return _too_few(tokens, len(self), self.context, batch, self.validation)
-
-
 def _ends(tokens: np.ndarray, end: int | None) -> np.ndarray:
     """The places of the end tokens, in ascending order."""
     if end is None:

@@ -21,7 +21,7 @@ from hvdllm.exchange.base import Commit, Settled
 from hvdllm.plain import Json
 from hvdllm.trainer import buffers
 from hvdllm.trainer.audit import audit, spread
-from hvdllm.trainer.evaluate import Evaluation, evaluate_run
+from hvdllm.trainer.evaluate import Evaluation, evaluate_run, told
 from hvdllm.trainer.run import Run
 
 
@@ -116,10 +116,11 @@ class Acts:
         tokens = self.tokens + self.settled.tokens
         older = of is not None and of != tokens
         values = {**result.metrics, "wall_s": self.run.clock.wall_s()}
-        task, told = self.run.data.task, self.run.data.task.tell(result.metrics)
+        task = self.run.data.task
+        said = told(task, result)
         self.run.ledger.record("eval", tokens, seconds, {**values, "weights_tokens": of} if older else values)
         self.run.show.say(
-            f"{tokens:,} {task.unit}: validation loss {result.loss:.4f}{', ' * bool(told)}{told}"
+            f"{tokens:,} {task.unit}: validation loss {result.loss:.4f}{', ' * bool(said)}{said}"
             + (f" (weights of {of:,} {task.unit})" if older else "")
         )
 

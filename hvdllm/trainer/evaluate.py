@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from hvdllm.plain import Json, Tree
 from hvdllm.settings import Config
-from hvdllm.task.base import Prepared, Task
+from hvdllm.task.base import Items, Prepared, Task
 from hvdllm.task.stream import held_out
 from hvdllm.trainer.backward import autocast
 from hvdllm.world.base import World
@@ -76,9 +77,33 @@ def evaluate(
 
 
 def evaluate_run(config: Config, model: nn.Module, data: Prepared, device: torch.device, world: World) -> Evaluation:
-    """Evaluates the model as a run with these settings does. Collective."""
-    batches = held_out(
-        data.validation, units=config.eval_tokens, micro_batch=config.micro_batch, rank=world.rank, size=world.size,
-        device=device,
-    )  # fmt: skip
-    return evaluate(data.task, model, batches, config.precision, device, world)
+    """Evaluates the model as a run with these settings does. Collective.
+
+    Data of several sources are evaluated source by source. Each has its share of eval_tokens, and a result of the whole
+    is the mean of those of the sources, weighted by their shares. The results of a source have its name after a slash,
+    such as `loss/code`.
+    """
+
+    def of(task: Task, items: Items, units: int) -> Evaluation:
+        batches = held_out(
+            items, units=units, micro_batch=config.micro_batch, rank=world.rank, size=world.size, device=device
+        )
+        return evaluate(task, model, batches, config.precision, device, world)
+
+    if not data.sources:
+        return of(data.task, data.validation, config.eval_tokens)
+    asked = {name: math.ceil(config.eval_tokens * each.share) for name, each in data.sources.items()}
+    found = {name: of(each.task, each.items, asked[name]) for name, each in data.sources.items()}
+    apart = {f"{key}/{name}": value for name, one in found.items() for key, value in one.metrics.items()}
+    whole = dict[str, float]()
+    for name, one in found.items():
+        for key, value in one.metrics.items():
+            whole[key] = whole.get(key, 0.0) + data.sources[name].share * value
+    return Evaluation({**whole, **apart}, sum(one.tokens for one in found.values()))
+
+
+def told(task: Task, result: Evaluation) -> str:
+    """The results beside the loss in words, with the loss of each source."""
+    apart = {name.partition("/")[2]: value for name, value in result.metrics.items() if name.startswith("loss/")}
+    words = [task.tell(result.metrics), ", ".join(f"{name} {value:.4f}" for name, value in apart.items())]
+    return "; ".join(filter(None, words))

@@ -24,7 +24,8 @@ from hvdllm.errors import UserError
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
 from hvdllm.settings import Config
-from hvdllm.text import shards
+from hvdllm.text import mix, shards
+from hvdllm.text.parts import Mix
 
 # Settings that may differ between the lives of a run. They change where, how fast or how long it computes, not what.
 MAY_DIFFER = (
@@ -102,11 +103,17 @@ def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) ->
     Raises UserError if the text comes from files and is not prepared here.
     """
     wants = {f"text.{key}": value for key, value in compose.to_dict(theirs)["text"].items() if _is_file(key, value)}
-    if named & {"text.path", "text.validation", "text.tokenizer", "text.prepared"}:
+    if named & {"text.path", "text.sources", "text.validation", "text.tokenizer", "text.prepared"}:
         missing = [key for key in wants if key not in named and config.text.prepared is None]
     else:
         data_hash = next((r.get("data_hash") for r in runs.records(folder) if r.get("kind") == "run"), None)
-        found = shards.find(shards.data_folder(config.data_dir), str(data_hash))
+        data_dir = shards.data_folder(config.data_dir)
+        if isinstance(config.text, Mix):
+            known = mix.find(data_dir, str(data_hash))
+            config.text.sources = known[0] if known else None  # as the user has named them when they were prepared
+            found = known is not None
+        else:
+            found = shards.find(data_dir, str(data_hash)) is not None
         config.text.prepared, missing = (str(data_hash), []) if found else (None, list(wants))
     if missing:
         again = ", ".join(f"{key}={wants[key]}" for key in missing)
@@ -119,7 +126,7 @@ def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) ->
 def _is_file(key: str, value: object) -> bool:
     if key == "tokenizer":
         return value not in ("bytes", "bpe")
-    return key in ("path", "validation") and value is not None
+    return key in ("path", "validation", "sources") and value is not None
 
 
 def _left_behind(theirs: Config, named: set[str]) -> list[str]:
@@ -210,7 +217,7 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
 
     # The horizon is stored with the run. If it was left to the budget, that of the first life counts for all of them.
     was, now = flat(compose.to_dict(old)), flat(compose.to_dict(new))
-    by_content = ("text.path", "text.validation", "text.tokenizer")
+    by_content = ("text.path", "text.validation", "text.tokenizer", "text.sources")
     differ = [
         k for k in {**was, **now} if was.get(k) != now.get(k) and not (k in by_content and not (k in was and k in now))
     ]

@@ -16,6 +16,7 @@ from hvdllm.settings import Config
 from hvdllm.task.base import Task
 from hvdllm.trainer import account
 from hvdllm.trainer.acts import Acts
+from hvdllm.trainer.evaluate import told
 from hvdllm.trainer.run import Run
 from hvdllm.trainer.slow import crowded
 
@@ -138,7 +139,7 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         "reason": reason,
         "unit": task.unit,
         "each": each(config, task),
-        "told": task.tell(acts.last_eval.metrics) if acts.last_eval else "",
+        "told": told(task, acts.last_eval) if acts.last_eval else "",
         "next": next_commands(config),
         "tokens": acts.tokens,
         **ledger.totals(seconds),

@@ -124,7 +124,7 @@ def test_held_out_by_content_alone(tmp_path: Path) -> None:
 
 def test_the_smallest_hash_is_held_out_where_none_qualifies(tmp_path: Path) -> None:
     write(tmp_path, **{f"a{n}": f"text {n}" for n in range(5)})
-    smallest = min((corpus._hash(f"text {n}"), f"text {n}") for n in range(5))[1]
+    smallest = min((corpus.hash_of(f"text {n}"), f"text {n}") for n in range(5))[1]
     assert [text for text, held_out in sides(tmp_path, 1e-12).items() if held_out] == [smallest]
 
 

@@ -114,7 +114,7 @@ def test_a_run_that_goes_on_finds_the_text_that_an_older_version_prepared(tmp_pa
     (tmp_path / "a.txt").write_text(lines(1, 4000))
     text = Files(path=str(tmp_path / "a.txt"), tokenizer="bytes")
     new = shards.prepare(text, tmp_path / "data", say=lambda words: None)
-    older = tmp_path / "data" / shards._key({**shards._recipe(text), "format": 1})
+    older = tmp_path / "data" / shards.key_of({**shards.recipe_of(text), "format": 1})
     new.folder.rename(older)
     head, *_ = (older / "train.bin").read_bytes().partition(b"}")
     assert json.loads(head[len(shards.MAGIC) :] + b"}")["tokens"] == len(new.train)

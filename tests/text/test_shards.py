@@ -181,8 +181,8 @@ def test_texts_without_training_tokens(books: Path, tmp_path: Path) -> None:
 def test_a_text_that_changes_while_it_is_read(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = shards._build
 
-    def edited(text: Text, part: Path, mode: int) -> None:
-        build(text, part, mode)
+    def edited(text: Text, part: Path, mode: int, apart: frozenset[int]) -> None:
+        build(text, part, mode, apart)
         (books / "00.txt").write_text("edited meanwhile")
 
     monkeypatch.setattr(shards, "_build", edited)

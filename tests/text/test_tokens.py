@@ -15,8 +15,9 @@ from hvdllm.config.compose import compose
 from hvdllm.errors import UserError
 from hvdllm.task import causal_lm
 from hvdllm.task.base import Prepared
+from hvdllm.task.joined import Joined
 from hvdllm.text import tokens
-from hvdllm.text.windows import Joined, Windows
+from hvdllm.text.windows import Windows
 from hvdllm.world.detect import Place
 
 IDS = np.random.RandomState(0).randint(257, size=1000)
@@ -70,7 +71,7 @@ def test_each_format_gives_its_tokens(tmp_path: Path, make: object) -> None:
 
 def test_windows_of_several_files_do_not_reach_over_their_ends(tmp_path: Path) -> None:
     parts = [IDS[:100], IDS[100:110], IDS[110:300]]
-    both = Joined([Windows(part, 16, 256) for part in parts], 16)
+    both = Joined([Windows(part, 16, 256) for part in parts], 256)
     alone = [Windows(part, 16, 256) for part in parts]
     assert len(both) == sum(map(len, alone)) == 6 + 0 + 11
     rows = np.array([16, 0, 5, 6, 3])
