@@ -46,6 +46,56 @@ class Batch:
     last: bool  # closes this rank's share of the round
     round: int = 0  # as share() takes it; with `index` and the rank it seeds the dropout
     index: int = 0  # of this micro-batch in the rank's share
+    fresh: int = 0  # bytes of text that the targets stand for, if a stream has brought them for the first time
+
+
+class Loader:
+    """Takes items, copies them to the device and makes micro-batches of them.
+
+    Args:
+        items: the data.
+        micro_batch: the most items in one Batch.
+        device: where the tensors go.
+    """
+
+    def __init__(self, items: Items, micro_batch: int, device: torch.device) -> None:
+        self.items, self.micro_batch, self.device = items, micro_batch, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> Loaded:
+        """These items in these epochs, copied or on their way to the device; None for none. Runs in the thread."""
+        if not len(rows):
+            return None
+        step = self.micro_batch if getattr(self.items, "ragged", False) else len(rows)
+        parts = [slice(at, at + step) for at in range(0, len(rows), step)]
+        taken = [self.items.take(rows[part], None if epochs is None else epochs[part]) for part in parts]
+        units = np.concatenate([units for _, _, units in taken])
+        return self.copied([(inputs, targets) for inputs, targets, _ in taken], units)
+
+    def copied(self, data: list[tuple[Tree, Tree]], units: np.ndarray) -> Loaded:
+        """Inputs and targets, which lie on the CPU, copied or on their way to the device. Runs in the thread."""
+        if self._copies is None:
+            return data, units, None
+        with torch.cuda.stream(self._copies):
+            # The allocator does not give pinned memory away again before the copy out of it has run.
+            there = each(data, lambda x: x.pin_memory().to(self.device, non_blocking=True))
+            return there, units, self._copies.record_event()
+
+    def arrive(self, loaded: Loaded, round: int) -> list[Batch]:
+        """The micro-batches of a share, as views of the tensors that were taken. Runs in the loop's thread."""
+        if loaded is None:
+            return [Batch(None, None, 0, last=True, round=round)]
+        data, units, copied = loaded
+        if copied is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(copied)  # the device waits, the host does not
+            # The memory belongs to the side stream, which must not reuse it while we read.
+            each(data, lambda x: x.record_stream(here))
+        parts = [slice(at, at + self.micro_batch) for at in range(0, len(units), self.micro_batch)]
+        # What was taken at once is cut. Of ragged items each micro-batch was taken by itself.
+        pairs = data if len(data) == len(parts) else [each(data[0], itemgetter(part)) for part in parts]
+        counts = [int(units[part].sum()) for part in parts]
+        return [Batch(x, y, counts[i], i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
 
 
 class Stream:
@@ -92,7 +142,7 @@ class Stream:
         self._order: Epochs | Mixture = Epochs(len(items), seed) if own is None else own
         self._pool: ThreadPoolExecutor | None = None
         self._lanes = Lanes()
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.loader = Loader(items, micro_batch, device)
 
     def share(self, round: int, parts: int = 1) -> list[Batch]:
         """This rank's micro-batches of one round.
@@ -100,7 +150,7 @@ class Stream:
         With parts > 1 a round is cut into parts of `batch / parts` items, and `round` counts parts. The function is
         pure: it gives any round, as often as asked, whatever rounds() has done.
         """
-        return self._arrive(self._load(round, self._part(parts)), round)
+        return self.loader.arrive(self._load(round, self._part(parts)), round)
 
     def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
         """share(t, parts) for every t from the position on, without end.
@@ -116,7 +166,7 @@ class Stream:
         self.close()
         pool = self._pool = devices.pool("stream")
         first = self.position // part
-        ready: deque[Future[_Loaded]] = deque(
+        ready: deque[Future[Loaded]] = deque(
             pool.submit(self._load, first + k, part) for k in range(max(1, self.ahead))
         )
         try:
@@ -127,7 +177,7 @@ class Stream:
                     self.waited_s += time.perf_counter() - since
                 self.position += part
                 ready.append(pool.submit(self._load, self.position // part + len(ready), part))
-                yield self._arrive(loaded, self.position // part - 1)
+                yield self.loader.arrive(loaded, self.position // part - 1)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -142,7 +192,7 @@ class Stream:
         """
         each = max(1, min(self.micro_batch, int(most // self.items.units)))
         for lane, at, loaded in self._walk(index, of, each, self._lanes.positions):
-            (batch,) = self._arrive(loaded, at)
+            (batch,) = self.loader.arrive(loaded, at)
             batch.index = lane  # with the place in the lane it seeds the dropout
             yield batch
 
@@ -163,7 +213,7 @@ class Stream:
 
     def _walk(
         self, index: int, of: int, each: int, rows: Callable[[int, int, int], np.ndarray]
-    ) -> Iterator[tuple[int, int, _Loaded]]:
+    ) -> Iterator[tuple[int, int, Loaded]]:
         """(lane, place in it, what was loaded) for every `each` items, without end.
 
         rows(lane, place, count) gives the positions of those that this rank loads.
@@ -171,7 +221,7 @@ class Stream:
         mine = self._lanes.of_walker(index, of)
         planned = {lane: self._lanes.taken[lane] for lane in mine}
 
-        def jobs() -> Iterator[tuple[tuple[int, int], Callable[[], _Loaded]]]:
+        def jobs() -> Iterator[tuple[tuple[int, int], Callable[[], Loaded]]]:
             while True:
                 lane = min(mine, key=lambda lane: (planned[lane], lane))
                 at, planned[lane] = planned[lane], planned[lane] + each
@@ -181,7 +231,7 @@ class Stream:
             self._lanes.taken[lane] = at + each
             yield lane, at, loaded
 
-    def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], _Loaded]]]) -> Iterator[tuple[T, _Loaded]]:
+    def _read_ahead(self, jobs: Iterator[tuple[T, Callable[[], Loaded]]]) -> Iterator[tuple[T, Loaded]]:
         """The name of each job and what it has loaded, in order. Some jobs are always under way in the thread."""
         self.close()
         pool = self._pool = devices.pool("stream")
@@ -236,50 +286,18 @@ class Stream:
             raise ValueError(f"a batch of {self.batch} {self.items.name} has no {parts} equal parts")
         return self.batch // parts
 
-    def _load(self, number: int, part: int) -> _Loaded:
+    def _load(self, number: int, part: int) -> Loaded:
         """This rank's share of part `number`, copied or on its way to the device. Runs in the thread."""
         first, count = deal(part, self.rank, self.size)
         if count == 0:
             return None
         return self._rows(np.arange(count) + number * part + first)
 
-    def _rows(self, positions: np.ndarray) -> _Loaded:
+    def _rows(self, positions: np.ndarray) -> Loaded:
         """The items at these positions, copied or on their way to the device. Runs in the thread."""
         if not len(positions):
             return None
-        return self._copy(*self._order.visits(positions))
-
-    def _copy(self, rows: np.ndarray, epochs: np.ndarray) -> _Loaded:
-        """These items in these epochs, copied or on their way to the device. Runs in the thread."""
-        if not len(rows):
-            return None
-        step = self.micro_batch if getattr(self.items, "ragged", False) else len(rows)
-        parts = [slice(at, at + step) for at in range(0, len(rows), step)]
-        taken = [self.items.take(rows[part], None if epochs is None else epochs[part]) for part in parts]
-        units = np.concatenate([units for _, _, units in taken])
-        data = [(inputs, targets) for inputs, targets, _ in taken]
-        if self._copies is None:
-            return data, units, None
-        with torch.cuda.stream(self._copies):
-            # The allocator does not give pinned memory away again before the copy out of it has run.
-            there = each(data, lambda x: x.pin_memory().to(self.device, non_blocking=True))
-            return there, units, self._copies.record_event()
-
-    def _arrive(self, loaded: _Loaded, round: int) -> list[Batch]:
-        """The micro-batches of a share, as views of the tensors that were taken. Runs in the loop's thread."""
-        if loaded is None:
-            return [Batch(None, None, 0, last=True, round=round)]
-        data, units, copied = loaded
-        if copied is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(copied)  # the device waits, the host does not
-            # The memory belongs to the side stream, which must not reuse it while we read.
-            each(data, lambda x: x.record_stream(here))
-        parts = [slice(at, at + self.micro_batch) for at in range(0, len(units), self.micro_batch)]
-        # What was taken at once is cut. Of ragged items each micro-batch was taken by itself.
-        pairs = data if len(data) == len(parts) else [each(data[0], itemgetter(part)) for part in parts]
-        counts = [int(units[part].sum()) for part in parts]
-        return [Batch(x, y, counts[i], i == len(pairs) - 1, round, i) for i, (x, y) in enumerate(pairs)]
+        return self.loader.take(*self._order.visits(positions))
 
 
 class GroupStream:
@@ -296,11 +314,11 @@ class GroupStream:
         if parts != 1:
             raise ValueError(f"a group's rounds are not cut into {parts} parts")
         for lane, at, loaded in self.stream._walk(self.index, self.of, self.count, self._own):
-            yield self.stream._arrive(loaded, self._number(lane, at))
+            yield self.stream.loader.arrive(loaded, self._number(lane, at))
 
     def share(self, number: int, parts: int = 1) -> list[Batch]:
         at, lane = divmod(number, len(self.stream._lanes.taken))
-        return self.stream._arrive(self.stream._rows(self._own(lane, at, self.count)), number)
+        return self.stream.loader.arrive(self.stream._rows(self._own(lane, at, self.count)), number)
 
     def _number(self, lane: int, at: int) -> int:
         return lane + len(self.stream._lanes.taken) * at
@@ -344,21 +362,21 @@ class Turns:
         stream, of = self.federation.stream, len(self.federation.tokens)
         numbers = (step * of + client for client, step in self.plan)
         for number, loaded in stream._read_ahead((number, partial(self._load, number)) for number in numbers):
-            yield stream._arrive(loaded, number)
+            yield stream.loader.arrive(loaded, number)
 
     def share(self, number: int, parts: int = 1) -> list[Batch]:
-        return self.federation.stream._arrive(self._load(number), number)
+        return self.federation.stream.loader.arrive(self._load(number), number)
 
-    def _load(self, number: int) -> _Loaded:
+    def _load(self, number: int) -> Loaded:
         step, client = divmod(number, len(self.federation.tokens))
         first, own = deal(self.count, self.rank, self.size)
         positions = step * self.count + first + np.arange(own)
-        return self.federation.stream._copy(*self.federation.clients.visits(client, positions))
+        return self.federation.stream.loader.take(*self.federation.clients.visits(client, positions))
 
 
 # Pairs of inputs and targets (one, or one for each micro-batch of ragged items), the units that each item counts and,
 # on CUDA, the event after the copies. None without a share.
-_Loaded = tuple[list[tuple[Tree, Tree]], np.ndarray, torch.cuda.Event | None] | None
+Loaded = tuple[list[tuple[Tree, Tree]], np.ndarray, torch.cuda.Event | None] | None
 
 
 def each(data: Tree, change: Callable[[torch.Tensor], object]) -> Tree:
