@@ -298,7 +298,7 @@ MUTANTS = [
     ("task/joined.py", 'side="right") - 1', 'side="left") - 1', "tests/text/test_tokens.py"),
     ("task/joined.py", "[share / part.units for", "[share for", "tests/text/test_mix.py"),
     ("text/mix.py", "whole=whole, apart=apart)", "whole=whole)", "tests/text/test_mix.py"),
-    ("trainer/evaluate.py", "data.sources[name].share * value", "value / len(found)", "tests/text/test_mix.py"),
+    ("trainer/evaluate.py", "sources[name].share * value", "value / len(found)", "tests/text/test_mix.py"),
     ("order/mixture.py", "int(block) * self.counts[number] + ", "", "tests/order/test_mixture.py"),
     ("text/conversations.py", "(found & COUNTS) > 0", "found > 0", "tests/task/test_chat.py"),
     (

@@ -75,6 +75,8 @@ def run(argv: list[str]) -> int:
             "shards of that machine"
         )
     result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
+    if result is None:
+        raise UserError(f"{given.run} has nothing that is held out yet: no slice of its stream is whole")
     if given.json:
         values = {"checkpoint": str(found.source), **result.metrics}
         print(json.dumps(values | {"tokens": result.tokens}))

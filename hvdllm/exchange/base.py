@@ -43,6 +43,7 @@ class Batch(Protocol):
     tokens: the units that its loss is a sum over; where they are 0, no graph is run
     last: it is the last one of this rank's share of the round
     round, index: the round it belongs to, and its number in this rank's share of that round
+    fresh: bytes of text that its targets stand for, if a stream has brought them for the first time; else 0
     """
 
     inputs: Tree
@@ -51,6 +52,7 @@ class Batch(Protocol):
     last: bool
     round: int
     index: int
+    fresh: int
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Nothing:
     last: bool = True
     round: int = 0
     index: int = 0
+    fresh: int = 0
 
 
 class Dealer(Protocol):

@@ -148,6 +148,7 @@ class LogStream:
         wait_s: seconds that the loop waits for a whole batch, before a round is made of what there is.
         asks: what this rank is asked.
         pauses: how ranks agree on asks while they wait.
+        rest: waits for so many seconds, as World.rest.
         say: gets a sentence when the loop has to wait.
         ahead: how many rounds are kept ready.
 
@@ -159,11 +160,11 @@ class LogStream:
     def __init__(
         self, items: LogItems, rounds: Rounds, layout: Layout, plan: Plan, *, micro_batch: int, seed: int, rank: int,
         size: int, device: torch.device, wait_s: float, asks: Asks, pauses: Pauses,
-        say: Callable[[str], None] = lambda text: None, ahead: int = 2,
+        rest: Callable[[float], None], say: Callable[[str], None] = lambda text: None, ahead: int = 2,
     ) -> None:  # fmt: skip
         self.items, self.rounds_file, self.layout, self.plan = items, rounds, layout, plan
         self.micro_batch, self.seed, self.rank, self.size = micro_batch, seed, rank, size
-        self.wait_s, self.asks, self.pauses, self.say, self.ahead = wait_s, asks, pauses, say, ahead
+        self.wait_s, self.asks, self.pauses, self.rest, self.say, self.ahead = wait_s, asks, pauses, rest, say, ahead
         self.loader = Loader(items, micro_batch, device)
         self.waited_s = 0.0
         self.paused: Callable[[Asks], None] = lambda asks: None
@@ -172,6 +173,11 @@ class LogStream:
         self._lane: list[int] | None = None  # of a lane: number of walkers, next round, micro-batches of it handed out
         self._quiet = 0.0  # seconds that were waited since the last round
         self._pool = devices.pool("stream")
+
+    @property
+    def batch(self) -> int:
+        """Windows of a whole round."""
+        return self.plan.batch
 
     # ------------------------------------------------------------------ rounds
     def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
@@ -205,7 +211,7 @@ class LogStream:
         while True:
             number = self._lane[1]
             if self._decided(number) is None and not self._short(number, dry):
-                time.sleep(DRY_S)
+                self.rest(DRY_S)
                 dry, self.waited_s = dry + DRY_S, self.waited_s + DRY_S
                 self._tell(DRY_S)
                 yield Nothing()
@@ -274,7 +280,7 @@ class LogStream:
                     self.paused(asks)
                     if asks.stop:
                         return False
-                time.sleep(POLL_S)
+                self.rest(POLL_S)
                 self._tell(POLL_S)
         finally:
             self.waited_s += time.monotonic() - since
@@ -367,6 +373,9 @@ class LogStream:
             raise UserError(
                 f"{self.rounds_file.path} has no round {self.round - 1}, which was trained on: copy the log again"
             )
+
+    def saved(self) -> None:
+        """A checkpoint with this place is whole, so the source may forget what was trained on."""
 
     def close(self) -> None:
         """Ends the thread; rounds() may not be called again."""

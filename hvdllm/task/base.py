@@ -18,6 +18,7 @@ from torch import nn
 
 from hvdllm.plain import Json, Tree
 from hvdllm.settings import Config
+from hvdllm.world.base import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of the weights, by precision
 
@@ -142,7 +143,8 @@ class Prepared:
         about: the data in a few words, for the header.
         notes: one sentence each, for a person.
         record: what the `run` record says of the data.
-        sources: parts of the held-out data that are evaluated apart, by name; empty if it is one whole.
+        sources: gives the parts of the held-out data that are evaluated apart, by name, the same on all ranks; None if
+          it is one whole. There may be none yet.
     """
 
     task: Task
@@ -152,7 +154,7 @@ class Prepared:
     about: str
     notes: list[str] = field(default_factory=list)
     record: Json = field(default_factory=dict)
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: Callable[[World], dict[str, Source]] | None = None
 
 
 class Kind(Protocol):

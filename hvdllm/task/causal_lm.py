@@ -29,7 +29,7 @@ from hvdllm.task.joined import Joined, by_share
 from hvdllm.text import mix, overlap, shards, tokens
 from hvdllm.text.chat import Around
 from hvdllm.text.conversations import Conversations
-from hvdllm.text.parts import Mix, Tokens
+from hvdllm.text.parts import Mix, Stdlib, Tokens
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.text.windows import Windows
@@ -170,6 +170,22 @@ def continue_text(
     return tokenizer.decode([*prompt[1:], *out] if around is None else out)
 
 
+def unread(config: Config, data_dir: Path, say: Callable[[str], None]) -> Prepared:
+    """The task of a stream, of which nothing has arrived yet. A BPE is that of the standard library."""
+    text, tokenizer = config.text, None
+    if text.tokenizer == "bpe":
+        tokenizer = shards.prepare(Stdlib(vocab=text.vocab), data_dir, say=say).tokenizer
+    tokenizer = tokenizer or tokens.tokenizer_of(text)
+    _check_vocab(config, tokenizer)
+    nothing = Windows(np.empty(0, tokenizer.dtype), config.model.context, tokenizer.end, validation=True)
+    shape = f"{tokenizer.hash} {config.model.context} {text.slice(config)} {text.held(config)}"
+    return Prepared(
+        CausalLM(config, tokenizer.vocab, tokenizer), nothing, nothing, hashlib.sha256(shape.encode()).hexdigest(),
+        f"stream from {text.source}, vocabulary {tokenizer.vocab:,}", [], {"tokenizer_hash": tokenizer.hash},
+        lambda world: {},
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Opened:
     """A text, open.
@@ -196,6 +212,8 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
     data_dir = shards.data_folder(config.data_dir)
     if isinstance(config.text, Mix):
         return mixed(config, sources(config, config.text, say=say, whole=whole))
+    if config.text.endless:
+        return unread(config, data_dir, say)
     if config.text.ready:
         text = opened_tokens(config, config.text, say)
     else:
@@ -285,7 +303,7 @@ def mixed(config: Config, texts: dict[str, Opened], change: Callable[[Items], It
             "validation_repeated": {name: text.repeated for name, text in texts.items()},
             "tokenizer_hash": first.words.hash,
         },
-        sources,
+        lambda world: sources,
     )  # fmt: skip
 
 

@@ -275,6 +275,9 @@ class Stream:
         self.position = position
         self._lanes.load(lanes)
 
+    def saved(self) -> None:
+        """A checkpoint with this place is whole. Items can always be read again, so nothing is to be done."""
+
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
         if self._pool is not None:

@@ -30,7 +30,7 @@ from hvdllm import registry, untrusted
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
 from hvdllm.text import chat
-from hvdllm.text.parts import Chat, Files, Stdlib, Text
+from hvdllm.text.parts import Chat, Files, Stdlib, Stream, Text
 
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
 SHORTEST = 1024  # bytes of a piece that ends where its content says
@@ -178,6 +178,13 @@ def stdlib(text: Stdlib) -> list[Path]:
     if not found:
         raise UserError(f"no .py file of the standard library is under {root}: take text=files text.path=…")
     return found
+
+
+def streamed(text: Stream) -> list[Path]:
+    """The files that source=replay plays, or that source=folder has now. Other sources have none."""
+    if text.source in ("redis", "stdin"):
+        raise UserError(f"text.source={text.source} has no files: it is read while it arrives")
+    return stdlib(Stdlib()) if text.path is None else resolve(text.path, "text.path")
 
 
 def resolve(paths: object, setting: str, read: tuple[str, ...] = READ) -> list[Path]:

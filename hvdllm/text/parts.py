@@ -9,7 +9,7 @@ from typing import Any
 from hvdllm import registry
 from hvdllm.errors import UserError
 from hvdllm.registry import part
-from hvdllm.settings import DIGEST, NAME, Settings, Setup, Several, made, meant, setting
+from hvdllm.settings import DIGEST, NAME, Config, Settings, Setup, Several, made, meant, setting
 
 
 @dataclass
@@ -24,6 +24,11 @@ class Text(Settings):
     @property
     def ready(self) -> bool:
         """Is it tokens already (text/tokens.py)?"""
+        return False
+
+    @property
+    def endless(self) -> bool:
+        """Does it arrive while it is trained on (hvdllm/online)?"""
         return False
 
     @property
@@ -149,6 +154,95 @@ class Chat(Text):
         return super().refusal(setup)
 
 
+@part("text", "stream", "hvdllm.text.corpus:streamed")
+@dataclass
+class Stream(Text):
+    """Text that arrives while it is trained on, each document once (hvdllm/online/README.md)."""
+
+    @property
+    def endless(self) -> bool:
+        return True
+
+    source: str = setting(
+        "replay",
+        "where documents arrive: redis (a stream of text.address), folder (files of text.path that grow or are added), "
+        "stdin (of rank 0, a document a line) or replay (a text that is played at text.rate)",
+        choices=("replay", "redis", "folder", "stdin"),
+        ours=True,
+    )
+    path: Several = setting(
+        None,
+        "of source=folder: a folder of .jsonl and .txt files; of source=replay: the text that is played, as text=files "
+        "takes it, or a list of texts that are played one after the other; null: the standard library",
+        ours=True,
+    )
+    column: str = setting("text", "name of the field that holds the text of a .jsonl line, or of an entry in Redis")
+    address: str = setting(
+        "redis://127.0.0.1:6379/0",
+        "of source=redis: where the server is; a password is better in REDIS_PASSWORD",
+        ours=True,
+    )
+    key: str = setting("documents", "of source=redis: the name of the stream", ours=True)
+    rate: float = setting(200.0, "of source=replay: documents a second; 0: as fast as they are read", least=0)
+    wait_s: float = setting(
+        2.0,
+        "seconds that a round waits for a whole batch, before it is made of what has arrived",
+        least=0.05,
+        most=86400,
+    )
+    backlog: str = setting(
+        "all",
+        "where more than text.behind_tokens wait: all (fall behind, but learn each), newest (leave out what is older "
+        "than a batch) or sample (leave out all but a batch, spread over what waits)",
+        choices=("all", "newest", "sample"),
+    )
+    behind_tokens: int = setting(1_000_000, "tokens that may wait before text.backlog leaves some out", least=0)
+    replay: float = setting(
+        0.0, "share of each batch that is drawn from what was trained on before, below 1", least=0, most=0.95
+    )
+    slice_tokens: int = setting(
+        131_072,
+        "tokens of a slice of the stream; the last text.validation_share of each is held out and evaluated",
+        least=1024,
+    )
+    window_tokens: int = setting(
+        100_000,
+        "tokens over which the recent prequential loss is averaged, with weights that fall exponentially",
+        least=1,
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        config = setup.config
+        exchange = registry.of("exchange", config.exchange)
+        if registry.name_of("task", config.task) != "causal_lm":
+            return "text=stream is learnt by task=causal_lm alone: leave the task out"
+        if self.source == "folder" and self.path is None:
+            return "text.source=folder needs text.path: the folder whose files grow"
+        if self.prepared is not None or self.validation is not None:
+            return "text=stream prepares nothing and holds out a share of each slice: leave prepared and validation out"
+        if exchange.facts.clients:
+            return f"text=stream with exchange={exchange.name}: a stream is dealt to no clients, take another exchange"
+        for name in ("timed", "by_speed"):
+            if getattr(config.exchange, name, False):
+                return f"text=stream with exchange.{name}=true: ranks agree on rounds by count, leave it at false"
+        held = self.held(config)
+        if not 0 < held < self.slice(config):
+            return (
+                f"text.slice_tokens={self.slice_tokens} has {self.slice(config)} windows of model.context="
+                f"{config.model.context}, of which text.validation_share={self.validation_share} holds out {held}: "
+                "raise one of the first two, or lower the share"
+            )
+        return super().refusal(setup)
+
+    def slice(self, config: Config) -> int:
+        """Windows in a slice."""
+        return int(self.slice_tokens // config.model.context)
+
+    def held(self, config: Config) -> int:
+        """Windows of a slice that are held out."""
+        return max(1, round(self.slice(config) * self.validation_share))
+
+
 COMMON = ("tokenizer", "vocab", "prepared")  # settings that all sources of a mixture share
 
 
@@ -187,7 +281,7 @@ class Mix(Text):
         if not isinstance(name, str) or not re.fullmatch(NAME[0], name):
             raise UserError(f"text.sources: the name {name!r} is none, give {NAME[1]}")
         values = dict(value) if isinstance(value, dict) else {"path": value}
-        kinds = {kind: each for kind, each in registry.kinds("text").items() if each is not Mix}
+        kinds = {kind: each for kind, each in registry.kinds("text").items() if each not in (Mix, Stream)}
         kind = values.pop("text", "files")
         if kind not in kinds:
             raise UserError(f"{where}.text={kind}: choose one of {', '.join(kinds)}{meant(str(kind), list(kinds))}")

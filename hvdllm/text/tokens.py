@@ -23,7 +23,7 @@ from hvdllm import untrusted
 from hvdllm.errors import UserError
 from hvdllm.text.corpus import resolve
 from hvdllm.text.kept import keep, kept
-from hvdllm.text.parts import Tokens
+from hvdllm.text.parts import Text, Tokens
 from hvdllm.text.tokenize import BYTES, Tokenizer
 
 ENDINGS = (".npy", ".bin")
@@ -43,8 +43,8 @@ def files(text: Tokens) -> list[Path]:
     return resolve(text.path, "text.path", ENDINGS)
 
 
-def tokenizer_of(text: Tokens) -> Tokenizer:
-    """The tokenizer that made the tokens, as text.tokenizer names it."""
+def tokenizer_of(text: Text) -> Tokenizer:
+    """The tokenizer that text.tokenizer names: bytes, or a file."""
     return Tokenizer(BYTES) if text.tokenizer == "bytes" else Tokenizer.load(Path(text.tokenizer).expanduser())
 
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from hvdllm import registry
 from hvdllm.checkpoint import write
 from hvdllm.checkpoint.read import alike
 from hvdllm.device import wait_for_stream
 from hvdllm.errors import RunError
-from hvdllm.exchange.base import Commit, Settled
+from hvdllm.exchange.base import Batch, Commit, Settled
 from hvdllm.plain import Json
 from hvdllm.trainer import buffers
 from hvdllm.trainer.audit import audit, spread
 from hvdllm.trainer.evaluate import Evaluation, evaluate_run, told
 from hvdllm.trainer.run import Run
+from hvdllm.world.base import Asks
 
 
 class Acts:
@@ -87,10 +90,23 @@ class Acts:
                     self.save(seconds)
         self.finished = met
 
+    def saw(self, batch: Batch, loss: torch.Tensor) -> None:
+        """Counts the loss of text that a stream has brought for the first time, before it is learnt."""
+        self.run.ledger.prequential.saw(batch.fresh, batch.tokens, loss)
+
+    def paused(self, asks: Asks) -> None:
+        """Saves, because a rank was asked to while all ranks wait for data. Collective."""
+        seconds = self.run.clock.seconds()
+        with self.run.clock.act():
+            wait_for_stream(self.run.device)
+            buffers.average(self.run.model, self.run.world, self.run.loss.computed)
+            self.save(seconds)
+
     def finish(self, settled: Settled) -> None:
         """Completes the record of the last commit after settling, and writes the weights to keep."""
         run, config = self.run, self.run.config
         run.ledger.book(settled.report)
+        run.ledger.write_held()
         self.settled = settled
         if self.finished:
             buffers.average(run.model, run.world, run.loss.computed)
@@ -112,6 +128,8 @@ class Acts:
         """Evaluates the weights to keep, and records and shows the result. Collective."""
         with self.run.parts.exchange.consensus() as of, self.run.parts.update.weights():
             result = evaluate_run(self.run.config, self.run.model, self.run.data, self.run.device, self.run.world)
+        if result is None:
+            return
         self.last_eval = result
         tokens = self.tokens + self.settled.tokens
         older = of is not None and of != tokens
@@ -173,6 +191,7 @@ class Acts:
         self._save_s = run.clock.wall_s() - begin
         if path is not None:
             run.ledger.record("save", self.tokens, seconds, {"step": self.step, "path": str(path)}, sync=True)
+            run.stream.saved()
 
     # ------------------------------------------------------------------ the screen
     def _progress(self) -> None:

@@ -14,6 +14,7 @@ from hvdllm import device as devices
 from hvdllm import registry
 from hvdllm.config.check import check_batch
 from hvdllm.errors import UserError
+from hvdllm.exchange import base
 from hvdllm.flat import Flat
 from hvdllm.lock import Lock
 from hvdllm.models import size
@@ -21,7 +22,6 @@ from hvdllm.plain import Json
 from hvdllm.runs import new_name
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Prepared, Task
-from hvdllm.task.stream import Stream
 from hvdllm.trainer.assemble import make_stream
 from hvdllm.trainer.audit import fingerprint
 from hvdllm.trainer.resume import Start, decide, folder_of
@@ -150,12 +150,14 @@ def check_data(config: Config, data: Prepared, ranks: int) -> None:
     """Checks the settings that depend on the data. Raises UserError if they do not fit it."""
     if config.task.units(config) is None:
         check_batch(config, ranks, data.train.units)
+    if config.text.endless:
+        return  # nothing has arrived yet
     clients_without_text(config, make_stream(config, data.train, torch.device("cpu"), SingleWorld()))
     if config.eval_every and not len(data.validation):
         raise UserError(data.validation.too_few(0))
 
 
-def clients_without_text(config: Config, stream: Stream) -> list[str]:
+def clients_without_text(config: Config, stream: base.Stream) -> list[str]:
     """A note about clients that have no text, or nothing if all have some.
 
     Raises UserError if a round would draw more clients than have text.

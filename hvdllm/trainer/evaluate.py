@@ -76,8 +76,10 @@ def evaluate(
     return Evaluation(task.metrics(found), int(found[1]))
 
 
-def evaluate_run(config: Config, model: nn.Module, data: Prepared, device: torch.device, world: World) -> Evaluation:
-    """Evaluates the model as a run with these settings does. Collective.
+def evaluate_run(
+    config: Config, model: nn.Module, data: Prepared, device: torch.device, world: World
+) -> Evaluation | None:
+    """Evaluates the model as a run with these settings does; None if there is nothing to evaluate yet. Collective.
 
     Data of several sources are evaluated source by source. Each has its share of eval_tokens, and a result of the whole
     is the mean of those of the sources, weighted by their shares. The results of a source have its name after a slash,
@@ -90,15 +92,18 @@ def evaluate_run(config: Config, model: nn.Module, data: Prepared, device: torch
         )
         return evaluate(task, model, batches, config.precision, device, world)
 
-    if not data.sources:
+    if data.sources is None:
         return of(data.task, data.validation, config.eval_tokens)
-    asked = {name: math.ceil(config.eval_tokens * each.share) for name, each in data.sources.items()}
-    found = {name: of(each.task, each.items, asked[name]) for name, each in data.sources.items()}
+    sources = data.sources(world)
+    asked = {name: math.ceil(config.eval_tokens * each.share) for name, each in sources.items()}
+    found = {name: of(each.task, each.items, asked[name]) for name, each in sources.items()}
+    if not found:
+        return None
     apart = {f"{key}/{name}": value for name, one in found.items() for key, value in one.metrics.items()}
     whole = dict[str, float]()
     for name, one in found.items():
         for key, value in one.metrics.items():
-            whole[key] = whole.get(key, 0.0) + data.sources[name].share * value
+            whole[key] = whole.get(key, 0.0) + sources[name].share * value
     return Evaluation({**whole, **apart}, sum(one.tokens for one in found.values()))
 
 

@@ -13,6 +13,7 @@ from hvdllm.exchange.base import Commit, Report
 from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.trainer.clock import Clock
+from hvdllm.trainer.prequential import Prequential
 from hvdllm.trainer.show import Show
 from hvdllm.trainer.straggler import Straggler, waited_for
 from hvdllm.world.base import World
@@ -77,10 +78,13 @@ class Ledger:
         world: the ranks.
         clock: the training clock.
         show: what tells the user of a straggler.
+        window: tokens over which the prequential loss of a stream is averaged, or 0 if the run trains on none.
     """
 
-    def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show) -> None:
+    def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show, window: int = 0) -> None:
         self.folder, self.world, self.clock, self.show = folder, world, clock, show
+        self.prequential = Prequential(world, window)
+        self.held: Json | None = None  # a whole `commit` record that waits for its prequential loss
         self.window = Window()
         self.straggler = Straggler()
         self.pending: Json | None = None  # a `commit` record that waits for its loss
@@ -125,12 +129,16 @@ class Ledger:
             commit: the commit at this mark.
             extra: the record is off the cadence, because the run ends here. A run that goes on takes it back.
         """
+        self.write_held()
+        if not extra:  # or the averages would differ from those of a run that never ended
+            self.prequential.post()
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
         self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra}
 
     def book(self, report: Report | None) -> None:
         """Adds the report of the commit before, and writes that commit's record if one is open."""
+        self.prequential.send()
         if report is None:
             return
         self.window.add(report)
@@ -173,17 +181,30 @@ class Ledger:
             "tokens_per_s": (head["tokens"] - last["tokens"]) / passed if passed > 0 else 0.0,
         }
         self.recorded_loss = values["loss"]
-        self.record("commit", head["tokens"], head["seconds"], values)
+        if self.prequential.window:
+            self.held = {"head": head, "values": values}
+        else:
+            self.record("commit", head["tokens"], head["seconds"], values)
         if said := self.straggler.note(window.compute_s_by_rank, window.blocked_s_by_rank):
             self.show.say(said)
             self.record("event", head["tokens"], head["seconds"], {"what": said, "straggler": self.straggler.named})
         self.last_record = {key: head[key] for key in ("tokens", "seconds", "bytes")}
         self.window, self.pending = Window(), None
 
+    def write_held(self) -> None:
+        """Writes the record that waits for its prequential loss. Every rank calls it at the same marks."""
+        self.prequential.land()
+        if self.held is not None:
+            head, values = self.held["head"], self.held["values"]
+            self.held = None
+            self.record("commit", head["tokens"], head["seconds"], {**values, **self.prequential.values()})
+
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
-        """Plain values for the checkpoint."""
+        """Plain values for the checkpoint. Collective if the run trains on a stream."""
+        self.write_held()  # a record is written before the checkpoint after it, or it would be written twice
         return {
+            "prequential": self.prequential.state(),
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
             "straggler": asdict(self.straggler), "ranks": self.world.size, "blocked_s": self.blocked_s,
@@ -201,6 +222,7 @@ class Ledger:
         self.bytes_before = state["bytes"] - self.world.bytes_sent
         if state.get("ranks") == self.world.size:  # otherwise ranks are numbered differently now
             self.straggler = Straggler(**state["straggler"])
+        self.prequential.load(state.get("prequential", {}))
         # The state of an older version has neither of these.
         self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
 

@@ -13,6 +13,7 @@ from hvdllm.checkpoint import read
 from hvdllm.config.check import parse_steps
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import Commit, NotFinite, State
+from hvdllm.online.stream import LogStream
 from hvdllm.settings import Config
 from hvdllm.task.base import Kind
 from hvdllm.track import mirror
@@ -105,6 +106,8 @@ def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
     tracker = start_tracker(config, Path(run.start.folder), world, show)
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, run.device)
     exchange.watch = trace.note if config.trace_steps else None
+    if isinstance(run.stream, LogStream):
+        run.stream.paused = acts.paused
     module = paced(config, run.parts.module, run.loss, run.hosts, run.device, world)
     reason = "failed"
     run.clock.start()

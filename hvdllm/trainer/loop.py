@@ -15,6 +15,7 @@ def train(stream: Stream, model: nn.Module, exchange: Exchange, due: Acts, budge
     """Trains until all ranks together have committed `budget` units, or a rank asks for a stop. Yields the commits."""
     for batch in exchange.feed(stream):  # arms the hooks BEFORE the forward; batch.last closes this rank's share
         loss = backward(model, batch)  # SUM of the losses; gradients add up in place
+        due.saw(batch, loss)  # of a stream: tested before it is learnt
         commit = exchange.advance(batch, loss)  # launch, land, apply; a Commit only at a mark, else None
         if commit is None:
             continue

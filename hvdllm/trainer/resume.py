@@ -197,7 +197,7 @@ def _refuse_links(folder: Path) -> None:
 def unused(folder: Path) -> bool:
     """Whether a folder holds only what a launcher may have left, or a run that was killed at its very start."""
     known = re.compile(
-        rf"launch\.log|log\.txt|checkpoints|\.?{re.escape(runs.FROZEN)}|{lock.NAME}|\.({lock.NAME}|config\.yaml)\.\w+"
+        rf"launch\.log|log|log\.txt|checkpoints|\.?{re.escape(runs.FROZEN)}|{lock.NAME}|\.({lock.NAME}|config\.yaml)\.\w+"
     )
     return all(known.fullmatch(file.name) for file in folder.iterdir()) and not read.steps(folder)
 

@@ -11,6 +11,8 @@ from torch import nn
 from hvdllm.checkpoint import read
 from hvdllm.errors import UserError
 from hvdllm.lock import Lock
+from hvdllm.online.opened import opened
+from hvdllm.online.stream import LogStream
 from hvdllm.optim.schedule import factor
 from hvdllm.plain import Json
 from hvdllm.runs import Folder
@@ -69,7 +71,7 @@ class Run:
     model: nn.Module
     loss: Loss
     parts: Assembly
-    stream: Stream
+    stream: Stream | LogStream
     folder: Folder | None
     clock: Clock
     ledger: Ledger
@@ -118,10 +120,14 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     if resumed is not None and frozen.named(model):
         frozen.share(model, lambda: frozen.load(Path(start.folder), model), world)
     agree_on_weights(parts.flat, world, frozen.named(model).values())
-    stream = make_stream(config, data.train, device, world)
+    stream: Stream | LogStream
+    if config.text.endless:
+        stream, data = opened(config, data, device, world, Path(start.folder), show.say)
+    else:
+        stream = make_stream(config, data.train, device, world)
     folder = Folder(Path(start.folder), lock) if world.rank == 0 else None
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
-    ledger = Ledger(folder, world, clock, show)
+    ledger = Ledger(folder, world, clock, show, config.text.window_tokens if config.text.endless else 0)
     return Run(
         config, world, show, start, device, hosts, data, model, loss, parts, stream, folder, clock, ledger,
         Origin(horizon, resumed, trunk),

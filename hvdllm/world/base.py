@@ -168,6 +168,9 @@ class World(Protocol):
         An error in the thread is raised in the loop, when the loop next waits for another rank.
         """
 
+    def rest(self, seconds: float) -> None:
+        """Waits, where no other rank can say when there is something to do again. Logical ranks run meanwhile."""
+
     def texts(self, text: str, name: str) -> list[str]:
         """Every rank's text, in rank order. Blocks."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -143,6 +144,9 @@ class Ranks(ABC):
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
         self.threads.spawn(work, name)
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def texts(self, text: str, name: str) -> list[str]:
         own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,9 @@ class SingleWorld:
 
     def spawn(self, work: Callable[[], None], name: str) -> None:
         self.threads.spawn(work, name)
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def texts(self, text: str, name: str) -> list[str]:
         return [text]

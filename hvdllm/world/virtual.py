@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -224,6 +225,11 @@ class VirtualWorld(Ranks):
     def spawn(self, work: Callable[[], None], name: str) -> None:
         number = max(lane.number for lane in self.hub.lanes) + 2  # after its own thread and its driver
         spawn(self.hub, Lane(self.rank, number), work, name)
+
+    def rest(self, seconds: float) -> None:
+        if self.hub.links is None:
+            time.sleep(seconds)
+        self.hub.poll(lambda: False)
 
     def close(self) -> None:
         if self.parent is None:

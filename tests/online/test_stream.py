@@ -1,0 +1,123 @@
+"""Training on a log: the same rounds for any number of ranks and exchange, each window once, exactly resumed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdllm import registry, runs
+from hvdllm.cli.main import main
+from hvdllm.online.log import Writer
+from hvdllm.text.tokenize import BYTES, Tokenizer
+
+SHORT = {
+    "local_sgd": ("exchange.local_steps=2",), "diloco": ("exchange.local_steps=2",),
+    "streaming_diloco": ("exchange.local_steps=4", "exchange.fragments=2"),
+}  # fmt: skip
+EXCHANGES = [
+    name
+    for name, part in registry.parts("exchange").items()
+    if part.facts.carries not in registry.LIBRARIES and not part.facts.clients
+]
+EXACT = ("allreduce", "sharded")
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [f"{number} the quick brown fox {draw.integers(1000)} jumps over it" for number in range(count)]
+
+
+def append(folder: Path, texts: list[str]) -> None:
+    tokenizer = Tokenizer(BYTES)
+    writer = Writer(folder / "log", np.dtype(np.uint16))
+    for text in texts:
+        ids = np.append(tokenizer.encode([text])[0], tokenizer.end)
+        writer.append([ids], len(text.encode()), {"document": writer.last.documents + 1})
+    writer.close()
+
+
+def trained(tmp_path: Path, *more: str, name: str = "a", code: int = 0) -> list[dict[str, Any]]:
+    words = [
+        "train", "text=stream", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
+        "model.heads=2", "model.context=16", "batch_tokens=192", "budget_tokens=1920", f"name={name}",
+        f"runs_dir={tmp_path}", f"data_dir={tmp_path / 'data'}", "device=cpu", "device.threads=1", "log_every=192",
+        "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant", "schedule.warmup=0", "text.wait_s=0.2",
+        "audit_every=960", *more,
+    ]  # fmt: skip
+    assert main(words) == code
+    return list(runs.records(tmp_path / name))
+
+
+def losses(records: list[dict[str, Any]], key: str = "loss") -> list[float]:
+    return [record[key] for record in records if record["kind"] == "commit"]
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    for name in ("a", "b", "c"):
+        append(tmp_path / name, documents(120))
+    return tmp_path
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_every_exchange_trains_on_a_stream(filled: Path, exchange: str) -> None:
+    size = 3 if exchange == "parameter_server" else 2
+    records = trained(filled, f"exchange={exchange}", "world=virtual", f"world.size={size}", *SHORT.get(exchange, ()))
+    found = losses(records)
+    assert len(found) >= 4 and found[-1] < found[0]
+    (end,) = [record for record in records if record["kind"] == "end"]
+    assert end["reason"] == "budget"
+    before = losses(records, "prequential")
+    assert before[-1] < before[0]
+
+
+def test_any_number_of_ranks_trains_on_the_same_rounds(filled: Path) -> None:
+    one = trained(filled)
+    three = trained(filled, "world=virtual", "world.size=3", name="b")
+    for key in ("loss", "prequential", "prequential_recent", "prequential_whole_bits_per_byte"):
+        assert losses(three, key) == pytest.approx(losses(one, key), rel=1e-9)
+    assert losses(one, "prequential") == pytest.approx(losses(one), rel=1e-12)  # without replay all text is fresh
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "delayed", "acco", "local_sgd", "parameter_server"])
+def test_a_resumed_run_goes_on_exactly(filled: Path, exchange: str) -> None:
+    more = [f"exchange={exchange}", "world=virtual", "world.size=2", *SHORT.get(exchange, ()), "text.replay=0.25"]
+    more += ["exchange.staleness=0"] * (exchange == "parameter_server")
+    whole = trained(filled, *more)
+    trained(filled, *more, "budget_tokens=960", name="b")
+    again = trained(filled, *more, name="b")
+    for key in ("loss", "prequential", "prequential_recent", "tokens"):
+        assert losses(again, key) == losses(whole, key)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Path]:
+    """A log to which a thread appends a document now and then."""
+    (tmp_path / "a").mkdir()
+    done = threading.Event()
+
+    def write() -> None:
+        for text in documents(120):
+            append(tmp_path / "a", [text])
+            if done.wait(0.02):
+                return
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield tmp_path
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "acco", "local_sgd", "parameter_server"])
+def test_rounds_wait_for_text_and_are_made_of_what_there_is(slow: Path, exchange: str) -> None:
+    size = 3 if exchange == "parameter_server" else 2
+    more = ["exchange=" + exchange, "world=virtual", f"world.size={size}", *SHORT.get(exchange, ())]
+    records = trained(slow, *more, "text.wait_s=0.05", "budget_tokens=960")
+    (end,) = [record for record in records if record["kind"] == "end"]
+    assert end["reason"] == "budget" and end["data_waited_s"] > 0
