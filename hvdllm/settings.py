@@ -249,6 +249,9 @@ class Config:
         "tokens between checkpoints; 0: never, not even at the end, but still when stopped by Ctrl-C or SIGTERM",
         least=0,
     )
+    publish_every: int = setting(
+        0, "tokens between publications of the weights, as published/latest in the run's folder; 0: never", least=0
+    )
     sample_every: int = setting(400_000, "tokens between samples of text; 0: never, not even at the end", least=0)
     audit_every: int = setting(
         400_000,

@@ -47,9 +47,18 @@ WIRES: list[Callable[[Any, Any, Any, int], Wire]] = [
     plain.Plain, coded.Fp16Wire, coded.Bf16Wire, coded.Int8Wire, coded.TopKWire, coded.SignWire, powersgd.PowerSGDWire,
 ]  # fmt: skip
 OPTIMIZERS: list[Optimizer] = [adamw, nadam, sgd]
-SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [schedule.constant, schedule.cosine, schedule.wsd]
+SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [
+    schedule.constant, schedule.cosine, schedule.infinite, schedule.wsd,
+]  # fmt: skip
 TASKS: list[Kind] = [causal_lm, masked_lm, images, ratings]
-SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files, corpus.chats, tokens.files, mix.files, corpus.streamed]
+SOURCES: list[Callable[[Any], list[Any]]] = [
+    corpus.stdlib,
+    corpus.files,
+    corpus.chats,
+    tokens.files,
+    mix.files,
+    corpus.streamed,
+]
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld

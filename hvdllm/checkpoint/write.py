@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -106,6 +107,9 @@ def write(
     return final if world.rank == 0 else None
 
 
+PUBLISHED = 2  # publications that are kept
+
+
 def write_final(folder: Path, flat: Flat, vector: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     """Writes final/model.safetensors, the weights to keep by parameter name, and its sum. No run is resumed from it.
 
@@ -117,7 +121,41 @@ def write_final(folder: Path, flat: Flat, vector: torch.Tensor, tensors: dict[st
 
     Raises RunError if the disk refuses.
     """
-    beside, final = folder / ".final", folder / "final"
+    return _weights(folder, "final", flat, vector, tensors)
+
+
+def publish(
+    folder: Path, tokens: int, flat: Flat, vector: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """Writes published/TOKENS/model.safetensors, and makes the link published/latest lead there.
+
+    The one before stays, since somebody may be reading it; older ones are deleted. The arguments, and what is raised,
+    are those of write_final.
+    """
+    outside = folder / "published"
+    try:
+        outside.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write {outside} ({error}): free some space and start again") from None
+    written = _weights(outside, f"{tokens:015}", flat, vector, tensors)
+    link = outside / ".latest"
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(written.name)
+        os.replace(link, outside / "latest")
+        sync_folder(outside)
+        for old in sorted(each for each in outside.iterdir() if re.fullmatch(r"\d{15}", each.name))[:-PUBLISHED]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"cannot write {outside} ({error}): free some space and start again") from None
+    return written
+
+
+def _weights(
+    folder: Path, name: str, flat: Flat, vector: torch.Tensor, tensors: dict[str, torch.Tensor] | None
+) -> Path:
+    """Writes a folder of this name with the weights and their sum, or leaves what was there before."""
+    beside, final = folder / f".{name}", folder / name
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()

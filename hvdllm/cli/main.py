@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "make the token shards that train would make by itself",
     "sample": "let a run's model continue a text",
     "evaluate": "a run's validation loss, again",
+    "cooldown": "branch a finished model off a run on a stream",
     "export": "write a run's model for the library transformers",
     "bench": "measure: a step, a start, or every exchange on a network shaped for it",
     "report": "compare runs: pictures, tables and a verdict",
@@ -32,6 +33,7 @@ COMMANDS = {
 FOLDERS = (
     "sample",
     "evaluate",
+    "cooldown",
     "export",
     "report",
     "track",

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import re
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from hvdllm.paths import argument
+
+LOOK_S = 0.5  # seconds between two looks for a publication
 
 
 def run(argv: list[str]) -> int:
@@ -20,24 +28,49 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0: from all (50)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
+    parser.add_argument(
+        "--follow", action="store_true", help="write a sample of each publication (publish_every), until Ctrl-C"
+    )
     given = parser.parse_args(argv)
     for name, least in (("tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
     from hvdllm.task.causal_lm import continue_text
-    from hvdllm.trainer.restore import language, restore
+    from hvdllm.trainer.restore import Language, language, restore
 
-    found = language(restore(given.run, given.step, lambda text: print(text, file=sys.stderr)))
-    text = continue_text(
-        found.model,
-        found.tokenizer,
-        given.text,
-        tokens=given.tokens,
-        seed=given.seed,
-        temperature=given.temperature,
-        top_k=given.top_k or None,
-        around=found.task.around,
-    )
-    print(text)
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def written(found: Language) -> str:
+        return continue_text(
+            found.model,
+            found.tokenizer,
+            given.text,
+            tokens=given.tokens,
+            seed=given.seed,
+            temperature=given.temperature,
+            top_k=given.top_k or None,
+            around=found.task.around,
+        )
+
+    if not given.follow:
+        print(written(language(restore(given.run, given.step, say))))
+        return 0
+    if given.step is not None:
+        parser.error("--follow shows publications, and --step names a checkpoint: give one of them")
+    for path in publications(given.run):
+        print(f"--- {int(path.name):,} tokens\n{written(language(restore(given.run, None, say, path)))}\n", flush=True)
     return 0
+
+
+def publications(run: Path) -> Iterator[Path]:
+    """The newest publication of a run, and each later one as it comes. Ends only if the run's folder is gone."""
+    latest, last = run / "published" / "latest", None
+    while run.is_dir():
+        with contextlib.suppress(OSError):
+            name = os.readlink(latest)
+            if name != last and re.fullmatch(r"\d{15}", name):
+                last = name
+                yield latest.parent / name
+        time.sleep(LOOK_S)

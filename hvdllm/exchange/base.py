@@ -83,7 +83,12 @@ class Rounded(Dealer, Protocol):
 
 
 class Stream(Rounded, Protocol):
-    """Where micro-batches come from: a pure function of seed and position."""
+    """Where micro-batches come from: a pure function of seed and position.
+
+    ends_rounds: `last` of the micro-batches of a lane says where the walker's share of a round ends
+    """
+
+    ends_rounds: bool
 
     def lane(self, index: int, of: int, most: int) -> Iterator[Batch]:
         """Endless micro-batches of at most `most` tokens, for walker `index` among `of`; the exchange sets `last`."""

@@ -265,9 +265,10 @@ class ParameterServer(Common[exchanges.ParameterServer]):
                 continue
             assert lane is not None
             batch = next(lane)
-            # As near to its share as whole micro-batches come.
-            batch.last = worker.tokens + 1.5 * batch.tokens >= share
-            worker.kept.batches.append(batch)
+            if batch.tokens:
+                # As near to its share as whole micro-batches come.
+                batch.last = batch.last if stream.ends_rounds else worker.tokens + 1.5 * batch.tokens >= share
+                worker.kept.batches.append(batch)
             yield batch
 
     def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
@@ -279,6 +280,9 @@ class ParameterServer(Common[exchanges.ParameterServer]):
             if not batch.last:
                 return None
             self._complete_gradient()
+        elif worker.phase == "compute":  # nothing has arrived that it could train on
+            answer = self._request("idle")
+            return self._enter(answer["mark"]) if "mark" in answer else None
         if worker.phase == "serve":
             return self._enter(self._request("serve")["mark"])
         if worker.phase == "push":

@@ -103,6 +103,7 @@ class UpdateLog:
         self.waiting: dict[int, Values] = {}
         self.frozen = False
         self._left: set[int] = set()
+        self._idle: set[int] = set()  # workers that have nothing to train on
         self._untold: list[deque[Values]] = [deque() for _ in range(ranks)]  # marks, for each rank
         self._lease = Lease(ranks)
         self._marked = standing.tokens  # at the last mark
@@ -119,6 +120,7 @@ class UpdateLog:
 
         push, begin   are answered, with what is granted or with a mark
         serve         is answered with a mark
+        idle          a worker has nothing to train on; is answered at once, with a mark if there is one
         bad           this rank's gradient is not finite; is answered with a mark
         overflow      a sum on a server is not finite
         ask           carries what a person has asked
@@ -137,8 +139,9 @@ class UpdateLog:
                 self._lease.all_left()
         elif kind in ("bad", "overflow"):
             self._bad = said["norm"]
-        if kind in ("push", "begin", "serve", "bad"):
+        if kind in ("push", "begin", "serve", "bad", "idle"):
             self.waiting[rank] = said
+            (self._idle.add if kind == "idle" else self._idle.discard)(rank)
 
     def silent(self, now: float, lease_s: float) -> int | None:
         """A rank whose word is due and was not heard for so long. A rank that waits for the log, or that is in an act,
@@ -173,6 +176,8 @@ class UpdateLog:
             return {"mark": self._untold[rank].popleft()}
         if self.frozen:
             return None
+        if said["kind"] == "idle":
+            return {}
         if said["kind"] == "push":
             return self._ticket(rank, said)
         if said["kind"] == "begin" and self.may_begin(rank):
@@ -221,9 +226,10 @@ class UpdateLog:
         def crossed(cadences: tuple[int, ...]) -> bool:
             return any(every and here // every != before // every for every in cadences)
 
-        if here == before and not bad:  # a stop that was asked for right after a mark waits for what comes next
-            return
         asks, since = self._asks, self._since
+        nothing_comes = len(self._idle) == len(self.standing.clocks) and (asks.stop or asks.save)
+        if here == before and not bad and not nothing_comes:
+            return  # a stop that was asked for right after a mark waits for what comes next
         acts = bad or asks.stop or asks.save or crossed(wanted.acts) or before < wanted.budget <= here
         if not acts and not crossed(wanted.logs):
             return

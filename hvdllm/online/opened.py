@@ -10,15 +10,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hvdllm.errors import UserError
+from hvdllm.online.intake import Intake
 from hvdllm.online.log import Log
 from hvdllm.online.rounds import Layout, Plan, Rounds
 from hvdllm.online.stream import LogItems, LogStream, Pauses
+from hvdllm.paths import path_of
 from hvdllm.settings import Config
 from hvdllm.task.base import Prepared
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.world.base import World, from_first
 
 FOLDER = "log"  # in that of a run
+
+
+def read_from(config: Config, folder: Path, say: Callable[[str], None]) -> Intake | None:
+    """Begins to read the source into the log of the run in this folder, which has its tokenizer.
+
+    Returns None for a log that is there.
+    """
+    if config.text.source == "log":
+        return None
+    return Intake(config.text, folder / FOLDER, folder / "tokenizer.json", say)
 
 
 def opened(
@@ -40,16 +53,22 @@ def opened(
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     life = from_first(world, lambda: uuid.uuid4().hex[:12], "stream.life")
-    items = LogItems(Log(folder, np.dtype(tokenizer.dtype)), context, tokenizer.token_bytes)
+    still = text.source == "log"
+    log = Log(path_of(str(text.path), "text.path=") if still else folder, np.dtype(tokenizer.dtype))
+    if still and not log.refresh():
+        raise UserError(f"text.path={text.path}: there is no log of a stream; give RUN/log of a run with text=stream")
+    items = LogItems(log, context, tokenizer.token_bytes)
     layout = Layout(context, text.slice(config), text.held(config))
     batch, parts = int(config.batch_tokens // context), int(config.exchange.parts)
+    begin = 0 if text.last_tokens is None else max(0, layout.fresh(log.last.tokens) - text.last_tokens // context)
     plan = Plan(
         batch, (world.size - config.exchange.dedicated) * parts, text.replay, text.backlog,
-        text.behind_tokens // context, parts,
+        text.behind_tokens // context, parts, begin,
     )  # fmt: skip
     stream = LogStream(
         items, Rounds(folder), layout, plan, micro_batch=config.micro_batch, seed=config.seed, rank=world.rank,
         size=world.size, device=device, wait_s=text.wait_s, asks=world.asks, pauses=Pauses(folder, life, world.rank),
         rest=world.rest, say=say,
     )  # fmt: skip
-    return stream, replace(data, train=items)
+    stream.still = still
+    return stream, replace(data, train=items, sources=stream.slices(data.task))

@@ -164,6 +164,7 @@ class Plan:
         backlog: what happens to windows that wait while many more arrive: all, newest or sample.
         behind: windows that may wait before some are left out; only with newest and sample.
         parts: equal parts that a round is cut into.
+        begin: the fresh window at which the first round begins.
     """
 
     batch: int
@@ -172,6 +173,7 @@ class Plan:
     backlog: str = "all"
     behind: int = 0
     parts: int = 1
+    begin: int = 0
 
     @property
     def fresh(self) -> int:

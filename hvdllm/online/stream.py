@@ -21,14 +21,17 @@ from hvdllm import device as devices
 from hvdllm import untrusted
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import Federation, Nothing
-from hvdllm.online.log import Log
+from hvdllm.online.intake import Intake
+from hvdllm.online.log import Entry, Log
 from hvdllm.online.rounds import Layout, Plan, Round, Rounds, windows_of
 from hvdllm.order.epochs import deal
 from hvdllm.plain import Json
+from hvdllm.task.base import Source, Task
 from hvdllm.task.stream import Batch, Loaded, Loader
-from hvdllm.world.base import Asks
+from hvdllm.world.base import Asks, World, from_first
 
 POLL_S = 0.02
+NEWEST, OLDER = 4, 8  # slices that are evaluated
 DRY_S = 0.2  # seconds after which a rank whose exchange has marks without it walks the loop on empty batches
 LANES_AHEAD = 64  # rounds that rank 0 decides before it needs them, where ranks go on by themselves
 TELL_S = 10.0  # seconds of waiting after which the user is told
@@ -133,6 +136,36 @@ class Pauses:
         return Asks(*json.loads(lines[self._heard - 1]))
 
 
+class SliceItems:
+    """The windows of a slice that are held out."""
+
+    name = "windows"
+
+    def __init__(self, items: LogItems, windows: np.ndarray) -> None:
+        self._items, self._windows, self.units = items, windows, items.units
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        return self._items.take(self._windows[rows], epochs)
+
+    def documents(self) -> np.ndarray:
+        return self._windows
+
+    def too_few(self, batch: int) -> str:
+        return self._items.too_few(batch)
+
+
+def shown(slices: int) -> list[int]:
+    """The slices that are evaluated when so many are whole: the newest, and older ones at equal distances that grow by
+    powers of two. A slice that is left out once is never evaluated again."""
+    each = 1
+    while slices > NEWEST and (slices - NEWEST) // each >= OLDER:
+        each *= 2
+    return [k for k in range(slices) if k >= slices - NEWEST or k % each == 0]
+
+
 class LogStream:
     """The micro-batches of one rank; see exchange/base.py, Stream.
 
@@ -155,7 +188,11 @@ class LogStream:
     Attributes:
         waited_s: seconds that the loop has waited for data.
         paused: is called on all ranks, before the same round, with what was asked.
+        intake: reads the source, on rank 0; None if something else appends to the log.
+        still: nothing is appended to the log.
     """
+
+    ends_rounds = True
 
     def __init__(
         self, items: LogItems, rounds: Rounds, layout: Layout, plan: Plan, *, micro_batch: int, seed: int, rank: int,
@@ -168,10 +205,14 @@ class LogStream:
         self.loader = Loader(items, micro_batch, device)
         self.waited_s = 0.0
         self.paused: Callable[[Asks], None] = lambda asks: None
+        self.intake: Intake | None = None
+        self.still = False
+        self._unforgotten: deque[Entry] = deque()  # entries of the log that the source has not been told to forget
         self._parts = 1
         self._position = 0  # parts of rounds that were handed out
         self._lane: list[int] | None = None  # of a lane: number of walkers, next round, micro-batches of it handed out
         self._quiet = 0.0  # seconds that were waited since the last round
+        self._asked_to_end = False
         self._pool = devices.pool("stream")
 
     @property
@@ -260,14 +301,26 @@ class LogStream:
         before = self.rounds_file.get(number - 1) if number else None
         if number and before is None:
             raise RunError(f"{self.rounds_file.path} has no round {number - 1}: the log was cut, copy it again")
-        self.items.log.refresh()
-        found = rule(before.next if before else 0, self.layout.fresh(self.items.log.last.tokens))
+        self._look()
+        found = rule(before.next if before else self.plan.begin, self.layout.fresh(self.items.log.last.tokens))
         if found is not None:
             try:
                 self.rounds_file.add(number, found)
             except OSError as error:
                 raise RunError(f"{self.rounds_file.path} cannot be written ({error.strerror}): make room") from None
         return found
+
+    def _look(self) -> None:
+        """Looks at what has arrived. Raises RunError if nothing can arrive any more."""
+        found = self.items.log.refresh()
+        if self.intake is not None:
+            self._unforgotten.extend(found)
+            self.intake.check()
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing more will arrive, as rank 0 knows."""
+        return self.still or bool(self.items.log.last.at.get("over"))
 
     def _wait(self, number: int) -> bool:
         """Waits until a round is decided, and acts on what is asked meanwhile. False if the run is to end."""
@@ -288,8 +341,15 @@ class LogStream:
         return True
 
     def _short(self, number: int, waited_s: float) -> bool:
-        """Whether rank 0 makes a round of what there is, because the loop has waited so long."""
-        return self.rank == 0 and waited_s >= self.wait_s and self._decide(number, self.plan.short) is not None
+        """Whether rank 0 makes a round of what there is, because the loop has waited so long or nothing more comes.
+        Where nothing more comes and nothing is left, all ranks are asked to stop."""
+        if self.rank or not (self._over or waited_s >= self.wait_s):
+            return False
+        if self._decide(number, self.plan.short) is not None:
+            return True
+        if self._over and not self._asked_to_end:
+            self._asked_to_end = self.asks.stop = self.asks.save = True
+        return False
 
     def _asked(self) -> Asks | None:
         """What all ranks are asked before the next round, or None."""
@@ -376,9 +436,44 @@ class LogStream:
 
     def saved(self) -> None:
         """A checkpoint with this place is whole, so the source may forget what was trained on."""
+        if self.intake is None or (before := self.rounds_file.get(self.round - 1)) is None:
+            return
+        trained = int(self.layout.window(np.array([before.next]))[0]) * self.items.context
+        last = None
+        while self._unforgotten and self._unforgotten[0].tokens <= trained:
+            last = self._unforgotten.popleft()
+        if last is not None:
+            self.intake.forget(last.at)
+
+    def slices(self, task: Task) -> Callable[[World], dict[str, Source]]:
+        """The held-out windows of the slices that all ranks have trained past, as parts of an evaluation."""
+
+        def found(world: World) -> dict[str, Source]:
+            before = self.rounds_file.get(self.round - 1) if self.round else None
+            place = int(self.layout.window(np.array([before.next]))[0]) if before is not None else 0
+            whole = from_first(world, lambda: place // self.layout.slice, "act.slices")
+            chosen = shown(whole)
+            items = [SliceItems(self.items, self.layout.held_out(k)) for k in chosen]
+            return {f"slice-{k}": Source(task, each, 1 / len(chosen)) for k, each in zip(chosen, items, strict=True)}
+
+        return found
+
+    def standing(self) -> dict[str, float]:
+        """On rank 0: documents that have arrived, and tokens of them that wait to be trained on."""
+        if self.rank:
+            return {}
+        before = self.rounds_file.get(self.round - 1) if self.round else None
+        first = before.next if before is not None else 0
+        last = self.items.log.last
+        return {
+            "arrived": last.documents,
+            "waiting_tokens": (self.layout.fresh(last.tokens) - first) * self.items.context,
+        }
 
     def close(self) -> None:
-        """Ends the thread; rounds() may not be called again."""
+        """Ends the thread and the reader; rounds() may not be called again."""
+        if self.intake is not None:
+            self.intake.close()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdllm.registry import OptimizerFacts, part
-from hvdllm.settings import Settings, Setup, setting
+from hvdllm.settings import Settings, Setup, Several, setting
 
 
 class OptimizerSettings(Settings):
@@ -103,6 +103,33 @@ class Cosine(Schedule):
     """Half a cosine from the peak to the floor at the horizon."""
 
     floor: float = setting(0.1, "share of the peak rate left at the horizon; 0: left one update behind it", least=0)
+
+
+@part("schedule", "infinite", "hvdllm.optim.schedule:infinite")
+@dataclass
+class Infinite(Schedule):
+    """A rate without an end, for a stream: a warm-up, a fall to `hold`, and the same again where it is re-warmed."""
+
+    warmup_tokens: int = setting(50_000, "tokens over which the rate rises to the peak", least=1)
+    settle_tokens: int = setting(200_000, "tokens over which it then falls to hold, along half a cosine", least=1)
+    hold: float = setting(0.3, "share of the peak rate that is held", least=0, most=1)
+    rewarm: str = setting(
+        "drift",
+        "drift (re-warm where the prequential loss says that the stream has changed) or never; schedule.rewarm_at adds "
+        "places by hand",
+        choices=("drift", "never"),
+    )
+    rewarm_at: Several = setting(
+        None, "tokens at which the rate is re-warmed, a list; may be added to a run that goes on"
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.rewarm_at is not None and not (
+            isinstance(self.rewarm_at, list)
+            and all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in self.rewarm_at)
+        ):
+            return f"schedule.rewarm_at={self.rewarm_at} is no list of tokens: give such as [1000000,5000000]"
+        return super().refusal(setup)
 
 
 @part("schedule", "wsd", "hvdllm.optim.schedule:wsd")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvdllm import registry
-from hvdllm.optim.parts import Constant, Cosine, Schedule, WarmupStableDecay
+from hvdllm.optim.parts import Constant, Cosine, Infinite, Schedule, WarmupStableDecay
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,49 @@ class Way:
     end: int
 
 
-def factor(settings: Schedule, horizon: int, batch: int = 0) -> Callable[[int], float]:
+class Factor:
     """The factor of an update as a function of committed tokens, which include the update's own.
-
-    It rises linearly from 0 over the warm-up.
 
     Args:
         settings: of the schedule.
         horizon: tokens over which the schedule runs.
         batch: tokens of an update.
+
+    Attributes:
+        rewarmed: tokens at which the rate was re-warmed, for a schedule that can be.
     """
-    way = Way(settings.warmup * horizon, horizon, horizon + batch if getattr(settings, "floor", 1.0) == 0 else horizon)
-    after: Callable[[Schedule, int, Way], float] = registry.built(registry.of("schedule", settings))
-    return lambda tokens: tokens / way.warmup if tokens < way.warmup else after(settings, tokens, way)
+
+    def __init__(self, settings: Schedule, horizon: int, batch: int = 0) -> None:
+        self.settings, self.rewarmed = settings, list[int]()
+        end = horizon + batch if getattr(settings, "floor", 1.0) == 0 else horizon
+        self._way = Way(settings.warmup * horizon, horizon, end)
+        self._after: Callable[[Schedule, int, Way], float] = registry.built(registry.of("schedule", settings))
+
+    def __call__(self, tokens: int) -> float:
+        if isinstance(self.settings, Infinite):
+            return self._infinite(self.settings, tokens)
+        if tokens < self._way.warmup:
+            return tokens / self._way.warmup
+        return self._after(self.settings, tokens, self._way)
+
+    def _infinite(self, settings: Infinite, tokens: int) -> float:
+        begun = max((at for at in (*self.rewarmed, *(settings.rewarm_at or ())) if at <= tokens), default=0)
+        since = tokens - begun
+        if begun and since < settings.warmup_tokens:  # from where the rate is held
+            return settings.hold + (1 - settings.hold) * since / settings.warmup_tokens
+        return infinite(settings, since, self._way)
+
+    def rewarm(self, tokens: int) -> bool:
+        """Re-warms the rate from here on, if the schedule does so where the stream has changed."""
+        if not isinstance(self.settings, Infinite) or self.settings.rewarm != "drift":
+            return False
+        self.rewarmed.append(tokens)
+        return True
+
+
+def factor(settings: Schedule, horizon: int, batch: int = 0) -> Factor:
+    """The factor of the peak rate. It rises linearly from 0 over the warm-up. The arguments are those of Factor."""
+    return Factor(settings, horizon, batch)
 
 
 def constant(settings: Constant, tokens: int, way: Way) -> float:
@@ -58,3 +88,14 @@ def wsd(settings: WarmupStableDecay, tokens: int, way: Way) -> float:
     """1, and then a linear fall to the floor over the last share of the horizon (Hu et al., 2024)."""
     left = min(1.0, max(0.0, way.end - tokens) / max(1.0, way.end - (1 - settings.decay) * way.horizon))
     return settings.floor + (1 - settings.floor) * left
+
+
+def infinite(settings: Infinite, tokens: int, way: Way) -> float:
+    """A linear rise over warmup_tokens, half a cosine down to `hold`, and then `hold` for ever (Singh et al., 2025).
+
+    tokens: since the rate began to rise.
+    """
+    if tokens < settings.warmup_tokens:
+        return tokens / settings.warmup_tokens
+    progress = min(1.0, (tokens - settings.warmup_tokens) / settings.settle_tokens)
+    return settings.hold + (1 - settings.hold) * (1 + math.cos(math.pi * progress)) / 2

@@ -182,7 +182,7 @@ def stdlib(text: Stdlib) -> list[Path]:
 
 def streamed(text: Stream) -> list[Path]:
     """The files that source=replay plays, or that source=folder has now. Other sources have none."""
-    if text.source in ("redis", "stdin"):
+    if text.source in ("redis", "stdin", "log"):
         raise UserError(f"text.source={text.source} has no files: it is read while it arrives")
     return stdlib(Stdlib()) if text.path is None else resolve(text.path, "text.path")
 

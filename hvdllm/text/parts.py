@@ -166,14 +166,16 @@ class Stream(Text):
     source: str = setting(
         "replay",
         "where documents arrive: redis (a stream of text.address), folder (files of text.path that grow or are added), "
-        "stdin (of rank 0, a document a line) or replay (a text that is played at text.rate)",
-        choices=("replay", "redis", "folder", "stdin"),
+        "stdin (of rank 0, a document a line), replay (a text that is played at text.rate) or log (what another run "
+        "has read, as far as it is there)",
+        choices=("replay", "redis", "folder", "stdin", "log"),
         ours=True,
     )
     path: Several = setting(
         None,
         "of source=folder: a folder of .jsonl and .txt files; of source=replay: the text that is played, as text=files "
-        "takes it, or a list of texts that are played one after the other; null: the standard library",
+        "takes it, or a list of texts that are played one after the other; null: the standard library; of source=log: "
+        "the folder RUN/log",
         ours=True,
     )
     column: str = setting("text", "name of the field that holds the text of a .jsonl line, or of an entry in Redis")
@@ -183,6 +185,11 @@ class Stream(Text):
         ours=True,
     )
     key: str = setting("documents", "of source=redis: the name of the stream", ours=True)
+    forget: bool = setting(
+        False,
+        "of source=redis: trim the stream up to what was trained on, once a checkpoint with it is whole",
+        ours=True,
+    )
     rate: float = setting(200.0, "of source=replay: documents a second; 0: as fast as they are read", least=0)
     wait_s: float = setting(
         2.0,
@@ -200,6 +207,9 @@ class Stream(Text):
     replay: float = setting(
         0.0, "share of each batch that is drawn from what was trained on before, below 1", least=0, most=0.95
     )
+    last_tokens: int | None = setting(
+        None, "of source=log: begin so many tokens before its end; null: at its beginning", least=1
+    )
     slice_tokens: int = setting(
         131_072,
         "tokens of a slice of the stream; the last text.validation_share of each is held out and evaluated",
@@ -216,8 +226,9 @@ class Stream(Text):
         exchange = registry.of("exchange", config.exchange)
         if registry.name_of("task", config.task) != "causal_lm":
             return "text=stream is learnt by task=causal_lm alone: leave the task out"
-        if self.source == "folder" and self.path is None:
-            return "text.source=folder needs text.path: the folder whose files grow"
+        if self.source in ("folder", "log") and self.path is None:
+            what = "the folder whose files grow" if self.source == "folder" else "the folder log of another run"
+            return f"text.source={self.source} needs text.path: {what}"
         if self.prepared is not None or self.validation is not None:
             return "text=stream prepares nothing and holds out a share of each slice: leave prepared and validation out"
         if exchange.facts.clients:

@@ -44,6 +44,7 @@ class Acts:
         self.settled = Settled(None)  # what settling has committed after the last mark, and what it has dropped
         self.finished = False
         self._save_s = 0.0
+        run.ledger.drifted = self.drifted
         self._first_steps: list[float] = []
 
     @property
@@ -68,17 +69,18 @@ class Acts:
 
         ledger.window.count(commit)
         if config.log_every and (met or stop or crossed(config.log_every)):
-            ledger.open(commit, extra=not crossed(config.log_every))
+            ledger.open(commit, not crossed(config.log_every), self.run.stream.standing())
         self._progress()
         settle_first = met and self.run.parts.exchange.anchored
         evaluate, sample = (due(every) and not settle_first for every in (config.eval_every, config.sample_every))
         audit, save = due(config.audit_every), due(config.save_every) or commit.asks.save or stop
-        if evaluate or sample or save or audit:
+        publish = due(config.publish_every)
+        if evaluate or sample or save or audit or publish:
             seconds = self.run.clock.seconds()
             with self.run.clock.act():
                 # Acts read from the GPU, and such a read would not notice a lost peer.
                 wait_for_stream(self.run.device)
-                if evaluate or sample or save:
+                if evaluate or sample or save or publish:
                     buffers.average(self.run.model, self.run.world, self.run.loss.computed)
                 if audit:  # first, so that nothing is reported or kept of replicas that differ
                     self.audit(seconds)
@@ -86,6 +88,8 @@ class Acts:
                     self.evaluate(seconds)
                 if sample:
                     self.sample(seconds)
+                if publish:
+                    self.publish(seconds)
                 if save:
                     self.save(seconds)
         self.finished = met
@@ -173,6 +177,20 @@ class Acts:
             run.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
         run.ledger.record("sample", self.tokens, seconds, {"text": text})
 
+    def publish(self, seconds: float) -> None:
+        """Writes the weights to keep for whoever serves them. Collective. Raises RunError if the disk refuses."""
+        run = self.run
+        with run.parts.exchange.consensus(), run.parts.update.weights():
+            if run.folder is not None:
+                run.folder.check()
+                beside = buffers.tensors(run.model, optimizer=False)
+                path = write.publish(run.folder.path, self.tokens, run.parts.flat, run.parts.flat.x, beside)
+                run.ledger.record("publish", self.tokens, seconds, {"path": str(path)})
+
+    def drifted(self, tokens: int) -> str:
+        """Re-warms the learning rate where the stream has changed, if the schedule does so. Returns that in words."""
+        return "; the learning rate is re-warmed" if self.run.rate.rewarm(self.tokens) else ""
+
     def save(self, seconds: float) -> None:
         """Writes a checkpoint. Collective. Raises RunError if a disk refuses, or if the folder was removed."""
         run, folder = self.run, self.run.folder
@@ -222,7 +240,14 @@ class Acts:
     def state(self) -> Json:
         """Plain values for the checkpoint."""
         last_eval = self.last_eval.state() if self.last_eval else None
-        return {"tokens": self.tokens, "step": self.step, "last_eval": last_eval, **self.run.ledger.state()}
+        ledger = self.run.ledger.state()
+        return {
+            "tokens": self.tokens,
+            "step": self.step,
+            "last_eval": last_eval,
+            "rewarmed": self.run.rate.rewarmed,
+            **ledger,
+        }
 
     def load(self, state: Json) -> None:
         """The inverse of `state`. Raises ValueError if the values do not have the form that `state` gives them."""
@@ -230,6 +255,7 @@ class Acts:
             raise ValueError("what is due is not said in the form of this version")
         self.run.ledger.load(state)
         self.tokens, self.step = state["tokens"], state["step"]
+        self.run.rate.rewarmed = [int(each) for each in state.get("rewarmed", [])]
         self._tokens_loaded = self.tokens
         self.finished = self.tokens >= self.run.config.budget_tokens
         if not self.finished:

@@ -110,5 +110,6 @@ def evaluate_run(
 def told(task: Task, result: Evaluation) -> str:
     """The results beside the loss in words, with the loss of each source."""
     apart = {name.partition("/")[2]: value for name, value in result.metrics.items() if name.startswith("loss/")}
-    words = [task.tell(result.metrics), ", ".join(f"{name} {value:.4f}" for name, value in apart.items())]
+    few = list(apart.items()) if len(apart) <= 6 else [*apart.items()][:: len(apart) - 1]  # of many the first and last
+    words = [task.tell(result.metrics), ", ".join(f"{name} {value:.4f}" for name, value in few)]
     return "; ".join(filter(None, words))

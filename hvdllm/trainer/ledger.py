@@ -6,10 +6,12 @@ therefore opened at its mark and written at the next one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 
 from hvdllm.exchange.base import Commit, Report
+from hvdllm.online.drift import Drift
 from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.trainer.clock import Clock
@@ -84,6 +86,8 @@ class Ledger:
     def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show, window: int = 0) -> None:
         self.folder, self.world, self.clock, self.show = folder, world, clock, show
         self.prequential = Prequential(world, window)
+        self.drift = Drift()
+        self.drifted: Callable[[int], str] = lambda tokens: ""  # what is done where the stream has changed, in words
         self.held: Json | None = None  # a whole `commit` record that waits for its prequential loss
         self.window = Window()
         self.straggler = Straggler()
@@ -122,19 +126,20 @@ class Ledger:
         sent = round(self.bytes_before + self.world.bytes_sent)  # rounded, since threads add to it in any order
         return {"seconds": seconds, "bytes_total": sent, "blocked_s_total": self.blocked_s}
 
-    def open(self, commit: Commit, extra: bool) -> None:
+    def open(self, commit: Commit, extra: bool, standing: dict[str, float]) -> None:
         """Opens a `commit` record.
 
         Args:
             commit: the commit at this mark.
             extra: the record is off the cadence, because the run ends here. A run that goes on takes it back.
+            standing: what the record says of data that arrives.
         """
         self.write_held()
         if not extra:  # or the averages would differ from those of a run that never ended
             self.prequential.post()
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
-        self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra}
+        self.pending |= {"bytes": self.totals(seconds)["bytes_total"], "extra": extra, **standing}
 
     def book(self, report: Report | None) -> None:
         """Adds the report of the commit before, and writes that commit's record if one is open."""
@@ -150,8 +155,9 @@ class Ledger:
             return
         window, head, last = self.window, self.pending, self.last_record
         passed = head["seconds"] - last["seconds"]
-        values = {
+        values: Json = {
             "step": head["step"],
+            **{name: head[name] for name in ("arrived", "waiting_tokens") if name in head},
             "bytes_total": head["bytes"],
             "loss": window.loss,
             "lr": head["lr"],
@@ -198,6 +204,11 @@ class Ledger:
             head, values = self.held["head"], self.held["values"]
             self.held = None
             self.record("commit", head["tokens"], head["seconds"], {**values, **self.prequential.values()})
+            loss = self.prequential.last.nats
+            if loss is not None and not head["extra"] and self.drift.note(loss):
+                what = f"the stream has changed: the prequential loss is {loss:.4f}{self.drifted(head['tokens'])}"
+                self.show.say(what)
+                self.record("event", head["tokens"], head["seconds"], {"what": what, "drift": self.drift.found})
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
@@ -205,6 +216,7 @@ class Ledger:
         self.write_held()  # a record is written before the checkpoint after it, or it would be written twice
         return {
             "prequential": self.prequential.state(),
+            "drift": self.drift.state(),
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
             "straggler": asdict(self.straggler), "ranks": self.world.size, "blocked_s": self.blocked_s,
@@ -223,6 +235,7 @@ class Ledger:
         if state.get("ranks") == self.world.size:  # otherwise ranks are numbered differently now
             self.straggler = Straggler(**state["straggler"])
         self.prequential.load(state.get("prequential", {}))
+        self.drift = Drift.of(state.get("drift", {}))
         # The state of an older version has neither of these.
         self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
 

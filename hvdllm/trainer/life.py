@@ -13,6 +13,7 @@ from hvdllm.checkpoint import read
 from hvdllm.config.check import parse_steps
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import Commit, NotFinite, State
+from hvdllm.online.opened import read_from
 from hvdllm.online.stream import LogStream
 from hvdllm.settings import Config
 from hvdllm.task.base import Kind
@@ -108,6 +109,8 @@ def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
     exchange.watch = trace.note if config.trace_steps else None
     if isinstance(run.stream, LogStream):
         run.stream.paused = acts.paused
+        if world.rank == 0:
+            run.stream.intake = read_from(config, Path(run.start.folder), show.say)
     module = paced(config, run.parts.module, run.loss, run.hosts, run.device, world)
     reason = "failed"
     run.clock.start()

@@ -67,13 +67,14 @@ def language(found: Restored) -> Language:
     return Language(found.config, found.task, found.model, found.device, found.source, found.task.words)
 
 
-def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
+def restore(folder: Path, step: int | None, say: runs.Say, published: Path | None = None) -> Restored:
     """Loads the model from a checkpoint, or from final/ if the folder has no checkpoints.
 
     Args:
         folder: of the run.
         step: which checkpoint to read, or None for the newest whole one.
         say: is told of damage that was found on the way.
+        published: a publication of the run, which is read in place of them.
 
     Raises UserError if there is nothing to read, or if the files are not what was written.
     """
@@ -86,14 +87,17 @@ def restore(folder: Path, step: int | None, say: runs.Say) -> Restored:
         )
     kind: Kind = registry.built(part)
     task = kind.restore(config, folder)
-    if step is None:
+    source = None
+    if published is not None:
+        untrusted.within(published, folder)
+    elif step is None:
         source = read.newest(folder, say)
     else:
         source = folder / "checkpoints" / str(step)
         if problem := read.broken(source):
             have = ", ".join(path.name for path in read.steps(folder)) or "none"
             raise UserError(f"{source} cannot be read ({problem}); the checkpoints of this run are of step: {have}")
-    final = folder / "final"
+    final = published or folder / "final"
     if source is None and not (final / "model.safetensors").exists():
         raise UserError(f"{folder} has no whole checkpoint and no final/: train it for longer, or copy it again")
     if source is None:

@@ -30,7 +30,12 @@ from hvdllm.text.parts import Mix
 # Settings that may differ between the lives of a run. They change where, how fast or how long it computes, not what.
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
-    "log_every", "audit_every", "target_loss", "trace_steps", "keep", "world", "device", "launch", "track",
+    "log_every", "audit_every", "publish_every", "target_loss", "trace_steps", "keep", "world", "device", "launch",
+    "track",
+)  # fmt: skip
+# The same of settings of groups that otherwise may not.
+ANYWHERE = (
+    "text.source", "text.address", "text.key", "text.rate", "text.forget", "text.wait_s", "schedule.rewarm_at",
 )  # fmt: skip
 
 
@@ -103,6 +108,13 @@ def _find_text(config: Config, theirs: Config, folder: Path, named: set[str]) ->
     Raises UserError if the text comes from files and is not prepared here.
     """
     wants = {f"text.{key}": value for key, value in compose.to_dict(theirs)["text"].items() if _is_file(key, value)}
+    if config.text.endless:
+        if "text.source" not in named:
+            raise UserError(
+                f"{folder} was trained on a stream. Where it arrives is not taken from a run's folder, which may be "
+                f"anybody's: give text.source={theirs.text.source} and what goes with it again"
+            )
+        return
     if named & {"text.path", "text.sources", "text.validation", "text.tokenizer", "text.prepared"}:
         missing = [key for key in wants if key not in named and config.text.prepared is None]
     else:
@@ -219,8 +231,9 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
     was, now = flat(compose.to_dict(old)), flat(compose.to_dict(new))
     by_content = ("text.path", "text.validation", "text.tokenizer", "text.sources")
     differ = [
-        k for k in {**was, **now} if was.get(k) != now.get(k) and not (k in by_content and not (k in was and k in now))
-    ]
+        k for k in {**was, **now}
+        if was.get(k) != now.get(k) and k not in ANYWHERE and not (k in by_content and not (k in was and k in now))
+    ]  # fmt: skip
     if differ:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(

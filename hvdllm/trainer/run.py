@@ -13,7 +13,7 @@ from hvdllm.errors import UserError
 from hvdllm.lock import Lock
 from hvdllm.online.opened import opened
 from hvdllm.online.stream import LogStream
-from hvdllm.optim.schedule import factor
+from hvdllm.optim.schedule import Factor, factor
 from hvdllm.plain import Json
 from hvdllm.runs import Folder
 from hvdllm.settings import Config
@@ -57,6 +57,7 @@ class Run:
         hosts: the host, device and number of threads of each rank.
         loss: the module that the exchange was given.
         parts: exchange, update, wire and flat map, joined.
+        rate: the factor of the peak learning rate.
         folder: of the run, or None on ranks other than 0.
         origin: what this life begins with.
     """
@@ -71,6 +72,7 @@ class Run:
     model: nn.Module
     loss: Loss
     parts: Assembly
+    rate: Factor
     stream: Stream | LogStream
     folder: Folder | None
     clock: Clock
@@ -113,7 +115,8 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     )  # fmt: skip
     hosts = account.hosts(device, world)
     unlike = len({rank["device"] for rank in hosts}) > 1
-    parts = assemble(config, model, loss, world, factor(config.schedule, horizon, config.batch_tokens), unlike)
+    rate = factor(config.schedule, horizon, config.batch_tokens)
+    parts = assemble(config, model, loss, world, rate, unlike)
     trunk = None
     if config.init_from is not None and resumed is None:
         trunk = begin(config, data.task.files, parts.exchange, parts.flat, model, world, show.say)
@@ -129,6 +132,6 @@ def make(config: Config, world: World, show: Show, start: Start, lock: Lock | No
     clock = Clock(world, resumed["seconds"] if resumed else 0.0)
     ledger = Ledger(folder, world, clock, show, config.text.window_tokens if config.text.endless else 0)
     return Run(
-        config, world, show, start, device, hosts, data, model, loss, parts, stream, folder, clock, ledger,
+        config, world, show, start, device, hosts, data, model, loss, parts, rate, stream, folder, clock, ledger,
         Origin(horizon, resumed, trunk),
     )  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,8 +49,8 @@ def trained(tmp_path: Path, *more: str, name: str = "a", code: int = 0) -> list[
         "train", "text=stream", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
         "model.heads=2", "model.context=16", "batch_tokens=192", "budget_tokens=1920", f"name={name}",
         f"runs_dir={tmp_path}", f"data_dir={tmp_path / 'data'}", "device=cpu", "device.threads=1", "log_every=192",
-        "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant", "schedule.warmup=0", "text.wait_s=0.2",
-        "audit_every=960", *more,
+        "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant",
+        "schedule.warmup=0", "text.wait_s=0.2", "audit_every=960", *more,
     ]  # fmt: skip
     assert main(words) == code
     return list(runs.records(tmp_path / name))
@@ -121,3 +124,32 @@ def test_rounds_wait_for_text_and_are_made_of_what_there_is(slow: Path, exchange
     records = trained(slow, *more, "text.wait_s=0.05", "budget_tokens=960")
     (end,) = [record for record in records if record["kind"] == "end"]
     assert end["reason"] == "budget" and end["data_waited_s"] > 0
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "delayed", "acco", "local_sgd", "diloco", "parameter_server"])
+def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exchange: str) -> None:
+    """Seen to catch: a stop that saves at another round on each rank, a wait that hears no signal."""
+    size = 3 if exchange == "parameter_server" else 2
+    more = ["exchange=" + exchange, "world=virtual", f"world.size={size}", *SHORT.get(exchange, ())]
+    more += ["exchange.staleness=0"] * (exchange == "parameter_server") + ["text.wait_s=600", "eval_every=0"]
+    append(tmp_path / "a", documents(120))
+    whole = trained(tmp_path, *more)
+    append(tmp_path / "b", documents(24))
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        rounds = tmp_path / "b" / "log" / "rounds.bin"
+        while (not rounds.exists() or rounds.stat().st_size < 4 * 44) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    first = trained(tmp_path, *more, name="b", code=75)
+    thread.join()
+    assert [record["reason"] for record in first if record["kind"] == "end"] == ["stop"]
+    append(tmp_path / "b", documents(120)[24:])
+    again = trained(tmp_path, *more, name="b")
+    for key in ("tokens", "loss", "prequential", "prequential_recent"):
+        assert losses(again, key) == losses(whole, key)

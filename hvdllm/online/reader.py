@@ -1,0 +1,130 @@
+"""The process that reads a source and appends to the log. Rank 0 starts it, and starts it again if it dies (intake.py).
+
+    python -m hvdllm.online.reader FILE_DESCRIPTOR
+
+It gets JSON lines through the descriptor: first what it is to read, then places up to which the source may forget. When
+the descriptor is closed it ends, whatever ended its parent. On standard output it says what a person should know, as
+JSON lines. Its standard input is that of the run, for text.source=stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from hvdllm import untrusted
+from hvdllm.errors import UserError
+from hvdllm.online import sources
+from hvdllm.online.log import Log, Writer
+from hvdllm.online.sources import Source, Taken
+from hvdllm.plain import Json
+from hvdllm.text.parts import Stream
+from hvdllm.text.tokenize import Tokenizer
+
+ASIDE = "aside.jsonl"  # beside the log: what could not be read
+WAIT_S = 0.5
+FULL_S = 2.0  # seconds after which a full disk is tried again
+
+
+def task(settings: Stream, folder: Path, tokenizer: Path) -> bytes:
+    """The first line that a reader gets."""
+    return (
+        json.dumps({"settings": asdict(settings), "folder": str(folder), "tokenizer": str(tokenizer)}).encode() + b"\n"
+    )
+
+
+def say(kind: str, what: str) -> None:
+    print(json.dumps({kind: what}), flush=True)
+
+
+def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[[], Json | None]) -> None:
+    """Appends what arrives, until `forget` raises EOFError. It returns a place that may be forgotten, or None."""
+    full = False
+    waiting: Taken | None = None  # what could not be appended
+    while True:
+        if (at := forget()) is not None:
+            source.forget(at)
+        taken = waiting or source.read(WAIT_S)
+        if taken.nothing:
+            writer.sync()
+            continue
+        ids = [np.append(each, tokenizer.end) for each in tokenizer.encode(taken.texts)] if taken.texts else []
+        size = sum(len(text.encode()) for text in taken.texts)
+        try:
+            if taken.aside and waiting is None:
+                with untrusted.appended(writer.folder / ASIDE) as file:
+                    file.write(sources.told(taken.aside))
+            writer.append(ids, size, taken.at | ({"over": True} if taken.over else {}), len(taken.aside), taken.lost)
+        except OSError as error:
+            if not full:
+                why = error.strerror
+                say("say", f"{writer.folder} cannot be written ({why}): training goes on with what is there; make room")
+            waiting, full = taken, True
+            time.sleep(FULL_S)
+            continue
+        waiting, full = None, False
+        if taken.aside:
+            where, why, _ = taken.aside[0]
+            say("aside", f"{where} was set aside ({why}), see {writer.folder / ASIDE}")
+        if taken.lost:
+            say(
+                "say",
+                f"{taken.lost:,} entries were gone from the stream before they were read: a gap in what is learnt",
+            )
+        if taken.over:
+            writer.sync()
+            say("say", "the stream has ended: what has arrived is trained on")
+            while True:  # until the run ends
+                forget()
+                time.sleep(WAIT_S)
+
+
+def main(descriptor: int) -> None:
+    orders: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
+    stream = os.fdopen(descriptor, "rb")
+    given = json.loads(stream.readline())
+
+    def listen() -> None:
+        for line in stream:
+            orders.put(json.loads(line))
+        orders.put(None)
+        time.sleep(10)
+        os._exit(0)  # a source that hangs does not keep it
+
+    threading.Thread(target=listen, name="orders", daemon=True).start()
+
+    def forget() -> Json | None:
+        found = None
+        while not orders.empty():
+            if (found := orders.get()) is None:
+                raise EOFError
+        return found
+
+    try:
+        settings = Stream(**given["settings"])
+        tokenizer = Tokenizer.load(Path(given["tokenizer"]))
+        kind, folder = np.dtype(tokenizer.dtype), Path(given["folder"])
+        source = sources.made(settings, lambda what: say("say", what))
+        writer = Writer(folder, kind)
+        try:
+            source.begin(entry.at for entry in Log(folder, kind).refresh())
+            copy(source, writer, tokenizer, forget)
+        finally:
+            writer.close()
+    except EOFError:
+        pass
+    except UserError as error:
+        say("error", str(error))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,403 @@
+"""Where the documents of a stream come from. Each source is read from an explicit place, which stands in the log.
+
+A source keeps nothing and acknowledges nothing by itself: what was read and is not in the log is read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from hvdllm import untrusted
+from hvdllm.errors import UserError
+from hvdllm.plain import Json
+from hvdllm.text import corpus
+from hvdllm.text.parts import Files, Stdlib, Stream
+
+MOST = 2**20  # bytes of a document; what is longer is cut
+TOGETHER = 2**19  # bytes that are read before they are appended to the log
+ENTRIES = 1024  # documents, the most that are
+SETTLED_S = 1.0  # seconds for which a .txt file has not changed when what is new in it is taken as a document
+LOOK_S = 0.2  # seconds between two looks at a folder
+PAUSES_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # before a server is asked again that did not answer
+
+
+@dataclass
+class Taken:
+    """What was read.
+
+    Attributes:
+        texts: the documents, in order.
+        at: up to where the source is read with them.
+        aside: what could not be read: where it stands, why, and its first bytes.
+        lost: entries that were gone before they were read.
+        over: nothing more will come.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    at: Json = field(default_factory=dict)
+    aside: list[tuple[str, str, bytes]] = field(default_factory=list)
+    lost: int = 0
+    over: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.texts or self.aside or self.lost or self.over)
+
+
+class Source(Protocol):
+    """A place where documents arrive."""
+
+    def begin(self, places: Iterable[Json]) -> None:
+        """Goes on behind these places, which stand in the log, in order."""
+
+    def read(self, wait_s: float) -> Taken:
+        """The next documents. Waits for so long at most; what is taken may be nothing."""
+
+    def forget(self, at: Json) -> None:
+        """What was read up to this place is trained on and saved, so it may be deleted where it came from."""
+
+
+Say = Callable[[str], None]
+
+
+def made(settings: Stream, say: Say) -> Source:
+    """The source that the settings name. Raises UserError if it cannot be read."""
+    kinds: dict[str, Callable[[Stream, Say], Source]] = {
+        "redis": Redis, "folder": Folder, "stdin": Lines, "replay": Replay,
+    }  # fmt: skip
+    return kinds[settings.source](settings, say)
+
+
+def document(data: bytes, where: str, column: str | None, taken: Taken) -> None:
+    """Adds a document to what was taken, or sets it aside. column: the field of JSON that holds it; None for text."""
+    why, text = "", None
+    try:
+        if column is None:
+            text = data.decode()
+        else:
+            row = untrusted.parsed(data)
+            text = row.get(column) if isinstance(row, dict) else None
+            why = "" if isinstance(text, str) else f"it has no text under {column!r}"
+    except UnicodeDecodeError:
+        why = "it is no UTF-8"
+    except untrusted.Unfit as error:
+        why = f"it {error}"
+    if why or not isinstance(text, str):
+        taken.aside.append((where, why, data[:1000]))
+    elif text:
+        taken.texts.append(cut(text))
+
+
+def cut(text: str) -> str:
+    """The text, or its first MOST bytes. Half a surrogate pair, which JSON can spell, becomes U+FFFD."""
+    data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return data[:MOST].decode(errors="ignore")
+
+
+# ------------------------------------------------------------------ a text that is played
+class Replay:
+    """Texts that are played one after the other, at a number of documents a second. The place is how many were."""
+
+    def __init__(self, settings: Stream, say: Say) -> None:
+        self.rate, self.at = settings.rate, 0
+        paths = settings.path if isinstance(settings.path, list) else [settings.path]
+        self._texts = [Stdlib() if path is None else Files(path=path, column=settings.column) for path in paths]
+        for text in self._texts:
+            corpus.sources(text)  # raises UserError for a path that is none
+        self._documents: Iterator[str] = iter(())
+        self._begun = 0.0
+
+    def begin(self, places: Iterable[Json]) -> None:
+        for place in places:
+            self.at = int(place.get("documents", self.at))
+        whole = (each.text for text in self._texts for each in corpus.documents(text))
+        self._documents = islice(whole, self.at, None)
+        self._begun = time.monotonic() - (self.at / self.rate if self.rate else 0.0)
+
+    def read(self, wait_s: float) -> Taken:
+        taken, size = Taken(), 0
+        due = ENTRIES
+        if self.rate:
+            time.sleep(min(wait_s, max(0.0, self._begun + (self.at + 1) / self.rate - time.monotonic())))
+            due = min(ENTRIES, int((time.monotonic() - self._begun) * self.rate) - self.at)
+        while len(taken.texts) < due and size < TOGETHER:
+            text = next(self._documents, None)
+            if text is None:
+                taken.over = True
+                break
+            taken.texts.append(cut(text))
+            size += len(text)
+        self.at += len(taken.texts)
+        taken.at = {"documents": self.at}
+        return taken
+
+    def forget(self, at: Json) -> None:
+        """The text stays."""
+
+
+# ------------------------------------------------------------------ a pipe
+class Lines:
+    """Standard input, a document a line: JSON objects with the column, or else text. What was read from a pipe and is
+    not in the log when the reader dies is gone, since a pipe cannot be read again."""
+
+    def __init__(self, settings: Stream, say: Say) -> None:
+        self.column, self.lines, self._rest = settings.column, 0, b""
+        os.set_blocking(sys.stdin.fileno(), False)
+
+    def begin(self, places: Iterable[Json]) -> None:
+        for place in places:
+            self.lines = int(place.get("lines", self.lines))
+
+    def read(self, wait_s: float) -> Taken:
+        taken = Taken()
+        select.select([sys.stdin], [], [], wait_s)
+        try:
+            data = os.read(sys.stdin.fileno(), TOGETHER)
+            taken.over = not data
+        except BlockingIOError:
+            data = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if (taken.over and self._rest) or len(self._rest) > 16 * MOST:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            self.lines += 1
+            if line.strip():
+                is_json = line.lstrip().startswith(b"{")
+                document(line, f"line {self.lines}", self.column if is_json else None, taken)
+        taken.at = {"lines": self.lines}
+        return taken
+
+    def forget(self, at: Json) -> None:
+        """There is nothing to be forgotten."""
+
+
+# ------------------------------------------------------------------ a folder that grows
+class Folder:
+    """The .jsonl and .txt files of a folder, which grow or are added. The place is how much of each file was read.
+
+    A line of a .jsonl file is a document, once it has its end. What is new in a .txt file is one, once the file has not
+    changed for SETTLED_S seconds.
+    """
+
+    def __init__(self, settings: Stream, say: Say) -> None:
+        self.column, self.say = settings.column, say
+        self.folder = Path(str(settings.path)).expanduser()
+        if not self.folder.is_dir():
+            raise UserError(
+                f"text.path={settings.path}: there is no such folder; text.source=folder reads the files in it"
+            )
+        self.read_of: dict[str, int] = {}
+
+    def begin(self, places: Iterable[Json]) -> None:
+        for place in places:
+            files = place.get("files", {})
+            self.read_of.update({str(name): int(size) for name, size in files.items()})
+
+    def read(self, wait_s: float) -> Taken:
+        end = time.monotonic() + wait_s
+        while (taken := self._look()).nothing and time.monotonic() < end:
+            time.sleep(min(LOOK_S, max(0.0, end - time.monotonic())))
+        return taken
+
+    def _look(self) -> Taken:
+        taken, left = Taken(at={"files": {}}), TOGETHER
+        for path in self._files():
+            name = path.relative_to(self.folder).as_posix()
+            with contextlib.suppress(OSError, untrusted.Unfit), untrusted.opened(path, self.folder) as file:
+                size, before = os.fstat(file.fileno()).st_size, self.read_of.get(name, 0)
+                if size < before:
+                    self.say(f"{path} is shorter than what was read of it: only what is added to it now is read")
+                    self.read_of[name] = taken.at["files"][name] = size
+                if size <= before or (
+                    path.suffix == ".txt" and time.time() - os.fstat(file.fileno()).st_mtime < SETTLED_S
+                ):
+                    continue
+                file.seek(before)
+                data = file.read(max(left, 1))
+                if path.suffix == ".txt":
+                    data = self._piece(data, before + len(data) < size)
+                    document(data, f"{path} from byte {before}", None, taken)
+                else:
+                    data = self._rows(path, before, data, file.read(16 * MOST) if b"\n" not in data else b"", taken)
+                if data:
+                    self.read_of[name] = taken.at["files"][name] = before + len(data)
+                left -= len(data)
+            if left <= 0 or len(taken.texts) >= ENTRIES:
+                break
+        return taken
+
+    def _files(self) -> list[Path]:
+        found = []
+        for folder, folders, files in os.walk(self.folder):
+            folders[:] = sorted(each for each in folders if not each.startswith("."))
+            found += [
+                Path(folder, each) for each in sorted(files) if each.endswith((".jsonl", ".txt")) and each[0] != "."
+            ]
+        return found
+
+    @staticmethod
+    def _piece(data: bytes, more: bool) -> bytes:
+        """The part of a long text that is taken at a time: up to the end of a line, or of a character."""
+        data = data[:MOST]
+        if more or len(data) == MOST:
+            data = data[: data.rfind(b"\n") + 1] or data
+        while data and (data[-1] & 0xC0) == 0x80 and not _decodes(data[-4:]):
+            data = data[:-1]
+        return data
+
+    def _rows(self, path: Path, before: int, data: bytes, rest: bytes, taken: Taken) -> bytes:
+        """Takes whole lines. Returns what was read of the file with them."""
+        data += rest
+        if b"\n" not in data:
+            if len(data) <= 16 * MOST:
+                return b""  # its end is still to come
+            taken.aside.append((f"{path} from byte {before}", "its line is too long", data[:1000]))
+            return data
+        data = data[: data.rfind(b"\n") + 1]
+        at = before
+        for line in data.split(b"\n")[:-1]:
+            if line.strip():
+                document(line, f"{path} from byte {at}", self.column, taken)
+            at += len(line) + 1
+        return data
+
+    def forget(self, at: Json) -> None:
+        """The files stay: they are the user's."""
+
+
+def _decodes(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.end < len(data) or error.reason != "unexpected end of data"
+    return True
+
+
+# ------------------------------------------------------------------ Redis Streams
+class Redis:
+    """A stream of Redis, by XREAD from an id. The place is the last id, and how many entries were read.
+
+    Trimming a stream is silent. What was trimmed before it was read is found by counting: entries-added less the length
+    is how many are gone (Redis 7). A server that does not answer is asked again after growing pauses.
+    """
+
+    def __init__(self, settings: Stream, say: Say) -> None:
+        self.settings, self.say = settings, say
+        self.id, self.count = "0-0", 0
+        self._failed = 0
+        self._lib, self._client = _client(settings)
+
+    def begin(self, places: Iterable[Json]) -> None:
+        for place in places:
+            self.id, self.count = str(place.get("id", self.id)), int(place.get("count", self.count))
+
+    def read(self, wait_s: float) -> Taken:
+        try:
+            taken = self._read(wait_s)
+        except self._lib.exceptions.AuthenticationError as error:
+            raise UserError(f"{self.settings.address} refuses the password ({error}): set REDIS_PASSWORD") from None
+        except (self._lib.exceptions.ConnectionError, self._lib.exceptions.TimeoutError, OSError) as error:
+            if not self._failed:
+                self.say(
+                    f"{_shown(self.settings.address)} does not answer ({error}): training goes on, it is asked again"
+                )
+            pause = PAUSES_S[min(self._failed, len(PAUSES_S) - 1)]
+            self._failed += 1
+            time.sleep(min(pause, wait_s))
+            return Taken()
+        if self._failed:
+            self.say(f"{_shown(self.settings.address)} answers again")
+            self._failed = 0
+        return taken
+
+    def _read(self, wait_s: float) -> Taken:
+        key, lib = self.settings.key, self._lib
+        taken = Taken(at={"id": self.id, "count": self.count})
+        with self._client.pipeline(transaction=True) as both:
+            both.exists(key)
+            both.xread({key: self.id}, count=ENTRIES)
+            there, found = both.execute()
+        if not there:
+            time.sleep(min(wait_s, LOOK_S))
+            return taken
+        with self._client.pipeline(transaction=True) as both:
+            both.xinfo_stream(key)
+            both.xread({key: self.id}, count=ENTRIES)
+            try:
+                info, found = both.execute()
+            except lib.exceptions.ResponseError as error:
+                raise UserError(f"text.key={key} is no stream ({error}): name one that XADD fills") from None
+        gone = int(info["entries-added"]) - int(info["length"])
+        if gone > self.count:
+            taken.lost = gone - self.count
+            self.count = gone
+        if not found:
+            if not taken.lost:
+                self._client.xread(
+                    {key: self.id}, count=1, block=max(1, int(wait_s * 1000))
+                )  # waits, and takes nothing
+            taken.at = {"id": self.id, "count": self.count}
+            return taken
+        size = 0
+        for id, fields in found[0][1]:
+            data = fields.get(self.settings.column.encode(), None)
+            if data is None:
+                taken.aside.append((f"entry {id.decode()}", f"it has no field {self.settings.column!r}", b""))
+            else:
+                document(data, f"entry {id.decode()}", None, taken)
+                size += len(data)
+            self.id, self.count = id.decode(), self.count + 1
+            if size >= TOGETHER:
+                break
+        taken.at = {"id": self.id, "count": self.count}
+        return taken
+
+    def forget(self, at: Json) -> None:
+        if not self.settings.forget or "id" not in at:
+            return
+        milliseconds, _, number = str(at["id"]).partition("-")
+        with contextlib.suppress(self._lib.exceptions.RedisError, OSError):
+            self._client.xtrim(self.settings.key, minid=f"{milliseconds}-{int(number or 0) + 1}", approximate=False)
+
+
+def _client(settings: Stream) -> tuple[Any, Any]:
+    """The package redis, and a client. Raises UserError if the package is missing or the address is none."""
+    try:
+        redis: Any = importlib.import_module("redis")
+        once = importlib.import_module("redis.retry").Retry(importlib.import_module("redis.backoff").NoBackoff(), 0)
+    except ImportError:
+        raise UserError("text.source=redis needs the package redis: pip install 'hvdllm[online]'") from None
+    try:
+        return redis, redis.Redis.from_url(
+            settings.address,
+            password=os.environ.get("REDIS_PASSWORD") or None,
+            socket_timeout=10,
+            retry=once,
+        )
+    except ValueError as error:
+        raise UserError(f"text.address={_shown(settings.address)} is no address of a server ({error})") from None
+
+
+def _shown(address: str) -> str:
+    """The address without a password."""
+    before, found, after = address.rpartition("@")
+    return f"{before.partition('//')[0]}//…@{after}" if found else after
+
+
+def told(aside: list[tuple[str, str, bytes]]) -> str:
+    """Lines for the file of documents that were set aside."""
+    return "".join(
+        json.dumps({"where": where, "why": why, "begins": data.decode(errors="replace")}) + "\n"
+        for where, why, data in aside
+    )
