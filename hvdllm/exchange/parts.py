@@ -495,10 +495,24 @@ class Ddp(Exchange):
     """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
     It runs without Horovod (world=torch)."""
 
+    sync: str = setting(
+        "round",
+        "when gradients are summed: once a round, with its last micro-batch; or after every micro_batch, as scripts do "
+        "that accumulate without no_sync, with the same result and as many times the bytes and waits",
+        choices=("round", "micro_batch"),
+    )
+
     def refusal(self, setup: Setup) -> str | None:
-        if self.bucket_mb is not None and of("wire", setup.config.wire).facts.hooked:
-            wire = name_of("wire", setup.config.wire)
+        if not of("wire", setup.config.wire).facts.hooked:
+            return None
+        wire = name_of("wire", setup.config.wire)
+        if self.bucket_mb is not None:
             return f"exchange.bucket_mb with exchange=ddp wire={wire}: torch's hook takes one bucket, leave it at null"
+        if self.sync == "micro_batch":
+            return (
+                f"exchange.sync=micro_batch with wire={wire}: torch's hook counts its sums, and its warm-up is so many "
+                "rounds; leave exchange.sync at round, or take another wire"
+            )
         return None
 
 
