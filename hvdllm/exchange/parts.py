@@ -85,9 +85,10 @@ class Sharded(Exchange):
 class Delayed(Exchange):
     """One update late: the sum of one round travels while the next is computed. Staleness exactly 1."""
 
-    warmup_tokens: int = setting(
-        40_000,
-        "committed tokens before which every update is synchronous: a few dozen updates (ZeRO-Offload, section 5.2)",
+    warmup_tokens: int | None = setting(
+        None,
+        "committed tokens before which every update is synchronous: a few dozen updates (ZeRO-Offload, section 5.2); "
+        "null: 20 global batches",
         least=0,
     )
     compensation: float = setting(
@@ -237,8 +238,10 @@ class LocalSGD(LocalRounds):
     local_steps: int = setting(
         16, "updates of each rank from one mean to the next; 16 as post-local SGD", least=1, most=1_000_000_000
     )
-    warmup_tokens: int = setting(
-        40_000, "committed tokens before which the mean is taken after every update (post-local SGD)", least=0
+    warmup_tokens: int | None = setting(
+        None,
+        "committed tokens before which the mean is taken after every update (post-local SGD); null: 20 global batches",
+        least=0,
     )
 
 
