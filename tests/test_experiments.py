@@ -130,6 +130,8 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
     assert len(points) == 2, done.out
     for point in points:
         assert records(point, "end")[-1]["reason"] == "budget"
+    if name == "digits":
+        assert re.search(r"^point +images +time", done.out, re.M) and "tokens" not in done.out
     exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
     assert exchanges <= asked or name in ("slow_rank", "diloco_h")  # presets; a file without a sweep
     if name == "slow_rank":

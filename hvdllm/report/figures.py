@@ -259,7 +259,7 @@ def _target(runs: list[History], given: float | None, notes: list[str]) -> tuple
     """
     metric = runs[0].metric
     if given is not None:
-        return given, "the target given"
+        return given, metric.given(given)
     named = {run.settings.get("target_loss", "null") for run in runs} if metric.name == "loss" else {"null"}
     if len(named) == 1 and (text := named.pop()) != "null":
         try:

@@ -23,12 +23,20 @@ class Metric:
     @property
     def words(self) -> str:
         """What is compared, such as `validation loss`."""
-        return f"validation error (1 - {self.name})" if self.name in RIGHT else f"validation {self.name}"
+        if self.name == "accuracy":
+            return "validation error (1 - accuracy)"
+        return f"validation 1 - {self.name}" if self.name in RIGHT else f"validation {self.name}"
 
     @property
     def short(self) -> str:
         """The same in one word, for the head of a column."""
-        return "error" if self.name in RIGHT else self.name
+        if self.name == "accuracy":
+            return "error"
+        return f"1 - {self.name}" if self.name in RIGHT else self.name
+
+    def given(self, target: float) -> str:
+        """The clause that says that somebody gave this target, in the numbers of the records."""
+        return "the target given" + (f", {self.name} {self.of(target):g}" if self.name in RIGHT else "")
 
     def each(self, unit: str) -> str:
         """What a loss is per, such as ` nats a token`; empty for other metrics."""
