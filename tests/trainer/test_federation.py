@@ -69,7 +69,7 @@ def test_clients_without_text_are_said(desk: Path, capsys: pytest.CaptureFixture
     ("text", "words", "says"),
     [
         ("short", (), "exchange.sampled=3: only 2 of the 5 clients have a window of text; give exchange.sampled=2"),
-        ("one", ("exchange.sampled=2",), "one of the 5 clients gets all of the text"),
+        ("one", ("exchange.sampled=2",), "one of the 5 clients gets all of the data"),
     ],
 )
 def test_too_few_with_text_are_refused_before_the_start(
