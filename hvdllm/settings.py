@@ -30,6 +30,12 @@ LARGEST = 1e15
 """The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
 
 
+def warmed_up(tokens: int | None, batch: float) -> float:
+    """The committed tokens at which a warm-up ends: those of its setting, or 20 global batches of `batch` tokens if it
+    is None. A number that suits one batch, or text, would outlast a run that counts images."""
+    return 20 * batch if tokens is None else tokens
+
+
 def several(value: Several) -> list[str]:
     """The texts of a setting that is null, one text or a list of them."""
     if value is None:

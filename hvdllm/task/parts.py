@@ -88,7 +88,9 @@ class Images(Task):
         return None
 
 
-@part("task", "ratings", "hvdllm.task.ratings", TaskFacts("clicks", "clicks", model="towers"))
+@part(
+    "task", "ratings", "hvdllm.task.ratings", TaskFacts("clicks", "clicks", model="towers", usual=("micro_batch=2048",))
+)
 @dataclass
 class Ratings(Task):
     """Whether a user clicks on an item: a recommender. Clicks of known probabilities that are drawn, or tables of .csv

@@ -91,7 +91,8 @@ def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
         spread = f"{min(speeds):,.0f}" + (f" to {max(speeds):,.0f}" if max(speeds) > min(speeds) else "")
         link = f"links of {world.bandwidth}" if world.bandwidth else "transfers that take no time for their size"
         late = f", {world.latency_ms:g} ms late" if world.latency_ms else ""
-        out["time"] = f"simulated: {spread} tokens/s a rank, {link}{late}"
+        unit = registry.of("task", config.task).facts.unit
+        out["time"] = f"simulated: {spread} {unit}/s a rank, {link}{late}"
     return out
 
 
