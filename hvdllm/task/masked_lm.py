@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hvdllm.errors import UserError
 from hvdllm.models import size
 from hvdllm.models.bert import Bert, init_weights
 from hvdllm.models.gpt import compile_blocks
@@ -24,6 +25,7 @@ from hvdllm.order.epochs import drawn
 from hvdllm.settings import Config
 from hvdllm.task import causal_lm
 from hvdllm.task.base import DTYPES, Prepared
+from hvdllm.text.tokenize import MASKS
 from hvdllm.text.windows import Joined, Windows
 
 EVALUATION = 2**31  # in the place of an epoch: an evaluation masks the same tokens each time
@@ -36,13 +38,17 @@ class Masked:
         windows: of the text.
         seed: of the run.
         count: how many tokens of each window are to be guessed.
-        vocab: tokens of the tokenizer. The mask token has the next number.
+        vocab: tokens of the tokenizer.
+        mask: the id of the mask token; None: the next one.
     """
 
     name = "windows"
 
-    def __init__(self, windows: Windows | Joined, seed: int, count: int, vocab: int) -> None:
+    def __init__(
+        self, windows: Windows | Joined, seed: int, count: int, vocab: int, mask: int | None = None
+    ) -> None:  # fmt: skip
         self.windows, self.context = windows, windows.context
+        self.mask = vocab if mask is None else mask
         self.seed, self.count, self.vocab, self.units = seed, count, vocab, float(count)
 
     def __len__(self) -> int:
@@ -64,7 +70,7 @@ class Masked:
             how = torch.from_numpy(draw.random_sample(self.count))
             others = torch.from_numpy(draw.randint(self.vocab, size=self.count))
             targets[i, places] = whole = inputs[i, places]
-            inputs[i, places] = torch.where(how < 0.8, self.vocab, torch.where(how < 0.9, others, whole))
+            inputs[i, places] = torch.where(how < 0.8, self.mask, torch.where(how < 0.9, others, whole))
         return inputs, targets, np.full(len(rows), self.count)
 
 
@@ -73,9 +79,15 @@ class MaskedLM(causal_lm.CausalLM):
     """The task over a vocabulary. The fields are those of CausalLM, whose tokenizer it keeps."""
 
     @property
+    def mask(self) -> int:
+        """The id of the mask token: the tokenizer's own, or the one after all of its tokens."""
+        own = None if self.tokenizer is None else self.tokenizer.mask
+        return self.vocab if own is None else own
+
+    @property
     def rows(self) -> int:
-        """Rows of the embedding: the tokens and the mask token, padded."""
-        return size.pad_vocab(self.vocab + 1)
+        """Rows of the embedding: model.vocab, or the tokens and the mask token, padded."""
+        return size.rows(self.config.model, max(self.vocab, self.mask + 1))
 
     @property
     def count(self) -> int:
@@ -143,7 +155,7 @@ class MaskedLM(causal_lm.CausalLM):
             return ""
         device, was = model.embed.weight.device, model.training
         model.eval()
-        masked = ids.repeat(len(ids), 1).fill_diagonal_(self.vocab).to(device)
+        masked = ids.repeat(len(ids), 1).fill_diagonal_(self.mask).to(device)
         guessed = model(masked).diagonal().T[:, : self.vocab].argmax(1).tolist()
         model.train(was)
         return f"{self.words.decode(ids.tolist())!r} is guessed as {self.words.decode(guessed)!r}"
@@ -153,15 +165,25 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
     data = causal_lm.prepare(config, say=say, whole=whole, wanted=wanted)
     assert isinstance(data.task, causal_lm.CausalLM)
     assert isinstance(data.train, Windows | Joined) and isinstance(data.validation, Windows | Joined)
-    task = MaskedLM(config, data.task.vocab, data.task.tokenizer)
-    sides = (Masked(each, config.seed, task.count, task.vocab) for each in (data.train, data.validation))
+    task = _checked(MaskedLM(config, data.task.vocab, data.task.tokenizer))
+    sides = (Masked(each, config.seed, task.count, task.vocab, task.mask) for each in (data.train, data.validation))
     train, validation = sides
     return replace(data, task=task, train=train, validation=validation)
 
 
 def restore(config: Config, folder: Path) -> MaskedLM:
     found = causal_lm.restore(config, folder)
-    return MaskedLM(config, found.vocab, found.tokenizer)
+    return _checked(MaskedLM(config, found.vocab, found.tokenizer))
+
+
+def _checked(task: MaskedLM) -> MaskedLM:
+    """The same. Raises UserError if the model's embedding has no row for the mask token."""
+    if task.mask >= task.rows:
+        raise UserError(
+            f"the tokenizer has no mask token ({', '.join(MASKS)}), and the model's embedding no row for one "
+            f"(model.vocab={task.rows}): take the tokenizer that belongs to the model, or add one to it"
+        )
+    return task
 
 
 def rough(config: Config) -> MaskedLM:

@@ -35,11 +35,13 @@ class Trunk:
         path: of the checkpoint, of the folder final/, or of a folder of transformers.
         tokens: how many the trunk had committed there, or None if it is no checkpoint.
         steps: how many steps its optimizer had made.
+        note: what was done with its weights, or left out of them; empty if they were taken as they are.
     """
 
     path: str
     tokens: int | None
     steps: int
+    note: str = ""
 
 
 def look(config: Config, world: World) -> None:
@@ -183,4 +185,4 @@ def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
         raise UserError(
             f"its {TOKENIZER} is not that of this text, so its tokens mean other things: leave text.tokenizer out"
         )
-    return Trunk(str(path), None, 0)
+    return Trunk(str(path), None, 0, hugging.left_out(path))
