@@ -13,6 +13,8 @@ from hvdllm.models.hugging import Settings
 from hvdllm.plain import Json
 from hvdllm.settings import Config
 
+ADAPTER = "adapter_config.json"
+
 
 def begin_with(config: Config, given: dict[str, str], model_of: Callable[[type[Settings], Json], Settings]) -> None:
     """Changes a composed configuration in place if the run begins with weights from a folder of transformers.
@@ -29,6 +31,11 @@ def begin_with(config: Config, given: dict[str, str], model_of: Callable[[type[S
     Raises UserError if a word says something else than the folder.
     """
     folder = Path(os.path.expanduser(str(config.init_from)))
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"init_from={config.init_from} has adapters in PEFT's format ({ADAPTER}), which need their base: load both "
+            "there, and begin with what merge_and_unload() and save_pretrained() write"
+        )
     if not hugging.is_folder(folder):
         return
     where = f"init_from={config.init_from}"

@@ -110,7 +110,7 @@ def test_the_settings_stand_in_the_run(begun: Path) -> None:
         True,
     )
     (first,) = records(begun / "runs" / "run", "run")
-    assert first["trunk"] == {"path": f"{begun}/theirs", "tokens": None, "steps": 0, "note": ""}
+    assert first["trunk"] == {"path": f"{begun}/theirs", "tokens": None, "steps": 0, "note": "", "adapters": ""}
     assert first["parameters"] == sum(p.numel() for p in load(begun / "away").parameters())
     assert (begun / "runs" / "run" / "tokenizer.json").read_bytes() == (begun / "away" / "tokenizer.json").read_bytes()
 
