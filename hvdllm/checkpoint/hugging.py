@@ -99,6 +99,8 @@ def _fitting(found: dict[str, Place], about: Described, settings: Settings) -> l
     wanted = list(sources(about.kind, settings, about.settings["vocab"], about.positions, about.segments))
     spare = places.pop(HEAD, None) if getattr(settings, "tied", True) else None
     for source in wanted:
+        if source.key not in places and source.key.startswith("cls."):
+            raise UserError(f"it has no tensor `{source.key}`, of the head that guesses tokens: take a BertForMaskedLM")
         if source.key not in places:
             raise UserError(f"it has no tensor `{source.key}`, which its config.json asks for: take the whole folder")
     if others := sorted(places.keys() - {source.key for source in wanted}):

@@ -44,6 +44,7 @@ CLASSES = {
     "arcee": "ArceeForCausalLM",
     "bert": "BertForMaskedLM",
 }
+USUAL_WINDOW = 4096  # tokens of a sliding window where config.json names none; null there means that nothing slides
 SILU, GELU = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh")  # names of what our MLP computes
 SHAPES_TRAINING = ("context", "dropout", "compile", "checkpointing")  # settings that a folder does not decide
 # Tensors of older files that are no parameters: causal masks, rotary frequencies and numbers of positions, which follow
@@ -201,8 +202,9 @@ def _llama(kind: str, found: Json) -> Described:
     positions, why = _whole(found, "max_position_embeddings"), "max_position_embeddings"
     # Within its window attention is whole, so a window is a bound for the context.
     slides = kind == "mistral" or (kind == "qwen2" and _flag(found, "use_sliding_window", False))
-    if slides and found.get("sliding_window") is not None and _whole(found, "sliding_window") < positions:
-        positions, why = _whole(found, "sliding_window"), "sliding_window"
+    window = {"sliding_window": USUAL_WINDOW} | found
+    if slides and window["sliding_window"] is not None and _whole(window, "sliding_window") < positions:
+        positions, why = _whole(window, "sliding_window"), "sliding_window"
     return Described(kind, settings, positions, why)
 
 

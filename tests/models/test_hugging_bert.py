@@ -160,7 +160,7 @@ BAD: list[tuple[str, Change | None, list[str], str]] = [
     ("infinite", tensors(lambda x: x[SEGMENT].fill_(torch.inf)), [], "numbers that are not finite"),
     ("head", tensors(lambda x: x.update(HEAD)), [], "differs from its embedding"),
     ("two", tensors(lambda x: x.update({"cls.predictions.decoder.bias": x[BIAS] + 1})), [], "differ and should be one"),
-    ("no head", lambda f: (shutil.rmtree(f), write(f, "BertModel")), [], "no tensor `cls.predictions.transform"),
+    ("no head", lambda f: (shutil.rmtree(f), write(f, "BertModel")), [], "the head that guesses tokens"),
     ("relative", config(position_embedding_type="relative_key"), [], "position_embedding_type=relative_key"),
     ("relu", config(hidden_act="relu"), [], "hidden_act=relu"),
     ("gelu_new", config(hidden_act="gelu_new"), [], "hidden_act=gelu_new: hvdllm has gelu"),

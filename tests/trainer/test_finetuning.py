@@ -257,6 +257,8 @@ BAD: list[tuple[str, str, Change | None, list[str], str]] = [
     ("inverse", "gpt2", config(scale_attn_by_inverse_layer_idx=True), [], "scale_attn_by_inverse_layer_idx=true"),
     ("window", "mistral", config(sliding_window=16), ["model.context=32"], "more than the 16 tokens"),
     ("window qwen", "qwen2", config(sliding_window=16, use_sliding_window=True), ["model.context=32"], "the 16 tokens"),
+    ("usual window", "mistral", config(sliding_window="gone", max_position_embeddings=9000),
+     ["model.context=4097", "batch_tokens=4097"], "more than the 4096 tokens"),
     ("heads", "llama", config(num_key_value_heads=3), [], "model.kv_heads=3 is no divisor"),
     # the tokenizer
     ("tokenizer gone", "llama", lambda f: (f / "tokenizer.json").unlink(), [], "has no tokenizer.json"),
