@@ -29,19 +29,17 @@ def run(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.positions is not None and given.positions < 1:
         parser.error("--positions must be at least 1")
+    if given.positions is not None and given.adapter:
+        parser.error("--positions is for a whole model: adapters say nothing of positions, leave it out")
 
-    from hvdllm.errors import UserError
     from hvdllm.models.gpt import GPT
-    from hvdllm.models.lora import merge, write_adapter
-    from hvdllm.trainer.export import export
+    from hvdllm.models.lora import merge
+    from hvdllm.trainer.export import export, export_adapter
     from hvdllm.trainer.restore import language, restore
 
     found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
     if given.adapter:
-        found = language(found)
-        if given.out.exists():
-            raise UserError(f"{given.out} is there already: give a folder that is not")
-        write_adapter(given.out, found.model, found.config.init_from)
+        export_adapter(language(found), given.out)
         print(f"{given.out}: adapters of {found.source}")
         return 0
     if isinstance(found.model, GPT):

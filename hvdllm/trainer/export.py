@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,10 +23,11 @@ from hvdllm.errors import RunError, UserError
 from hvdllm.models import hugging
 from hvdllm.models.bert import Bert
 from hvdllm.models.gpt import GPT
+from hvdllm.models.lora import write_adapter
 from hvdllm.runs import sync_folder
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer.restore import Restored
+from hvdllm.trainer.restore import Language, Restored
 
 MOST_SHARD = 4 * 2**30  # bytes of a file of tensors, which safetensors copies in memory as it writes
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -60,9 +62,7 @@ def export(found: Restored, out: Path, positions: int | None = None) -> str:
     spelled, mask = tokenizer.with_mask() if encoder else (tokenizer.for_others(), None)
     config["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     refuse_others(out)
-    part = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    try:
-        part.mkdir(parents=True)
+    with written(out) as part:
         write_tensors(part, list(tensors(model, config["model_type"], rows, positions)))
         files = {
             "tokenizer_config.json": {
@@ -78,8 +78,22 @@ def export(found: Restored, out: Path, positions: int | None = None) -> str:
         (part / "tokenizer.json").write_text(spelled, encoding="utf-8", newline="")
         for name, values in files.items():
             (part / name).write_text(json.dumps(values, indent=2) + "\n")
+    return hugging.CLASSES[config["model_type"]]
+
+
+@contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A context in which a folder is written under the name that it yields. At its end it is put in its place.
+
+    Raises RunError if the disk refuses; nothing of it is left then.
+    """
+    part = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        usual = next(part.glob("*.json")).stat().st_mode
         for file in part.iterdir():
-            file.chmod((part / hugging.CONFIG).stat().st_mode)  # safetensors are written for their owner alone
+            file.chmod(usual)  # safetensors are written for their owner alone
         replace(part, out)
     except DISK_ERRORS as error:
         raise RunError(
@@ -87,7 +101,14 @@ def export(found: Restored, out: Path, positions: int | None = None) -> str:
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return hugging.CLASSES[config["model_type"]]
+
+
+def export_adapter(found: Language, out: Path) -> None:
+    """Writes the adapters of a run in peft's format. Raises UserError if it has none, or if something is at `out`."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: give a folder that is not")
+    with written(out) as part:
+        write_adapter(part, found.model, found.config.init_from)
 
 
 def ends(tokenizer: Tokenizer) -> dict[str, int]:

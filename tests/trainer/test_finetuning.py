@@ -347,6 +347,12 @@ def test_adapters_on_a_folder_of_transformers_are_exported_merged_and_alone(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and set(config["target_modules"]) == {"self_attn.q_proj", "self_attn.v_proj"}
     capfd.readouterr()
+    (tmp_path / "file").touch()
+    assert main(["export", str(run), f"{tmp_path}/file/adapter", "--adapter"]) == 1
+    assert "choose another folder, and export again" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), f"{tmp_path}/new", "--adapter", "--positions", "64"])
+    assert "leave it out" in capfd.readouterr().err
     assert main(["export", str(run), f"{tmp_path}/adapter", "--adapter"]) == 2
     assert main(["export", f"{tmp_path}/runs/first", f"{tmp_path}/none", "--adapter"]) == 2
     said = capfd.readouterr().err
