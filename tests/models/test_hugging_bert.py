@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hvdllm.cli.main import main
 from hvdllm.config.compose import compose
+from hvdllm.errors import UserError
 from hvdllm.models.bert import Bert
 from hvdllm.runs import read_config
 from hvdllm.text.tokenize import BYTES, Tokenizer
@@ -243,6 +244,13 @@ def test_a_mask_gets_the_next_id() -> None:
     text, spelled = Tokenizer(BYTES).with_mask()
     assert spelled == "[MASK]" and Tokenizer(text).mask == 257 and Tokenizer(text).end == 256
     assert Tokenizer(word_pieces()).with_mask() == (Tokenizer(word_pieces()).json, "[MASK]")
+
+
+def test_ids_with_gaps_have_no_place_for_a_mask() -> None:
+    gap = json.loads(word_pieces().replace("[MASK]", "[HIDE]"))
+    gap["model"]["vocab"]["~~"] = 500
+    with pytest.raises(UserError, match="have gaps"):
+        Tokenizer(json.dumps(gap)).with_mask()
 
 
 def test_rows_of_our_own_models_are_padded_still() -> None:
