@@ -53,6 +53,7 @@ RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
 OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
+BERT, FROZEN = "tests/models/test_hugging_bert.py", "tests/trainer/test_frozen.py"
 TASK = "tests/task"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
@@ -281,6 +282,14 @@ MUTANTS = [
     ),
     ("trainer/export.py", "shutil.rmtree(part, ignore_errors=True)", "pass", HUGGING),
     ("trainer/trunk.py", "if theirs != tokenizer_hash:", "if False:", TUNED),
+    ("models/hugging.py", "part * width)", "0)", BERT),
+    ("checkpoint/hugging.py", "rows.add_(values[:1].to(rows))", "pass", BERT),
+    ("task/masked_lm.py", "self.vocab if own is None else own", "self.vocab", BERT),
+    ("text/tokenize.py", "(id := whole.token_to_id(MASKS[0])) != self.vocab", "(id := 0)", BERT),
+    ("trainer/trunk.py", "each.lora_alpha, ", "", FROZEN),
+    ("trainer/frozen.py", "load(folder, theirs)", "pass", FROZEN),
+    ("models/gpt.py", "- p_nV.amax(-1, keepdim=True).log()", "", "tests/models/test_gpt.py"),
+    ("bench/trainer.py", "remove_unused_columns=False", "remove_unused_columns=True", "tests/bench/test_bench_step.py"),
     (
         "trainer/harness.py",
         "yield whole[max(0, stop - most) : start + 1]",

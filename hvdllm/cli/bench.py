@@ -22,6 +22,8 @@ settings are those of train, for all cases alike; without model=... a model of 2
 about as long as its gradients at 200mbit. What a column means: hvdllm/bench/figures.py."""
 
 
+AGAINST = {"plain": "plain PyTorch", "hf": "transformers' Trainer"}  # what bench step compares with
+
 ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 
 
@@ -51,8 +53,12 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
     which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
-    step = which.add_parser("step", help="our step against a plain PyTorch loop, in one process")
+    step = which.add_parser("step", help="our step against a plain PyTorch loop, or transformers', in one process")
     step.add_argument("settings", nargs="*", help="settings as for train: model=tiny batch_tokens=4096")
+    step.add_argument(
+        "--against", choices=AGAINST, default="plain",
+        help="plain: as anybody would write it (default); hf: transformers' Trainer, on equal weights and batches",
+    )  # fmt: skip
     step.add_argument("--seconds", type=float, default=300.0, help="at most this long (300)")
     step.add_argument("--half-width", type=float, default=0.01, help="of the ratio's 95%% interval to reach (0.01)")
     start = which.add_parser("start", help="seconds to the first step and to a short run's end, under horovodrun")
@@ -93,13 +99,13 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def bench_step(given: argparse.Namespace) -> Json:
-    """Compares a training step with a plain PyTorch loop, prints a table, and returns the figures."""
+    """Compares a training step with another loop's, prints a table, and returns the figures."""
     from hvdllm import device as devices
-    from hvdllm.bench import step
+    from hvdllm.bench import step, trainer
     from hvdllm.cli.train import set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
-    from hvdllm.task import causal_lm
+    from hvdllm.task.base import Kind
     from hvdllm.trainer.account import versions
     from hvdllm.world.detect import Place
 
@@ -107,21 +113,25 @@ def bench_step(given: argparse.Namespace) -> Json:
     check(config, Place())
     if registry.name_of("optim", config.optim) != "adamw":
         raise UserError("bench step compares with torch.optim.AdamW: leave optim at adamw")
+    if given.against == "hf":
+        trainer.refuse(config)
     set_threads(config, Place())
     device = devices.choose(config.device.kind, 0)
-    data = causal_lm.prepare(config, say=print, whole=True, wanted=None)
+    kind: Kind = registry.built(registry.of("task", config.task))
+    data = kind.prepare(config, say=print, whole=True, wanted=None)
     figures = step.measure(
-        config, data, device, seconds=given.seconds, half_width=given.half_width,
+        config, data, device, against=given.against, seconds=given.seconds, half_width=given.half_width,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     rate, optimizer = figures["tokens_per_s"], figures["optimizer_ms"]
     table(
-        ("", "ours", "plain PyTorch"),
-        ("tokens a second", f"{rate['ours']:,.0f}", f"{rate['plain']:,.0f}"),
-        ("clip and optimizer, ms", f"{optimizer['ours']:.3f}", f"{optimizer['plain']:.3f}"),
+        ("", "ours", AGAINST[given.against]),
+        (f"{data.task.unit} a second", f"{rate['ours']:,.0f}", f"{rate[given.against]:,.0f}"),
+        ("clip and optimizer, ms", f"{optimizer['ours']:.3f}", f"{optimizer[given.against]:.3f}"),
     )
     print(
-        f"ours / plain: {figures['ratio']:.4f}, 95% interval {figures['ratio_low']:.4f} to {figures['ratio_high']:.4f} "
+        f"ours / {given.against}: {figures['ratio']:.4f}, "
+        f"95% interval {figures['ratio_low']:.4f} to {figures['ratio_high']:.4f} "
         f"(half-width {figures['half_width']:.4f}, {figures['pairs']} interleaved pairs, {figures['threads']} threads)"
     )
     return figures | {"device": devices.name(device), "versions": versions(), "settings": given.settings}

@@ -22,7 +22,7 @@ from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.models.lora import adapt
-from hvdllm.models.parts import Model
+from hvdllm.models.parts import Bert, Model
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Items, Prepared, Source
 from hvdllm.task.joined import Joined, by_share
@@ -208,8 +208,8 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
 
 
 def _check_vocab(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model's embedding has too few rows; the rows of a BERT always follow the tokenizer."""
-    if isinstance(config.model, Model):
+    """Raises UserError if the model's embedding has too few rows for the tokens; a mask token is masked_lm's affair."""
+    if isinstance(config.model, Model | Bert):
         size.check_vocab(config.model, tokenizer.vocab)
 
 

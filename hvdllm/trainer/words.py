@@ -60,7 +60,7 @@ def header(run: Run) -> dict[str, str]:
     going_on = {"goes on": f"from {run.origin.resumed['shared']['tokens']:,} {task.unit}"} if run.origin.resumed else {}
     if trunk is not None:
         at = f", {trunk.tokens:,} {task.unit}" if trunk.tokens is not None else ""
-        going_on = {"begins": f"with the weights of {trunk.path}{at}"}
+        going_on = {"begins": f"with the weights of {trunk.path}{at}{'; ' * bool(trunk.note)}{trunk.note}"}
     trained = f", of which {(task.parameters - task.frozen) / 1e6:.2f} M are trained" if task.frozen else ""
     return {
         "model": f"{task.parameters / 1e6:.2f} M parameters{trained}, {config.precision}",
