@@ -114,7 +114,7 @@ MUTANTS = [
         SHARDED,
     ),
     ("exchange/delayed.py", "(1 if self._flying is None else 2)", "1", KEPT),
-    ("exchange/delayed.py", "self.tokens < self.settings", "self.tokens <= self.settings", DELAYED),
+    ("exchange/delayed.py", "self.tokens < warmed_up(", "self.tokens <= warmed_up(", DELAYED),
     ("exchange/delayed.py", "self.flat.g.addcmul_(self.flat.g, moved)", "self.flat.g.add_(moved)", DELAYED),
     ("exchange/delayed.py", 'state.sharded["then"] = self._then', "pass", DELAYED),
     ("exchange/acco.py", "tokens += self._kept_tokens", "pass", ACCO),
@@ -193,7 +193,7 @@ MUTANTS = [
     ("order/epochs.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
     (
         "order/epochs.py",
-        "lambda epoch: permutation(items, seed, epoch)",
+        "lambda epoch: permutation(items, seed, epoch, *key)",
         "lambda epoch: permutation(items, seed, 0)",
         STREAM,
     ),
