@@ -12,7 +12,8 @@ import importlib
 import importlib.util
 import tempfile
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +32,12 @@ from hvdllm.world.single import SingleWorld
 PACKAGES = ("transformers", "accelerate")
 NEVER = 10**9  # steps
 ROUNDS = 64  # of data, which are repeated
+
+
+class Control(Protocol):
+    """What a callback of the Trainer may ask of its loop."""
+
+    should_training_stop: bool
 
 
 def refuse(config: Config) -> None:
@@ -102,14 +109,14 @@ def side(config: Config, data: Prepared, device: torch.device) -> Side:
     arguments._n_gpu = min(1, arguments.n_gpu)  # else it spreads a batch over all GPUs
 
     class Stopping(transformers.TrainerCallback):  # type: ignore[misc]  # it has no types
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: object, state: object, control: Control, **_: object) -> None:
             control.should_training_stop = turns.made_a_step()
 
     class Ordered(transformers.Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, *_: Any) -> Any:
+        def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler[int]:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-        def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+        def training_step(self, *given: object, **named: object) -> torch.Tensor:
             loss: torch.Tensor = super().training_step(*given, **named)
             turns.losses.append(loss)
             return loss
@@ -153,7 +160,7 @@ class Turns:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, loop: Any, device: torch.device) -> None:
+    def start(self, loop: Callable[[], object], device: torch.device) -> None:
         """Starts the loop's thread, which waits for its first turn. The loop calls made_a_step after each step."""
         threads = torch.get_num_threads()
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from hvdllm import registry
 from hvdllm.errors import UserError
 from hvdllm.registry import part
-from hvdllm.settings import DIGEST, NAME, Settings, Setup, Several, made, meant, setting
+from hvdllm.settings import DIGEST, NAME, Named, Settings, Setup, Several, made, meant, setting
 
 
 @dataclass
@@ -157,13 +156,13 @@ COMMON = ("tokenizer", "vocab", "prepared")  # settings that all sources of a mi
 class Mix(Text):
     """Several texts, each visited as often as its share says, each with a validation loss of its own."""
 
-    sources: Any = setting(
+    sources: Named = setting(
         None,
         "the texts by name: {NAME: PATH, ...} for files as text=files takes them, or a dict of settings where `text` "
         "names another kind: {code: src/, talk: {text: chat, path: talk.jsonl}}; their tokenizer is text.tokenizer",
         ours=True,
     )
-    mix: Any = setting(
+    mix: Named = setting(
         None,
         "the share of each source among the tokens that count, as numbers that are divided by their sum: "
         "{code: 0.7, talk: 0.3}; null: each item once an epoch",
