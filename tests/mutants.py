@@ -212,8 +212,8 @@ MUTANTS = [
     ("text/overlap.py", "context + 2 - RUN", "context + 1 - RUN", "tests/text/test_overlap.py"),
     (
         "text/shards.py",
-        "(validation if each.held_out else train).add",
-        "(train if each.held_out else validation).add",
+        "self.writers[side].add(run)",
+        "self.writers[1 - side].add(run)",
         "tests/text/test_shards.py tests/text/test_corpus.py",
     ),
     ("text/shards.py", "mode &= path.stat().st_mode | 0o600", "pass", "tests/folders/test_private.py"),
