@@ -33,7 +33,7 @@ from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.text import overlap
 from hvdllm.text.chat import AROUND, IDS, Around, Template, template, written
-from hvdllm.text.corpus import TRAIN, Rule, encoding_note, hash_of, packs, read, rule, sources, unreadable
+from hvdllm.text.corpus import TRAIN, encoding_note, hash_of, packs, read, rule, sources, unreadable
 from hvdllm.text.encode import Chunk, Copies, Encoder, Lost, Part, Run, chunks, joins
 from hvdllm.text.parts import Text
 from hvdllm.text.progress import Progress
@@ -339,7 +339,7 @@ def _build(text: Text, part: Path, mode: int, say: Callable[[str], None]) -> Non
     if tokenizer is None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(0o700)
-        tokenizer = _tokenizer(text, training, sides, say)
+        tokenizer = learnt(text, say)
         tokenizer.save(part / "tokenizer.json")
         (part / JOURNAL).write_text(json.dumps({"tokenizer": tokenizer.hash}) + "\n")
     tokenizer.ours = text.tokenizer == "bpe"
@@ -393,16 +393,21 @@ def _kept_tokenizer(part: Path) -> Tokenizer | None:
         return None
 
 
-def _tokenizer(text: Text, training: list[Path], sides: Rule, say: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer of a text, which is trained if it is ours."""
+def learnt(text: Text, say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer of a text, which is trained if it is ours.
+
+    A BPE is trained on all of the training text up to LEARNT bytes, and on a sample of about that size of a larger one.
+    That bounds the memory, since `tokenizers` counts every word. The sample depends on the content of pieces alone.
+    """
     if text.tokenizer == "bytes":
         return Tokenizer(BYTES)
     if text.tokenizer != "bpe":
         return Tokenizer.load(_users(text))
+    (training, _), sides = sources(text), rule(text)
     share = LEARNT / max(_size(training), 1)
     progress = Progress("training the tokenizer", sum(_stat(path)[1] for path in training), say)
 
-    def learnt() -> Iterator[str]:
+    def pieces() -> Iterator[str]:
         for raw in read(training):
             progress.at(raw.at)
             for _, _, piece in sides.pieces(raw):
@@ -410,7 +415,7 @@ def _tokenizer(text: Text, training: list[Path], sides: Rule, say: Callable[[str
                 if sides.side(digest) == TRAIN and (share >= 1 or sides.sampled(digest, share)):
                     yield written(json.loads(piece)) if text.conversations else piece
 
-    return train_bpe(learnt(), text.vocab)
+    return train_bpe(pieces(), text.vocab)
 
 
 def _encoded(encoder: Encoder, todo: Iterator[Chunk], large: bool) -> Iterator[tuple[Chunk, Part]]:
