@@ -5,7 +5,6 @@ With text=chat items are conversations, and units are the tokens of the assistan
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,7 +169,7 @@ def continue_text(
 
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
     if config.text.ready:
-        return opened_tokens(config, say)
+        return opened_tokens(config, say, wanted)
     corpus = shards.prepare(config.text, shards.data_folder(config.data_dir), say=say, whole=whole, wanted=wanted)
     return opened(config, corpus)
 
@@ -210,22 +209,35 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
     )
 
 
-def opened_tokens(config: Config, say: Callable[[str], None]) -> Prepared:
-    """The task of a text that is tokens already. Whether held-out text is repeated in the other is not known."""
+def opened_tokens(config: Config, say: Callable[[str], None], wanted: str | None) -> Prepared:
+    """The task of a text that is tokens already. wanted: the data hash of the run that goes on, or None."""
     tokenizer, context = tokens.tokenizer_of(config.text), config.model.context
     _check_vocab(config, tokenizer)
-    train, held, digest = tokens.split(config.text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
-    sides = [
-        Joined([Windows(each, context, tokenizer.end, validation) for each in side], context, validation)
-        for side, validation in ((train, False), (held, True))
+    found = tokens.split(config.text, tokenizer, shards.data_folder(config.data_dir), say, wanted)
+    parts = [
+        Windows(each, context, tokenizer.end, without=left)
+        for each, left in zip(found.train, found.left_out, strict=True)
     ]
-    count = sum(len(each) for each in train)
+    train = Joined(parts, context)
+    held = Joined([Windows(each, context, tokenizer.end, True) for each in found.held], context, True)
+    count, repeated = sum(map(len, found.train)), found.repeated(context, config.eval_tokens)
     return Prepared(
-        CausalLM(config, tokenizer.vocab, tokenizer), sides[0], sides[1],
-        hashlib.sha256(f"{digest} {tokenizer.hash}".encode()).hexdigest(),
-        f"tokens, {count:,} in {len(train)} file{'s' * (len(train) > 1)} for training, vocabulary {tokenizer.vocab:,}",
-        [], {"validation_repeated": None, "tokenizer_hash": tokenizer.hash},
+        CausalLM(config, tokenizer.vocab, tokenizer), train, held, found.data_hash,
+        f"tokens, {count:,} in {len(parts)} file{'s' * (len(parts) > 1)} for training, vocabulary {tokenizer.vocab:,}",
+        [*left_out(sum(map(len, found.left_out)), sum(part.whole for part in parts), len(train)),
+         *repeated_text(config, repeated)],
+        {"validation_repeated": repeated, "tokenizer_hash": tokenizer.hash},
     )  # fmt: skip
+
+
+def left_out(documents: int, windows: int, kept: int) -> list[str]:
+    """A note about documents of the training text that are held out too; empty if there are none."""
+    if not documents:
+        return []
+    return [
+        f"{documents:,} documents of the training text are held out too, so the {windows - kept:,} of its {windows:,} "
+        "windows that hold a part of one are left out"
+    ]
 
 
 def repeated_text(config: Config, share: float | None) -> list[str]:

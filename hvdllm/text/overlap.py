@@ -9,6 +9,7 @@ read once, in blocks, in a few threads.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,8 +22,8 @@ BITS = 26  # at most, of a hash, by which nearly all that is not looked for is t
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
 
 
-def repeated(train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Which runs of the validation text occur in the training text, bool [places].
+def repeated(train: np.ndarray | Sequence[np.ndarray], validation: np.ndarray) -> np.ndarray:
+    """Which runs of the validation text occur in the training text, or in one of several, bool [places].
 
     A place is one at which RUN tokens begin, among the first MOST tokens. The result is empty if the validation text is
     shorter than a run.
@@ -36,14 +37,16 @@ def repeated(train: np.ndarray, validation: np.ndarray) -> np.ndarray:
     some[known >> shift] = True
     found = np.zeros(len(known), dtype=bool)
 
-    def look(at: int) -> None:
+    def look(place: tuple[np.ndarray, int]) -> None:
+        train, at = place
         here = _hashes(train[at : at + BLOCK + RUN - 1])
         here = here[some[here >> shift]]
         nearest = np.searchsorted(known, here).clip(max=len(known) - 1)
         found[nearest[known[nearest] == here]] = True  # threads only ever write True
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(look, range(0, len(train) - RUN + 1, BLOCK)):
+        texts = [train] if isinstance(train, np.ndarray) else train
+        for _ in threads.map(look, ((each, at) for each in texts for at in range(0, len(each) - RUN + 1, BLOCK))):
             pass  # what a thread raises is raised here
     return found[places]
 
