@@ -210,6 +210,9 @@ MUTANTS = [
         "without[:, 0] // context",
         "tests/text/test_tokens.py",
     ),
+    ("text/packed.py", "starts + context - goes_on", "starts + context", "tests/text/test_packed.py"),
+    ("text/packed.py", "self.tokens[first - goes_on :", "self.tokens[first :", "tests/text/test_packed.py"),
+    ("text/packed.py", "free[left] = bool(room[left])", "pass", "tests/text/test_packed.py"),
     ("text/tokens.py", "if wanted == plain:", "if False:", "tests/text/test_tokens.py"),
     (
         "text/shards.py",

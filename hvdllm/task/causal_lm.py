@@ -1,6 +1,7 @@
 """The next token of a text, from the tokens before it. Items are windows of text, units are tokens.
 
-With text=chat items are conversations, and units are the tokens of the assistant.
+With text=chat items are conversations, and units are the tokens of the assistant. With text=packed items are windows
+of whole documents, and units are their tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hvdllm.task.base import DTYPES, Prepared
 from hvdllm.text import overlap, shards, tokens
 from hvdllm.text.chat import Around
 from hvdllm.text.conversations import Conversations
+from hvdllm.text.packed import Packed
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.text.windows import Joined, Windows
@@ -97,7 +99,8 @@ class CausalLM:
         return size.flops_per_token(self.config.model, size.rows(self.config.model, self.vocab))
 
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model.loss(inputs, targets, self.around is not None)  # type: ignore[operator]
+        masked = self.around is not None or self.config.text.packed
+        loss: torch.Tensor = model.loss(inputs, targets, masked)  # type: ignore[operator]
         return loss
 
     def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -188,12 +191,17 @@ def opened(config: Config, corpus: Corpus) -> Prepared:
     repeated = corpus.repeated(context, config.eval_tokens)
     task = CausalLM(config, corpus.tokenizer.vocab, corpus.tokenizer, scale, corpus.around)
     source, vocab = registry.name_of("text", config.text), corpus.tokenizer.vocab
-    train: Windows | Conversations
-    validation: Windows | Conversations
+    train: Windows | Conversations | Packed
+    validation: Windows | Conversations | Packed
     if corpus.around is not None:
         train = Conversations(corpus.train, context, corpus.tokenizer.end)
         validation = Conversations(corpus.validation, context, corpus.tokenizer.end, validation=True)
         notes = [*train.notes(), *validation.notes()]
+    elif config.text.packed:
+        train = Packed(corpus.train, context, corpus.tokenizer.end)
+        validation = Packed(corpus.validation, context, corpus.tokenizer.end, validation=True)
+        repeated = validation.repeated(corpus.seen, config.eval_tokens)
+        notes = [*train.notes(), *repeated_text(config, repeated)]
     else:
         train = Windows(corpus.train, context, corpus.tokenizer.end)
         validation = Windows(corpus.validation, context, validation=True)

@@ -30,7 +30,7 @@ from hvdllm import registry, untrusted
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
 from hvdllm.text import chat
-from hvdllm.text.parts import Chat, Files, Stdlib, Text
+from hvdllm.text.parts import Chat, Files, Packed, Stdlib, Text
 
 TRAIN, HELD_OUT, COPY = range(3)  # sides of a piece; a copy of one of text.validation is on neither
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
@@ -224,6 +224,11 @@ def chats(text: Chat) -> list[Path]:
     if text.path is None:
         raise UserError("text=chat reads the files that text.path names: give a .jsonl file, a folder or a glob")
     return resolve(text.path, "text.path", READ_CHAT)
+
+
+def packed(text: Packed) -> list[Path]:
+    """The files that text.path names, or those of the standard library."""
+    return stdlib(Stdlib()) if text.path is None else resolve(text.path, "text.path")
 
 
 def stdlib(text: Stdlib) -> list[Path]:

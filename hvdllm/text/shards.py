@@ -130,6 +130,7 @@ def prepare(
     Raises UserError if the text or the tokenizer cannot be read, if the folder cannot be written, or if a shard is
     damaged.
     """
+    text = text.plain
     if text.prepared is not None:
         found = find(data_dir, text.prepared)
         if found is None:
