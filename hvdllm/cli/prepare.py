@@ -20,6 +20,7 @@ Makes the token shards that train would make by itself. It reads the settings te
 
   hvdllm prepare
   hvdllm prepare text=files text.path=notes/ text.tokenizer=bytes
+  hvdllm prepare text=tokens text.path=train.bin text.tokenizer=tokenizer.json
   hvdllm prepare task=ratings task.path=ratings.csv task.threshold=4
 """
 
@@ -40,7 +41,7 @@ def run(words: Sequence[str]) -> int:
         print(text, file=sys.stderr)
 
     task = registry.of("task", config.task)
-    if task.facts.text:
+    if task.facts.text and not config.text.ready:
         print(table(prepare(config.text, data_folder(config.data_dir), say=say), config, time.perf_counter() - started))
         return 0
     kind: Kind = registry.built(task)

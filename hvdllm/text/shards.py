@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,9 +362,11 @@ def _build(text: Text, part: Path, mode: int, say: Callable[[str], None]) -> Non
             building.add(chunk, encoder.encode(chunk, building.lost))
             if not building.lost.wants(tokenizer):
                 break
-        for chunk, found in _encoded(encoder, todo, _size([*training, *validation]) >= LARGE):
-            building.add(chunk, found)
-            progress.at(chunk.at)
+        large = _size([*training, *validation]) >= LARGE
+        with contextlib.closing(_encoded(encoder, todo, large)) as parts:  # whatever happens here ends its processes
+            for chunk, found in parts:
+                building.add(chunk, found)
+                progress.at(chunk.at)
         train, held = building.writers
         for writer in building.writers:
             writer.finish()
@@ -419,7 +421,7 @@ def learnt(text: Text, say: Callable[[str], None]) -> Tokenizer:
     return train_bpe(pieces(), text.vocab)
 
 
-def _encoded(encoder: Encoder, todo: Iterator[Chunk], large: bool) -> Iterator[tuple[Chunk, Part]]:
+def _encoded(encoder: Encoder, todo: Iterator[Chunk], large: bool) -> Generator[tuple[Chunk, Part]]:
     """The parts of these chunks, in order, from processes if the text is large."""
     count = 1
     if large:

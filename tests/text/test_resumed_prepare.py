@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -203,6 +204,57 @@ def test_a_worker_that_is_killed_is_one_sentence_and_work_goes_on(
     found = prepare(text, tmp_path / "data", say=said.append)
     assert content(found) == content(prepare(text, tmp_path / "whole", say=SILENT))
     assert any("going on" in line for line in said)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from hvdllm.text import shards
+from hvdllm.text.parts import Files
+shards.ENCODE, shards.NOTED, shards.LARGE = 20_000, 30_000, 1
+import hvdllm.device
+hvdllm.device.usable_cores = lambda: 2
+add, slow = shards._Building.add, len(sys.argv) > 3
+def wait(self, *args):
+    add(self, *args)
+    if slow and self.chunks == 6:
+        print("here", flush=True)
+        sys.stdin.read()
+shards._Building.add = wait
+text = Files(path=sys.argv[1].split(), tokenizer="bpe", vocab=300, validation_share=0.2)
+shards.prepare(text, Path(sys.argv[2]), say=lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_real_one_that_is_ended_takes_its_workers_along_and_goes_on(
+    books: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    text = kinds(books)[0]
+    assert isinstance(text, Files) and isinstance(text.path, list)
+    words = [sys.executable, "-c", PROCESS, " ".join(text.path), str(tmp_path / "data")]
+    with subprocess.Popen([*words, "slow"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        while run.stdout.readline().strip() != "here":
+            assert run.poll() is None
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        run.send_signal(number)
+        run.wait(60)
+    assert len(children) == 2
+    while any(_runs(pid) for pid in children):
+        time.sleep(0.05)
+    assert list((tmp_path / "data").glob(f"*.part/{JOURNAL}"))
+    again = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    assert "going on with what was prepared before" in again.stdout
+    assert content(prepare(text, tmp_path / "data", say=SILENT)) == content(prepare(text, tmp_path / "e", say=SILENT))
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_what_a_worker_says_of_a_bad_line_names_it(tmp_path: Path, small: None) -> None:
