@@ -9,7 +9,7 @@ EVERY = 5.0  # seconds between two sentences, until RARER of all time is longer
 RARER = 0.05  # an hour has about a hundred sentences
 
 
-class Progress:
+class HowFar:
     """How much of some bytes is done.
 
     Args:

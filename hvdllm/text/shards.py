@@ -36,7 +36,7 @@ from hvdllm.text.chat import AROUND, IDS, Around, Template, template, written
 from hvdllm.text.corpus import TRAIN, encoding_note, hash_of, packs, read, rule, sources, unreadable
 from hvdllm.text.encode import Chunk, Copies, Encoder, Lost, Part, Run, chunks, joins
 from hvdllm.text.parts import Text
-from hvdllm.text.progress import Progress
+from hvdllm.text.progress import HowFar
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
 from hvdllm.text.workers import Workers
 
@@ -351,7 +351,7 @@ def _build(text: Text, part: Path, mode: int, say: Callable[[str], None]) -> Non
         (part / AROUND).write_text(_template(text).around().json())
     with contextlib.closing(_Building(part, encoder)) as building:
         total = sum(_stat(path)[1] for path in (*training, *validation))
-        progress = Progress("preparing the text", total, say)
+        progress = HowFar("preparing the text", total, say)
         before = sum(_stat(path)[1] for path in training)
         todo = chunks([(False, read(training)), (True, read(validation, before))], ENCODE)
         for chunk in itertools.islice(todo, building.chunks):
@@ -408,7 +408,7 @@ def learnt(text: Text, say: Callable[[str], None]) -> Tokenizer:
         return Tokenizer.load(_users(text))
     (training, _), sides = sources(text), rule(text)
     share = LEARNT / max(_size(training), 1)
-    progress = Progress("training the tokenizer", sum(_stat(path)[1] for path in training), say)
+    progress = HowFar("training the tokenizer", sum(_stat(path)[1] for path in training), say)
 
     def pieces() -> Iterator[str]:
         for raw in read(training):

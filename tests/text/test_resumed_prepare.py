@@ -20,7 +20,7 @@ from hvdllm.errors import RunError, UserError
 from hvdllm.text import shards, workers
 from hvdllm.text.encode import Chunk, Encoder, Part
 from hvdllm.text.parts import Chat, Files, Text
-from hvdllm.text.progress import Progress
+from hvdllm.text.progress import HowFar
 from hvdllm.text.shards import JOURNAL, Corpus, prepare
 from hvdllm.text.tokenize import Tokenizer
 
@@ -349,7 +349,7 @@ def test_a_bpe_of_a_large_text_is_trained_on_a_sample_by_content(
 
 def test_progress_is_said_every_five_seconds_and_later_more_rarely() -> None:
     now, lines = 0.0, list[str]()
-    progress = Progress("preparing the text", 400_000_000, lines.append, lambda: now)
+    progress = HowFar("preparing the text", 400_000_000, lines.append, lambda: now)
     progress.begin(100_000_000)
     for tick in range(1, 3_600):
         now = float(tick)
