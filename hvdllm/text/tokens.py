@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def split(
     digest = hashlib.sha256(f"tokens {0 if validation else text.validation_share}".encode())
     for side, paths in enumerate(([path for path in training if path not in validation], validation)):
         for path in paths:
-            tokens = opened(path)
+            tokens = np.asarray(opened(path))  # np.memmap is slow to slice
             sha256, most = looked_at(path, tokens, data_dir, say)
             if most >= tokenizer.vocab:
                 raise UserError(
@@ -236,11 +237,12 @@ class _Part:
         reach = min((len(self.tokens) - self.at) // 2, self.at, NEAR)
         first = self.at - reach
         ends = np.flatnonzero(self.tokens[first : self.at + reach] == end) + first + 1
-        starts = self.starts()
+        starts = self.starts
         starts = starts[(starts > first) & (starts < self.at + reach)]
         borders = np.concatenate([ends, starts])
         return int(borders[np.argmin(np.abs(borders - self.at))]) if len(borders) and reach else self.at
 
+    @cached_property
     def starts(self) -> np.ndarray:
         """Where the entries of Megatron's index begin, int64 in ascending order; empty for other files."""
         index = self.path.with_suffix(".idx")
@@ -249,7 +251,7 @@ class _Part:
     def documents(self, held: bool, end: int) -> Iterator[np.ndarray]:
         """Where the documents of a side begin and stop in it, without end tokens, int64 [documents, 2], in blocks."""
         low, high = (self.at, len(self.tokens)) if held else (0, self.at)
-        starts = self.starts()
+        starts = self.starts
         starts = starts[(starts > low) & (starts < high)]
         first = low
         for at in range(low, high, BLOCK):
@@ -257,7 +259,7 @@ class _Part:
             ends = np.flatnonzero(self.tokens[at:stop] == end) + at
             inside = starts[np.searchsorted(starts, at, "right") : np.searchsorted(starts, stop, "right")]
             begins = np.sort(np.concatenate([[first], ends + 1, inside]))
-            stops = np.sort(np.concatenate([ends, inside, [high][: stop == high]]))
+            stops = np.sort(np.concatenate([ends, inside, np.array([high] * (stop == high), np.int64)]))
             first = int(begins[-1])
             spans = np.stack([begins[: len(stops)], stops], 1) - low
             yield spans[spans[:, 1] > spans[:, 0]]
@@ -276,7 +278,7 @@ def _compared(
     train, held = _sides(parts)
     key = hashlib.sha256(f"{sums} {end}".encode())
     for part in parts:
-        key.update(part.starts().astype("<i8").tobytes() + b" ")
+        key.update(part.starts.astype("<i8").tobytes() + b" ")
     kept = [data_dir / "tokens" / f"{key.hexdigest()}.{what}" for what in ("left", "seen")]
     size = sum(map(len, train))
     looks = size <= LONGEST_LOOK
@@ -292,7 +294,7 @@ def _compared(
     except (OSError, ValueError):
         pass
     if size > BLOCK:
-        say(f"comparing the documents of {len(train)} files with those that are held out")
+        say(f"comparing the documents of {len(train)} file{'s' * (len(train) > 1)} with those that are held out")
     hashes, lengths = _hashed(parts, end)
     found = []
     for part in (part for part in parts if part.at or not len(part.tokens)):

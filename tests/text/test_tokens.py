@@ -135,8 +135,11 @@ def holds(first: int, document: list[int], at: int) -> bool:
     return first < at + len(document) and first + 17 > at
 
 
-@pytest.mark.parametrize("kind", ["numpy", "llm_c", "megatron"])
-def test_a_document_of_both_sides_is_in_no_training_window(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "block"), [("numpy", 2**24), ("llm_c", 100), ("megatron", 2**24)])
+def test_a_document_of_both_sides_is_in_no_training_window(
+    tmp_path: Path, kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "BLOCK", block)
     documents = own(20)
     ids, held = written(*documents[:6], documents[18], *documents[6:16]), written(*documents[16:])
     v = numpy(tmp_path / "v.npy", held, "int64")
