@@ -310,7 +310,7 @@ MUTANTS = [
         "tests/trainer/test_harness.py",
     ),
     # ------------------------------------------------------------------ task and what is around it
-    ("text/tokens.py", "if most >= vocab:", "if False:", "tests/text/test_tokens.py"),
+    ("text/tokens.py", "if most >= tokenizer.vocab:", "if False:", "tests/text/test_tokens.py"),
     ("text/windows.py", 'side="right") - 1', 'side="left") - 1', "tests/text/test_tokens.py"),
     ("text/conversations.py", "(found & COUNTS) > 0", "found > 0", "tests/task/test_chat.py"),
     (
