@@ -49,7 +49,9 @@ WIRES: list[Callable[[Any, Any, Any, int], Wire]] = [
 OPTIMIZERS: list[Optimizer] = [adamw, nadam, sgd]
 SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [schedule.constant, schedule.cosine, schedule.wsd]
 TASKS: list[Kind] = [causal_lm, masked_lm, images, ratings]
-SOURCES: list[Callable[[Any], list[Any]]] = [corpus.stdlib, corpus.files, corpus.chats, tokens.files, mix.files]
+SOURCES: list[Callable[[Any], list[Any]]] = [
+    corpus.stdlib, corpus.files, corpus.packed, corpus.chats, tokens.files, mix.files,
+]  # fmt: skip
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld

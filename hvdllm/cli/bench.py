@@ -1,9 +1,10 @@
-"""`hvdllm bench step|start|exchange`: measures, and shows the figures as a table and as JSON."""
+"""`hvdllm bench step|start|exchange|prepare`: measures, and shows the figures as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["rank"]:  # this process was started by bench exchange
         return bench_rank(argv[1:])
     given = parsed(argv)
-    figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
+    measures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange, "prepare": bench_prepare}
+    figures = measures[given.what](given)
     out = given.json or Path(f"bench-{given.what}.json")
     try:
         out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -52,7 +54,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     Raises SystemExit, as argparse does, where they cannot be understood.
     """
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
-    which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
+    which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange|prepare")
     step = which.add_parser("step", help="our step against a plain PyTorch loop, or transformers', in one process")
     step.add_argument("settings", nargs="*", help="settings as for train: model=tiny batch_tokens=4096")
     step.add_argument(
@@ -88,7 +90,9 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     exchange.add_argument("--limit", type=float, default=900.0, help="seconds that a repetition may take (900)")
     exchange.add_argument("--plot", type=argument, help="a picture of the steps (.png, .svg, .pdf)")
     exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
-    for sub in (step, start, exchange):
+    prepare = which.add_parser("prepare", help="MB/s at which a text is prepared, beside those of `tokenizers` alone")
+    prepare.add_argument("--mb", type=int, default=1000, help="size of the text, which is made for it (1000)")
+    for sub in (step, start, exchange, prepare):
         sub.add_argument("--json", type=argument, help="where to write the figures (bench-<what>.json)")
     given, rest = parser.parse_known_args(argv)
     if odd := [word for word in rest if word.startswith("-") or "=" not in word or "settings" not in given]:
@@ -148,6 +152,29 @@ def bench_start(given: argparse.Namespace) -> Json:
         (f"{given.tokens:,} tokens, text prepared anew", f"{figures['whole_s']:.1f}"),
     )
     return figures
+
+
+def bench_prepare(given: argparse.Namespace) -> Json:
+    """Measures how fast a text is prepared, prints a table, and returns the figures."""
+    from hvdllm.bench import prepare
+    from hvdllm.trainer.account import versions
+
+    if given.mb < 1:
+        raise UserError(f"--mb {given.mb} is too small: give at least 1")
+    figures = prepare.measure(given.mb)
+    speeds, found = figures["shares_mb_per_s"], figures["ratio"]
+    table(
+        (f"{figures['megabytes']:,.0f} MB of text, {figures['cores']} cores", "MB a second"),
+        ("bpe, trained", f"{figures['train_mb_per_s']:.2f}"),
+        ("encoded and written", f"{figures['encode_mb_per_s']:.2f}"),
+        ("the same, a sixth at a time (median)", f"{statistics.median(speeds['ours']):.2f}"),
+        ("tokenizers alone, a sixth at a time", f"{statistics.median(speeds['tokenizers']):.2f}"),
+    )
+    print(
+        f"ours / tokenizers alone: {found['median']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
+        f"({found['pairs']} interleaved pairs); peak memory of all processes {figures['peak_mib']:,.0f} MiB"
+    )
+    return figures | {"versions": versions()}
 
 
 def bench_exchange(given: argparse.Namespace) -> Json:

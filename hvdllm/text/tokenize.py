@@ -68,10 +68,12 @@ class Tokenizer:
         """The tokens of each text, [tokens] of self.dtype. Batches of 100 kB and more are encoded on all cores."""
         if self._bpe is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
-        return [
-            np.array(encoding.ids, self.dtype)
-            for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [np.array(encoding.ids, self.dtype) for encoding in self.encode_only(texts)]
+
+    def encode_only(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """What `tokenizers` itself makes of each text, which is not a tokenizer of bytes."""
+        found: list[tokenizers.Encoding] = self._bpe.encode_batch_fast(texts, add_special_tokens=False)
+        return found
 
     def encode_special(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The tokens of each text, where special tokens may be spelt, and the character at which each begins, int64."""
