@@ -25,9 +25,16 @@ from typing import Any, TypeVar
 from hvdllm.errors import UserError
 
 Several = Any  # one text or a list of them, since OmegaConf has no unions
+Named = Any  # a dict of values by name, or nothing
 Chosen = Any  # the settings of the part that was chosen, since OmegaConf has no unions
 LARGEST = 1e15
 """The bound of every number that has no tighter one: beyond it integers overflow somewhere, or a step never ends."""
+
+
+def warmed_up(tokens: int | None, batch: float) -> float:
+    """The committed tokens at which a warm-up ends: those of its setting, or 20 global batches of `batch` tokens if it
+    is None. A number that suits one batch, or text, would outlast a run that counts images."""
+    return 20 * batch if tokens is None else tokens
 
 
 def several(value: Several) -> list[str]:

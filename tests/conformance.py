@@ -52,13 +52,8 @@ SCHEDULES: list[Callable[[Any, int, schedule.Way], float]] = [
 ]  # fmt: skip
 TASKS: list[Kind] = [causal_lm, masked_lm, images, ratings]
 SOURCES: list[Callable[[Any], list[Any]]] = [
-    corpus.stdlib,
-    corpus.files,
-    corpus.chats,
-    tokens.files,
-    mix.files,
-    corpus.streamed,
-]
+    corpus.stdlib, corpus.files, corpus.packed, corpus.chats, tokens.files, mix.files, corpus.streamed,
+]  # fmt: skip
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld

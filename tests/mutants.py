@@ -53,6 +53,7 @@ RESIDUALS = f"{FEEDBACK} {WIRES} {KEPT}"
 OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
+BERT, FROZEN = "tests/models/test_hugging_bert.py", "tests/trainer/test_frozen.py"
 TASK = "tests/task"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
@@ -113,7 +114,7 @@ MUTANTS = [
         SHARDED,
     ),
     ("exchange/delayed.py", "(1 if self._flying is None else 2)", "1", KEPT),
-    ("exchange/delayed.py", "self.tokens < self.settings", "self.tokens <= self.settings", DELAYED),
+    ("exchange/delayed.py", "self.tokens < warmed_up(", "self.tokens <= warmed_up(", DELAYED),
     ("exchange/delayed.py", "self.flat.g.addcmul_(self.flat.g, moved)", "self.flat.g.add_(moved)", DELAYED),
     ("exchange/delayed.py", 'state.sharded["then"] = self._then', "pass", DELAYED),
     ("exchange/acco.py", "tokens += self._kept_tokens", "pass", ACCO),
@@ -192,7 +193,7 @@ MUTANTS = [
     ("order/epochs.py", "rank * each + min(rank, more)", "rank * each + more", STREAM),
     (
         "order/epochs.py",
-        "lambda epoch: permutation(items, seed, epoch)",
+        "lambda epoch: permutation(items, seed, epoch, *key)",
         "lambda epoch: permutation(items, seed, 0)",
         STREAM,
     ),
@@ -204,6 +205,22 @@ MUTANTS = [
     ),
     ("order/lanes.py", "top = 1 + max(", "top = max(", STREAM),
     ("text/windows.py", "(picked[:, :-1], picked[:, 1:])", "(picked[:, 1:], picked[:, 1:])", STREAM),
+    (
+        "text/windows.py",
+        "(without[:, 0] - context) // context",
+        "without[:, 0] // context",
+        "tests/text/test_tokens.py",
+    ),
+    ("text/packed.py", "starts + context - goes_on", "starts + context", "tests/text/test_packed.py"),
+    ("text/packed.py", "self.tokens[first - goes_on :", "self.tokens[first :", "tests/text/test_packed.py"),
+    ("text/packed.py", "free[left] = bool(room[left])", "pass", "tests/text/test_packed.py"),
+    ("text/tokens.py", "if wanted == plain:", "if False:", "tests/text/test_tokens.py"),
+    (
+        "text/shards.py",
+        "left or added.hexdigest() != state.added",
+        "left",
+        "tests/text/test_resumed_prepare.py",
+    ),
     ("task/stream.py", "max(1, int(units // items.units))", "1", STREAM),
     ("order/clients.py", "np.argmin((got + sizes[document]) / shares)", "np.argmin(got + sizes[document])", CLIENTS),
     ("order/clients.py", "got[client] += sizes[document]", "got[client] += 1", CLIENTS),
@@ -212,8 +229,8 @@ MUTANTS = [
     ("text/overlap.py", "context + 2 - RUN", "context + 1 - RUN", "tests/text/test_overlap.py"),
     (
         "text/shards.py",
-        "(validation if each.held_out else train).add",
-        "(train if each.held_out else validation).add",
+        "self.writers[side].add(run)",
+        "self.writers[1 - side].add(run)",
         "tests/text/test_shards.py tests/text/test_corpus.py",
     ),
     ("text/shards.py", "mode &= path.stat().st_mode | 0o600", "pass", "tests/folders/test_private.py"),
@@ -281,6 +298,14 @@ MUTANTS = [
     ),
     ("trainer/export.py", "shutil.rmtree(part, ignore_errors=True)", "pass", HUGGING),
     ("trainer/trunk.py", "if theirs != tokenizer_hash:", "if False:", TUNED),
+    ("models/hugging.py", "part * width)", "0)", BERT),
+    ("checkpoint/hugging.py", "rows.add_(values[:1].to(rows))", "pass", BERT),
+    ("task/masked_lm.py", "self.vocab if own is None else own", "self.vocab", BERT),
+    ("text/tokenize.py", "(id := whole.token_to_id(MASKS[0])) != self.vocab", "(id := 0)", BERT),
+    ("trainer/trunk.py", "each.lora_alpha, ", "", FROZEN),
+    ("trainer/frozen.py", "load(folder, theirs)", "pass", FROZEN),
+    ("models/gpt.py", "- p_nV.amax(-1, keepdim=True).log()", "", "tests/models/test_gpt.py"),
+    ("bench/trainer.py", "remove_unused_columns=False", "remove_unused_columns=True", "tests/bench/test_bench_step.py"),
     (
         "trainer/harness.py",
         "yield whole[max(0, stop - most) : start + 1]",
@@ -294,7 +319,7 @@ MUTANTS = [
         "tests/trainer/test_harness.py",
     ),
     # ------------------------------------------------------------------ task and what is around it
-    ("text/tokens.py", "if most >= vocab:", "if False:", "tests/text/test_tokens.py"),
+    ("text/tokens.py", "if most >= tokenizer.vocab:", "if False:", "tests/text/test_tokens.py"),
     ("task/joined.py", 'side="right") - 1', 'side="left") - 1', "tests/text/test_tokens.py"),
     ("task/joined.py", "[share / part.units for", "[share for", "tests/text/test_mix.py"),
     ("text/mix.py", "whole=whole, apart=apart)", "whole=whole)", "tests/text/test_mix.py"),

@@ -40,10 +40,10 @@ def tiny(tmp: Path, *more: str) -> list[str]:
 
 
 def test_the_files_are_these_and_say_how_they_are_started() -> None:
-    assert FILES.keys() == {*ALONE, "chat_lora", "clicks", *SWEEPS}
+    assert FILES.keys() == {*ALONE, "chat_lora", "clicks", "acco_finetune", *SWEEPS}
     for name, text in FILES.items():
         assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
-        assert (f"hvdllm train -m experiment={name}" in text) == (name in SWEEPS), name
+        assert (f"hvdllm train -m experiment={name}" in text) == (name in (*SWEEPS, "acco_finetune")), name
 
 
 @pytest.mark.ranks
@@ -57,22 +57,57 @@ def test_one_run(name: str, tmp_path: Path) -> None:
     assert records(tmp_path / "runs" / "one", "end")[-1]["reason"] == "budget"
 
 
-def test_fine_tuning_goes_on_from_another_run(tmp_path: Path) -> None:
+SHAPE = ["text.tokenizer=bytes", "model.layers=1", "model.width=16", "model.heads=2", "model.context=64"]
+
+
+def talk(tmp: Path) -> list[str]:
+    """Writes conversations of unequal lengths to talk.jsonl. Returns words for the folders of its runs."""
     rows = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 5)} for i in range(60)]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = [
-        "text.tokenizer=bytes",
-        "model.layers=1",
-        "model.width=16",
-        "model.heads=2",
-        "model.context=64",
-        "device=cpu",
+    (tmp / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"runs_dir={tmp}/runs", f"data_dir={tmp}/data"]
+
+
+@pytest.mark.ranks
+def test_acco_finetune_names_each_option_with_its_wire(tmp_path: Path) -> None:
+    """Of the five, ACCO and the paper's DDP. Conversations, so their micro-batches count unequally."""
+    exchanges = "acco+wire=bf16,ddp+wire=fp32+exchange.sync=micro_batch"
+    assert f" {exchanges.replace(',', ',ddp+wire=bf16,ddp+wire=fp32,')}," in FILES["acco_finetune"]
+    words = [
+        *SHAPE,
+        *talk(tmp_path),
+        f"text.path={tmp_path}/talk.jsonl",
+        "text.validation_share=0.2",
+        "launch.link=null",
     ]
-    folders = [f"runs_dir={tmp_path}/runs", f"data_dir={tmp_path}/data", "world=virtual", "world.size=2"]
+    words += [
+        f"exchange={exchanges}",
+        "seed=0",
+        "micro_batch=3",
+        "batch_tokens=90",
+        "budget_tokens=400",
+        "eval_every=100",
+    ]
+    launch([sys.executable, str(RANKS / "body_sweep.py"), "-m", "experiment=acco_finetune", *words, "launch.sweep=s"])
+    losses = {}
+    for name in ("acco,wire=bf16", "ddp,wire=fp32,exchange.sync=micro_batch"):
+        run = tmp_path / "runs" / "s" / f"exchange={name}"
+        assert records(run, "run")[0]["config"]["world"]["kind"] == "torch"
+        assert records(run, "end")[-1]["reason"] == "budget"
+        losses[name] = records(run, "eval")[-1]["loss"]
+    assert len(set(losses.values())) == 2
+    page = tmp_path / "r.md"
+    report = ["--by", "exchange,wire", "--reference", "acco", "--out", str(page)]
+    launch([*HVDLLM, "report", str(tmp_path / "runs" / "s"), *report])
+    table = page.read_text().partition("best first")[2]
+    assert re.search(r"\| acco, bf16 .*\| reference \|", table) and "| ddp, fp32 |" in table
+
+
+def test_fine_tuning_goes_on_from_another_run(tmp_path: Path) -> None:
+    shape, folders = [*SHAPE, "device=cpu"], [*talk(tmp_path), "world=virtual", "world.size=2"]
     source = ["text=files", f"text.path={ROOT}/README.md", f"text.validation={ROOT}/conf/README.md"]
     assert main(["train", *shape, *folders, *source, "batch_tokens=256", "budget_tokens=512", "name=base"]) == 0
-    talk = [f"text.path={tmp_path}/talk.jsonl", f"init_from={tmp_path}/runs/base", "name=tuned", "budget_tokens=600"]
-    words = [*shape, *folders, *talk, "batch_tokens=100", "text.validation_share=0.2"]
+    tuned = [f"text.path={tmp_path}/talk.jsonl", f"init_from={tmp_path}/runs/base", "name=tuned", "budget_tokens=600"]
+    words = [*shape, *folders, *tuned, "batch_tokens=100", "text.validation_share=0.2"]
     assert main(["train", "experiment=chat_lora", *words]) == 0
     run = tmp_path / "runs" / "tuned"
     assert records(run, "end")[-1]["reason"] == "budget" and records(run, "run")[0]["parameters_frozen"] > 0
@@ -95,6 +130,8 @@ def test_a_sweep(name: str, tmp_path: Path) -> None:
     assert len(points) == 2, done.out
     for point in points:
         assert records(point, "end")[-1]["reason"] == "budget"
+    if name == "digits":
+        assert re.search(r"^point +images +time", done.out, re.M) and "tokens" not in done.out
     exchanges = {records(point, "run")[0]["config"]["exchange"]["name"] for point in points}
     assert exchanges <= asked or name in ("slow_rank", "diloco_h")  # presets; a file without a sweep
     if name == "slow_rank":

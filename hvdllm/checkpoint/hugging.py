@@ -17,8 +17,18 @@ from safetensors import SafetensorError, safe_open
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.models.hugging import HEAD, NO_PARAMETERS, Described, Source, described, root_of, sources, whole_name
-from hvdllm.models.parts import Model
+from hvdllm.models.hugging import (
+    HEAD,
+    NO_PARAMETERS,
+    UNUSED,
+    Described,
+    Settings,
+    Source,
+    described,
+    root_of,
+    sources,
+    whole_name,
+)  # fmt: skip
 from hvdllm.paths import short
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,13 +48,22 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check(folder: Path, settings: Model) -> None:
+def check(folder: Path, settings: Settings) -> None:
     """Raises UserError if the tensors of a folder are not those of a model of these settings."""
     with _opened(folder) as found:
         _fitting(found, described(folder), settings)
 
 
-def fill(folder: Path, settings: Model, view: Callable[[str], torch.Tensor]) -> None:
+def left_out(folder: Path) -> str:
+    """What a run does not take from a folder that it begins with, in words; empty if it takes all."""
+    if described(folder).kind != "bert":
+        return ""
+    with _opened(folder) as found:
+        unused = sorted({key.split(".")[1] for key in map(_bert_name, found) if UNUSED.fullmatch(key)})
+    return "its first segment is added to its positions" + "".join(f", its {name} is left out" for name in unused)
+
+
+def fill(folder: Path, settings: Settings, view: Callable[[str], torch.Tensor]) -> None:
     """Fills a model's parameters with the weights of a folder. view: gives the place of each by its name.
 
     Raises UserError if a tensor is missing, is one too many, or has another shape, another type than a float of 16, 32
@@ -56,16 +75,32 @@ def fill(folder: Path, settings: Model, view: Callable[[str], torch.Tensor]) -> 
             if not bool(values.isfinite().all()):
                 raise UserError(f"its tensor `{short(place.key)}` has numbers that are not finite: take another file")
             rows = view(source.name)[source.start : source.stop]
-            rows.copy_((values.T if source.transposed else values)[: len(rows)])
+            if source.added:
+                rows.add_(values[:1].to(rows))
+            else:
+                rows.copy_((values.T if source.transposed else values)[: len(rows)])
 
 
 # ------------------------------------------------------------------ inside
-def _fitting(found: dict[str, Place], about: Described, settings: Model) -> list[tuple[Source, Place]]:
+def _bert_name(key: str) -> str:
+    return whole_name(key, "bert")
+
+
+def _fitting(found: dict[str, Place], about: Described, settings: Settings) -> list[tuple[Source, Place]]:
     """Each tensor of the model with its place. Raises UserError if there is another one, or if one does not fit."""
-    places = {whole_name(key, about.kind): place for key, place in found.items() if not NO_PARAMETERS.fullmatch(key)}
-    wanted = list(sources(about.kind, settings, about.settings["vocab"], about.positions))
-    spare = places.pop(HEAD, None) if settings.tied else None
+    places: dict[str, Place] = {}
+    for key, place in found.items():
+        name = whole_name(key, about.kind)
+        if NO_PARAMETERS.fullmatch(key) or (about.kind == "bert" and UNUSED.fullmatch(name)):
+            continue
+        if name in places:
+            _check_equal(place, places[name])
+        places[name] = place
+    wanted = list(sources(about.kind, settings, about.settings["vocab"], about.positions, about.segments))
+    spare = places.pop(HEAD, None) if getattr(settings, "tied", True) else None
     for source in wanted:
+        if source.key not in places and source.key.startswith("cls."):
+            raise UserError(f"it has no tensor `{source.key}`, of the head that guesses tokens: take a BertForMaskedLM")
         if source.key not in places:
             raise UserError(f"it has no tensor `{source.key}`, which its config.json asks for: take the whole folder")
     if others := sorted(places.keys() - {source.key for source in wanted}):
@@ -103,6 +138,15 @@ def _check_tied(head: Place, embed: Place) -> None:
                 f"its `{HEAD}` differs from its embedding, and its config.json says tie_word_embeddings=true: save the "
                 "model again with save_pretrained"
             )
+
+
+def _check_equal(one: Place, other: Place) -> None:
+    """Raises UserError if a file has other numbers under the two names of a tensor."""
+    if one.shape != other.shape or not torch.equal(one.file.get_tensor(one.key), other.file.get_tensor(other.key)):
+        raise UserError(
+            f"its tensors `{short(one.key)}` and `{short(other.key)}` differ and should be one: save the model again "
+            "with save_pretrained"
+        )
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""`hvdllm bench step|start|exchange`: measures, and shows the figures as a table and as JSON."""
+"""`hvdllm bench step|start|exchange|prepare`: measures, and shows the figures as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ settings are those of train, for all cases alike; without model=... a model of 2
 about as long as its gradients at 200mbit. What a column means: hvdllm/bench/figures.py."""
 
 
+AGAINST = {"plain": "plain PyTorch", "hf": "transformers' Trainer"}  # what bench step compares with
+
 ALL = "allreduce,sharded,delayed,acco,ddp,horovod"
 
 
@@ -34,7 +37,8 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["rank"]:  # this process was started by bench exchange
         return bench_rank(argv[1:])
     given = parsed(argv)
-    figures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange}[given.what](given)
+    measures = {"step": bench_step, "start": bench_start, "exchange": bench_exchange, "prepare": bench_prepare}
+    figures = measures[given.what](given)
     out = given.json or Path(f"bench-{given.what}.json")
     try:
         out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -50,9 +54,13 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     Raises SystemExit, as argparse does, where they cannot be understood.
     """
     parser = argparse.ArgumentParser("hvdllm bench", description="Measures, prints a table, writes JSON.")
-    which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange")
-    step = which.add_parser("step", help="our step against a plain PyTorch loop, in one process")
+    which = parser.add_subparsers(dest="what", required=True, metavar="step|start|exchange|prepare")
+    step = which.add_parser("step", help="our step against a plain PyTorch loop, or transformers', in one process")
     step.add_argument("settings", nargs="*", help="settings as for train: model=tiny batch_tokens=4096")
+    step.add_argument(
+        "--against", choices=AGAINST, default="plain",
+        help="plain: as anybody would write it (default); hf: transformers' Trainer, on equal weights and batches",
+    )  # fmt: skip
     step.add_argument("--seconds", type=float, default=300.0, help="at most this long (300)")
     step.add_argument("--half-width", type=float, default=0.01, help="of the ratio's 95%% interval to reach (0.01)")
     start = which.add_parser("start", help="seconds to the first step and to a short run's end, under horovodrun")
@@ -82,7 +90,9 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     exchange.add_argument("--limit", type=float, default=900.0, help="seconds that a repetition may take (900)")
     exchange.add_argument("--plot", type=argument, help="a picture of the steps (.png, .svg, .pdf)")
     exchange.add_argument("--keep", action="store_true", help="leave run folders and logs where they are")
-    for sub in (step, start, exchange):
+    prepare = which.add_parser("prepare", help="MB/s at which a text is prepared, beside those of `tokenizers` alone")
+    prepare.add_argument("--mb", type=int, default=1000, help="size of the text, which is made for it (1000)")
+    for sub in (step, start, exchange, prepare):
         sub.add_argument("--json", type=argument, help="where to write the figures (bench-<what>.json)")
     given, rest = parser.parse_known_args(argv)
     if odd := [word for word in rest if word.startswith("-") or "=" not in word or "settings" not in given]:
@@ -93,13 +103,13 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def bench_step(given: argparse.Namespace) -> Json:
-    """Compares a training step with a plain PyTorch loop, prints a table, and returns the figures."""
+    """Compares a training step with another loop's, prints a table, and returns the figures."""
     from hvdllm import device as devices
-    from hvdllm.bench import step
+    from hvdllm.bench import step, trainer
     from hvdllm.cli.train import set_threads
     from hvdllm.config.check import check
     from hvdllm.config.compose import compose
-    from hvdllm.task import causal_lm
+    from hvdllm.task.base import Kind
     from hvdllm.trainer.account import versions
     from hvdllm.world.detect import Place
 
@@ -107,21 +117,25 @@ def bench_step(given: argparse.Namespace) -> Json:
     check(config, Place())
     if registry.name_of("optim", config.optim) != "adamw":
         raise UserError("bench step compares with torch.optim.AdamW: leave optim at adamw")
+    if given.against == "hf":
+        trainer.refuse(config)
     set_threads(config, Place())
     device = devices.choose(config.device.kind, 0)
-    data = causal_lm.prepare(config, say=print, whole=True, wanted=None)
+    kind: Kind = registry.built(registry.of("task", config.task))
+    data = kind.prepare(config, say=print, whole=True, wanted=None)
     figures = step.measure(
-        config, data, device, seconds=given.seconds, half_width=given.half_width,
+        config, data, device, against=given.against, seconds=given.seconds, half_width=given.half_width,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     rate, optimizer = figures["tokens_per_s"], figures["optimizer_ms"]
     table(
-        ("", "ours", "plain PyTorch"),
-        ("tokens a second", f"{rate['ours']:,.0f}", f"{rate['plain']:,.0f}"),
-        ("clip and optimizer, ms", f"{optimizer['ours']:.3f}", f"{optimizer['plain']:.3f}"),
+        ("", "ours", AGAINST[given.against]),
+        (f"{data.task.unit} a second", f"{rate['ours']:,.0f}", f"{rate[given.against]:,.0f}"),
+        ("clip and optimizer, ms", f"{optimizer['ours']:.3f}", f"{optimizer[given.against]:.3f}"),
     )
     print(
-        f"ours / plain: {figures['ratio']:.4f}, 95% interval {figures['ratio_low']:.4f} to {figures['ratio_high']:.4f} "
+        f"ours / {given.against}: {figures['ratio']:.4f}, "
+        f"95% interval {figures['ratio_low']:.4f} to {figures['ratio_high']:.4f} "
         f"(half-width {figures['half_width']:.4f}, {figures['pairs']} interleaved pairs, {figures['threads']} threads)"
     )
     return figures | {"device": devices.name(device), "versions": versions(), "settings": given.settings}
@@ -138,6 +152,29 @@ def bench_start(given: argparse.Namespace) -> Json:
         (f"{given.tokens:,} tokens, text prepared anew", f"{figures['whole_s']:.1f}"),
     )
     return figures
+
+
+def bench_prepare(given: argparse.Namespace) -> Json:
+    """Measures how fast a text is prepared, prints a table, and returns the figures."""
+    from hvdllm.bench import prepare
+    from hvdllm.trainer.account import versions
+
+    if given.mb < 1:
+        raise UserError(f"--mb {given.mb} is too small: give at least 1")
+    figures = prepare.measure(given.mb)
+    speeds, found = figures["shares_mb_per_s"], figures["ratio"]
+    table(
+        (f"{figures['megabytes']:,.0f} MB of text, {figures['cores']} cores", "MB a second"),
+        ("bpe, trained", f"{figures['train_mb_per_s']:.2f}"),
+        ("encoded and written", f"{figures['encode_mb_per_s']:.2f}"),
+        ("the same, a sixth at a time (median)", f"{statistics.median(speeds['ours']):.2f}"),
+        ("tokenizers alone, a sixth at a time", f"{statistics.median(speeds['tokenizers']):.2f}"),
+    )
+    print(
+        f"ours / tokenizers alone: {found['median']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
+        f"({found['pairs']} interleaved pairs); peak memory of all processes {figures['peak_mib']:,.0f} MiB"
+    )
+    return figures | {"versions": versions()}
 
 
 def bench_exchange(given: argparse.Namespace) -> Json:

@@ -60,14 +60,14 @@ def run(argv: list[str]) -> int:
         return 0
     words = [of("resume", str(given.run)), *given.words]
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
+    trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     kind: Kind = registry.built(registry.of("task", found.config.task))
     data = kind.prepare(
         replace(found.config, task=config.task, text=config.text, data_dir=config.data_dir),
         say=say,
         whole=True,
-        wanted=None,
+        wanted=trained if isinstance(trained, str) else None,
     )
-    trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
     if trained not in (None, data.data_hash):
         raise UserError(
             f"the data here are not those {given.run} was trained on (text=stdlib differs between Python versions): "

@@ -12,7 +12,8 @@ def run(argv: list[str]) -> int:
     """Runs the command, and returns its exit code. Raises UserError or RunError."""
     parser = argparse.ArgumentParser(
         "hvdllm export",
-        description="Writes a run's model as a folder of transformers, for AutoModelForCausalLM.from_pretrained(OUT).",
+        description="Writes a run's model as a folder of transformers, for AutoModelForCausalLM.from_pretrained(OUT), "
+        "or AutoModelForMaskedLM after task=masked_lm.",
     )
     parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument("out", type=argument, help="folder to write; one of an earlier export is replaced")
@@ -28,20 +29,21 @@ def run(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.positions is not None and given.positions < 1:
         parser.error("--positions must be at least 1")
+    if given.positions is not None and given.adapter:
+        parser.error("--positions is for a whole model: adapters say nothing of positions, leave it out")
 
-    from hvdllm.errors import UserError
-    from hvdllm.models.lora import merge, write_adapter
-    from hvdllm.trainer.export import export
+    from hvdllm.models.gpt import GPT
+    from hvdllm.models.lora import merge
+    from hvdllm.trainer.export import export, export_adapter
     from hvdllm.trainer.restore import language, restore
 
-    found = language(restore(given.run, given.step, lambda text: print(text, file=sys.stderr)))
+    found = restore(given.run, given.step, lambda text: print(text, file=sys.stderr))
     if given.adapter:
-        if given.out.exists():
-            raise UserError(f"{given.out} is there already: give a folder that is not")
-        write_adapter(given.out, found.model, found.config.init_from)
+        export_adapter(language(found), given.out)
         print(f"{given.out}: adapters of {found.source}")
         return 0
-    merge(found.model)
+    if isinstance(found.model, GPT):
+        merge(found.model)
     kind = export(found, given.out, given.positions)
     print(f"{given.out}: {kind}, {sum(p.numel() for p in found.model.parameters()):,} parameters, of {found.source}")
     return 0

@@ -21,6 +21,7 @@ Makes the token shards that train would make by itself. It reads the settings te
 
   hvdllm prepare
   hvdllm prepare text=files text.path=notes/ text.tokenizer=bytes
+  hvdllm prepare text=tokens text.path=train.bin text.tokenizer=tokenizer.json
   hvdllm prepare task=ratings task.path=ratings.csv task.threshold=4
 """
 

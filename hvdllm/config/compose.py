@@ -23,7 +23,7 @@ from hvdllm import registry
 from hvdllm.config.trunk import begin_with
 from hvdllm.config.words import expand, key_of, last, split, typed, unquoted, value_of
 from hvdllm.errors import UserError
-from hvdllm.models.parts import Model
+from hvdllm.models.hugging import Settings
 from hvdllm.paths import path_of
 from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config, checked, meant
@@ -332,9 +332,9 @@ def _over(beneath: Config, config: Config, given: dict[str, str]) -> Config:
     return config
 
 
-def _model(values: Json) -> Model:
+def _model(kind: type[Settings], values: Json) -> Settings:
     """A model's settings from values by name, checked as those of a command line."""
-    return Model(**{f.name: value for f, value in _fields(Model, values, "model.")})
+    return kind(**{f.name: value for f, value in _fields(kind, values, "model.")})
 
 
 def _theirs(settings: Chosen, name: str) -> bool:

@@ -5,6 +5,12 @@ the last backward; the backwards before it run under no_sync. The optimizer is o
 powersgd are torch's own communication hooks; the residuals and thin matrices of PowerSGD are part of the checkpoint.
 DDP divides its sums by the number of ranks.
 
+exchange.sync=micro_batch leaves no_sync out, as many training scripts do. Each backward is then summed, together with
+what has added up before it. It is as exact: DDP's sum of (G + g_i) / N over ranks i is G + (sum of g_i) / N, where G is
+the mean that all ranks have already, and G is zero when a round begins. It costs the bytes of a sum for each
+micro-batch, and each of them waits. Every rank has to take part in every sum, so a rank with fewer micro-batches than
+another (they differ by one at most) computes its last one again with a weight of zero, while the others compute theirs.
+
 It runs without Horovod in the process, on world=torch.
 
 More in hvdllm/exchange/README.md, `ddp`.
@@ -13,7 +19,7 @@ More in hvdllm/exchange/README.md, `ddp`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -21,8 +27,9 @@ import torch
 from torch import nn
 
 from hvdllm.device import Mark
+from hvdllm.errors import UserError
 from hvdllm.exchange import parts as exchanges
-from hvdllm.exchange.base import Batch, Rounded, State, Update, Values, Wire
+from hvdllm.exchange.base import Batch, Commit, Rounded, State, Update, Values, Wire
 from hvdllm.exchange.reference import Reference
 from hvdllm.exchange.wire import parts as wires
 from hvdllm.flat import Flat
@@ -47,15 +54,59 @@ class Ddp(Reference[exchanges.Ddp]):
         )  # fmt: skip
         self._bytes, self._power = _hook(self.module, self.wire_settings, flat, self.nominal)
         self._rebuilt = False
+        self._sums, self._due = 0, 1  # of this round, and how many a round has on every rank
         return self.module
 
     def feed(self, stream: Rounded) -> Iterator[Batch]:
+        most = self._most(stream.share(0))
+        self._due = most if self.each else 1
         for batch in super().feed(stream):
             if not self._rebuilt:
                 self._rebuild(batch)
             # Only a backward outside of no_sync() sends anything.
-            with nullcontext() if batch.last else self.module.no_sync():
+            with nullcontext() if self.summed(batch) else self.module.no_sync():
                 yield batch
+
+    @property
+    def each(self) -> bool:
+        """Whether every micro-batch is summed, and not only the last one of a round."""
+        return bool(self.settings.sync == "micro_batch")
+
+    def summed(self, batch: Batch) -> bool:
+        return batch.last or self.each
+
+    def _most(self, share: Sequence[Batch]) -> int:
+        """The most micro-batches that a rank has in a round, which are the same in every round. Collective. Raises
+        UserError if a rank has nothing to compute, since DDP sums only in a backward."""
+        own = torch.tensor([sum(batch.inputs is not None for batch in share)])
+        found: list[int] = self.world.gather(own, "ddp.counts", equal=True).land().tolist()
+        if 0 in found:
+            raise UserError(
+                f"exchange=ddp: a batch has nothing for rank {found.index(0)}, and DDP needs a micro-batch of every "
+                "rank: raise batch_tokens, start fewer ranks, or take exchange=allreduce"
+            )
+        return max(found)
+
+    def advance(self, batch: Batch, loss: torch.Tensor) -> Commit | None:
+        if self.summed(batch) and batch.tokens:
+            self._sent()
+        while batch.last and self._sums < self._due:
+            self.arm(batch)
+            (self.module(batch.inputs, batch.targets, (batch.round, batch.index)) * 0).backward()
+            self._sent()
+        commit = super().advance(batch, loss)
+        if batch.last:
+            self._sums = 0
+        return commit
+
+    def _sent(self) -> None:
+        """A backward has been summed: counts it and its bytes."""
+        self._sums += 1
+        # The hook's state has counted this sum already.
+        exact = self._power is not None and self._power.torch.iter <= self._power.torch.start_powerSGD_iter
+        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (self.whole if exact else self._bytes)
+        if self._sums < self._due:
+            self.waited()
 
     def _rebuild(self, batch: Batch) -> None:
         """DDP lays its buckets out anew after the first backward that it sums. A backward that counts for nothing
@@ -74,9 +125,7 @@ class Ddp(Reference[exchanges.Ddp]):
         self.now.begin, self.now.cpu_s = Mark(self.device), time.process_time()  # this was not the round's compute
 
     def wait(self) -> None:
-        # The hook's state has counted this sum already.
-        exact = self._power is not None and self._power.torch.iter <= self._power.torch.start_powerSGD_iter
-        self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * (self.whole if exact else self._bytes)
+        """Nothing is left to wait for: on CPUs a backward ends when its sums are there, on CUDA the stream waits."""
 
     def check(self, gradients: list[torch.Tensor]) -> None:
         assert not any(self.in_flat(g) for g in gradients), "DDP's gradients are views of its buckets"

@@ -36,6 +36,7 @@ from hvdllm.exchange.base import Commit, Settled, State, Update, Values, Wire
 from hvdllm.exchange.rounds import Rounds
 from hvdllm.exchange.tally import Interval
 from hvdllm.flat import Flat
+from hvdllm.settings import warmed_up
 from hvdllm.world.base import Flight, World
 from hvdllm.world.single import Landed
 
@@ -76,7 +77,7 @@ class Delayed(Rounds[exchanges.Delayed]):
                 flight.land()
             return launched, Mark(self.device)
 
-        if self._flying is None and self.tokens < self.settings.warmup_tokens:
+        if self._flying is None and self.tokens < warmed_up(self.settings.warmup_tokens, self.nominal):
             interval = journey()
             meta = self.hear()
             landed = Mark(self.device)

@@ -80,7 +80,7 @@ class Steps:
     """A round of local_steps steps, or by speed. warmup_tokens: at first a round is one step, until the tokens at a
     meeting have reached this number (post-local SGD)."""
 
-    def __init__(self, settings: exchanges.LocalRounds, group: LocalGroup, warmup_tokens: int = 0) -> None:
+    def __init__(self, settings: exchanges.LocalRounds, group: LocalGroup, warmup_tokens: float = 0) -> None:
         self.settings, self.group, self.warmup_tokens = settings, group, warmup_tokens
         self.planned = [settings.local_steps] * group.count
 

@@ -20,6 +20,7 @@ from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.local import LocalSteps, Meetings, Replica
 from hvdllm.exchange.local_rounds import Steps, Together
 from hvdllm.exchange.outer import Mean
+from hvdllm.settings import warmed_up
 
 
 class LocalSGD(LocalSteps[exchanges.LocalSGD]):
@@ -27,7 +28,8 @@ class LocalSGD(LocalSteps[exchanges.LocalSGD]):
         super().__init__(settings, nominal, Mean())
 
     def arrange(self, replica: Replica) -> Meetings:
-        return Together(replica, Steps(self.settings, replica.group, self.settings.warmup_tokens))
+        warmup = warmed_up(self.settings.warmup_tokens, self.nominal)
+        return Together(replica, Steps(self.settings, replica.group, warmup))
 
     def agree(self) -> int | None:
         for bucket in self.flat.buckets:

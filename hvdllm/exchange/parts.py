@@ -85,9 +85,10 @@ class Sharded(Exchange):
 class Delayed(Exchange):
     """One update late: the sum of one round travels while the next is computed. Staleness exactly 1."""
 
-    warmup_tokens: int = setting(
-        40_000,
-        "committed tokens before which every update is synchronous: a few dozen updates (ZeRO-Offload, section 5.2)",
+    warmup_tokens: int | None = setting(
+        None,
+        "committed tokens before which every update is synchronous: a few dozen updates (ZeRO-Offload, section 5.2); "
+        "null: 20 global batches",
         least=0,
     )
     compensation: float = setting(
@@ -237,8 +238,10 @@ class LocalSGD(LocalRounds):
     local_steps: int = setting(
         16, "updates of each rank from one mean to the next; 16 as post-local SGD", least=1, most=1_000_000_000
     )
-    warmup_tokens: int = setting(
-        40_000, "committed tokens before which the mean is taken after every update (post-local SGD)", least=0
+    warmup_tokens: int | None = setting(
+        None,
+        "committed tokens before which the mean is taken after every update (post-local SGD); null: 20 global batches",
+        least=0,
     )
 
 
@@ -495,10 +498,24 @@ class Ddp(Exchange):
     """Reference: torch's DistributedDataParallel, with bucket views, no_sync while accumulating, our fused optimizer.
     It runs without Horovod (world=torch)."""
 
+    sync: str = setting(
+        "round",
+        "when gradients are summed: once a round, with its last micro-batch; or after every micro_batch, as scripts do "
+        "that accumulate without no_sync, with the same result and as many times the bytes and waits",
+        choices=("round", "micro_batch"),
+    )
+
     def refusal(self, setup: Setup) -> str | None:
-        if self.bucket_mb is not None and of("wire", setup.config.wire).facts.hooked:
-            wire = name_of("wire", setup.config.wire)
+        if not of("wire", setup.config.wire).facts.hooked:
+            return None
+        wire = name_of("wire", setup.config.wire)
+        if self.bucket_mb is not None:
             return f"exchange.bucket_mb with exchange=ddp wire={wire}: torch's hook takes one bucket, leave it at null"
+        if self.sync == "micro_batch":
+            return (
+                f"exchange.sync=micro_batch with wire={wire}: torch's hook counts its sums, and its warm-up is so many "
+                "rounds; leave exchange.sync at round, or take another wire"
+            )
         return None
 
 

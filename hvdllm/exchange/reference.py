@@ -2,7 +2,7 @@
 
 They run in the same loop, with the same model, data, update and log, so that only the way the gradients meet differs.
 The library owns the gradients: the update reads the `grad` of each parameter, tensor by tensor, and asserts at every
-step where it lives. Only the last micro-batch of a round is summed.
+step where it lives. Only the last micro-batch of a round is summed, unless a library is asked for more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hvdllm.exchange.base import Batch, Commit, Update, Wire
 from hvdllm.exchange.buckets import after_gradient
 from hvdllm.exchange.common import S
 from hvdllm.exchange.rounds import Rounds
+from hvdllm.exchange.tally import Interval
 from hvdllm.exchange.wire import parts as wires
 from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Bucket, Flat, Span
@@ -55,6 +56,7 @@ class Reference(Rounds[S]):
         self._full: Mark | None = None  # when the last gradient of this backward was there
         self._first: Mark | None = None
         self._armed = False
+        self._waits: list[tuple[Interval, Interval]] = []  # blocked and flight of this round's sums before the last
 
         def seen(_: nn.Parameter) -> None:
             if self._armed:
@@ -69,7 +71,18 @@ class Reference(Rounds[S]):
         return self.flat.tensors()
 
     def arm(self, batch: Batch) -> None:
-        self._armed, self._full, self._first = batch.last, None, None
+        self._armed, self._full, self._first = self.summed(batch), None, None
+
+    def summed(self, batch: Batch) -> bool:
+        """Whether the backward of this micro-batch is summed."""
+        return batch.last
+
+    def waited(self) -> None:
+        """A sum that is not the last one of its round is there: notes since when it travelled, and since when this rank
+        has waited for it."""
+        landed = Mark(self.device)
+        full = self._full or landed
+        self._waits.append(((full, landed), (self._first or full, landed)))
 
     def send(self, bucket: Bucket) -> Flight:
         raise NotImplementedError("the library sends")
@@ -90,7 +103,9 @@ class Reference(Rounds[S]):
         divisor = replace(divisor, tokens=divisor.tokens / self.divided_by)
         lr, norm = self.update.step(self.pieces, [g.view(-1) for g in gradients], divisor, self.total)
         torch._foreach_zero_(gradients)
-        self.computed([(self.now.wait, landed)], [(self._first or self.now.wait, landed)])
+        self._waits.append(((self.now.wait, landed), (self._first or self.now.wait, landed)))
+        self.computed([blocked for blocked, _ in self._waits], [flight for _, flight in self._waits])
+        self._waits = []
         commit = self.commit(meta.tokens, lr, norm, [self.tally.round], [batch.round])
         self.tally.round += 1
         return commit

@@ -92,10 +92,10 @@ class Display:
         """Prints that the state of a point has changed."""
         said = {
             "running": "goes on" if task.again else "begins",
-            "done": f"done: {task.tokens:,} tokens in {duration(task.seconds)}"
+            "done": f"done: {task.tokens:,} {task.unit} in {duration(task.seconds)}"
             + (f", validation loss {task.loss:.4f}" if task.loss is not None else ""),
             "failed": f"failed: {task.why}",
-            "stopped": f"stopped at {task.tokens:,} tokens",
+            "stopped": f"stopped at {task.tokens:,} {task.unit}",
             "queued": "is left to Slurm",
         }[task.state]
         text = f"{self.sweep.place(task)} {task.point.name}  {said}"
@@ -113,7 +113,7 @@ class Display:
             return f"{self.sweep.place(task)} {task.point.name}  starts"
         loss = f", loss {seen.loss:.3f}" if seen.loss == seen.loss else ""
         share = 100 * min(1.0, seen.tokens / task.config.budget_tokens)
-        return f"{self.sweep.place(task)} {task.point.name}  {seen.tokens:,} tokens ({share:.0f}%){loss}"
+        return f"{self.sweep.place(task)} {task.point.name}  {seen.tokens:,} {task.unit} ({share:.0f}%){loss}"
 
     def left(self) -> str:
         """How long the rest will take, judged by the tokens that this command has trained per second, evaluations and

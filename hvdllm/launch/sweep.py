@@ -348,7 +348,8 @@ class Sweep:
         """Prints the table of points, what failed and why, and what to do next."""
         if not self.began:
             return
-        rows = [("point", "tokens", "time", "validation loss", "state")]
+        units = {task.unit for task in self.tasks.values()}
+        rows = [("point", units.pop() if len(units) == 1 else "units", "time", "validation loss", "state")]
         for name, task in self.tasks.items():
             loss = "-" if task.loss is None else f"{task.loss:.4f}"
             rows.append((name, f"{task.tokens:,}", duration(task.seconds), loss, task.state))
@@ -468,7 +469,7 @@ def judge(task: Task, code: int, stopped: bool, said: str) -> None:
         task.state = "queued" if queues(task.config.launch) and code != STOPPED else "stopped"
     else:
         task.state = "failed"
-        task.why = said or (f"it ended with code {code}" if code else f"it was stopped at {task.tokens:,} tokens")
+        task.why = said or (f"it ended with code {code}" if code else f"it was stopped at {task.tokens:,} {task.unit}")
 
 
 def lives(folder: Path) -> int:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvdllm import untrusted
+from hvdllm import registry, untrusted
 from hvdllm.launch.base import Point
 from hvdllm.settings import Config
 
@@ -69,3 +69,8 @@ class Task:
 
     def __post_init__(self) -> None:
         self.watched = Watched(self.point.folder)
+
+    @property
+    def unit(self) -> str:
+        """What its run counts."""
+        return str(registry.of("task", self.config.task).facts.unit)

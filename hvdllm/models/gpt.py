@@ -209,14 +209,19 @@ class TokenLoss(torch.autograd.Function):
             for start in range(0, N, rows):
                 x_nD = x_ND[start : start + rows].to(dtype)
                 target_n1 = target_N[start : start + rows, None]
-                log_p_nV = (x_nD @ head_VD.T).to(exact).log_softmax(dim=-1)
+                logits_nV = (x_nD @ head_VD.T).to(exact)
+                p_nV = logits_nV.softmax(dim=-1)
+                # The largest probability is at least 1 / V, so its logarithm is exact. This takes less time than
+                # log_softmax and exp of all logits.
+                log_sum_n1 = logits_nV.amax(-1, keepdim=True) - p_nV.amax(-1, keepdim=True).log()
                 if masked:
                     counts_n1 = (target_n1 >= 0).to(exact)
                     target_n1 = target_n1.clamp(min=0)
-                log_p_n1 = log_p_nV.gather(1, target_n1)
+                log_p_n1 = logits_nV.gather(1, target_n1) - log_sum_n1
+                del logits_nV  # or it would lie beside those of the next chunk
                 total -= (log_p_n1 * counts_n1 if masked else log_p_n1).sum()
                 if graded:
-                    dlogits_nV = log_p_nV.exp_()
+                    dlogits_nV = p_nV
                     dlogits_nV.scatter_add_(1, target_n1, dlogits_nV.new_full(target_n1.shape, -1.0))
                     if masked:
                         dlogits_nV *= counts_n1

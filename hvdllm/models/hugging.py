@@ -1,11 +1,13 @@
 """Folders of the library transformers: what a config.json means for our settings, and which tensors go with it.
 
-The same tables are read in both directions, by `init_from=FOLDER` and by `hvdllm export`. Four architectures are known:
+The same tables are read in both directions, by `init_from=FOLDER` and by `hvdllm export`. These are known:
 
     gpt2             learned positions, LayerNorm, GELU, biases everywhere
     llama, mistral   rotary positions, RMSNorm, SwiGLU, no biases (llama may have them in all linear layers)
     qwen2            the same, with biases in the layers of queries, keys and values alone
     arcee            the same as llama, with an MLP that is not gated; here with GELU
+    bert             the encoder of task=masked_lm. Its first segment is added to its positions, because a window of
+                     ours is one text; its pooler and the head for the next sentence are left out
 
 A config.json is a stranger's: every value that would change what the model computes is either a setting of ours or
 refused in a sentence. What shapes training alone (dropout, the deviation of initial weights) is not taken. Sources: the
@@ -20,14 +22,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.models.parts import Model
+from hvdllm.models.parts import Bert, Model
 from hvdllm.models.size import has_qkv_bias
 from hvdllm.paths import short
 from hvdllm.plain import Json
+
+Settings: TypeAlias = Model | Bert
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 MOST_CONFIG = 2**20  # bytes of a config.json; those of large models have a few thousand
@@ -38,11 +42,16 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "arcee": "ArceeForCausalLM",
+    "bert": "BertForMaskedLM",
 }
+USUAL_WINDOW = 4096  # tokens of a sliding window where config.json names none; null there means that nothing slides
 SILU, GELU = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh")  # names of what our MLP computes
 SHAPES_TRAINING = ("context", "dropout", "compile", "checkpointing")  # settings that a folder does not decide
-# Tensors of older files that are no parameters: causal masks and rotary frequencies, which follow from the settings.
-NO_PARAMETERS = re.compile(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+# Tensors of older files that are no parameters: causal masks, rotary frequencies and numbers of positions, which follow
+# from the settings.
+NO_PARAMETERS = re.compile(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq|.*embeddings\.position_ids")
+UNUSED = re.compile(r"bert\.pooler\..*|cls\.seq_relationship\..*")  # of a BERT, what guesses no token
+SEGMENTS = 2  # rows of the table of segments in a BERT that is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +63,19 @@ class Described:
         settings: of the model, by name, all but those of SHAPES_TRAINING.
         positions: the most tokens that a sequence may have.
         why: the name in config.json of what limits them.
+        segments: rows of a BERT's table of segments.
     """
 
     kind: str
     settings: dict[str, Any]
     positions: int
     why: str
+    segments: int = SEGMENTS
+
+    @property
+    def model(self) -> type[Settings]:
+        """The class of the settings."""
+        return Bert if self.kind == "bert" else Model
 
 
 class Source(NamedTuple):
@@ -71,6 +87,7 @@ class Source(NamedTuple):
         start, stop: the rows of our parameter.
         shape: in the folder.
         transposed: whether the folder has inputs x outputs, as GPT-2's layers do.
+        added: whether its first row is added to each of ours, which another tensor has filled.
     """
 
     key: str
@@ -79,6 +96,7 @@ class Source(NamedTuple):
     stop: int
     shape: tuple[int, ...]
     transposed: bool = False
+    added: bool = False
 
 
 def is_folder(path: Path) -> bool:
@@ -109,7 +127,7 @@ def described(folder: Path) -> Described:
     for key in ("auto_map", "quantization_config", "is_encoder_decoder", "add_cross_attention"):
         if found.get(key):
             raise _unknown(key, found[key], "hvdllm has no model for it")
-    return _gpt2(found) if kind == "gpt2" else _llama(kind, found)
+    return {"gpt2": _gpt2, "bert": _bert}[kind](found) if kind in ("gpt2", "bert") else _llama(kind, found)
 
 
 # ------------------------------------------------------------------ from config.json
@@ -133,6 +151,24 @@ def _gpt2(found: Json) -> Described:
         "tied": _flag(found, "tie_word_embeddings", True),
     }
     return Described("gpt2", settings, _whole(found, "n_positions"), "n_positions")
+
+
+def _bert(found: Json) -> Described:
+    _one_of(found, "hidden_act", ("gelu_python", "gelu"), "gelu")
+    _one_of(found, "position_embedding_type", ("absolute",), "absolute")
+    _one_of(found, "is_decoder", (False,), False)
+    _one_of(found, "tie_word_embeddings", (True,), True)
+    settings = {
+        "layers": _whole(found, "num_hidden_layers"),
+        "width": _whole(found, "hidden_size"),
+        "heads": _whole(found, "num_attention_heads"),
+        "mlp_width": _whole(found, "intermediate_size"),
+        "vocab": _whole(found, "vocab_size"),
+        "norm_first": False,
+        "norm_eps": _number(found, "layer_norm_eps", 1e-12),
+    }
+    positions, segments = _whole(found, "max_position_embeddings"), _whole(found, "type_vocab_size", SEGMENTS)
+    return Described("bert", settings, positions, "max_position_embeddings", segments)
 
 
 def _llama(kind: str, found: Json) -> Described:
@@ -166,8 +202,9 @@ def _llama(kind: str, found: Json) -> Described:
     positions, why = _whole(found, "max_position_embeddings"), "max_position_embeddings"
     # Within its window attention is whole, so a window is a bound for the context.
     slides = kind == "mistral" or (kind == "qwen2" and _flag(found, "use_sliding_window", False))
-    if slides and found.get("sliding_window") is not None and _whole(found, "sliding_window") < positions:
-        positions, why = _whole(found, "sliding_window"), "sliding_window"
+    window = {"sliding_window": USUAL_WINDOW} | found
+    if slides and window["sliding_window"] is not None and _whole(window, "sliding_window") < positions:
+        positions, why = _whole(window, "sliding_window"), "sliding_window"
     return Described(kind, settings, positions, why)
 
 
@@ -245,9 +282,11 @@ def shown(value: object) -> str:
 
 
 # ------------------------------------------------------------------ to config.json
-def meaning(settings: Model) -> Json:
+def meaning(settings: Settings) -> Json:
     """The settings by name, in which null is replaced by what it stands for. The vocabulary stays as it is."""
     values = dataclasses.asdict(settings)
+    if isinstance(settings, Bert):
+        return values | {"mlp_width": settings.hidden}
     values["kv_heads"] = settings.kv_heads or settings.heads
     values["mlp_width"] = settings.mlp_width or 4 * settings.width
     values["qkv_bias"] = has_qkv_bias(settings)
@@ -256,8 +295,15 @@ def meaning(settings: Model) -> Json:
     return values
 
 
-def kind_of(settings: Model) -> str:
+def kind_of(settings: Settings) -> str:
     """The architecture that a model of these settings is. Raises UserError, which names a setting, if it is none."""
+    if isinstance(settings, Bert):
+        if settings.norm_first:
+            raise UserError(
+                "transformers has no model with model.norm_first=true: the nearest is BertForMaskedLM, with "
+                "model.norm_first=false"
+            )
+        return "bert"
     ways = {  # what each architecture needs
         "gpt2": {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qkv_bias": True},
         "llama": {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qkv_bias": settings.bias},
@@ -277,7 +323,7 @@ def kind_of(settings: Model) -> str:
     return kind
 
 
-def config_of(settings: Model, rows: int, positions: int) -> Json:
+def config_of(settings: Settings, rows: int, positions: int) -> Json:
     """The config.json of a model.
 
     Args:
@@ -292,9 +338,23 @@ def config_of(settings: Model, rows: int, positions: int) -> Json:
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         "vocab_size": rows,
-        "tie_word_embeddings": settings.tied,
+        "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
+    if isinstance(settings, Bert):
+        drops = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), settings.dropout)
+        return values | drops | {
+            "hidden_size": settings.width,
+            "num_hidden_layers": settings.layers,
+            "num_attention_heads": settings.heads,
+            "intermediate_size": settings.hidden,
+            "max_position_embeddings": positions,
+            "layer_norm_eps": settings.norm_eps,
+            "hidden_act": "gelu",
+            "type_vocab_size": SEGMENTS,
+            "pad_token_id": None,
+        }  # fmt: skip
+    values["tie_word_embeddings"] = settings.tied
     if kind == "gpt2":
         drops = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), settings.dropout)
         return values | drops | {
@@ -337,7 +397,9 @@ def _scaling(text: str | None) -> Json | None:
 
 
 # ------------------------------------------------------------------ tensors
-def sources(kind: str, settings: Model, rows: int, positions: int) -> Iterator[Source]:
+def sources(
+    kind: str, settings: Settings, rows: int, positions: int, segments: int = SEGMENTS
+) -> Iterator[Source]:  # fmt: skip
     """The tensors that a folder must have, in the order of the forward.
 
     Args:
@@ -345,7 +407,11 @@ def sources(kind: str, settings: Model, rows: int, positions: int) -> Iterator[S
         settings: of the model.
         rows: of the embedding.
         positions: rows of a table of learned positions, of which a model with a smaller context has the first.
+        segments: rows of a BERT's table of segments.
     """
+    if isinstance(settings, Bert):
+        yield from _bert_sources(settings, rows, positions, segments)
+        return
     names = _GPT2 if kind == "gpt2" else _LLAMA
     have, width, context = meaning(settings), settings.width, settings.context
     whole, shared = settings.heads, have["kv_heads"]
@@ -385,7 +451,37 @@ def sources(kind: str, settings: Model, rows: int, positions: int) -> Iterator[S
         yield Source(HEAD, "head.weight", 0, rows, (rows, width))
 
 
+def _bert_sources(settings: Bert, rows: int, positions: int, segments: int) -> Iterator[Source]:
+    width, hidden, embeddings = settings.width, settings.hidden, "bert.embeddings."
+    table = "positions.weight"
+    yield Source(f"{embeddings}word_embeddings.weight", "embed.weight", 0, rows, (rows, width))
+    yield Source(f"{embeddings}position_embeddings.weight", table, 0, settings.context, (positions, width))
+    yield Source(
+        f"{embeddings}token_type_embeddings.weight", table, 0, settings.context, (segments, width), added=True
+    )  # fmt: skip
+
+    def layer(key: str, name: str, outs: int, ins: int | None, at: int = 0) -> Iterator[Source]:
+        """Weights and biases; without inputs those of a norm."""
+        yield Source(f"{key}.weight", f"{name}.weight", at, at + outs, (outs,) if ins is None else (outs, ins))
+        yield Source(f"{key}.bias", f"{name}.bias", at, at + outs, (outs,))
+
+    yield from layer(f"{embeddings}LayerNorm", "embed_norm", width, None)
+    for k in range(settings.layers):
+        theirs, ours = f"bert.encoder.layer.{k}.", f"blocks.{k}."
+        for part, name in enumerate(("query", "key", "value")):
+            yield from layer(f"{theirs}attention.self.{name}", f"{ours}qkv", width, width, part * width)
+        yield from layer(f"{theirs}attention.output.dense", f"{ours}out", width, width)
+        yield from layer(f"{theirs}attention.output.LayerNorm", f"{ours}attention_norm", width, None)
+        yield from layer(f"{theirs}intermediate.dense", f"{ours}up", hidden, width)
+        yield from layer(f"{theirs}output.dense", f"{ours}down", width, hidden)
+        yield from layer(f"{theirs}output.LayerNorm", f"{ours}mlp_norm", width, None)
+    yield from layer("cls.predictions.transform.dense", "head", width, width)
+    yield from layer("cls.predictions.transform.LayerNorm", "head_norm", width, None)
+    yield Source("cls.predictions.bias", "head_bias", 0, rows, (rows,))
+
+
 HEAD = "lm_head.weight"
+BERT_HEAD = "cls.predictions.decoder"
 _GPT2 = {
     "embed": "transformer.wte.weight",
     "positions": "transformer.wpe.weight",
@@ -413,6 +509,13 @@ _LLAMA = {
 
 
 def whole_name(key: str, kind: str) -> str:
-    """The name that a tensor has in the whole model. A file of the model without its head lacks the beginning."""
+    """The name that a tensor has in the whole model. A file of the model without its head lacks the beginning.
+
+    The output layer of a BERT has two names, one of which is GPT-2's here, and norms of its oldest files have others.
+    """
+    if kind == "bert":
+        key = key if key.startswith(("bert.", "cls.")) else f"bert.{key}"
+        key = key.replace(".LayerNorm.gamma", ".LayerNorm.weight").replace(".LayerNorm.beta", ".LayerNorm.bias")
+        return {f"{BERT_HEAD}.weight": HEAD, f"{BERT_HEAD}.bias": "cls.predictions.bias"}.get(key, key)
     prefix = "transformer." if kind == "gpt2" else "model."
     return key if key == HEAD or key.startswith(prefix) else prefix + key

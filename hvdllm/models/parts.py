@@ -148,6 +148,13 @@ class Bert(Module):
         False, "norms before attention and MLP (pre-norm), which learns at higher rates; false: after them, as in BERT"
     )
     norm_eps: float = setting(1e-12, "added to the variance before its root; 1e-12 as in BERT", most=1.0, least=1e-12)
+    vocab: int | None = setting(
+        None,
+        "rows of the embedding; null: the tokenizer's tokens and the mask token, padded to a multiple of 64, or those "
+        "of init_from where it is a folder of transformers",
+        least=1,
+        most=10_000_000,
+    )
     dropout: float = setting(0.0, "share of activations dropped", least=0)
     checkpointing: bool = setting(
         False, "compute each block's activations again in the backward: less memory, about a third more time"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hvdllm import registry
 from hvdllm.errors import UserError
-from hvdllm.models.parts import Model
+from hvdllm.models.parts import Bert, Model
 from hvdllm.settings import Config, several
 
 PAD = 64  # rows; matrix kernels are fastest with sizes that are multiples of 64
@@ -18,12 +18,12 @@ def pad_vocab(tokens: int) -> int:
     return -(-tokens // PAD) * PAD
 
 
-def rows(settings: Model, tokens: int) -> int:
+def rows(settings: Model | Bert, tokens: int) -> int:
     """The rows of the embedding for a tokenizer of `tokens`: model.vocab, or as many as pad_vocab says."""
     return settings.vocab or pad_vocab(tokens)
 
 
-def check_vocab(settings: Model, tokens: int) -> None:
+def check_vocab(settings: Model | Bert, tokens: int) -> None:
     """Raises UserError if a tokenizer has ids for which the embedding has no row."""
     if rows(settings, tokens) < tokens:
         raise UserError(

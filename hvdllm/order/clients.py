@@ -52,8 +52,8 @@ class Clients:
         self.known = [client for client in range(count) if len(self._items[client])]
         if len(self.known) < min(2, count):
             raise UserError(
-                f"one of the {count} clients gets all of the text, because a document belongs wholly to one client: "
-                "give more documents (files, or lines of .jsonl), or raise exchange.alpha"
+                f"one of the {count} clients gets all of the data, because a document (a file, a line of .jsonl, a "
+                "user with all clicks) belongs wholly to one client: give more of them, or raise exchange.alpha"
             )
         self._order = lru_cache(maxsize=4)(
             lambda client, epoch: drawn(seed, EPOCH, client, epoch).permutation(self._items[client])

@@ -145,6 +145,8 @@ def loss(f: Figures, pyplot: Drawn) -> Drawn:
     cap = 2.5 * losses[len(losses) // 2]
     if losses[-1] > cap > losses[0]:
         axes[0][0].set_ylim(top=cap)
+    if losses[0] >= 0 > axes[0][0].get_ylim()[0]:
+        axes[0][0].set_ylim(bottom=0)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.4)
     return figure

@@ -72,6 +72,7 @@ class Line:
     updates: Reach
     final: Spread | None  # loss at equal tokens
     final_by_seed: Values
+    equal_seconds: Spread | None  # training seconds to equal tokens
     wall: Spread | None  # loss at equal wall-clock
     wall_by_seed: Values
     tokens_per_update: float | None
@@ -258,7 +259,7 @@ def _target(runs: list[History], given: float | None, notes: list[str]) -> tuple
     """
     metric = runs[0].metric
     if given is not None:
-        return given, "the target given"
+        return given, metric.given(given)
     named = {run.settings.get("target_loss", "null") for run in runs} if metric.name == "loss" else {"null"}
     if len(named) == 1 and (text := named.pop()) != "null":
         try:
@@ -353,7 +354,13 @@ def _line(
         values = _by_seed(runs, lambda run: stats.loss_at(run.evals, [axis(p) for p in run.evals], x))
         return values, stats.spread(list(values.values())) if len(values) == len(group.seeds) else None
 
+    def seconds(run: History) -> float | None:
+        """The training seconds at equal tokens, on the line between the evaluations around them."""
+        timed = [CurvePoint(p.tokens, p.seconds) for p in run.evals if p.seconds is not None]
+        return None if equal_tokens is None else stats.loss_at(timed, [p.tokens for p in timed], equal_tokens)
+
     finals, final = at(equal_tokens, lambda p: p.tokens)
+    took = {} if virtual else _by_seed(runs, seconds)
     walls, wall = at(equal_wall, lambda p: p.wall_s)
     sums = [run.sums for run in runs if run.sums.tokens > 0]
     updates = sum(s.updates for s in sums)
@@ -373,6 +380,7 @@ def _line(
         updates=reach(lambda p: p.updates),
         final=final,
         final_by_seed=finals,
+        equal_seconds=stats.spread(list(took.values())) if len(took) == len(group.seeds) else None,
         wall=wall,
         wall_by_seed=walls,
         tokens_per_update=tokens / updates if updates else None,

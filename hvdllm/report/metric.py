@@ -35,12 +35,20 @@ class Metric:
         """What is compared, such as `validation loss`."""
         source = self.name.partition("/")[2]
         of = f" of {source}" if source else ""
-        return f"validation error (1 - {self.kind}){of}" if self.right else f"validation {self.kind}{of}"
+        if self.kind == "accuracy":
+            return f"validation error (1 - accuracy){of}"
+        return f"validation {self.short}{of}"
 
     @property
     def short(self) -> str:
         """The same in one word, for the head of a column."""
-        return "error" if self.right else self.kind
+        if self.kind == "accuracy":
+            return "error"
+        return f"1 - {self.kind}" if self.right else self.kind
+
+    def given(self, target: float) -> str:
+        """The clause that says that somebody gave this target, in the numbers of the records."""
+        return "the target given" + (f", {self.name} {self.of(target):g}" if self.right else "")
 
     def each(self, unit: str) -> str:
         """What a loss is per, such as ` nats a token`; empty for other metrics."""

@@ -25,6 +25,7 @@ from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.report.metric import LOSS, Metric
+from hvdllm.settings import warmed_up
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl: six million `commit` records
 MOST_POINTS = 100_000  # of a curve over tokens; a longer one loses every second point until it fits
@@ -136,7 +137,9 @@ class History:
     @property
     def warmup_tokens(self) -> float:
         """The tokens until which its exchange or its wire still does something simpler."""
-        return max(_setting(self.settings.get(f"{part}.warmup_tokens")) or 0.0 for part in ("exchange", "wire"))
+        given = [self.settings.get(f"{part}.warmup_tokens") for part in ("exchange", "wire")]
+        batch = _setting(self.settings.get("batch_tokens"))
+        return max(warmed_up(None, batch or 0.0) if one == "null" else _setting(one) or 0.0 for one in given)
 
     @property
     def budget(self) -> float | None:

@@ -122,6 +122,9 @@ def result(f: Figures) -> Table:
     if f.virtual:
         del head[2]
     at = NONE if f.equal_tokens is None else count(f.equal_tokens)
+    timed = any(line.equal_seconds is not None for line in f.lines)
+    if timed:
+        head.append(f"{hours} to {at} {f.unit}")
     head += [f"{f.metric.short} at {at} {f.unit}", "less reference"]
     if f.equal_wall is not None:
         head.append(f"{f.metric.short} at {digits(f.equal_wall)} s wall-clock")
@@ -134,6 +137,8 @@ def result(f: Figures) -> Table:
         ]
         if f.virtual:
             del row[2]
+        if timed:
+            row.append(with_interval(line.equal_seconds, second))
         row += [loss(line.final), "reference" if line is f.reference else difference(line.final_difference)]
         if f.equal_wall is not None:
             row.append(loss(line.wall))

@@ -1,11 +1,11 @@
 """The next token of a text, from the tokens before it. Items are windows of text, units are tokens.
 
-With text=chat items are conversations, and units are the tokens of the assistant.
+With text=chat items are conversations, and units are the tokens of the assistant. With text=packed items are windows
+of whole documents, and units are their tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,14 +22,15 @@ from hvdllm.models import size
 from hvdllm.models.generate import generate
 from hvdllm.models.gpt import GPT, compile_blocks, init_weights
 from hvdllm.models.lora import adapt
-from hvdllm.models.parts import Model
+from hvdllm.models.parts import Bert, Model
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Items, Prepared, Source
 from hvdllm.task.joined import Joined, by_share
 from hvdllm.text import mix, overlap, shards, tokens
 from hvdllm.text.chat import Around
 from hvdllm.text.conversations import Conversations
-from hvdllm.text.parts import Mix, Stdlib, Tokens
+from hvdllm.text.packed import Packed
+from hvdllm.text.parts import Mix, Stdlib, Text, Tokens
 from hvdllm.text.shards import Corpus
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.text.windows import Windows
@@ -100,7 +101,8 @@ class CausalLM:
         return size.flops_per_token(self.config.model, size.rows(self.config.model, self.vocab))
 
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model.loss(inputs, targets, self.around is not None)  # type: ignore[operator]
+        masked = self.around is not None or self.config.text.packed
+        loss: torch.Tensor = model.loss(inputs, targets, masked)  # type: ignore[operator]
         return loss
 
     def measure(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -215,9 +217,9 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
     if config.text.endless:
         return unread(config, data_dir, say)
     if config.text.ready:
-        text = opened_tokens(config, config.text, say)
+        text = opened_tokens(config, config.text, say, wanted)
     else:
-        text = opened(config, shards.prepare(config.text, data_dir, say=say, whole=whole, wanted=wanted))
+        text = opened(config, config.text, shards.prepare(config.text, data_dir, say=say, whole=whole, wanted=wanted))
     source, vocab = registry.name_of("text", config.text), text.task.vocab
     return Prepared(
         text.task, text.train, text.validation, text.data_hash, f"{source}, {text.about}, vocabulary {vocab:,}",
@@ -226,23 +228,28 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
 
 
 def _check_vocab(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model's embedding has too few rows; the rows of a BERT always follow the tokenizer."""
-    if isinstance(config.model, Model):
+    """Raises UserError if the model's embedding has too few rows for the tokens; a mask token is masked_lm's affair."""
+    if isinstance(config.model, Model | Bert):
         size.check_vocab(config.model, tokenizer.vocab)
 
 
-def opened(config: Config, corpus: Corpus) -> Opened:
+def opened(config: Config, text: Text, corpus: Corpus) -> Opened:
     """A prepared text."""
     _check_vocab(config, corpus.tokenizer)
     shard, context = corpus.validation_shard, config.model.context
     scale = shard.bytes / shard.spelled if shard.spelled else 1.0
     repeated = corpus.repeated(context, config.eval_tokens)
-    train: Windows | Conversations
-    validation: Windows | Conversations
+    train: Windows | Conversations | Packed
+    validation: Windows | Conversations | Packed
     if corpus.around is not None:
         train = Conversations(corpus.train, context, corpus.tokenizer.end)
         validation = Conversations(corpus.validation, context, corpus.tokenizer.end, validation=True)
         notes = [*train.notes(), *validation.notes()]
+    elif text.packed:
+        train = Packed(corpus.train, context, corpus.tokenizer.end)
+        validation = Packed(corpus.validation, context, corpus.tokenizer.end, validation=True)
+        repeated = validation.repeated(corpus.seen, config.eval_tokens)
+        notes = [*train.notes(), *repeated_text(config, repeated)]
     else:
         train = Windows(corpus.train, context, corpus.tokenizer.end)
         validation = Windows(corpus.validation, context, validation=True)
@@ -252,25 +259,31 @@ def opened(config: Config, corpus: Corpus) -> Opened:
     return Opened(train, validation, task, corpus.data_hash, about, notes, repeated)
 
 
-def opened_tokens(config: Config, text: Tokens, say: Callable[[str], None]) -> Opened:
-    """A text that is tokens already. Whether held-out text is repeated in the other is not known."""
+def opened_tokens(config: Config, text: Tokens, say: Callable[[str], None], wanted: str | None = None) -> Opened:
+    """A text that is tokens already. wanted: the data hash of the run that goes on, or None."""
     tokenizer, context = tokens.tokenizer_of(text), config.model.context
     _check_vocab(config, tokenizer)
-    train, held, digest = tokens.split(text, tokenizer.vocab, shards.data_folder(config.data_dir), say)
-    windows = [[Windows(each, context, tokenizer.end) for each in train]]
-    windows += [[Windows(each, context, validation=True) for each in held or [train[0][:0]]]]
-    sides = [Joined(side, tokenizer.end) for side in windows]
-    count, files = sum(len(each) for each in train), f"{len(train)} file{'s' * (len(train) > 1)}"
-    hashed = hashlib.sha256(f"{digest} {tokenizer.hash}".encode()).hexdigest()
-    task = CausalLM(config, tokenizer.vocab, tokenizer)
-    return Opened(sides[0], sides[1], task, hashed, f"{count:,} in {files} for training", [], None)
+    found = tokens.split(text, tokenizer, shards.data_folder(config.data_dir), say, wanted)
+    parts = [
+        Windows(each, context, tokenizer.end, without=left)
+        for each, left in zip(found.train, found.left_out, strict=True)
+    ]
+    train = Joined(parts, tokenizer.end)
+    held = [Windows(each, context, tokenizer.end, True) for each in found.held or [found.train[0][:0]]]
+    count, repeated = sum(map(len, found.train)), found.repeated(context, config.eval_tokens)
+    notes = left_out(sum(map(len, found.left_out)), sum(part.whole for part in parts), len(train))
+    about = f"{count:,} in {len(parts)} file{'s' * (len(parts) > 1)} for training"
+    return Opened(
+        train, Joined(held, tokenizer.end), CausalLM(config, tokenizer.vocab, tokenizer), found.data_hash, about,
+        [*notes, *repeated_text(config, repeated)], repeated,
+    )  # fmt: skip
 
 
 def sources(config: Config, text: Mix, *, say: Callable[[str], None], whole: bool) -> dict[str, Opened]:
     """The texts of a mixture by name, open."""
     corpora = mix.prepare(text, shards.data_folder(config.data_dir), say=say, whole=whole)
     return {
-        name: opened(config, corpora[name]) if name in corpora else opened_tokens(config, each, say)  # type: ignore[arg-type]
+        name: opened(config, each, corpora[name]) if name in corpora else opened_tokens(config, each, say)  # type: ignore[arg-type]
         for name, each in text.parts.items()
     }
 
@@ -305,6 +318,16 @@ def mixed(config: Config, texts: dict[str, Opened], change: Callable[[Items], It
         },
         lambda world: sources,
     )  # fmt: skip
+
+
+def left_out(documents: int, windows: int, kept: int) -> list[str]:
+    """A note about documents of the training text that are held out too; empty if there are none."""
+    if not documents:
+        return []
+    return [
+        f"{documents:,} documents of the training text are held out too, so the {windows - kept:,} of its {windows:,} "
+        "windows that hold a part of one are left out"
+    ]
 
 
 def repeated_text(config: Config, share: float | None) -> list[str]:

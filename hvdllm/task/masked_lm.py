@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hvdllm.errors import UserError
 from hvdllm.models import size
 from hvdllm.models.bert import Bert, init_weights
 from hvdllm.models.gpt import compile_blocks
@@ -26,6 +27,7 @@ from hvdllm.task import causal_lm
 from hvdllm.task.base import DTYPES, Items, Prepared, Task
 from hvdllm.task.joined import Joined
 from hvdllm.text.parts import Mix
+from hvdllm.text.tokenize import MASKS
 from hvdllm.text.windows import Windows
 
 EVALUATION = 2**31  # in the place of an epoch: an evaluation masks the same tokens each time
@@ -38,13 +40,17 @@ class Masked:
         windows: of the text.
         seed: of the run.
         count: how many tokens of each window are to be guessed.
-        vocab: tokens of the tokenizer. The mask token has the next number.
+        vocab: tokens of the tokenizer.
+        mask: the id of the mask token; None: the next one.
     """
 
     name = "windows"
 
-    def __init__(self, windows: Windows | Joined, seed: int, count: int, vocab: int) -> None:
-        self.windows, self.seed, self.count, self.vocab, self.units = windows, seed, count, vocab, float(count)
+    def __init__(
+        self, windows: Windows | Joined, seed: int, count: int, vocab: int, mask: int | None = None
+    ) -> None:  # fmt: skip
+        self.windows, self.mask = windows, vocab if mask is None else mask
+        self.seed, self.count, self.vocab, self.units = seed, count, vocab, float(count)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -65,7 +71,7 @@ class Masked:
             how = torch.from_numpy(draw.random_sample(self.count))
             others = torch.from_numpy(draw.randint(self.vocab, size=self.count))
             targets[i, places] = whole = inputs[i, places]
-            inputs[i, places] = torch.where(how < 0.8, self.vocab, torch.where(how < 0.9, others, whole))
+            inputs[i, places] = torch.where(how < 0.8, self.mask, torch.where(how < 0.9, others, whole))
         return inputs, targets, np.full(len(rows), self.count)
 
 
@@ -74,9 +80,15 @@ class MaskedLM(causal_lm.CausalLM):
     """The task over a vocabulary. The fields are those of CausalLM, whose tokenizer it keeps."""
 
     @property
+    def mask(self) -> int:
+        """The id of the mask token: the tokenizer's own, or the one after all of its tokens."""
+        own = None if self.tokenizer is None else self.tokenizer.mask
+        return self.vocab if own is None else own
+
+    @property
     def rows(self) -> int:
-        """Rows of the embedding: the tokens and the mask token, padded."""
-        return size.pad_vocab(self.vocab + 1)
+        """Rows of the embedding: model.vocab, or the tokens and the mask token, padded."""
+        return size.rows(self.config.model, max(self.vocab, self.mask + 1))
 
     @property
     def count(self) -> int:
@@ -144,7 +156,7 @@ class MaskedLM(causal_lm.CausalLM):
             return ""
         device, was = model.embed.weight.device, model.training
         model.eval()
-        masked = ids.repeat(len(ids), 1).fill_diagonal_(self.vocab).to(device)
+        masked = ids.repeat(len(ids), 1).fill_diagonal_(self.mask).to(device)
         guessed = model(masked).diagonal().T[:, : self.vocab].argmax(1).tolist()
         model.train(was)
         return f"{self.words.decode(ids.tolist())!r} is guessed as {self.words.decode(guessed)!r}"
@@ -153,7 +165,7 @@ class MaskedLM(causal_lm.CausalLM):
 def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: str | None) -> Prepared:
     def masked(items: Items) -> Masked:
         assert isinstance(items, Windows | Joined)
-        return Masked(items, config.seed, task.count, task.vocab)
+        return Masked(items, config.seed, task.count, task.vocab, task.mask)
 
     if isinstance(config.text, Mix):
         texts = causal_lm.sources(config, config.text, say=say, whole=whole)
@@ -166,12 +178,22 @@ def prepare(config: Config, *, say: Callable[[str], None], whole: bool, wanted: 
 
 def _of(config: Config, task: Task) -> MaskedLM:
     assert isinstance(task, causal_lm.CausalLM)
-    return MaskedLM(config, task.vocab, task.tokenizer)
+    return _checked(MaskedLM(config, task.vocab, task.tokenizer))
 
 
 def restore(config: Config, folder: Path) -> MaskedLM:
     found = causal_lm.restore(config, folder)
-    return MaskedLM(config, found.vocab, found.tokenizer)
+    return _checked(MaskedLM(config, found.vocab, found.tokenizer))
+
+
+def _checked(task: MaskedLM) -> MaskedLM:
+    """The same. Raises UserError if the model's embedding has no row for the mask token."""
+    if task.mask >= task.rows:
+        raise UserError(
+            f"the tokenizer has no mask token ({', '.join(MASKS)}), and the model's embedding no row for one "
+            f"(model.vocab={task.rows}): take the tokenizer that belongs to the model, or add one to it"
+        )
+    return task
 
 
 def rough(config: Config) -> MaskedLM:

@@ -25,7 +25,7 @@ class CausalLM(Task):
     """The next token of a text, from all tokens before it in the same window. Units are tokens."""
 
     def units(self, config: Config) -> int | None:
-        return None if config.text.conversations else int(config.model.context)
+        return None if config.text.conversations or config.text.packed else int(config.model.context)
 
     def refusal(self, setup: Setup) -> str | None:
         if self.units(setup.config) is None:
@@ -52,6 +52,8 @@ class MaskedLM(Task):
     def refusal(self, setup: Setup) -> str | None:
         if setup.config.text.conversations:
             return "task=masked_lm with text=chat: it reads windows of text, give text=files or task=causal_lm"
+        if setup.config.text.packed:
+            return "task=masked_lm with text=packed: it reads windows of text, give text=files or task=causal_lm"
         return None
 
 
@@ -88,7 +90,9 @@ class Images(Task):
         return None
 
 
-@part("task", "ratings", "hvdllm.task.ratings", TaskFacts("clicks", "clicks", model="towers"))
+@part(
+    "task", "ratings", "hvdllm.task.ratings", TaskFacts("clicks", "clicks", model="towers", usual=("micro_batch=2048",))
+)
 @dataclass
 class Ratings(Task):
     """Whether a user clicks on an item: a recommender. Clicks of known probabilities that are drawn, or tables of .csv

@@ -25,6 +25,8 @@ from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.text.tokenize import Tokenizer
 
+COUNTS, BEGINS = np.uint32(2**31), np.uint32(2**30)  # flags of a token: the loss counts it; a conversation begins
+IDS = np.uint32(2**30 - 1)  # the bits of its id
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # role and content
 Encoded = tuple[np.ndarray, np.ndarray]  # the tokens of a conversation, and whether each counts, bool

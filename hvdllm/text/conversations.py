@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hvdllm.text.chat import BEGINS, COUNTS, IDS
 from hvdllm.text.windows import SCAN
-
-COUNTS, BEGINS = np.uint32(2**31), np.uint32(2**30)  # flags of a token: the loss counts it; a conversation begins
-IDS = np.uint32(2**30 - 1)  # the bits of its id
 
 
 class Conversations:

@@ -22,7 +22,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,8 +30,9 @@ from hvdllm import registry, untrusted
 from hvdllm.errors import UserError
 from hvdllm.paths import path_of
 from hvdllm.text import chat
-from hvdllm.text.parts import Chat, Files, Stdlib, Stream, Text
+from hvdllm.text.parts import Chat, Files, Packed, Stdlib, Stream, Text
 
+TRAIN, HELD_OUT, COPY = range(3)  # sides of a piece; a copy of one of text.validation is on neither
 PIECE = 64 * 1024  # bytes; the longest document that is not cut
 SHORTEST = 1024  # bytes of a piece that ends where its content says
 LOOK = 64  # bytes before the end of a line, whose hash decides whether a piece ends there
@@ -55,31 +56,88 @@ class Document:
     joins: bool  # continues the last document of the same side, so no end token stands between them
 
 
-def documents(text: Text, copies: list[str] | None = None, apart: frozenset[int] = frozenset()) -> Iterator[Document]:
-    """All documents: first those of the training text in order, then those of text.validation, if it is given.
+@dataclass(frozen=True)
+class Raw:
+    """What is read at a time: a piece of a document, or a line of a .jsonl file, whose document is yet to be parsed."""
+
+    name: str  # of the document
+    number: int  # of the piece in it, or LINE
+    data: bytes
+    at: int = 0  # bytes of all files, as they lie on the disk, that are read by now
+
+
+LINE = -1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How lines are read, and on which side a piece is: all that another process must know of a text."""
+
+    column: str
+    conversations: bool
+    limit: int  # pieces whose hash is smaller are held out
+    apart: frozenset[int]  # hashes of the pieces of text.validation
+    others: frozenset[int] = frozenset()  # hashes of pieces that other texts of a mixture hold out
+
+    def pieces(self, raw: Raw) -> Iterator[tuple[str, int, str]]:
+        """(name of the document, number of the piece in it, piece). Raises UserError if a line is not as it must be."""
+        if raw.number != LINE:
+            yield raw.name, raw.number, raw.data.decode(errors="replace")
+            return
+        try:
+            row = untrusted.parsed(raw.data)
+        except untrusted.Unfit as error:
+            raise UserError(f"{raw.name} {error}: correct the line, or take it out") from None
+        if self.conversations:
+            yield raw.name, 0, chat.canonical(raw.name, row)
+            return
+        for number, piece in enumerate(_cut(io.BytesIO(_field(raw.name, row, self.column)))):
+            yield raw.name, number, piece.decode()
+
+    def side(self, digest: int) -> int:
+        """The side of a piece of the training text with this hash."""
+        if digest in self.apart:
+            return COPY
+        return HELD_OUT if digest < self.limit else COPY if digest in self.others else TRAIN
+
+    def sampled(self, digest: int, share: float) -> bool:
+        """Whether a piece of the training text belongs to a sample of it, which depends on the content alone."""
+        return digest - self.limit < share * (2**64 - self.limit)
+
+
+def rule(text: Text, others: frozenset[int] = frozenset()) -> Rule:
+    """The rule of a text, which is to train on no piece whose hash is in `others`.
 
     Without text.validation a piece is held out if the hash of its content is below text.validation_share. If no piece
-    is, and there are two or more, the one with the smallest hash is held out. A share of 0 holds nothing out.
+    is, and there are two or more, the one with the smallest hash is held out. A share of 0 holds nothing out. The text
+    of text.validation is read, or else the training text up to the first piece that qualifies.
+    """
+    training, validation = sources(text)
+    plain = Rule(getattr(text, "column", Files.column), text.conversations, 0, frozenset())
+    apart = frozenset(hash_of(piece) for raw in read(validation) for _, _, piece in plain.pieces(raw))
+    return replace(plain, limit=0 if validation else _limit(text, training, plain), apart=apart, others=others)
+
+
+def documents(text: Text, copies: list[str] | None = None) -> Iterator[Document]:
+    """All documents: first those of the training text in order, then those of text.validation, if it is given.
 
     Equal pieces are on the same side. With text.validation, pieces of the training text that it contains too are left
-    out of the training text, and their names are added to `copies`. So are pieces whose hash is in `apart`.
+    out of the training text, and their names are added to `copies`.
 
     Raises UserError, which names the file, if something cannot be read.
     """
-    training, validation = sources(text)
-    limit = 0 if validation else _limit(text, training)
-    held = {hash_of(piece) for _, _, piece in _pieces(validation, text)}
+    sides, (training, validation) = rule(text), sources(text)
     where: dict[bool, tuple[str, int]] = {}  # side -> the last piece on it
-    for name, number, piece in _pieces(training, text):
-        digest = hash_of(piece)
-        held_out = digest < limit
-        if digest in held or (digest in apart and not held_out):
+    for name, number, piece in (each for raw in read(training) for each in sides.pieces(raw)):
+        side = sides.side(hash_of(piece))
+        if side == COPY:
             if copies is not None:
                 copies.append(name)
             continue
+        held_out = side == HELD_OUT
         yield Document(name, piece, held_out, joins=where.get(held_out) == (name, number - 1))
         where[held_out] = (name, number)
-    for name, number, piece in _pieces(validation, text):
+    for name, number, piece in (each for raw in read(validation) for each in sides.pieces(raw)):
         yield Document(name, piece, held_out=True, joins=number > 0)
 
 
@@ -133,7 +191,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Opens a file, and unpacks it if its name ends in .gz. Whatever fails becomes a UserError that names the file."""
     try:
         with untrusted.opened(path) as file:
-            packed = path.suffix.lower() == ".gz"
+            packed = packs(path)
             if packed and not path.stat().st_size:  # gzip takes it for an empty text
                 raise EOFError("it has no content at all")
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file) if packed else file)
@@ -169,6 +227,11 @@ def chats(text: Chat) -> list[Path]:
     if text.path is None:
         raise UserError("text=chat reads the files that text.path names: give a .jsonl file, a folder or a glob")
     return resolve(text.path, "text.path", READ_CHAT)
+
+
+def packed(text: Packed) -> list[Path]:
+    """The files that text.path names, or those of the standard library."""
+    return stdlib(Stdlib()) if text.path is None else resolve(text.path, "text.path")
 
 
 def stdlib(text: Stdlib) -> list[Path]:
@@ -264,13 +327,18 @@ def unreadable(path: Path | str, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read ({error.strerror or error}): make it readable, or take it out")
 
 
+def packs(path: Path) -> bool:
+    """Is it a .gz file?"""
+    return path.suffix.lower() == ".gz"
+
+
 def _ending(path: Path) -> str:
     """ ".txt" of a.txt and of a.txt.gz."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _limit(text: Text, files: list[Path]) -> int:
+def _limit(text: Text, files: list[Path], plain: Rule) -> int:
     """The bound below which the hash of a piece means that it is held out.
 
     Reads no further than the first piece that qualifies.
@@ -279,7 +347,7 @@ def _limit(text: Text, files: list[Path]) -> int:
     if limit == 0:
         return 0
     smallest, count = 2**64, 0
-    for _, _, piece in _pieces(files, text):
+    for _, _, piece in (each for raw in read(files) for each in plain.pieces(raw)):
         smallest, count = min(smallest, hash_of(piece)), count + 1
         if smallest < limit:
             return limit
@@ -295,31 +363,22 @@ def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
-def _pieces(files: Iterable[Path], text: Text) -> Iterator[tuple[str, int, str]]:
-    """(name of the document, number of the piece in it, piece) for all pieces of these files."""
+def read(files: Iterable[Path], before: int = 0) -> Iterator[Raw]:
+    """All pieces and lines of these files, in order. `before` is how many bytes of others have been read.
+
+    Raises UserError, which names the file, if it cannot be read.
+    """
     for path in files:
         with _opened(path) as stream:
-            for name, document in _documents(path, stream, text):
-                pieces = [document.read().decode()] if text.conversations else _cut(document)
-                for number, piece in enumerate(pieces):
-                    yield name, number, piece
-
-
-def _documents(path: Path, stream: BinaryIO, text: Text) -> Iterator[tuple[str, BinaryIO]]:
-    """The documents in one open file, by name, as streams of UTF-8."""
-    if _ending(path) != ".jsonl":
-        yield str(path), stream
-        return
-    column = getattr(text, "column", Files.column)
-    for number, line in enumerate(untrusted.lines(stream), start=1):
-        if line.strip():
-            name = f"{path}:{number}"
-            try:
-                row = untrusted.parsed(line)
-            except untrusted.Unfit as error:
-                raise UserError(f"{name} {error}: correct the line, or take it out") from None
-            found = chat.canonical(name, row).encode() if text.conversations else _field(name, row, column)
-            yield name, io.BytesIO(found)
+            lies: BinaryIO = getattr(stream, "fileobj", stream)  # of a .gz file, the file itself
+            if _ending(path) != ".jsonl":
+                for number, piece in enumerate(_cut(stream)):
+                    yield Raw(str(path), number, piece, before + lies.tell())
+            else:
+                for number, line in enumerate(untrusted.lines(stream), start=1):
+                    if line.strip():
+                        yield Raw(f"{path}:{number}", LINE, line, before + lies.tell())
+            before += lies.tell()
 
 
 def _field(name: str, row: Any, column: str) -> bytes:
@@ -337,18 +396,18 @@ def _field(name: str, row: Any, column: str) -> bytes:
     return cast(str, row[column]).encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _cut(stream: BinaryIO) -> Iterator[str]:
+def _cut(stream: BinaryIO) -> Iterator[bytes]:
     """The whole text if it has at most 64 KiB; else pieces of at most that size, which concatenate to it."""
     rest = stream.read(PIECE + 1)
     if len(rest) <= PIECE:
         if rest:
-            yield rest.decode(errors="replace")
+            yield rest
         return
     while rest:
         while len(rest) <= PIECE and (block := stream.read(PIECE)):
             rest += block
         at = _end(rest)
-        yield rest[:at].decode(errors="replace")
+        yield rest[:at]
         rest = rest[at:]
 
 

@@ -1,9 +1,8 @@
-"""What was found out about a text once, kept in `data_dir` as JSON. What cannot be kept is found out again."""
+"""What was found out about a text once, kept in `data_dir`. What cannot be kept is found out again."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -11,17 +10,17 @@ from hvdllm import untrusted
 from hvdllm.plain import Json
 
 
-def keep(path: Path, values: Json) -> None:
-    """Writes the values, if the folder can be written."""
+def keep(path: Path, data: bytes) -> None:
+    """Writes a file, if the folder can be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(values))
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_bytes(data)
         beside.replace(path)
 
 
 def kept(path: Path, most: int) -> Json:
-    """The values of a file of at most `most` bytes; {} if there is none, or if it holds something else."""
+    """The values of a file of JSON of at most `most` bytes; {} if there is none, or if it holds something else."""
     with contextlib.suppress(OSError, ValueError):
         found = untrusted.read_json(path, most)
         if isinstance(found, dict):

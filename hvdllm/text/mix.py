@@ -54,7 +54,7 @@ def prepare(text: Mix, data_dir: Path, *, say: Callable[[str], None], whole: boo
     for name, each in sources.items():
         with _named(name):
             recipe["mix"][name] = shards.recipe_of(each)
-    folder = shards.once(data_dir, shards.key_of(recipe), lambda part: _build(text, sources, part), "mixture", say)
+    folder = shards.once(data_dir, shards.key_of(recipe), lambda part: _build(text, sources, part, say), "mixture", say)
     apart = frozenset(np.fromfile(folder / APART, np.uint64).tolist())
     tokenizer = str(folder / TOKENIZER) if text.tokenizer == "bpe" else text.tokenizer
     corpora: dict[str, Corpus] = {}
@@ -64,18 +64,18 @@ def prepare(text: Mix, data_dir: Path, *, say: Callable[[str], None], whole: boo
             corpora[name] = shards.prepare(one, data_dir, say=say, whole=whole, apart=apart)
     if not (folder / KNOWN).exists():
         hashes = {name: corpus.data_hash for name, corpus in corpora.items()}
-        keep(folder / KNOWN, {"sources": text.sources, "hashes": hashes})
+        keep(folder / KNOWN, json.dumps({"sources": text.sources, "hashes": hashes}).encode())
     return corpora
 
 
-def _build(text: Mix, sources: Mapping[str, Text], part: Path) -> None:
+def _build(text: Mix, sources: Mapping[str, Text], part: Path, say: Callable[[str], None]) -> None:
     """Makes the folder of a mixture. Each text is read once, and once more where a BPE is trained."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(0o700)
     apart = {hash_of(each.text) for source in sources.values() for each in documents(source) if each.held_out}
     np.array(sorted(apart), np.uint64).tofile(part / APART)
     if text.tokenizer == "bpe":
-        train_bpe(_spoken(sources, frozenset(apart)), text.vocab).save(part / TOKENIZER)
+        train_bpe(shards.spoken([*sources.values()], say, frozenset(apart)), text.vocab).save(part / TOKENIZER)
     shards.seal(part, reduce(and_, map(shards.mode_of, sources.values())))
 
 
@@ -86,11 +86,6 @@ def _named(source: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"text.sources.{source}: {error}") from None
-
-
-def _spoken(sources: Mapping[str, Text], apart: frozenset[int]) -> Iterator[str]:
-    for source in sources.values():
-        yield from shards.spoken(source, apart)
 
 
 def files(text: Mix) -> list[Path]:

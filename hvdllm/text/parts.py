@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 from hvdllm import registry
 from hvdllm.errors import UserError
-from hvdllm.registry import part
-from hvdllm.settings import DIGEST, NAME, Config, Settings, Setup, Several, made, meant, setting
+from hvdllm.registry import of, part
+from hvdllm.settings import DIGEST, NAME, Config, Named, Settings, Setup, Several, made, meant, setting
 
 
 @dataclass
@@ -35,6 +34,16 @@ class Text(Settings):
     def conversations(self) -> bool:
         """Is it made of conversations (text/chat.py), and not of documents?"""
         return False
+
+    @property
+    def packed(self) -> bool:
+        """Are its documents packed whole into windows (text/packed.py)?"""
+        return False
+
+    @property
+    def plain(self) -> Text:
+        """The source whose prepared text this one takes."""
+        return self
 
     tokenizer: str = setting(
         "bpe",
@@ -104,6 +113,39 @@ class Files(Text):
         if self.path is None and self.prepared is None:
             return "text=files needs text.path: a file, a folder, a glob or a list of them"
         return super().refusal(setup)
+
+
+@part("text", "packed", "hvdllm.text.corpus:packed")
+@dataclass
+class Packed(Files):
+    """Documents packed whole into windows, with attention inside each. The text is that of text=files or stdlib."""
+
+    path: Several = setting(
+        None,
+        "file, folder or glob, or a list of them; folders are walked in sorted order; null: the standard library",
+        ours=True,
+    )
+
+    @property
+    def packed(self) -> bool:
+        return True
+
+    @property
+    def plain(self) -> Text:
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.path is not None:
+            return Files(**given)
+        return Stdlib(**{key: value for key, value in given.items() if key not in ("path", "column")})
+
+    def refusal(self, setup: Setup) -> str | None:
+        config = setup.config
+        if not getattr(config.model, "documents", False):
+            return "text=packed needs model.documents=true, which keeps attention inside documents: give that"
+        if config.model.context < 2:
+            return f"text=packed needs windows of two tokens at least, and model.context={config.model.context}"
+        if of("exchange", config.exchange).facts.clients:
+            return "text=packed with clients: a window holds documents of several clients, give text=files"
+        return Text.refusal(self, setup)
 
 
 @part("text", "tokens", "hvdllm.text.tokens:files")
@@ -262,13 +304,13 @@ COMMON = ("tokenizer", "vocab", "prepared")  # settings that all sources of a mi
 class Mix(Text):
     """Several texts, each visited as often as its share says, each with a validation loss of its own."""
 
-    sources: Any = setting(
+    sources: Named = setting(
         None,
         "the texts by name: {NAME: PATH, ...} for files as text=files takes them, or a dict of settings where `text` "
         "names another kind: {code: src/, talk: {text: chat, path: talk.jsonl}}; their tokenizer is text.tokenizer",
         ours=True,
     )
-    mix: Any = setting(
+    mix: Named = setting(
         None,
         "the share of each source among the tokens that count, as numbers that are divided by their sum: "
         "{code: 0.7, talk: 0.3}; null: each item once an epoch",
@@ -277,6 +319,10 @@ class Mix(Text):
     @property
     def conversations(self) -> bool:
         return any(each.conversations for each in self.parts.values())
+
+    @property
+    def packed(self) -> bool:
+        return any(each.packed for each in self.parts.values())
 
     @property
     def parts(self) -> dict[str, Text]:

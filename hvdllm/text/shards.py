@@ -14,11 +14,13 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from hvdllm import untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.text import overlap
-from hvdllm.text.chat import AROUND, Around, Template, template, written
-from hvdllm.text.conversations import BEGINS, COUNTS, IDS
-from hvdllm.text.corpus import Document, documents, encoding_note, sources, unreadable
+from hvdllm.text.chat import AROUND, IDS, Around, Template, template, written
+from hvdllm.text.corpus import TRAIN, encoding_note, hash_of, packs, read, rule, sources, unreadable
+from hvdllm.text.encode import Chunk, Copies, Encoder, Lost, Part, Run, chunks, joins
 from hvdllm.text.parts import Text
+from hvdllm.text.progress import HowFar
 from hvdllm.text.tokenize import BYTES, Tokenizer, train_bpe
+from hvdllm.text.workers import Workers
 
 FORMAT = 2  # 1: pieces of large documents ended at 64 KiB, whatever they held
 MAGIC = b"hvdllm\x00\x01"
@@ -41,9 +45,14 @@ HEADER = 1024  # bytes; a multiple of every dtype, so that tokens are aligned
 VERIFY = 256 * 2**20  # bytes; every rank hashes a shard up to this size, and one rank of a host a larger one
 NOTES = "notes.json"  # sentences for a person, beside the shards
 LONGEST = 2**16  # bytes of the notes that are read
-LOOKED = 2**20  # bytes of text on which a tokenizer of the user's is checked
 SEEN = "seen.bits"  # what overlap.repeated found, one bit for each place of the validation text
-ENCODE = 2 * 2**20  # characters of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
+ENCODE = 2 * 2**20  # bytes of text tokenized at a time; `tokenizers` takes about 100 bytes for each token of it
+LARGE = 32 * 2**20  # bytes of text from which on processes encode it; they take a second to start
+JOURNAL = "journal.jsonl"  # in a folder that is being built: what is done, for a process that goes on
+NOTED = 32 * 2**20  # bytes of text between two of its lines
+KEPT = 7 * 24 * 3600  # seconds after which the unfinished work of others is removed
+LEARNT = 2**30  # bytes of text that a BPE is trained on at most; more than that is sampled
+UNPACKED = 4  # bytes of text that a byte of a .gz file is taken for where the size of a text matters
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,9 @@ def prepare(
 ) -> Corpus:
     """Opens the prepared text; prepares it first if it is missing.
 
-    Several processes may call this at the same time: one prepares the text and the others wait. It may be killed at any
-    moment: the next call starts afresh and removes what was left.
+    Several processes may call this at the same time: one prepares the text and the others wait. A large text is encoded
+    on all cores that this process may use. It may be killed at any moment: the next call goes on with what was done,
+    once its sums are compared. The result is the same for any number of cores and any kills.
 
     Args:
         text: the settings of the group `text`.
@@ -126,6 +136,7 @@ def prepare(
     Raises UserError if the text or the tokenizer cannot be read, if the folder cannot be written, or if a shard is
     damaged.
     """
+    text = text.plain
     if text.prepared is not None:
         found = find(data_dir, text.prepared)
         if found is None:
@@ -133,13 +144,14 @@ def prepare(
         return _open(found, text, say, whole)
     beside = {"apart": hashlib.sha256(json.dumps(sorted(apart)).encode()).hexdigest()} if apart else {}
     recipe = recipe_of(text) | beside
-    for older in range(1, FORMAT) if wanted is not None else ():
-        before = data_dir / key_of({**recipe, "format": older})
+    whole_text = {key: value for key, value in recipe.items() if key != "learnt"}  # older versions sampled nothing
+    for older in range(1, FORMAT + 1) if wanted is not None else ():
+        before = data_dir / key_of({**whole_text, "format": older})
         if before.is_dir() and find(data_dir, wanted, before.name) is not None:
             return _open(before, text, say, whole)
 
     def build(part: Path) -> None:
-        _build(text, part, mode_of(text), apart)
+        _build(text, part, mode_of(text), say, apart)
         if recipe_of(text) | beside != recipe:
             raise UserError("the text changed while it was read: start again when it is complete")
 
@@ -153,7 +165,8 @@ def once(data_dir: Path, key: str, build: Callable[[Path], None], what: str, say
     Args:
         data_dir: the folder of all prepared data.
         key: the name of the folder.
-        build: makes the folder under another name, which it is given, and syncs it.
+        build: makes the folder under another name, which it is given, and syncs it. What it has done when it is ended
+          stays if there is a JOURNAL in it, for the next call.
         what: is prepared, in a word.
         say: gets a sentence before anything that takes time.
 
@@ -173,8 +186,11 @@ def once(data_dir: Path, key: str, build: Callable[[Path], None], what: str, say
                     build(part)
                     part.rename(folder)
                     _sync(data_dir)
-                finally:
-                    shutil.rmtree(part, ignore_errors=True)  # a full disk stays full otherwise
+                except BaseException as error:
+                    # A full disk stays full otherwise; and what cannot be read is read anew once it is corrected.
+                    if isinstance(error, OSError | UserError) or not (part / JOURNAL).exists():
+                        shutil.rmtree(part, ignore_errors=True)
+                    raise
     except OSError as error:
         raise UserError(
             f"prepared {what} cannot be written to {data_dir} ({error.strerror or error}): "
@@ -233,6 +249,8 @@ def recipe_of(text: Text) -> Json:
     else:
         recipe["tokenizers"] = tokenizers.__version__
         recipe["tokenizer"] = text.vocab if text.tokenizer == "bpe" else _sha256(_users(text))
+    if text.tokenizer == "bpe" and _size(training) > LEARNT:
+        recipe["learnt"] = LEARNT
     if text.conversations:
         recipe["template"] = hashlib.sha256(_template(text).source.encode()).hexdigest()
     return recipe
@@ -251,6 +269,11 @@ def _stat(path: Path) -> tuple[str, int, int]:
     except OSError as error:
         raise unreadable(path, error) from None
     return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _size(files: list[Path]) -> int:
+    """About how many bytes of text there are in these files, from their sizes alone."""
+    return sum(_stat(path)[1] * (UNPACKED if packs(path) else 1) for path in files)
 
 
 def _users(text: Text) -> Path:
@@ -285,9 +308,13 @@ def _locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]
 def _sweep(data_dir: Path) -> None:
     """Removes what killed processes left half built: the .part folders whose lock nobody holds.
 
-    The lock of our own folder is held by us.
+    Those with a journal are kept for a week after its last line, so that the same command can go on. The lock of our
+    own folder is held by us.
     """
     for part in data_dir.glob("*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - (part / JOURNAL).stat().st_mtime < KEPT:
+                continue
         with part.with_suffix(".lock").open("w") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(part)
@@ -309,53 +336,57 @@ def mode_of(text: Text) -> int:
     return mode
 
 
-def _build(text: Text, part: Path, mode: int, apart: frozenset[int]) -> None:
-    """Makes the files of a prepared text in the folder `part`, with the given mode.
+def _build(text: Text, part: Path, mode: int, say: Callable[[str], None], apart: frozenset[int]) -> None:
+    """Makes the files of a prepared text in the folder `part`, with the given mode, or goes on with them.
 
-    The text is read twice if a BPE is trained. No more than a few MB of it are in memory at a time.
+    The text is read twice if a BPE is trained, which begins anew if it is killed. No more than a few MB of it for each
+    core are in memory at a time, and the words that a BPE is trained on.
     """
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(0o700)
-    if text.tokenizer == "bytes":
-        tokenizer = Tokenizer(BYTES)
-    elif text.tokenizer == "bpe":
-        tokenizer = train_bpe(spoken(text, apart), text.vocab)
-    else:
-        tokenizer = Tokenizer.load(_users(text))
-    tokenizer.save(part / "tokenizer.json")
+    (training, validation), sides = sources(text), rule(text, apart)
+    tokenizer = _kept_tokenizer(part)
+    if tokenizer is None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(0o700)
+        tokenizer = learnt(text, say, apart)
+        tokenizer.save(part / "tokenizer.json")
+        (part / JOURNAL).write_text(json.dumps({"tokenizer": tokenizer.hash}) + "\n")
+    tokenizer.ours = text.tokenizer == "bpe"
     notes = [note] if (note := encoding_note(text)) else []
-    lost = Lost(tokenizer)
-    copies: list[str] = []
-    template, flagged = _template(text) if text.conversations else None, text.conversations
-    if template is not None:
-        (part / AROUND).write_text(template.around().json())
-    with (
-        _Writer(part / "train.bin", tokenizer, flagged) as train,
-        _Writer(part / "validation.bin", tokenizer, flagged) as validation,
-    ):
-        for batch in _batches(documents(text, copies, apart)):
-            if template is not None:
-                _converse(batch, template, tokenizer, train, validation)
-                continue
-            for each, ids in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
-                (validation if each.held_out else train).add(each, ids)
-                lost.look(each, ids)
-        if train.tokens == 0:
-            raise UserError(everything_held_out(text) if validation.tokens else EMPTY)
-    notes += [note] if (note := lost.note()) else []
-    notes += [copies_note(copies)] if copies else []
+    kind = (str(_users(text)) if text.tokenizer not in ("bytes", "bpe") else None, getattr(text, "template", "auto"))
+    encoder = Encoder(sides, tokenizer, kind if text.conversations else None)
+    if text.conversations:
+        (part / AROUND).write_text(_template(text).around().json())
+    with contextlib.closing(_Building(part, encoder)) as building:
+        total = sum(_stat(path)[1] for path in (*training, *validation))
+        progress = HowFar("preparing the text", total, say)
+        before = sum(_stat(path)[1] for path in training)
+        todo = chunks([(False, read(training)), (True, read(validation, before))], ENCODE)
+        for chunk in itertools.islice(todo, building.chunks):
+            progress.begin(chunk.at)
+        if building.chunks:
+            say(f"going on with what was prepared before, {progress.share(chunk.at):.0%} of the text")
+        for chunk in todo if building.lost.wants(tokenizer) and not text.conversations else ():
+            building.add(chunk, encoder.encode(chunk, building.lost))
+            if not building.lost.wants(tokenizer):
+                break
+        large = _size([*training, *validation]) >= LARGE
+        with contextlib.closing(_encoded(encoder, todo, large)) as parts:  # whatever happens here ends its processes
+            for chunk, found in parts:
+                building.add(chunk, found)
+                progress.at(chunk.at)
+        train, held = building.writers
+        for writer in building.writers:
+            writer.finish()
+    if train.tokens == 0:
+        raise UserError(everything_held_out(text) if held.tokens else EMPTY)
+    notes += [note] if (note := building.lost.note()) else []
+    notes += [building.copies.note()] if building.copies.count else []
     (part / NOTES).write_text(json.dumps(notes))
-    sides = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
-    if not flagged:
-        np.packbits(overlap.repeated(*sides)).tofile(part / SEEN)
+    shards = [open_shard(part / f"{side}.bin", tokenizer, whole=False)[0] for side in ("train", "validation")]
+    if not text.conversations:
+        np.packbits(overlap.repeated(*shards)).tofile(part / SEEN)
+    (part / JOURNAL).unlink()
     seal(part, mode)
-
-
-def spoken(text: Text, apart: frozenset[int] = frozenset()) -> Iterator[str]:
-    """The training documents as text without marks, from which a tokenizer learns."""
-    for each in documents(text, apart=apart):
-        if not each.held_out:
-            yield written(json.loads(each.text)) if text.conversations else each.text
 
 
 def seal(folder: Path, mode: int) -> None:
@@ -368,15 +399,59 @@ def seal(folder: Path, mode: int) -> None:
     _sync(folder)
 
 
-def _converse(
-    batch: list[Document], template: Template, tokenizer: Tokenizer, train: _Writer, validation: _Writer
-) -> None:
-    """Writes conversations. Raises UserError if nothing of one counts."""
-    encoded = template.encode(tokenizer, [(each.name, json.loads(each.text)) for each in batch])
-    for each, (ids, counts) in zip(batch, encoded, strict=True):
-        if not counts[1:].any():
-            raise UserError(f"{each.name}: its template writes nothing that the assistant says, take the line out")
-        (validation if each.held_out else train).converse(ids, counts)
+def _kept_tokenizer(part: Path) -> Tokenizer | None:
+    """The tokenizer of what is to be gone on with; None if there is nothing of this kind."""
+    try:
+        with untrusted.opened(part / JOURNAL) as file:
+            return Tokenizer.load(part / "tokenizer.json", sha256=untrusted.parsed(file.readline())["tokenizer"])
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return None
+
+
+def learnt(text: Text, say: Callable[[str], None], apart: frozenset[int] = frozenset()) -> Tokenizer:
+    """The tokenizer of a text, which is trained if it is ours. apart: as `prepare` takes it."""
+    if text.tokenizer == "bytes":
+        return Tokenizer(BYTES)
+    if text.tokenizer != "bpe":
+        return Tokenizer.load(_users(text))
+    return train_bpe(spoken([text], say, apart), text.vocab)
+
+
+def spoken(texts: Sequence[Text], say: Callable[[str], None], apart: frozenset[int]) -> Iterator[str]:
+    """The training documents of these texts without marks, from which a BPE learns.
+
+    They are all pieces up to LEARNT bytes, and a sample of about that size of larger texts. That bounds the memory,
+    since `tokenizers` counts every word. The sample depends on the content of pieces alone.
+    """
+    files = [sources(text)[0] for text in texts]
+    share = LEARNT / max(sum(map(_size, files)), 1)
+    progress, before = HowFar("training the tokenizer", sum(_stat(path)[1] for some in files for path in some), say), 0
+    for text, training in zip(texts, files, strict=True):
+        sides = rule(text, apart)
+        for raw in read(training, before):
+            progress.at(raw.at)
+            for _, _, piece in sides.pieces(raw):
+                digest = hash_of(piece)
+                if sides.side(digest) == TRAIN and (share >= 1 or sides.sampled(digest, share)):
+                    yield written(json.loads(piece)) if text.conversations else piece
+        before += sum(_stat(path)[1] for path in training)
+
+
+def _encoded(encoder: Encoder, todo: Iterator[Chunk], large: bool) -> Generator[tuple[Chunk, Part]]:
+    """The parts of these chunks, in order, from processes if the text is large."""
+    count = 1
+    if large:
+        from hvdllm.device import usable_cores  # it needs torch
+
+        count = usable_cores()
+    if count == 1:
+        yield from ((chunk, encoder.encode(chunk)) for chunk in todo)
+        return
+    workers = Workers(encoder, count)
+    try:
+        yield from workers.encode(todo)
+    finally:
+        workers.close()
 
 
 EMPTY = "the text is empty: text.path names files without a character"
@@ -389,106 +464,155 @@ def everything_held_out(text: Text) -> str:
     return "all of the text is held out for validation: lower text.validation_share, or set text.validation"
 
 
-def copies_note(names: list[str]) -> str:
-    """The sentence about documents that were left out because text.validation has them too."""
-    files = list(dict.fromkeys(names))
-    what = f"{files[0]} has" if len(files) == 1 else f"{len(files)} documents of text.path, first {files[0]}, have"
-    return f"{what} text that text.validation has too; it was left out of the training text"
+class _Building:
+    """The shards of a text while they are made, and the journal of what is done.
+
+    Its first line has the sum of the tokenizer. Each other line says how many chunks are done, how large the shards
+    were then, and the sums of what was added to them since the line before. Only what has these sums is gone on with.
+
+    Attributes:
+        writers: of each side.
+        copies, lost: what was found so far.
+        chunks: how many are done.
+    """
+
+    def __init__(self, part: Path, encoder: Encoder) -> None:
+        self.writers = [_Writer(part / f"{side}.bin", encoder) for side in ("train", "validation")]
+        self.copies, self.lost = Copies(), Lost()
+        self.chunks = self._lines = self._new = 0
+        self._journal = part / JOURNAL
+        with untrusted.opened(self._journal) as file:
+            kept = len(file.readline()) + sum(len(line) for line in file if self._adopts(line))
+        os.truncate(self._journal, kept)
+        for writer in self.writers:
+            writer.cut()
+
+    def _adopts(self, line: bytes) -> bool:
+        """Goes on with what a line of the journal says, if the shards hold it. After a wrong line none is taken."""
+        try:
+            said = untrusted.parsed(line)
+            if (said["encode"], said["line"]) != (ENCODE, self._lines):
+                return False
+            states = [_State(**state) for state in said["sides"]]
+            found = [writer.holds(state) for writer, state in zip(self.writers, states, strict=True)]
+            self.copies, self.lost = Copies(**said["copies"]), Lost(**said["lost"])
+        except (ValueError, LookupError, TypeError, OSError):
+            return False
+        for writer, state, digest in zip(self.writers, states, found, strict=True):
+            writer.adopt(state, digest)
+        self.chunks, self._lines = said["chunks"], self._lines + 1
+        return True
+
+    def add(self, chunk: Chunk, part: Part) -> None:
+        """Writes what the next chunk came to."""
+        for side, run in part.runs.items():
+            self.writers[side].add(run)
+        if part.copies.count:
+            self.copies.add(part.copies)
+        self.chunks += 1
+        self._new += chunk.size
+        if self._new >= NOTED:
+            sides = [dataclasses.asdict(writer.noted()) for writer in self.writers]
+            line = {"encode": ENCODE, "line": self._lines, "chunks": self.chunks, "sides": sides}
+            line |= {"copies": dataclasses.asdict(self.copies), "lost": dataclasses.asdict(self.lost)}
+            with self._journal.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._lines, self._new = self._lines + 1, 0
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
 
 
-class Lost:
-    """Checks whether a tokenizer of the user's keeps the text: LOOKED bytes are encoded and decoded again."""
+@dataclass
+class _State:
+    """How much a shard has."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.bytes, self.spelled = tokenizer, 0, 0
-        self.first: str | None = None
-
-    def look(self, document: Document, ids: np.ndarray) -> None:
-        if self.bytes > LOOKED or self.tokenizer.exact:
-            return
-        self.bytes += len(document.text.encode())
-        self.spelled += int(self.tokenizer.token_bytes[ids].sum())
-        if self.first is None and self.tokenizer.decode(ids).strip() != document.text.strip():
-            self.first = document.name
-
-    def note(self) -> str | None:
-        if self.first is None:
-            return None
-        share = f"its tokens stand for {self.spelled / max(self.bytes, 1):.1%} of the bytes, and "
-        return (
-            f"the tokenizer loses or changes text: {share if self.spelled < self.bytes else ''}{self.first} does not "
-            "come back as it was (letters that it does not know, lower case, a normal form?)"
-        )
-
-
-def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
-    """The documents in lists of about ENCODE characters each."""
-    batch: list[Document] = []
-    size = 0
-    for each in texts:
-        batch.append(each)
-        size += len(each.text)
-        if size >= ENCODE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+    spelled: int = 0
+    last: tuple[str, int] | None = None  # the last piece
+    added: str = ""  # sha256 of what was written since the line before
 
 
 class _Writer:
     """Writes a shard. The header is written last, so that a file that was cut short has none."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, flagged: bool = False) -> None:
-        self._file = path.open("wb")
+    def __init__(self, path: Path, encoder: Encoder) -> None:
+        self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.write(bytes(HEADER))
-        self._tokenizer = tokenizer
-        self._flagged = flagged
-        self._dtype = np.dtype(np.uint32 if flagged else tokenizer.dtype).newbyteorder("<")
-        self._hash = hashlib.sha256()
-        self.tokens = self._bytes = self._documents = self._spelled = 0
+        self._encoder = encoder
+        self._hash, self._added = hashlib.sha256(), hashlib.sha256()
+        self.state = _State()
 
-    def __enter__(self) -> _Writer:
-        return self
+    @property
+    def tokens(self) -> int:
+        return self.state.tokens
 
-    def add(self, document: Document, ids: np.ndarray) -> None:
-        if not document.joins:
-            if self._documents:
-                self._write(np.array([self._tokenizer.end]))
-            self._documents += 1
-        self._write(ids)
-        self._bytes += len(document.text.encode())
-        self._spelled += int(self._tokenizer.token_bytes[ids].sum())
+    def holds(self, state: _State) -> hashlib._Hash:
+        """The hash of the file as far as a state says. Raises ValueError if what it has more than now is not that."""
+        left = (state.tokens - self.tokens) * self._encoder.dtype.itemsize
+        self._file.seek(HEADER + self.tokens * self._encoder.dtype.itemsize)
+        whole, added = self._hash.copy(), hashlib.sha256()
+        while left > 0 and (block := self._file.read(min(left, 2**20))):
+            left -= len(block)
+            whole.update(block)
+            added.update(block)
+        if left or added.hexdigest() != state.added:
+            raise ValueError("the shard is not what was noted")
+        return whole
 
-    def converse(self, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Adds a conversation. counts: whether each of its tokens counts, bool [tokens]."""
-        flags = np.where(counts, COUNTS, np.uint32(0))
-        flags[0] |= BEGINS
-        self._write(ids.astype(np.uint32) | flags)
-        self._documents += 1
-        spelled = int(self._tokenizer.token_bytes[ids[counts]].sum())
-        self._bytes, self._spelled = self._bytes + spelled, self._spelled + spelled
+    def adopt(self, state: _State, whole: hashlib._Hash) -> None:
+        """Goes on from a state that the file holds."""
+        self.state = dataclasses.replace(state, last=state.last and (state.last[0], state.last[1]))
+        self._hash = whole
 
-    def _write(self, ids: np.ndarray) -> None:
-        data = ids.astype(self._dtype).tobytes()
+    def cut(self) -> None:
+        """Leaves out of the file what was not adopted, and goes on at its end."""
+        self._file.truncate(HEADER + self.tokens * self._encoder.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def add(self, run: Run) -> None:
+        state, goes_on = self.state, joins(self.state.last, run.first)
+        if state.documents and not goes_on and not self._encoder.rule.conversations:
+            self._write(np.array([self._encoder.tokenizer.end], self._encoder.dtype).tobytes())
+        self._write(run.ids)
+        state.documents += run.documents - goes_on
+        state.bytes, state.spelled, state.last = state.bytes + run.bytes, state.spelled + run.spelled, run.last
+
+    def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
-        self.tokens += len(ids)
+        self._added.update(data)
+        self.state.tokens += len(data) // self._encoder.dtype.itemsize
 
-    def __exit__(self, *_: object) -> None:
+    def noted(self) -> _State:
+        """The state, with the sum of what was written since this was last asked for."""
+        self._file.flush()
+        self.state.added, self._added = self._added.hexdigest(), hashlib.sha256()
+        return self.state
+
+    def close(self) -> None:
+        """Closes the file, without a header unless finish() has written it."""
+        self._file.close()
+
+    def finish(self) -> None:
+        """Writes the header."""
         shard = Shard(
-            self._dtype.str,
+            self._encoder.dtype.str,
             self.tokens,
-            self._bytes,
-            self._documents,
-            self._tokenizer.vocab,
-            self._tokenizer.hash,
+            self.state.bytes,
+            self.state.documents,
+            self._encoder.tokenizer.vocab,
+            self._encoder.tokenizer.hash,
             self._hash.hexdigest(),
-            self._spelled,
-            self._flagged,
+            self.state.spelled,
+            self._encoder.rule.conversations,
         )
-        with self._file as file:
-            file.seek(0)
-            file.write((MAGIC + json.dumps(dataclasses.asdict(shard)).encode()).ljust(HEADER - 1) + b"\n")
+        self._file.seek(0)
+        self._file.write((MAGIC + json.dumps(dataclasses.asdict(shard)).encode()).ljust(HEADER - 1) + b"\n")
+        self._file.close()
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,8 @@ from hvdllm.errors import UserError
 
 END = "<|end|>"
 # Names of the end of a document in other people's tokenizer.json, in the order in which they are looked for.
-ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+MASKS = ("[MASK]", "<mask>")  # names of a token that hides another one
 MOST = 2**28  # bytes of a tokenizer.json; those of large models have 10 to 35 MB
 BYTES = json.dumps({"hvdllm": "bytes"}) + "\n"  # the tokenizer.json of tokenizer=bytes: 256 values, then the end
 
@@ -67,10 +68,12 @@ class Tokenizer:
         """The tokens of each text, [tokens] of self.dtype. Batches of 100 kB and more are encoded on all cores."""
         if self._bpe is None:
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
-        return [
-            np.array(encoding.ids, self.dtype)
-            for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [np.array(encoding.ids, self.dtype) for encoding in self.encode_only(texts)]
+
+    def encode_only(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """What `tokenizers` itself makes of each text, which is not a tokenizer of bytes."""
+        found: list[tokenizers.Encoding] = self._bpe.encode_batch_fast(texts, add_special_tokens=False)
+        return found
 
     def encode_special(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The tokens of each text, where special tokens may be spelt, and the character at which each begins, int64."""
@@ -109,6 +112,27 @@ class Tokenizer:
     def end_text(self) -> str:
         """How the end token is spelled."""
         return END if self._bpe is None else str(self._bpe.id_to_token(self.end))
+
+    @property
+    def mask(self) -> int | None:
+        """The id of the tokenizer's own mask token; None if it has none."""
+        return next((id for name in MASKS if (id := self.id_of(name)) is not None), None)
+
+    def with_mask(self) -> tuple[str, str]:
+        """The tokenizer.json that other programs read, with a mask token, and how that is spelled.
+
+        Where the tokenizer has none, it gets the next id. Raises UserError if it cannot be given that.
+        """
+        if self.mask is not None:
+            return self.for_others(), str(self._bpe.id_to_token(self.mask))
+        whole = tokenizers.Tokenizer.from_str(self.for_others())
+        whole.add_special_tokens([MASKS[0]])
+        if (id := whole.token_to_id(MASKS[0])) != self.vocab:
+            raise UserError(
+                f"the ids of the tokenizer have gaps, so a mask token would be number {id} there and not {self.vocab}: "
+                "train with a tokenizer that has [MASK]"
+            )
+        return str(whole.to_str()), MASKS[0]
 
     def for_others(self) -> str:
         """The tokenizer.json that other programs read. That of bytes is one of BPE without merges."""

@@ -165,18 +165,18 @@ def clients_without_text(config: Config, stream: base.Stream) -> list[str]:
     asked = config.exchange
     if not registry.of("exchange", asked).facts.clients:
         return []
-    tokens = stream.clients(asked.clients, asked.alpha).tokens
+    tokens, deals = stream.clients(asked.clients, asked.alpha).tokens, registry.of("task", config.task).facts
     known = sum(count > 0 for count in tokens)
     if known < (asked.sampled or 1):
         raise UserError(
-            f"exchange.sampled={asked.sampled}: only {known} of the {asked.clients} clients have a window of text; "
+            f"exchange.sampled={asked.sampled}: only {known} of the {asked.clients} clients have any {deals.items}; "
             f"give exchange.sampled={known}, fewer clients, or a larger exchange.alpha"
         )
     if known == len(tokens):
         return []
     return [
-        f"{len(tokens) - known} of {len(tokens)} clients have no window of text and are never drawn; the others have "
-        f"{min(count for count in tokens if count):,} to {max(tokens):,} tokens"
+        f"{len(tokens) - known} of {len(tokens)} clients have no {deals.items} and are never drawn; the others have "
+        f"{min(count for count in tokens if count):,} to {max(tokens):,} {deals.unit}"
     ]
 
 

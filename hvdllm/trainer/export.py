@@ -1,4 +1,4 @@
-"""Writes the model of a run as a folder of transformers, which AutoModelForCausalLM and AutoTokenizer load.
+"""Writes the model of a run as a folder of transformers, which its AutoModel classes and AutoTokenizer load.
 
 The folder is written under another name beside its place and then renamed, so that it is whole or not there.
 """
@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,20 +21,23 @@ from hvdllm.checkpoint.hugging import INDEX, WHOLE
 from hvdllm.checkpoint.write import DISK_ERRORS
 from hvdllm.errors import RunError, UserError
 from hvdllm.models import hugging
+from hvdllm.models.bert import Bert
 from hvdllm.models.gpt import GPT
+from hvdllm.models.lora import write_adapter
 from hvdllm.runs import sync_folder
+from hvdllm.task.causal_lm import CausalLM
 from hvdllm.text.tokenize import Tokenizer
-from hvdllm.trainer.restore import Language
+from hvdllm.trainer.restore import Language, Restored
 
 MOST_SHARD = 4 * 2**30  # bytes of a file of tensors, which safetensors copies in memory as it writes
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def export(found: Language, out: Path, positions: int | None = None) -> str:
+def export(found: Restored, out: Path, positions: int | None = None) -> str:
     """Writes a folder of transformers.
 
     Args:
-        found: the model, with its tokenizer.
+        found: a model of text, with its task.
         out: the folder. One that an earlier export wrote is replaced.
         positions: the most tokens that the folder says a sequence may have; None: model.context. Learned positions have
             no others.
@@ -43,35 +47,53 @@ def export(found: Language, out: Path, positions: int | None = None) -> str:
     Raises UserError if transformers has no such model, or if something else is at `out`, and RunError if the disk
     refuses.
     """
-    model, settings, tokenizer = found.model, found.config.model, found.tokenizer
+    model, settings = found.model, found.config.model
+    if not (isinstance(model, GPT | Bert) and isinstance(found.task, CausalLM)):
+        raise UserError(f"{found.source} has learnt no language, and hvdllm exports models of text alone")
+    tokenizer, encoder = found.task.words, isinstance(model, Bert)
     positions = positions or settings.context
-    if settings.positions == "learned" and positions != settings.context:
+    learned = encoder or settings.positions == "learned"
+    if learned and positions != settings.context:
         raise UserError(f"--positions {positions}: the model has learnt {settings.context} positions (model.context)")
-    if settings.positions == "rope" and positions < settings.context:
+    if not learned and positions < settings.context:
         raise UserError(f"--positions {positions}: the model was trained on {settings.context} (model.context)")
     rows = len(model.embed.weight)
     config = hugging.config_of(settings, rows, positions) | ends(tokenizer)
+    spelled, mask = tokenizer.with_mask() if encoder else (tokenizer.for_others(), None)
     config["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     refuse_others(out)
-    part = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    try:
-        part.mkdir(parents=True)
+    with written(out) as part:
         write_tensors(part, list(tensors(model, config["model_type"], rows, positions)))
         files = {
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 **dict.fromkeys(("bos_token", "eos_token"), tokenizer.end_text),
+                **({"mask_token": mask} if mask else {}),
                 "model_max_length": positions,
                 "clean_up_tokenization_spaces": False,
             },
             "generation_config.json": ends(tokenizer),
             hugging.CONFIG: config | {hugging.BY: f"hvdllm {__version__}"},
         }
-        (part / "tokenizer.json").write_text(tokenizer.for_others(), encoding="utf-8", newline="")
+        (part / "tokenizer.json").write_text(spelled, encoding="utf-8", newline="")
         for name, values in files.items():
             (part / name).write_text(json.dumps(values, indent=2) + "\n")
+    return hugging.CLASSES[config["model_type"]]
+
+
+@contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A context in which a folder is written under the name that it yields. At its end it is put in its place.
+
+    Raises RunError if the disk refuses; nothing of it is left then.
+    """
+    part = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        usual = next(part.glob("*.json")).stat().st_mode
         for file in part.iterdir():
-            file.chmod((part / hugging.CONFIG).stat().st_mode)  # safetensors are written for their owner alone
+            file.chmod(usual)  # safetensors are written for their owner alone
         replace(part, out)
     except DISK_ERRORS as error:
         raise RunError(
@@ -79,7 +101,14 @@ def export(found: Language, out: Path, positions: int | None = None) -> str:
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return hugging.CLASSES[config["model_type"]]
+
+
+def export_adapter(found: Language, out: Path) -> None:
+    """Writes the adapters of a run in peft's format. Raises UserError if it has none, or if something is at `out`."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} is there already: give a folder that is not")
+    with written(out) as part:
+        write_adapter(part, found.model, found.config.init_from)
 
 
 def ends(tokenizer: Tokenizer) -> dict[str, int]:
@@ -87,11 +116,13 @@ def ends(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
 
 
-def tensors(model: GPT, kind: str, rows: int, positions: int) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(model: GPT | Bert, kind: str, rows: int, positions: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model by transformers' names, on the CPU."""
     parameters = dict(model.named_parameters())
     for source in hugging.sources(kind, model.settings, rows, positions):
         values = parameters[source.name].detach()[source.start : source.stop].cpu()
+        if source.added:  # it is in ours already
+            values = torch.zeros(source.shape, dtype=values.dtype)
         yield source.key, (values.T if source.transposed else values).contiguous()
 
 

@@ -17,6 +17,9 @@ from hvdllm import runs, sums, untrusted
 from hvdllm.checkpoint import read
 from hvdllm.errors import RunError, UserError
 from hvdllm.flat import TensorPart
+from hvdllm.models.gpt import GPT
+from hvdllm.models.lora import adapt, merge
+from hvdllm.models.parts import Model
 from hvdllm.tables import Table
 from hvdllm.world.base import World
 
@@ -54,6 +57,26 @@ def begin(model: nn.Module, path: Path, kind: str, world: World) -> None:
     places = Places(named(model))
     some = next(iter(places.parameters.values())).detach()
     share(model, lambda: read.read_vector(path, kind, places, some), world)
+
+
+def merged(folder: Path, path: Path, kind: str, settings: Model, like: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a run that trained adapters, with these added to them, by name, on the CPU.
+
+    Args:
+        folder: of the run, which holds its frozen weights.
+        path: of its checkpoint, or its final/, which holds its adapters.
+        kind: as checkpoint.read.read_vector takes it.
+        settings: of its model.
+        like: a model with as many tokens, in the dtype that is wanted.
+
+    Raises UserError if they do not fit.
+    """
+    theirs = GPT(settings, len(like.embed.weight)).to(like.embed.weight.dtype)
+    adapt(theirs, 0)
+    adapters = Places({name: p for name, p in theirs.named_parameters() if p.requires_grad})
+    read.read_vector(path, kind, adapters, theirs.embed.weight.detach())
+    load(folder, theirs)
+    return {name: p.detach() for name, p in merge(theirs).named_parameters()}
 
 
 def share(model: nn.Module, fill: Callable[[], None], world: World) -> None:

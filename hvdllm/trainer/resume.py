@@ -187,7 +187,8 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
     # A run that was killed or failed after its last checkpoint has no `end` record, or a failed one. Its last record
     # and final/ may be missing, so it goes on to write them.
     if tokens >= config.budget_tokens and end is not None and end.get("reason") != "failed":
-        return Start(str(folder), finished=f"{folder} has finished: {tokens:,} tokens of {config.budget_tokens:,}")
+        unit = registry.of("task", config.task).facts.unit
+        return Start(str(folder), finished=f"{folder} has finished: {tokens:,} {unit} of {config.budget_tokens:,}")
     if checkpoint is None and config.resume != "auto":
         raise UserError(f"resume={config.resume}: {folder} has no checkpoint; resume=auto starts it from the beginning")
     return Start(str(folder), str(checkpoint) if checkpoint else None, again=True, data_hash=data_hash)

@@ -10,10 +10,11 @@ noise of the first, steepest part of training is the same in all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from hvdllm import registry, runs, sums, untrusted
@@ -21,8 +22,10 @@ from hvdllm.checkpoint import hugging, read
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
+from hvdllm.models.gpt import GPT
 from hvdllm.models.hugging import TOKENIZER, is_folder, root_of
-from hvdllm.settings import Config
+from hvdllm.models.parts import Model
+from hvdllm.settings import Config, several
 from hvdllm.trainer import buffers, frozen
 from hvdllm.world.base import World, from_first
 
@@ -35,11 +38,19 @@ class Trunk:
         path: of the checkpoint, of the folder final/, or of a folder of transformers.
         tokens: how many the trunk had committed there, or None if it is no checkpoint.
         steps: how many steps its optimizer had made.
+        note: what was done with its weights, or left out of them; empty if they were taken as they are.
+        adapters: of a trunk that trained adapters, what became of them: KEPT or MERGED; empty for any other.
     """
 
     path: str
     tokens: int | None
     steps: int
+    note: str = ""
+    adapters: str = ""
+
+
+KEPT, MERGED = "kept", "merged"
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")  # the settings of a model that describe them
 
 
 def look(config: Config, world: World) -> None:
@@ -67,7 +78,8 @@ def begin(
 ) -> Trunk:
     """Loads the trunk's weights, and the optimizer's state if asked for, into an exchange. Collective.
 
-    Where adapters are trained, the trunk's weights are those that are frozen.
+    Where adapters are trained, the trunk's weights are those that are frozen. If the trunk has trained the same
+    adapters, these go on, and its frozen weights stay frozen. Other adapters of a trunk are merged into its weights.
 
     Args:
         config: the settings; `init_from` names the trunk.
@@ -85,7 +97,12 @@ def begin(
         found = from_first(world, lambda: dataclasses.asdict(find(config, files, say)), "start.trunk")
         trunk = Trunk(**found)
         path, kind = Path(trunk.path), "model" if trunk.tokens is not None else ""
-        if frozen.named(model):
+        if trunk.adapters == MERGED:
+            _merge(path, kind, config, exchange, flat, model, world)
+            return trunk
+        if trunk.adapters == KEPT:
+            frozen.share(model, lambda: frozen.load(_run_of(path), model), world)
+        elif frozen.named(model):
             _freeze(path, kind, config, model, world)
             return trunk
         kinds = exchange.update.state()[1] if config.init_optimizer else ()
@@ -110,6 +127,46 @@ def _freeze(path: Path, kind: str, config: Config, model: nn.Module, world: Worl
         return
     weights = frozen.named(model)
     frozen.share(model, lambda: hugging.fill(path, config.model, lambda name: weights[name].detach()), world)
+
+
+def _merge(
+    path: Path, kind: str, config: Config, exchange: Exchange, flat: Flat, model: nn.Module, world: World
+) -> None:
+    """Takes the weights of a run that trained adapters, with these in them, as those of the model. Collective."""
+    assert isinstance(model, GPT)
+    theirs = runs.read_config(_run_of(path)).model if world.rank == 0 else config.model
+
+    def fill(view: Callable[[str], torch.Tensor]) -> None:
+        for name, values in frozen.merged(_run_of(path), path, kind, _like(config.model, theirs), model).items():
+            view(name).copy_(values)
+
+    if weights := frozen.named(model):
+        frozen.share(model, lambda: fill(lambda name: weights[name].detach()), world)
+    else:
+        filled = read.share_filled(lambda vector: fill(lambda name: flat.view(name, vector)), "model", flat, world)
+        exchange.start(filled, {}, 0)
+
+
+def _like(ours: Model, theirs: Model) -> Model:
+    """Our model with the adapters of theirs. Raises UserError if there is no such model."""
+    lora = {name: getattr(theirs, name) for name in ADAPTERS}
+    settings = dataclasses.replace(ours, **lora)
+    if problem := settings.problem():
+        raise UserError(f"its adapters do not fit this model: {problem}")
+    return settings
+
+
+def _same_adapters(ours: Model, theirs: Model) -> bool:
+    """Whether two models have equal adapters; the order in which targets are named does not matter."""
+    left, right = (
+        (each.lora_rank, each.lora_alpha, sorted(several(each.lora_targets))) for each in (ours, theirs)
+    )  # fmt: skip
+    return left == right
+
+
+def _run_of(source: Path) -> Path:
+    """The folder of the run that a checkpoint or a final/ belongs to."""
+    return source.absolute().parents[1 if (source / "manifest.json").exists() else 0]
 
 
 def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
@@ -151,9 +208,10 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
         )
     if other:
         raise UserError(f"its {other[0]} is not that of these data: give the data that it was trained on")
-    if (folder / runs.FROZEN).exists():
-        raise UserError("that run trained adapters: export it with its adapters merged, and begin with that")
-    if config.init_optimizer and getattr(config.model, "lora_rank", False):
+    note, adapters = _adapters(config, folder) if (folder / runs.FROZEN).exists() else ("", "")
+    if config.init_optimizer and adapters == MERGED:
+        raise UserError("its optimizer is that of its adapters, which are merged here: give init_optimizer=false")
+    if config.init_optimizer and not adapters and getattr(config.model, "lora_rank", False):
         raise UserError("its optimizer knows nothing of adapters (model.lora_rank): give init_optimizer=false")
     state = read.read_state(source) if whole else {}
     if config.init_optimizer:
@@ -168,7 +226,19 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
             )
     shared = state.get("shared", {})
     tokens, steps = read.tokens_of(state, source) if whole else None, shared.get("steps")
-    return Trunk(str(source), tokens, steps if isinstance(steps, int) else 0)
+    return Trunk(str(source), tokens, steps if isinstance(steps, int) else 0, note, adapters)
+
+
+def _adapters(config: Config, folder: Path) -> tuple[str, str]:
+    """What becomes of the adapters that a run has trained, in words, and as Trunk.adapters has it."""
+    ours, theirs = config.model, runs.read_config(folder).model
+    if not isinstance(ours, Model) or not isinstance(theirs, Model):
+        raise UserError("that run trained adapters of another kind of model: give the same task and model")
+    if not theirs.lora_rank:
+        raise UserError(f"it has a {runs.FROZEN}, and its config.yaml says model.lora_rank=0: copy the folder again")
+    if _same_adapters(ours, theirs):
+        return "its adapters go on, over the same frozen weights", KEPT
+    return "its adapters are merged into them" + ", and new ones begin" * bool(ours.lora_rank), MERGED
 
 
 def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
@@ -183,4 +253,4 @@ def _foreign(path: Path, config: Config, tokenizer_hash: str) -> Trunk:
         raise UserError(
             f"its {TOKENIZER} is not that of this text, so its tokens mean other things: leave text.tokenizer out"
         )
-    return Trunk(str(path), None, 0)
+    return Trunk(str(path), None, 0, hugging.left_out(path))

@@ -60,7 +60,7 @@ def header(run: Run) -> dict[str, str]:
     going_on = {"goes on": f"from {run.origin.resumed['shared']['tokens']:,} {task.unit}"} if run.origin.resumed else {}
     if trunk is not None:
         at = f", {trunk.tokens:,} {task.unit}" if trunk.tokens is not None else ""
-        going_on = {"begins": f"with the weights of {trunk.path}{at}"}
+        going_on = {"begins": f"with the weights of {trunk.path}{at}{'; ' * bool(trunk.note)}{trunk.note}"}
     trained = f", of which {(task.parameters - task.frozen) / 1e6:.2f} M are trained" if task.frozen else ""
     return {
         "model": f"{task.parameters / 1e6:.2f} M parameters{trained}, {config.precision}",
@@ -91,7 +91,8 @@ def speed_lines(config: Config, hosts: list[Json]) -> dict[str, str]:
         spread = f"{min(speeds):,.0f}" + (f" to {max(speeds):,.0f}" if max(speeds) > min(speeds) else "")
         link = f"links of {world.bandwidth}" if world.bandwidth else "transfers that take no time for their size"
         late = f", {world.latency_ms:g} ms late" if world.latency_ms else ""
-        out["time"] = f"simulated: {spread} tokens/s a rank, {link}{late}"
+        unit = registry.of("task", config.task).facts.unit
+        out["time"] = f"simulated: {spread} {unit}/s a rank, {link}{late}"
     return out
 
 

@@ -175,6 +175,7 @@ def test_a_task_brings_its_model() -> None:
     assert type(compose.compose(["task=images", "model=tiny"]).model).__name__ == "Model"
     assert compose.compose(["task=images"]).batch_tokens == 64 and compose.compose([]).batch_tokens == 2048
     assert compose.compose(["task=images", "batch_tokens=128"]).batch_tokens == 128
+    assert compose.compose(["task=ratings"]).micro_batch == 2048, "16 clicks at a time would take minutes"
     beneath = compose.compose(["task=images", "batch_tokens=32"])
     assert compose.compose(["task=images"], beneath).batch_tokens == 32, "a run keeps its own"
     with compose.hydra_over(["task=masked_lm", "seed=0,1"], sweep=True) as overrides:

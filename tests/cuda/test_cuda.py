@@ -59,6 +59,7 @@ THOROUGH = [
     ("torch", f"exchange=delayed exchange.warmup_tokens=64 wire=topk wire.momentum=0.9 {ACTS} resume=must"),
     ("single", f"{LATE} {ACTS} resume=must"), ("single", "optim=sgd optim.momentum=0.9"),
     ("hvd", "exchange=delayed exchange.compensation=0.1 exchange.warmup_tokens=64"),
+    ("torch", "exchange=ddp exchange.sync=micro_batch"),
 ]  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from hvdllm.config.compose import compose
 from hvdllm.settings import Config
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.task.stream import Stream
-from hvdllm.text.chat import Around
-from hvdllm.text.conversations import BEGINS, COUNTS, Conversations
+from hvdllm.text.chat import BEGINS, COUNTS, Around
+from hvdllm.text.conversations import Conversations
 from hvdllm.text.tokenize import BYTES, Tokenizer
 from hvdllm.trainer.assemble import assemble, items_a_batch
 from hvdllm.trainer.backward import Loss, backward

@@ -248,6 +248,10 @@ def test_adasum_takes_token_means_tensor_by_tensor_and_divides_by_nothing(size: 
             ["exchange=ddp", "wire=powersgd", "exchange.bucket_mb=1"], Place("torchrun", 0, 2, 0, 2),
             "torch's hook takes one bucket",
         ),
+        (
+            ["exchange=ddp", "wire=powersgd", "exchange.sync=micro_batch"], Place("torchrun", 0, 2, 0, 2),
+            "torch's hook counts its sums",
+        ),
         (["wire=sign", "wire.warmup_tokens=0"], Place(), "needs exact sums first"),
         (["exchange=parameter_server"], Place("horovodrun", 0, 2, 0, 2), "Gloo joins have none: start them"),
         (["exchange=parameter_server"], Place("torchrun", 0, 2, 0, 2), "torch.distributed joins have none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from checks import NAMES, OPTIMS, Point, equal, growth, rate, stable_below
 from rig import NOMINAL, Plain, train
 
-from hvdllm.exchange.parts import Delayed
+from hvdllm.exchange.parts import Delayed, LocalSGD
 from hvdllm.optim.parts import SGD, AdamW
 
 LATE = Delayed(warmup_tokens=0)
@@ -38,6 +39,17 @@ def test_delayed_equals_its_recursion(optim: Any, size: int, warmup: int) -> Non
     assert [c.staleness for c in rigs[0].commits] == [0.0] * warmup + [1.0] * (STEPS - warmup)
     assert rigs[0].settled.tokens == NOMINAL, "what flies is committed in the end"
     torch.testing.assert_close(rigs[-1].final, plain.step(flying, NOMINAL), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("exchange", [Delayed(), LocalSGD()], ids=type)
+def test_a_warm_up_that_is_left_open_is_20_batches(exchange: Any) -> None:
+    """Whatever a batch counts: 40,000 tokens, as it was, are 625 batches of 64 images."""
+    optim = SGD(lr=0.05)
+    rigs = train(exchange, 2, 70, optim=optim, rate=rate)
+    alike = train(replace(exchange, warmup_tokens=20 * NOMINAL), 2, 70, optim=optim, rate=rate)
+    sooner = train(replace(exchange, warmup_tokens=8 * NOMINAL), 2, 70, optim=optim, rate=rate)
+    ends = [each[0].final for each in (rigs, alike, sooner)]
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from hvdllm.errors import UserError
 from hvdllm.exchange import parts as exchanges
+from hvdllm.exchange.base import Nothing
 from hvdllm.exchange.ddp import Ddp
 from hvdllm.exchange.horovod import Horovod
 from hvdllm.exchange.parameter_server import ParameterServer
@@ -19,7 +21,9 @@ from hvdllm.exchange.wire.plain import Plain
 from hvdllm.flat import Flat
 from hvdllm.optim import parts as optims
 from hvdllm.optim.update import Update
+from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
+from hvdllm.world.virtual import VirtualWorld
 
 NOMINAL = 24
 
@@ -56,6 +60,20 @@ def test_a_push_is_no_sum_that_a_wire_could_carry() -> None:
             ParameterServer(exchanges.ParameterServer(), NOMINAL),
             lambda flat: Int8Wire(SingleWorld(), wires.Int8(), flat, NOMINAL),
         )
+
+
+def test_ddp_refuses_a_rank_with_nothing_to_compute() -> None:
+    """Its sums wait for a backward of every rank: the others would wait for ever."""
+
+    def body(world: VirtualWorld) -> str:
+        exchange = Ddp(exchanges.Ddp(), NOMINAL)
+        exchange.world = world
+        share = [Nothing()] if world.rank == 1 else [Nothing(inputs=torch.ones(1), tokens=1)] * 3
+        with pytest.raises(UserError) as error:
+            exchange._most(share)
+        return str(error.value)
+
+    assert all("a batch has nothing for rank 1" in said for said in virtual.run(3, body))
 
 
 def test_settings_without_a_wire_are_an_error() -> None:

@@ -23,6 +23,7 @@ EXACT = {
     "sharded": ["exchange=sharded"],
     "horovod": ["exchange=horovod", "exchange.bucket_mb=null"],
 }
+EACH = ["exchange=ddp", "exchange.sync=micro_batch", "micro_batch=7"]  # 2, 1 and 1 micro-batches on three ranks
 CAST = {  # by the references' own libraries
     "horovod-fp16": [*EXACT["horovod"], "wire=fp16"],
     "ddp-fp16": ["exchange=ddp", "wire=fp16"],
@@ -82,6 +83,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs([spec(f"{name}-{n}", words) for name, words in here.items()], n, tmp)
         over_torch = {
             "ddp": ["exchange=ddp"],
+            "ddp-each": EACH,
             **{name: words for name, words in CAST.items() if name.startswith("ddp")},
             "torch-sharded": EXACT["sharded"],
             "torch-acco-int8": OTHERS["acco-int8"],
@@ -99,7 +101,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp / "runs"
 
 
-@pytest.mark.parametrize("name", ["allreduce", "sharded", "horovod", "ddp", "torch-sharded"])
+@pytest.mark.parametrize("name", ["allreduce", "sharded", "horovod", "ddp", "ddp-each", "torch-sharded"])
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_exact_ones_equal_one_process(name: str, n: int, tmp: Path) -> None:
     close(tmp / f"{name}-{n}", tmp / "alone", 1e-9)
@@ -136,7 +138,7 @@ def test_they_are_different_exchanges(tmp: Path) -> None:
 
 
 def test_what_each_reports(tmp: Path) -> None:
-    for name in (*EXACT, *OTHERS, "ddp", "adasum"):
+    for name in (*EXACT, *OTHERS, "ddp", "ddp-each", "adasum"):
         run = tmp / f"{name}-2"
         commits, (end,) = records(run, "commit"), records(run, "end")
         assert [record["tokens"] for record in commits] == [BATCH * (k + 1) for k in range(STEPS)], name
@@ -172,6 +174,9 @@ def test_bytes_are_those_of_the_formulas(tmp: Path) -> None:
             assert sent(name, n) == pytest.approx(share * size, rel=0.1), (name, n)
         assert sent("sharded-fp16", n) == pytest.approx((0.5 + 0.25 * 0.5) * size, rel=0.15)
         assert sent("allreduce-bf16", n) == pytest.approx(0.25 * size, rel=0.15)
+        metas = sent("ddp", n) - size  # beside the gradients
+        assert 0 < metas < 0.1 * size
+        assert sent("ddp-each", n) - metas == pytest.approx(2 * size), "two micro-batches, so two sums"
 
 
 @pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.thorough), 3])

@@ -122,7 +122,9 @@ def test_a_run_plays_a_text_evaluates_slices_publishes_and_ends_with_it(
 ) -> None:
     (tmp_path / "text").mkdir()
     for number in range(60):
-        (tmp_path / "text" / f"{number:02}.txt").write_text(f"{number} the quick brown fox jumps over the lazy dog " * 4)
+        (tmp_path / "text" / f"{number:02}.txt").write_text(
+            f"{number} the quick brown fox jumps over the lazy dog " * 4
+        )
     more = [f"text.path={tmp_path / 'text'}", "text.rate=0", "budget_tokens=100000", "publish_every=1920"]
     assert main(words(tmp_path, *more)) == 75  # the stream has ended before the budget
     records = list(runs.records(tmp_path / "a"))

@@ -116,7 +116,7 @@ FROZEN = ([32, 60, 40], [[1, 2], [0, 2], [0, 1], [1, 2]], [8, 6, 9, 3, 7, 10])
 
 
 def test_one_document_is_no_federation() -> None:
-    with pytest.raises(UserError, match=r"one of the 3 clients gets all of the text.*raise exchange.alpha"):
+    with pytest.raises(UserError, match=r"one of the 3 clients gets all of the data.*raise exchange.alpha"):
         dealt(text([100]), END, 3, None, 0)
     with pytest.raises(UserError, match="one of the 2 clients"):
         dealt(text([30, 30]), None, 2, None, 0)

@@ -185,6 +185,26 @@ def test_a_target_inside_a_warm_up_gives_way_to_a_later_one(tmp_path: Path) -> N
     assert any(cell.startswith("in warm-up: ") for cell in result(given).rows[1])
 
 
+def test_a_warm_up_that_is_left_open_is_20_batches(tmp_path: Path) -> None:
+    """Of 10 tokens, in these records."""
+    assert History("", "", settings={"exchange.warmup_tokens": "null", "batch_tokens": "10"}).warmup_tokens == 200
+    assert History("", "", settings={"exchange.warmup_tokens": "90", "batch_tokens": "10"}).warmup_tokens == 90
+    assert History("", "", settings={"batch_tokens": "10"}).warmup_tokens == 0
+
+
+def test_how_long_equal_tokens_took(tmp_path: Path) -> None:
+    """What is read off for those that trained further lies on the line between their evaluations."""
+    race(tmp_path / "a", {"allreduce": (1.0, 2.0, 3.0)}, losses=(8.0, 6.0, 5.0))
+    race(tmp_path / "b", {"acco": (0.5, 0.5, 0.5)}, losses=(8.0, 5.0), every=200)
+    f = figures(tmp_path, 5.5)
+    assert f.equal_tokens == 300
+    took = {line.label: line.equal_seconds for line in f.lines}
+    assert took["allreduce"] and took["allreduce"].mean == pytest.approx(60) and took["allreduce"].low is not None
+    assert took["acco"] and took["acco"].mean == pytest.approx(7.5)
+    table = result(f)
+    assert table.rows[0][table.head.index("s to 300 tokens")] == "7.500 ± 0"
+
+
 def test_a_target_that_the_runs_name(tmp_path: Path) -> None:
     f = figures(race(tmp_path, target_loss=5.25))
     assert f.target == 5.25 and f.target_from == "the target that the runs name"

@@ -296,6 +296,8 @@ def test_runs_are_compared_by_any_result_of_their_evaluations(tmp_path: Path) ->
         assert isinstance(found, History) and {p.loss for p in found.evals} == {value} and found.unit == "images"
     assert isinstance(read(folder, Metric("auc")), Skipped | History)
     assert Metric("accuracy").target(0.9) == pytest.approx(0.1) and Metric().target(None) is None
+    assert Metric("accuracy").given(0.1) == "the target given, accuracy 0.9" and Metric().given(2) == "the target given"
+    assert Metric("auc").words == "validation 1 - auc" and Metric("auc").short == "1 - auc"
     assert Metric().each("images") == " nats an image" and Metric("auc").each("clicks") == ""
     for metric, wrong in (("accuracy", 1.0), ("accuracy", -1.0), ("loss", 0.0), ("loss", float("inf"))):
         with pytest.raises(UserError, match="--target"):

@@ -22,8 +22,8 @@ from hvdllm.settings import Config
 from hvdllm.task import causal_lm
 from hvdllm.task.base import Prepared
 from hvdllm.task.stream import Stream
-from hvdllm.text.chat import Around, Ours, Theirs
-from hvdllm.text.conversations import BEGINS, COUNTS, Conversations
+from hvdllm.text.chat import BEGINS, COUNTS, Around, Ours, Theirs
+from hvdllm.text.conversations import Conversations
 from hvdllm.text.tokenize import BYTES, Tokenizer
 from hvdllm.trainer.agree import check_data
 from hvdllm.world.detect import Place

@@ -69,3 +69,10 @@ def test_any_number_of_ranks_learns_the_same(tmp_path: Path, text: Path, task: s
         records = trained(tmp_path / str(size), text, task, f"world.size={size}")
         losses.append([record["loss"] for record in records if record["kind"] in ("commit", "eval")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_a_finished_run_says_what_it_counts(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        trained(tmp_path, text, "images", "world=single", "eval_every=0", "budget_tokens=24")
+    said = capsys.readouterr()
+    assert "has finished: 24 images of 24" in said.out + said.err

@@ -89,7 +89,7 @@ def test_the_prompt_is_guessed_token_by_token(tmp_path: Path) -> None:
     from typing import Any
 
     words: Any = SimpleNamespace(
-        encode=lambda texts: [np.array([1, 2, 3])], decode=lambda ids: " ".join(str(i) for i in ids)
+        mask=None, encode=lambda texts: [np.array([1, 2, 3])], decode=lambda ids: " ".join(str(i) for i in ids)
     )
     one = MaskedLM(compose(list(TINY)), VOCAB, words)
     said = one.sample(one.build(), 0)

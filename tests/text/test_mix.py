@@ -166,7 +166,7 @@ def test_a_folder_goes_on_with_the_sources_that_were_prepared_here(
         (["text.sources=[a]"], "is no dict"),
         (["text.sources={a b: x}"], "the name 'a b' is none"),
         (["text.sources={a: nowhere}"], "text.sources.a: text.path: there is no file or folder nowhere"),
-        (["text.sources={a: {text: mix}}"], "text.sources.a.text=mix: choose one of stdlib, files, tokens"),
+        (["text.sources={a: {text: mix}}"], "text.sources.a.text=mix: choose one of stdlib, files, packed"),
         (["text.sources={a: {path: x, vocab: 300}}"], "text.sources.a.vocab: all sources share it, give text.vocab"),
         (["text.sources={a: {path: x, colum: y}}"], "there is no setting text.sources.a.colum, did you mean column"),
         (["text.sources={a: {path: x, validation_share: 2}}"], "text.sources.a.validation_share=2.0 must lie between"),
@@ -201,3 +201,16 @@ def test_a_later_word_replaces_the_sources() -> None:
     config = compose(["text=mix", "text.sources={a: x}", "text.sources={b: {path: y}}", "text.mix={a: 1, b: 2}"])
     assert config.text.sources == {"b": {"path": "y"}}
     assert compose(["text=mix", "text.mix={a: 1}", "text.mix={b: 2}"]).text.mix == {"b": 2}
+
+
+def test_packed_documents_are_a_source_too(texts: Path) -> None:
+    both = "code: {at}/code, prose: {{text: packed, path: {at}/prose}}"
+    records = trained(texts, both, "text.mix={code: 1, prose: 1}", "model.documents=true", "precision=fp64")
+    three = trained(
+        texts, both, "text.mix={code: 1, prose: 1}", "model.documents=true", "precision=fp64", "world=virtual",
+        "world.size=3", name="b",
+    )  # fmt: skip
+    assert [r["loss"] for r in three if r["kind"] == "eval"] == pytest.approx(
+        [r["loss"] for r in records if r["kind"] == "eval"], rel=1e-9
+    )
+    assert records[-1]["loss/prose"] != records[-1]["loss/code"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hvdllm.cli.prepare import run
@@ -22,6 +23,19 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "preparing" in err
     assert run(words) == 0
     assert "preparing" not in capsys.readouterr().err
+
+
+def test_of_tokens_it_looks_at_the_files_and_compares_both_sides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = np.arange(300, dtype=np.uint16) % 256
+    np.save(tmp_path / "a.npy", np.concatenate([document, [256], document[::-1], [256], document]).astype(np.uint16))
+    words = ["text=tokens", f"text.path={tmp_path}", "text.tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
+    assert run([*words, "text.validation_share=0.4"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens, 602 in 1 file for training, vocabulary 257" in out
+    assert "1 documents of the training text are held out too" in out
+    assert list((tmp_path / "data" / "tokens").iterdir())
 
 
 def test_a_wrong_setting_is_a_sentence(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_the_standard_library_is_prepared_once(tmp_path: Path, monkeypatch: pyte
     corpus = prepare(Stdlib(tokenizer="bytes"), tmp_path, say=SILENT)
     assert 5e6 < corpus.train_bytes < 3e7
     assert 0.02 < corpus.validation_shard.bytes / corpus.train_bytes < 0.1
-    monkeypatch.setattr(shards, "documents", None)
+    monkeypatch.setattr(shards, "read", None)
     assert prepare(Stdlib(tokenizer="bytes"), tmp_path, say=SILENT).data_hash == corpus.data_hash, (
         "and only opened again"
     )
@@ -181,8 +182,8 @@ def test_texts_without_training_tokens(books: Path, tmp_path: Path) -> None:
 def test_a_text_that_changes_while_it_is_read(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = shards._build
 
-    def edited(text: Text, part: Path, mode: int, apart: frozenset[int]) -> None:
-        build(text, part, mode, apart)
+    def edited(text: Text, part: Path, mode: int, say: Callable[[str], None], apart: frozenset[int]) -> None:
+        build(text, part, mode, say, apart)
         (books / "00.txt").write_text("edited meanwhile")
 
     monkeypatch.setattr(shards, "_build", edited)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from hvdllm.task import causal_lm
 from hvdllm.task.base import Prepared
 from hvdllm.task.joined import Joined
 from hvdllm.text import tokens
+from hvdllm.text.tokenize import BYTES, Tokenizer
 from hvdllm.text.windows import Windows
 from hvdllm.world.detect import Place
 
@@ -30,9 +33,13 @@ def llm_c(path: Path, ids: np.ndarray, magic: int = 20240520) -> Path:
     return path
 
 
-def megatron(path: Path, ids: np.ndarray, kind: int = 4) -> Path:
+def megatron(path: Path, ids: np.ndarray, kind: int = 4, entries: Sequence[int] = ()) -> Path:
     path.write_bytes(ids.astype(tokens.MEGATRON_TYPES[kind]).tobytes())
-    path.with_suffix(".idx").write_bytes(tokens.MEGATRON + (1).to_bytes(8, "little") + bytes([kind]) + bytes(16))
+    size = path.stat().st_size // max(len(ids), 1)
+    head = tokens.MEGATRON + (1).to_bytes(8, "little") + bytes([kind]) + np.array([len(entries), 1], "<i8").tobytes()
+    pointers = np.cumsum([0, *entries])[: len(entries)] * size
+    index = head + np.array(entries, "<i4").tobytes() + pointers.astype("<i8").tobytes() + bytes(8)
+    path.with_suffix(".idx").write_bytes(index)
     return path
 
 
@@ -48,7 +55,7 @@ def words(tmp_path: Path, *paths: Path, **more: str) -> list[str]:
 
 
 def prepared(tmp_path: Path, *paths: Path, **more: str) -> Prepared:
-    config = compose([*words(tmp_path, *paths, **more), "batch_tokens=32"])
+    config = compose(words(tmp_path, *paths, **{"batch_tokens": "32", **more}))
     check(config, Place())
     return causal_lm.prepare(config, say=lambda text: None, whole=True, wanted=None)
 
@@ -98,9 +105,150 @@ def test_the_hash_is_of_the_content_and_kept_where_the_file_stays(
 
 
 def test_a_validation_file_is_held_out_whole(tmp_path: Path) -> None:
-    a, v = numpy(tmp_path / "a.npy", IDS), numpy(tmp_path / "v.npy", IDS[:200])
+    a, v = numpy(tmp_path / "a.npy", IDS), numpy(tmp_path / "v.npy", IDS[::-1][:200])
     data = prepared(tmp_path, a, v, text__validation=str(v))
     assert len(data.train) == 999 // 16 and len(data.validation) == 199 // 16
+
+
+# ------------------------------------------------------------------ documents of both sides
+def written(*documents: Sequence[int]) -> np.ndarray:
+    """Documents, with an end token after each."""
+    return np.concatenate([[*document, 256] for document in documents])
+
+
+def own(count: int, length: int = 40, seed: int = 1) -> list[list[int]]:
+    return np.random.RandomState(seed).randint(256, size=(count, length)).tolist()  # type: ignore[no-any-return]
+
+
+def windows(data: Prepared) -> list[list[int]]:
+    """Each training window, with its last target."""
+    inputs, targets, units = data.train.take(np.arange(len(data.train)), None)
+    assert (units == 16).all() and len(units) == len(data.train)
+    return [[*row.tolist(), int(last)] for row, last in zip(inputs, targets[:, -1], strict=True)]
+
+
+def threes(ids: list[int]) -> set[tuple[int, ...]]:
+    return {tuple(ids[k : k + 3]) for k in range(len(ids) - 2)}
+
+
+def holds(first: int, document: list[int], at: int) -> bool:
+    """Whether the window that begins at `first` holds a token of a document that begins at `at`."""
+    return first < at + len(document) and first + 17 > at
+
+
+@pytest.mark.parametrize(("kind", "block"), [("numpy", 2**24), ("llm_c", 100), ("megatron", 2**24)])
+def test_a_document_of_both_sides_is_in_no_training_window(
+    tmp_path: Path, kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "BLOCK", block)
+    documents = own(20)
+    ids, held = written(*documents[:6], documents[18], *documents[6:16]), written(*documents[16:])
+    v = numpy(tmp_path / "v.npy", held, "int64")
+    if kind == "numpy":
+        a = numpy(tmp_path / "a.npy", ids)
+    else:
+        a = (llm_c if kind == "llm_c" else megatron)(tmp_path / "a.bin", ids)
+    data = prepared(tmp_path, a, text__validation=str(v))
+    alone = [ids[k : k + 17].tolist() for k in range(0, len(ids) - 16, 16)]
+    places = [16 * k for k in range(len(alone)) if not holds(16 * k, documents[18], 6 * 41)]
+    assert windows(data) == [alone[place // 16] for place in places] and len(alone) - len(places) == 3
+    assert all(not threes(each) & threes(documents[18]) for each in windows(data))
+    assert "1 documents of the training text are held out too, so the 3 of its 43 windows" in data.notes[0]
+    assert data.train.documents().tolist() == np.searchsorted(np.flatnonzero(ids == 256), places).tolist()
+
+
+def test_entries_of_an_index_are_documents(tmp_path: Path) -> None:
+    documents = own(8)
+    ids = np.concatenate(documents[:6])
+    a = megatron(tmp_path / "a.bin", ids, entries=[40] * 6)
+    v = megatron(tmp_path / "v.bin", np.concatenate([documents[2], documents[7]]), 8, entries=[40, 40])
+    data = prepared(tmp_path, a, text__validation=str(v))
+    alone = [ids[k : k + 17].tolist() for k in range(0, len(ids) - 16, 16)]
+    assert windows(data) == [each for k, each in enumerate(alone) if not holds(16 * k, documents[2], 80)]
+    index = a.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"a\.idx promises 6 entries and ends before"):
+        prepared(tmp_path, a, text__validation=str(v))
+
+
+@pytest.mark.parametrize("block", [7, 64, 2**24])
+def test_documents_are_found_wherever_blocks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    draw = np.random.RandomState(0)
+    ids = np.where(draw.rand(300) < 0.2, 256, draw.randint(256, size=300))
+    path = numpy(tmp_path / "a.npy", ids)
+    monkeypatch.setattr(tokens, "BLOCK", block)
+    found = [tuple(span) for spans in tokens._Part(path, ids, 270).documents(False, 256) for span in spans.tolist()]
+    text = "".join("|" if each == 256 else "x" for each in ids[:270])
+    expected, at = [], 0
+    for document in text.split("|"):
+        expected += [(at, at + len(document))] * bool(document)
+        at += len(document) + 1
+    assert found == expected
+    held = [tuple(span) for spans in tokens._Part(path, ids, 270).documents(True, 256) for span in spans.tolist()]
+    assert held[0][0] in (0, 1) and sum(b - a for a, b in held) == (ids[270:] != 256).sum()
+
+
+def test_held_out_begins_at_the_border_of_a_document(tmp_path: Path) -> None:
+    ids = written(*own(50))  # documents of 41 tokens, of which the last 184 would be held out
+    data = prepared(tmp_path, numpy(tmp_path / "a.npy", ids), text__validation_share="0.09")
+    held, _, _ = data.validation.take(np.arange(1), None)
+    assert held[0].tolist() == ids[46 * 41 : 46 * 41 + 16].tolist(), "1,866 is in the middle of a document"
+    far = numpy(tmp_path / "b.npy", IDS % 256)
+    assert len(prepared(tmp_path, far, text__validation_share="0.1").train) == 899 // 16, "there is none"
+
+
+def old_hash(path: Path, ids: np.ndarray, share: float) -> str:
+    """As it was before documents were compared."""
+    sha = hashlib.sha256(b"uint16" + ids.astype(np.uint16).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"tokens {share} 0 {sha}".encode()).hexdigest()
+    return hashlib.sha256(f"{digest} {Tokenizer(BYTES).hash}".encode()).hexdigest()
+
+
+def test_runs_that_were_begun_before_go_on_with_what_they_had(tmp_path: Path) -> None:
+    documents = own(20)
+    ids = written(*documents, documents[3])
+    a = numpy(tmp_path / "a.npy", ids)
+    new = prepared(tmp_path, a)
+    old = old_hash(a, ids, 0.05)
+    config = compose([*words(tmp_path, a), "batch_tokens=32"])
+    before = causal_lm.prepare(config, say=lambda text: None, whole=True, wanted=old)
+    assert before.data_hash == old != new.data_hash and not before.notes
+    assert len(before.train) == (round(0.95 * len(ids)) - 1) // 16 > len(new.train)
+    again = causal_lm.prepare(config, say=lambda text: None, whole=True, wanted=new.data_hash)
+    assert again.data_hash == new.data_hash and windows(again) == windows(new)
+    plain = numpy(tmp_path / "b.npy", IDS % 256)
+    assert prepared(tmp_path, plain).data_hash == old_hash(plain, IDS % 256, 0.05), "nothing is left out, or moved"
+
+
+def test_what_was_compared_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = own(30, 70)
+    ids = written(*documents, documents[3])
+    a = numpy(tmp_path / "a.npy", ids)
+    first = prepared(tmp_path, a, eval_every="1000")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_hashed", lambda *_: pytest.fail("compared again"))
+        again = prepared(tmp_path, a, eval_every="1000")
+    assert (again.data_hash, again.notes, again.record) == (first.data_hash, first.notes, first.record)
+    for kept in (tmp_path / "data" / "tokens").iterdir():
+        kept.write_bytes(b"\xff" * 48)
+    assert prepared(tmp_path, a, eval_every="1000").notes == first.notes, "what is damaged is found out again"
+
+
+def test_repeated_windows_are_told_without_the_documents_that_were_left_out(tmp_path: Path) -> None:
+    documents = own(30, 120)
+    shared = [*documents[0][:100], *documents[29]]  # another document with a long passage of the first
+    ids = written(*documents, documents[5])
+    a, v = (
+        numpy(tmp_path / "a.npy", ids),
+        numpy(tmp_path / "v.npy", written(documents[5], shared, *own(3, 120, seed=2))),
+    )
+    data = prepared(tmp_path, a, text__validation=str(v), model__context="64", eval_tokens="0", batch_tokens="64")
+    held = np.load(v)
+    share = data.record["validation_repeated"]
+    lots = {tuple(ids[k : k + 50]) for k in range(len(ids) - 49) if k + 50 <= 5 * 121 or 6 * 121 <= k <= 30 * 121 - 50}
+    hits = [any(tuple(held[k + j : k + j + 50]) in lots for j in range(16)) for k in range(0, len(held) - 64, 64)]
+    assert share == sum(hits) / len(hits) > 0
+    assert len(hits) == len(data.validation)
 
 
 def test_what_is_no_file_of_tokens_is_one_sentence(tmp_path: Path) -> None:

@@ -62,14 +62,14 @@ def test_ranks_of_any_number_train_the_same_federation_and_take_over_from_each_o
 def test_clients_without_text_are_said(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(desk, "few", 2, "exchange.sampled=null", f"budget_tokens={ROUND}", "save_every=0", text="short") == 0
     said = capsys.readouterr()
-    assert "3 of 5 clients have no window of text and are never drawn" in said.out + said.err
+    assert "3 of 5 clients have no sequences and are never drawn" in said.out + said.err
 
 
 @pytest.mark.parametrize(
     ("text", "words", "says"),
     [
-        ("short", (), "exchange.sampled=3: only 2 of the 5 clients have a window of text; give exchange.sampled=2"),
-        ("one", ("exchange.sampled=2",), "one of the 5 clients gets all of the text"),
+        ("short", (), "exchange.sampled=3: only 2 of the 5 clients have any sequences; give exchange.sampled=2"),
+        ("one", ("exchange.sampled=2",), "one of the 5 clients gets all of the data"),
     ],
 )
 def test_too_few_with_text_are_refused_before_the_start(

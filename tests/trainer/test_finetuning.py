@@ -110,7 +110,7 @@ def test_the_settings_stand_in_the_run(begun: Path) -> None:
         True,
     )
     (first,) = records(begun / "runs" / "run", "run")
-    assert first["trunk"] == {"path": f"{begun}/theirs", "tokens": None, "steps": 0}
+    assert first["trunk"] == {"path": f"{begun}/theirs", "tokens": None, "steps": 0, "note": "", "adapters": ""}
     assert first["parameters"] == sum(p.numel() for p in load(begun / "away").parameters())
     assert (begun / "runs" / "run" / "tokenizer.json").read_bytes() == (begun / "away" / "tokenizer.json").read_bytes()
 
@@ -257,6 +257,8 @@ BAD: list[tuple[str, str, Change | None, list[str], str]] = [
     ("inverse", "gpt2", config(scale_attn_by_inverse_layer_idx=True), [], "scale_attn_by_inverse_layer_idx=true"),
     ("window", "mistral", config(sliding_window=16), ["model.context=32"], "more than the 16 tokens"),
     ("window qwen", "qwen2", config(sliding_window=16, use_sliding_window=True), ["model.context=32"], "the 16 tokens"),
+    ("usual window", "mistral", config(sliding_window="gone", max_position_embeddings=9000),
+     ["model.context=4097", "batch_tokens=4097"], "more than the 4096 tokens"),
     ("heads", "llama", config(num_key_value_heads=3), [], "model.kv_heads=3 is no divisor"),
     # the tokenizer
     ("tokenizer gone", "llama", lambda f: (f / "tokenizer.json").unlink(), [], "has no tokenizer.json"),
@@ -345,6 +347,12 @@ def test_adapters_on_a_folder_of_transformers_are_exported_merged_and_alone(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and set(config["target_modules"]) == {"self_attn.q_proj", "self_attn.v_proj"}
     capfd.readouterr()
+    (tmp_path / "file").touch()
+    assert main(["export", str(run), f"{tmp_path}/file/adapter", "--adapter"]) == 1
+    assert "choose another folder, and export again" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), f"{tmp_path}/new", "--adapter", "--positions", "64"])
+    assert "leave it out" in capfd.readouterr().err
     assert main(["export", str(run), f"{tmp_path}/adapter", "--adapter"]) == 2
     assert main(["export", f"{tmp_path}/runs/first", f"{tmp_path}/none", "--adapter"]) == 2
     said = capfd.readouterr().err

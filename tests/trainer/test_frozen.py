@@ -121,7 +121,9 @@ def test_damage_ends_in_one_sentence(
 
 def test_what_cannot_begin_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, more, said in (
-        ("x1", [f"init_from={place}/runs/lora"], "that run trained adapters"),
+        ("x1", [f"init_from={place}/runs/lora", "init_optimizer=true"], "its optimizer is that of its adapters"),
+        ("x5", [f"init_from={place}/runs/lora", "model.width=16"], "does not fit this model"),
+        ("x6", [f"init_from={place}/runs/lora", "model.width=16", *LORA], "does not fit this model"),
         ("x2", [*LORA, f"init_from={place}/runs/base", "init_optimizer=true"], "knows nothing of adapters"),
         ("x3", ["model.lora_rank=2", "model.lora_targets=[owl]"], "names 'owl', which this model has not"),
         ("x4", [*LORA, f"init_from={place}/runs/base", "model.width=16"], "does not fit this model"),
@@ -133,3 +135,69 @@ def test_what_cannot_begin_is_refused(place: Path, capsys: pytest.CaptureFixture
 def test_without_a_trunk_the_drawn_weights_are_kept(tmp_path: Path) -> None:
     assert main(["train", *words(tmp_path, "a", *LORA)]) == 0
     assert main(["sample", str(tmp_path / "runs" / "a"), "x", "--tokens", "2"]) == 0
+
+
+OTHER = ["model.lora_rank=3", "model.lora_targets=[out,qkv]"]
+GO_ON = "its adapters go on, over the same frozen weights"
+ARE_MERGED = "its adapters are merged into them"
+
+
+@pytest.mark.parametrize("source", ["", "/checkpoints/2", "/final"])
+@pytest.mark.parametrize(
+    ("lora", "note"),
+    [
+        (["model.lora_rank=2", "model.lora_targets=[down,qkv]"], GO_ON),
+        ([], ARE_MERGED),
+        (OTHER, f"{ARE_MERGED}, and new ones begin"),
+        ([*LORA, "model.lora_alpha=8"], f"{ARE_MERGED}, and new ones begin"),
+    ],
+    ids=["the same", "none", "others", "another scale"],
+)
+def test_a_run_with_adapters_is_another_ones_beginning(
+    lora: list[str], note: str, source: str, place: Path, request: pytest.FixtureRequest
+) -> None:
+    """At rate 0 the logits are those of the finished run, or of the checkpoint that was named."""
+    name = "".join(char for char in request.node.name if char.isalnum())
+    first, ids = place / "runs" / "lora", torch.arange(20)[None]
+    more = [f"init_from={first}{source}", "optim.lr=0", "optim=sgd", "world=virtual", "world.size=2"]
+    assert main(["train", *words(place, name, *lora, *more, f"budget_tokens={BATCH}")]) == 0
+    run = place / "runs" / name
+    step = 2 if source == "/checkpoints/2" else None
+    want, got = (restore(folder, at, print).model(ids) for folder, at in ((first, step), (run, None)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    base = restore(place / "runs" / "base", None, print).model(ids)
+    assert (want - base).abs().max() > 1e-3, "the adapters have learnt something"
+    (begun,) = records(run, "run")
+    assert begun["trunk"]["note"] == note
+    there = load_file(run / "frozen.safetensors") if lora else {}
+    same = bool(there) and all(torch.equal(x, there[key]) for key, x in load_file(first / "frozen.safetensors").items())
+    assert same == (note == GO_ON)
+
+
+def test_a_folder_that_does_not_say_which_adapters_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(place / "runs" / "lora", tmp_path / "copy"))
+    config = runs.read_config(run)
+    config.model.lora_rank = 0
+    runs.Folder(run).create(config, {name: str(runs.file_sum(run, name)) for name in ("tokenizer.json", runs.FROZEN)})
+    assert main(["train", *words(place, "y", *LORA, f"init_from={run}")]) == 2
+    assert "says model.lora_rank=0" in capsys.readouterr().err
+
+
+def test_adapters_that_go_on_take_their_optimizer_along(place: Path) -> None:
+    """Under beta1 = 1 (nearly) and rate 0 moments stay what they were."""
+    largest = []
+    for along in ("true", "false"):
+        more = [f"init_from={place}/runs/lora", f"init_optimizer={along}", "optim.lr=0", "optim.beta1=0.9999999"]
+        assert main(["train", *words(place, f"moments-{along}", *LORA, *more)]) == 0
+        (file,) = (place / "runs" / f"moments-{along}" / "checkpoints" / "4").glob("*.safetensors")
+        largest.append(max(float(x.abs().max()) for key, x in load_file(file).items() if key.startswith("m/")))
+    assert largest[0] > 100 * largest[1]
+
+
+def test_adapters_of_peft_are_merged_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+    assert main(["train", *words(tmp_path, "x", f"init_from={tmp_path}/peft")]) == 2
+    assert "merge_and_unload()" in capsys.readouterr().err
