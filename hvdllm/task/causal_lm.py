@@ -6,6 +6,7 @@ of whole documents, and units are their tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
