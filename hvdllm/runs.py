@@ -3,9 +3,12 @@
 runs/<name>/
   config.yaml         the resolved configuration; the last lines are sums of tokenizer.json and of the file itself
   metrics.jsonl       one JSON object for each record; the first key is `kind` (run, commit, eval, audit, sample, save,
-                      event or end), and the last is `sum`, by which changed and lost lines are noticed (sums.py)
+                      publish, event or end), and the last is `sum`, by which changed and lost lines are noticed
+                      (sums.py)
   checkpoints/<step>/ the checkpoints to go on from (checkpoint/write.py)
   final/              the weights to keep, once the budget is met, and their sum
+  published/TOKENS/   with publish_every, the newest weights to serve; the link published/latest leads there
+  log/                with text=stream, the tokens that have arrived (online/log.py)
   tokenizer.json      the tokenizer, so that a copied run can be sampled
   frozen.safetensors  with model.lora_rank, the weights that are not trained
   chat.json           with text=chat, what its template puts around a question

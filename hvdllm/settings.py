@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from hvdllm.errors import UserError
 
 Several = Any  # one text or a list of them, since OmegaConf has no unions
+Numbers = Several  # a list of whole numbers, or nothing
 Named = Any  # a dict of values by name, or nothing
 Chosen = Any  # the settings of the part that was chosen, since OmegaConf has no unions
 LARGEST = 1e15

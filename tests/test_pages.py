@@ -241,6 +241,9 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if rest[0] == "prepare":
             settings = flags.settings_only(rest[1:], "", compose.compose, groups=("text",))
             return check_settings(settings or [], place)
+        if rest[0] == "cooldown":
+            assert rest[1].startswith("runs/")
+            return check_settings(["text=stream", *rest[2:]], place)
         if rest[0] == "bench":
             return check_bench(bench.parsed(rest[1:]))
         whole = argparse.ArgumentParser.parse_args

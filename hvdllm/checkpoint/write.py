@@ -19,6 +19,7 @@ removed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -107,7 +108,7 @@ def write(
     return final if world.rank == 0 else None
 
 
-PUBLISHED = 2  # publications that are kept
+PUBLICATION = re.compile(r"(\d{15})(-\d+)?")  # the name of one: tokens, and a number where that name was taken
 
 
 def write_final(folder: Path, flat: Flat, vector: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None) -> Path:
@@ -129,26 +130,36 @@ def publish(
 ) -> Path:
     """Writes published/TOKENS/model.safetensors, and makes the link published/latest lead there.
 
-    The one before stays, since somebody may be reading it; older ones are deleted. The arguments, and what is raised,
-    are those of write_final.
+    The link leads to whole weights at any moment. The publication before stays, since somebody may be reading it, and
+    others are deleted. If a life that was killed has published at as many tokens, the new folder is TOKENS-1.
+
+    The arguments, and what is raised, are those of write_final.
     """
     outside = folder / "published"
+    latest, beside = outside / "latest", outside / ".latest"
     try:
         outside.mkdir(exist_ok=True)
+        before = os.readlink(latest) if latest.is_symlink() else None
+        names = (f"{tokens:015}" + f"-{number}" * (number > 0) for number in itertools.count())
+        free = next(name for name in names if not (outside / name).exists())
     except OSError as error:
-        raise RunError(f"cannot write {outside} ({error}): free some space and start again") from None
-    written = _weights(outside, f"{tokens:015}", flat, vector, tensors)
-    link = outside / ".latest"
+        raise RunError(_unpublished(outside, error)) from None
+    written = _weights(outside, free, flat, vector, tensors)
     try:
-        link.unlink(missing_ok=True)
-        link.symlink_to(written.name)
-        os.replace(link, outside / "latest")
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(written.name)
+        os.replace(beside, latest)
         sync_folder(outside)
-        for old in sorted(each for each in outside.iterdir() if re.fullmatch(r"\d{15}", each.name))[:-PUBLISHED]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in outside.iterdir():
+            if PUBLICATION.fullmatch(old.name.removeprefix(".")) and old.name not in (written.name, before):
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise RunError(f"cannot write {outside} ({error}): free some space and start again") from None
+        raise RunError(_unpublished(outside, error)) from None
     return written
+
+
+def _unpublished(outside: Path, error: OSError) -> str:
+    return f"cannot write {outside} ({error}): free some space and start again: the last checkpoint is whole"
 
 
 def _weights(

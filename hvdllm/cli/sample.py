@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ def run(argv: list[str]) -> int:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
+    from hvdllm.errors import UserError
     from hvdllm.task.causal_lm import continue_text
     from hvdllm.trainer.restore import Language, language, restore
 
@@ -59,18 +59,40 @@ def run(argv: list[str]) -> int:
         return 0
     if given.step is not None:
         parser.error("--follow shows publications, and --step names a checkpoint: give one of them")
-    for path in publications(given.run):
-        print(f"--- {int(path.name):,} tokens\n{written(language(restore(given.run, None, say, path)))}\n", flush=True)
-    return 0
+    if not (given.run / "config.yaml").exists():
+        raise UserError(f"{given.run} is not the folder of a run: it has no config.yaml")
+    try:
+        for path in publications(given.run):
+            try:
+                text = written(language(restore(given.run, None, say, path)))
+            except (OSError, UserError):
+                if latest(given.run) in (path, None):
+                    raise
+                continue  # a later publication has taken its place while it was read
+            print(f"--- {int(path.name.partition('-')[0]):,} tokens\n{text}\n", flush=True)
+    except KeyboardInterrupt:
+        return 0
+    raise UserError(f"{given.run} is gone: it was removed or moved")
+
+
+def latest(run: Path) -> Path | None:
+    """The newest publication of a run, or None if there is none."""
+    from hvdllm.checkpoint.write import PUBLICATION
+
+    with contextlib.suppress(OSError):
+        name = os.readlink(run / "published" / "latest")
+        if PUBLICATION.fullmatch(name):
+            return run / "published" / name
+    return None
 
 
 def publications(run: Path) -> Iterator[Path]:
     """The newest publication of a run, and each later one as it comes. Ends only if the run's folder is gone."""
-    latest, last = run / "published" / "latest", None
+    last = None
     while run.is_dir():
-        with contextlib.suppress(OSError):
-            name = os.readlink(latest)
-            if name != last and re.fullmatch(r"\d{15}", name):
-                last = name
-                yield latest.parent / name
-        time.sleep(LOOK_S)
+        if (found := latest(run)) not in (last, None):
+            last = found
+            assert found is not None
+            yield found
+        else:
+            time.sleep(LOOK_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,13 +119,17 @@ def cores_of_task(here: Place) -> int | None:
     return int(cores) if tasks and "SLURM_STEP_ID" in os.environ and cores.isdecimal() and int(cores) else None
 
 
-def train(config: Config, words: list[str], here: Place) -> int:
+def train(
+    config: Config, words: list[str], here: Place, late: Callable[[World], tuple[Config, list[str]]] | None = None
+) -> int:
     """Trains as this process's rank, or as all logical ranks.
 
     Args:
         config: the checked settings.
         words: of the command line, for the records.
         here: the place of this process among those that its launcher started.
+        late: makes settings and words anew once the ranks know each other, so that all have those of rank 0. It may
+          change nothing that the world depends on.
 
     Returns the exit code, 0 or STOPPED.
     """
@@ -135,9 +140,10 @@ def train(config: Config, words: list[str], here: Place) -> int:
     stopped: list[int] = []
 
     def live(world: World) -> None:
+        settled, said = (config, words) if late is None else late(world)
         launcher = list(signals.up_to_launcher()) if here.launcher in ("horovodrun", "mpirun") else []
         with make_show(world.rank, here.launcher == "none", launcher) as show:
-            tokens = life.run(config, words, here, world, show)
+            tokens = life.run(settled, said, here, world, show)
         if tokens is not None and world.rank == 0:
             tell_of_stop(tokens)
         if tokens is not None:

@@ -24,7 +24,7 @@ GROUPS = ("experiment", *registry.GROUPS)
 FUNCTION = re.compile(r"(choice|range|interval|glob|tag|shuffle|sort|int|float|str|bool|json_str)\(.*\)", re.S)
 NUMBER = re.compile(r"(?<![\w.+-])([0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE]\+?([0-9]+))?([kKmMbBgG]?)(?![\w.])")
 TIMES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9}  # powers of ten
-KINDS = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Several": "texts"}
+KINDS = {"int": "int", "int | None": "int", "str": "text", "str | None": "text?", "Several": "texts", "Numbers": "ints"}
 LONGEST = 30  # the most digits of a number that is written out; the bounds of settings are far below
 
 
@@ -69,6 +69,9 @@ def typed(word: str, sweep: bool = False) -> str:
         return f"{key}={_written_out(value) if kind == 'int' else value}"
     if kind == "int":
         return f"{key}={_written_out(value)}"
+    if kind == "ints":
+        inside = value[1:-1] if value[:1] + value[-1:] == "[]" else None
+        return word if inside is None else f"{key}=[{','.join(_written_out(part.strip()) for part in split(inside))}]"
     if key in GROUPS and sweep:
         return f"{key}={','.join(quoted(part) if '+' in part else part for part in split(value))}"
     if kind is None:
@@ -85,7 +88,7 @@ def plain(word: str) -> str:
 
 def is_text(word: str) -> bool:
     """Whether a word gives a setting whose values are text."""
-    return _kinds().get(key_of(word)) not in (None, "int")
+    return _kinds().get(key_of(word)) not in (None, "int", "ints")
 
 
 def split(value: str) -> list[str]:
@@ -154,7 +157,7 @@ def _kinds() -> dict[str, str]:
 
 @cache
 def _kinds_of(parts: int) -> dict[str, str]:
-    """The kind of each setting: int, text, text? (or null) or texts (or a list of them). Hydra reads all others itself.
+    """The kind of each setting: int, ints (a list), text, text? (or null) or texts (or a list). Hydra reads others.
 
     parts: how many parts are registered. It is a key of the cache, since plugins may add some.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdllm.registry import OptimizerFacts, part
-from hvdllm.settings import Settings, Setup, Several, setting
+from hvdllm.settings import Numbers, Settings, Setup, setting
 
 
 class OptimizerSettings(Settings):
@@ -110,6 +110,8 @@ class Cosine(Schedule):
 class Infinite(Schedule):
     """A rate without an end, for a stream: a warm-up, a fall to `hold`, and the same again where it is re-warmed."""
 
+    warmup: float = setting(0.0, "none here, because it is a share of a horizon: see warmup_tokens")
+    horizon: int | None = setting(None, "none here, because this schedule has no end")
     warmup_tokens: int = setting(50_000, "tokens over which the rate rises to the peak", least=1)
     settle_tokens: int = setting(200_000, "tokens over which it then falls to hold, along half a cosine", least=1)
     hold: float = setting(0.3, "share of the peak rate that is held", least=0, most=1)
@@ -119,11 +121,18 @@ class Infinite(Schedule):
         "places by hand",
         choices=("drift", "never"),
     )
-    rewarm_at: Several = setting(
+    rewarm_at: Numbers = setting(
         None, "tokens at which the rate is re-warmed, a list; may be added to a run that goes on"
     )
 
     def refusal(self, setup: Setup) -> str | None:
+        if self.warmup:
+            return (
+                f"schedule.warmup={self.warmup} is a share of a horizon, and schedule=infinite has none: give "
+                "schedule.warmup_tokens instead"
+            )
+        if self.horizon is not None:
+            return f"schedule.horizon={self.horizon} with schedule=infinite, which has no end: leave it out"
         if self.rewarm_at is not None and not (
             isinstance(self.rewarm_at, list)
             and all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in self.rewarm_at)

@@ -51,14 +51,19 @@ class Factor:
         return self._after(self.settings, tokens, self._way)
 
     def _infinite(self, settings: Infinite, tokens: int) -> float:
-        begun = max((at for at in (*self.rewarmed, *(settings.rewarm_at or ())) if at <= tokens), default=0)
-        since = tokens - begun
-        if begun and since < settings.warmup_tokens:  # from where the rate is held
-            return settings.hold + (1 - settings.hold) * since / settings.warmup_tokens
-        return infinite(settings, since, self._way)
+        begun, level = 0, 0.0
+        for at in sorted({*self.rewarmed, *(settings.rewarm_at or ())}):
+            if at > tokens:
+                break
+            level = _since(settings, at - begun, level)  # so that the rate is continuous where it is re-warmed
+            begun = at
+        return _since(settings, tokens - begun, level)
 
     def rewarm(self, tokens: int) -> bool:
-        """Re-warms the rate from here on, if the schedule does so where the stream has changed."""
+        """Re-warms the rate from here on, if the schedule does so where the stream has changed; says whether it does.
+
+        tokens: equal on all ranks, and not below those of any update that was made or estimated already.
+        """
         if not isinstance(self.settings, Infinite) or self.settings.rewarm != "drift":
             return False
         self.rewarmed.append(tokens)
@@ -91,11 +96,16 @@ def wsd(settings: WarmupStableDecay, tokens: int, way: Way) -> float:
 
 
 def infinite(settings: Infinite, tokens: int, way: Way) -> float:
-    """A linear rise over warmup_tokens, half a cosine down to `hold`, and then `hold` for ever (Singh et al., 2025).
+    """A linear rise to 1 over warmup_tokens, half a cosine to `hold`, and then `hold` for ever (Singh et al., 2025).
 
-    tokens: since the rate began to rise.
+    This is the curve of a run that is never re-warmed; Factor knows where it was.
     """
+    return _since(settings, tokens, 0.0)
+
+
+def _since(settings: Infinite, tokens: int, level: float) -> float:
+    """The factor so many tokens after it began to rise from `level`."""
     if tokens < settings.warmup_tokens:
-        return tokens / settings.warmup_tokens
+        return level + (1 - level) * tokens / settings.warmup_tokens
     progress = min(1.0, (tokens - settings.warmup_tokens) / settings.settle_tokens)
     return settings.hold + (1 - settings.hold) * (1 + math.cos(math.pi * progress)) / 2

@@ -74,7 +74,7 @@ class Acts:
         settle_first = met and self.run.parts.exchange.anchored
         evaluate, sample = (due(every) and not settle_first for every in (config.eval_every, config.sample_every))
         audit, save = due(config.audit_every), due(config.save_every) or commit.asks.save or stop
-        publish = due(config.publish_every)
+        publish = due(config.publish_every) and not settle_first
         if evaluate or sample or save or audit or publish:
             seconds = self.run.clock.seconds()
             with self.run.clock.act():
@@ -114,13 +114,16 @@ class Acts:
         self.settled = settled
         if self.finished:
             buffers.average(run.model, run.world, run.loss.computed)
-        if self.finished and run.parts.exchange.anchored and (config.eval_every or config.sample_every):
+        late = self.finished and run.parts.exchange.anchored
+        if late and (config.eval_every or config.sample_every or config.publish_every):
             seconds = run.clock.seconds()
             with run.clock.act():
                 if config.eval_every:
                     self.evaluate(seconds)
                 if config.sample_every:
                     self.sample(seconds)
+                if config.publish_every:
+                    self.publish(seconds)
         if self.finished and config.save_every:
             with run.parts.exchange.consensus(), run.parts.update.weights():
                 if run.folder is not None:
@@ -179,17 +182,20 @@ class Acts:
 
     def publish(self, seconds: float) -> None:
         """Writes the weights to keep for whoever serves them. Collective. Raises RunError if the disk refuses."""
-        run = self.run
-        with run.parts.exchange.consensus(), run.parts.update.weights():
+        run, tokens = self.run, self.tokens + self.settled.tokens
+        with run.parts.exchange.consensus() as of, run.parts.update.weights():
             if run.folder is not None:
                 run.folder.check()
                 beside = buffers.tensors(run.model, optimizer=False)
-                path = write.publish(run.folder.path, self.tokens, run.parts.flat, run.parts.flat.x, beside)
-                run.ledger.record("publish", self.tokens, seconds, {"path": str(path)})
+                path = write.publish(run.folder.path, tokens, run.parts.flat, run.parts.flat.x, beside)
+                older = {"weights_tokens": of} if of is not None and of != tokens else {}
+                run.ledger.record("publish", tokens, seconds, {"path": str(path), **older})
 
     def drifted(self, tokens: int) -> str:
         """Re-warms the learning rate where the stream has changed, if the schedule does so. Returns that in words."""
-        return "; the learning rate is re-warmed" if self.run.rate.rewarm(self.tokens) else ""
+        config = self.run.config
+        ahead = 2 * config.batch_tokens * config.exchange.batches_a_commit  # ACCO has estimated the next update already
+        return "; the learning rate is re-warmed" if self.run.rate.rewarm(tokens + ahead) else ""
 
     def save(self, seconds: float) -> None:
         """Writes a checkpoint. Collective. Raises RunError if a disk refuses, or if the folder was removed."""

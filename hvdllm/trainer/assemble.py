@@ -86,7 +86,7 @@ def build_wire(config: Config, world: World, flat: Flat) -> Wire:
 
 def milestones(config: Config) -> Milestones:
     """The marks that the settings ask for. Acts need all ranks at one mark, while nobody has to wait for logs."""
-    acts = (config.eval_every, config.sample_every, config.save_every, config.audit_every)
+    acts = (config.eval_every, config.sample_every, config.save_every, config.audit_every, config.publish_every)
     return Milestones(acts, (config.log_every,), config.budget_tokens)
 
 

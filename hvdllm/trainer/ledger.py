@@ -89,6 +89,7 @@ class Ledger:
         self.drift = Drift()
         self.drifted: Callable[[int], str] = lambda tokens: ""  # what is done where the stream has changed, in words
         self.held: Json | None = None  # a whole `commit` record that waits for its prequential loss
+        self.untested: float | None = None  # the prequential loss of the last record, until the drift test has seen it
         self.window = Window()
         self.straggler = Straggler()
         self.pending: Json | None = None  # a `commit` record that waits for its loss
@@ -135,7 +136,8 @@ class Ledger:
             standing: what the record says of data that arrives.
         """
         self.write_held()
-        if not extra:  # or the averages would differ from those of a run that never ended
+        if not extra:  # or the averages, and places of drift, would differ from those of a run that never ended
+            self._look_for_drift(commit.tokens)
             self.prequential.post()
         seconds = self.clock.seconds()
         self.pending = {"step": commit.step, "tokens": commit.tokens, "seconds": seconds, "lr": commit.lr}
@@ -204,11 +206,16 @@ class Ledger:
             head, values = self.held["head"], self.held["values"]
             self.held = None
             self.record("commit", head["tokens"], head["seconds"], {**values, **self.prequential.values()})
-            loss = self.prequential.last.nats
-            if loss is not None and not head["extra"] and self.drift.note(loss):
-                what = f"the stream has changed: the prequential loss is {loss:.4f}{self.drifted(head['tokens'])}"
-                self.show.say(what)
-                self.record("event", head["tokens"], head["seconds"], {"what": what, "drift": self.drift.found})
+            self.untested = None if head["extra"] else self.prequential.last.nats
+
+    def _look_for_drift(self, tokens: int) -> None:
+        """Tests the loss of the record before. All ranks know it, so they act on a drift at the same mark."""
+        loss, self.untested = self.untested, None
+        if loss is not None and self.drift.note(loss):
+            seconds = self.clock.seconds()
+            what = f"the stream has changed: the prequential loss is {loss:.4f}{self.drifted(tokens)}"
+            self.show.say(what)
+            self.record("event", tokens, seconds, {"what": what, "drift": self.drift.found})
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
@@ -216,7 +223,7 @@ class Ledger:
         self.write_held()  # a record is written before the checkpoint after it, or it would be written twice
         return {
             "prequential": self.prequential.state(),
-            "drift": self.drift.state(),
+            "drift": self.drift.state(), "untested": self.untested,
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
             "straggler": asdict(self.straggler), "ranks": self.world.size, "blocked_s": self.blocked_s,
@@ -226,7 +233,7 @@ class Ledger:
     def load(self, state: Json) -> None:
         """The inverse of `state`. Raises ValueError if the open record holds anything but numbers."""
         pending = state["pending"] or {}
-        if not all(isinstance(each, int | float) for each in pending.values()):
+        if not all(isinstance(each, int | float) for each in (*pending.values(), state.get("untested") or 0.0)):
             raise ValueError("what is due is not said in the form of this version")
         known = {each.name for each in fields(Window)}  # an older version's window had other fields
         self.window = Window(**{name: value for name, value in state["window"].items() if name in known})
@@ -235,7 +242,7 @@ class Ledger:
         if state.get("ranks") == self.world.size:  # otherwise ranks are numbered differently now
             self.straggler = Straggler(**state["straggler"])
         self.prequential.load(state.get("prequential", {}))
-        self.drift = Drift.of(state.get("drift", {}))
+        self.drift, self.untested = Drift.of(state.get("drift", {})), state.get("untested")
         # The state of an older version has neither of these.
         self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
 

@@ -7,6 +7,7 @@ waits for another there. All ranks then know the same numbers, and the earlier r
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 
@@ -67,7 +68,8 @@ class Prequential:
         """Counts a micro-batch. fresh: bytes that it brought for the first time, or 0."""
         if not fresh or not self.window:
             return
-        self._loss = loss.detach().double() if self._loss is None else self._loss.add_(loss.detach())
+        loss = loss.detach().double()  # which may be the caller's own, and is not changed
+        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
         self._open.tokens += tokens
         self._open.bytes += fresh
 
@@ -118,24 +120,26 @@ class Prequential:
             return {}
         self.land()
         loss = 0.0 if self._loss is None else float(self._loss.item())
-        vector = torch.tensor([loss, self._open.tokens, self._open.bytes], dtype=torch.float64)
-        left = self.world.sum(vector, "prequential.state").land().tolist()
+        own = json.dumps([loss, self._open.tokens, self._open.bytes])
+        left = [json.loads(text) for text in self.world.texts(own, "prequential.state")]
         return {"last": asdict(self.last), "recent": asdict(self.recent), "whole": asdict(self.whole), "open": left}
 
     def load(self, state: Json) -> None:
-        """The inverse of `state`. What was open counts on rank 0. Raises ValueError for values that are no numbers."""
+        """The inverse of `state`. With another number of ranks, what was open on all of them counts on rank 0.
+
+        Raises ValueError for values that are no numbers.
+        """
         if not state or not self.window:
             return
         self.last, self.recent, self.whole = (Sums(**state[name]) for name in ("last", "recent", "whole"))
-        loss, tokens, size = state["open"]
-        values = (
-            loss,
-            tokens,
-            size,
-            *(value for name in ("last", "recent", "whole") for value in state[name].values()),
-        )
-        if not all(isinstance(value, int | float) for value in values):
+        ranks = state["open"]
+        numbers = [each for own in ranks for each in own]
+        numbers += [value for name in ("last", "recent", "whole") for value in state[name].values()]
+        if not all(isinstance(value, int | float) for value in numbers):
             raise ValueError("the prequential loss is not said in the form of this version")
-        if self.world.rank == 0:
-            self._open = Sums(0.0, tokens, size)
-            self._loss = torch.tensor(loss, dtype=torch.float64)
+        if len(ranks) != self.world.size:
+            nothing = [0.0, 0.0, 0.0]
+            ranks = [[sum(values) for values in zip(*ranks, strict=True)], *[nothing] * (self.world.size - 1)]
+        loss, tokens, size = ranks[self.world.rank]
+        self._open = Sums(0.0, tokens, size)
+        self._loss = torch.tensor(loss, dtype=torch.float64)

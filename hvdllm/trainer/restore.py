@@ -89,7 +89,10 @@ def restore(folder: Path, step: int | None, say: runs.Say, published: Path | Non
     task = kind.restore(config, folder)
     source = None
     if published is not None:
-        untrusted.within(published, folder)
+        try:
+            untrusted.within(published, folder)
+        except (OSError, untrusted.Unfit) as error:
+            raise UserError(f"{published} cannot be read ({error}): copy the run's folder again") from None
     elif step is None:
         source = read.newest(folder, say)
     else:

@@ -196,7 +196,7 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
 
 def _refuse_links(folder: Path) -> None:
     """Raises UserError if one of the folders in which a run writes and deletes is a link to a place outside the run."""
-    for name in ("checkpoints", "final", "tensorboard", "wandb"):
+    for name in ("checkpoints", "final", "published", "log", "tensorboard", "wandb"):
         try:
             if (folder / name).is_symlink():
                 untrusted.within(folder / name, folder)

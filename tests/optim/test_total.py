@@ -8,7 +8,7 @@ import torch
 
 from hvdllm import registry
 from hvdllm.flat import Span
-from hvdllm.optim.parts import SGD, AdamW, Constant, Cosine, WarmupStableDecay
+from hvdllm.optim.parts import SGD, AdamW, Constant, Cosine, Infinite, WarmupStableDecay
 from hvdllm.optim.schedule import factor
 from hvdllm.optim.update import Update
 
@@ -70,8 +70,14 @@ def test_no_norm_is_clipped_to_its_bound_from_below() -> None:
 
 
 # ------------------------------------------------------------------ the rate
-@pytest.mark.parametrize("settings", [kind(warmup=0.25) for kind in registry.kinds("schedule").values()])
-def test_every_schedule_rises_linearly_and_is_pure(settings: Constant | Cosine | WarmupStableDecay) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Infinite(warmup_tokens=250, settle_tokens=500) if kind is Infinite else kind(warmup=0.25)
+        for kind in registry.kinds("schedule").values()
+    ],
+)
+def test_every_schedule_rises_linearly_and_is_pure(settings: Constant | Cosine | Infinite | WarmupStableDecay) -> None:
     rate = factor(settings, 1000)
     assert [rate(t) for t in (0, 1, 125, 250)] == pytest.approx([0.0, 0.004, 0.5, 1.0])
     assert [rate(t) for t in (900, 10, 900)] == [rate(900), rate(10), factor(settings, 1000)(900)]

@@ -20,6 +20,7 @@ from hvdllm.exchange.parts import DiLoCo
 from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT, init_weights
 from hvdllm.models.parts import Model
+from hvdllm.optim.schedule import factor
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.trainer import acts
 from hvdllm.trainer import clock as clocks
@@ -59,12 +60,12 @@ class Rig:
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
-        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict)
+        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict, saved=lambda: None)
         self.world = world or SingleWorld()
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
             config=config, world=self.world, parts=parts, stream=stream, clock=clock, ledger=self.ledger,
-            folder=self.folder, show=show, origin=SimpleNamespace(horizon=7),
+            folder=self.folder, show=show, origin=SimpleNamespace(horizon=7), rate=factor(config.schedule, 7),
             data=SimpleNamespace(data_hash="0", task=self), model=self,
             loss=SimpleNamespace(computed=True), device=torch.device("cpu"),
         )  # fmt: skip
