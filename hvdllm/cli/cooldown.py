@@ -80,8 +80,7 @@ def branched(folder: Path, theirs: Config, given: list[str]) -> list[str]:
     from hvdllm.config import compose
     from hvdllm.config.words import expand, key_of, last, of
     from hvdllm.online.log import Log
-    from hvdllm.online.opened import FOLDER
-    from hvdllm.online.rounds import Layout
+    from hvdllm.online.opened import FOLDER, layout_of
     from hvdllm.optim.schedule import factor
     from hvdllm.registry import name_of
     from hvdllm.text.parts import Stream
@@ -119,9 +118,9 @@ def branched(folder: Path, theirs: Config, given: list[str]) -> list[str]:
     words += [of(key, str(size)) for key, size in sizes.items() if key not in keys]
     config = compose.compose(words, theirs)
     if isinstance(config.text, Stream) and config.text.path == usual["text.path"]:
-        log, context = Log(folder / FOLDER, np.dtype(np.uint16)), config.model.context
+        log = Log(folder / FOLDER, np.dtype(np.uint16))
         log.refresh()
-        there = Layout(context, config.text.slice(config), config.text.held(config)).fresh(log.last.tokens) * context
+        there = layout_of(config).fresh(log.last.tokens) * config.model.context
         if there < config.budget_tokens:
             raise UserError(f"{log.folder} holds {there:,} tokens to train on: give budget_tokens={there} or less")
     return words

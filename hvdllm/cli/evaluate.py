@@ -8,8 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from hvdllm.paths import argument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hvdllm.task.base import Kind, Prepared
+    from hvdllm.trainer.restore import Restored
 
 
 def run(argv: list[str]) -> int:
@@ -17,7 +24,11 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("hvdllm evaluate", description="A run's validation loss, again.")
     parser.add_argument("run", type=argument, help="folder of the run, runs/<name>")
     parser.add_argument(
-        "words", nargs="*", metavar="text.path=…", help="where its files of text are, if they are not prepared here"
+        "words",
+        nargs="*",
+        metavar="text.path=…",
+        help="where its files of text are, if they are not prepared here; "
+        "of a run on a stream the folder of its log, if that is not RUN/log",
     )
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest whole one")
     parser.add_argument("--data-dir", help="folder of prepared token shards, where it is another than the run's")
@@ -35,15 +46,9 @@ def run(argv: list[str]) -> int:
     if given.lm_eval is not None and (given.words or given.data_dir is not None):
         parser.error("--lm-eval reads no text of the run: leave the words and --data-dir out")
 
-    from dataclasses import replace
-
-    from hvdllm import registry, runs
-    from hvdllm.config.words import of
     from hvdllm.errors import UserError
-    from hvdllm.task.base import Kind
     from hvdllm.trainer.evaluate import evaluate_run, told
     from hvdllm.trainer.restore import language, restore
-    from hvdllm.trainer.resume import asked
     from hvdllm.trainer.words import each
     from hvdllm.world.single import SingleWorld
 
@@ -58,6 +63,29 @@ def run(argv: list[str]) -> int:
         said = json.dumps({"checkpoint": str(found.source), "tasks": tasks}) if given.json else table(tasks)
         print(said)
         return 0
+    data = streamed(found, given) if found.config.text.endless else prepared(found, given, say)
+    result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
+    if result is None:
+        raise UserError(f"{given.run} has nothing that is held out yet: no slice of its stream is whole")
+    if given.json:
+        values = {"checkpoint": str(found.source), **result.metrics}
+        print(json.dumps(values | {"tokens": result.tokens}))
+    else:
+        said = told(data.task, result)
+        loss = f"validation loss {result.loss:.4f} {each(found.config, data.task)}"
+        print(f"{found.source}: {loss}{', ' * bool(said)}{said} ({result.tokens:,} {data.task.unit})")
+    return 0
+
+
+def prepared(found: Restored, given: argparse.Namespace, say: Callable[[str], None]) -> Prepared:
+    """The data that a run was trained on. Raises UserError if they are not here."""
+    from dataclasses import replace
+
+    from hvdllm import registry, runs
+    from hvdllm.config.words import of
+    from hvdllm.errors import UserError
+    from hvdllm.trainer.resume import asked
+
     words = [of("resume", str(given.run)), *given.words]
     config, _ = asked(words if given.data_dir is None else [*words, of("data_dir", given.data_dir)])
     trained = next((r.get("data_hash") for r in runs.records(given.run) if r.get("kind") == "run"), None)
@@ -74,17 +102,22 @@ def run(argv: list[str]) -> int:
             "evaluate it where it was trained, name its files (text.path=… or task.path=…), or give --data-dir the "
             "shards of that machine"
         )
-    result = evaluate_run(found.config, found.model, data, found.device, SingleWorld())
-    if result is None:
-        raise UserError(f"{given.run} has nothing that is held out yet: no slice of its stream is whole")
-    if given.json:
-        values = {"checkpoint": str(found.source), **result.metrics}
-        print(json.dumps(values | {"tokens": result.tokens}))
-    else:
-        said = told(data.task, result)
-        loss = f"validation loss {result.loss:.4f} {each(found.config, data.task)}"
-        print(f"{found.source}: {loss}{', ' * bool(said)}{said} ({result.tokens:,} {data.task.unit})")
-    return 0
+    return data
+
+
+def streamed(found: Restored, given: argparse.Namespace) -> Prepared:
+    """The slices of the stream that a run was trained on, from its log. Raises UserError if that is not here."""
+    from hvdllm.config.words import key_of, value_of
+    from hvdllm.errors import UserError
+    from hvdllm.online.opened import read_again
+    from hvdllm.paths import path_of
+    from hvdllm.task.causal_lm import CausalLM
+
+    if given.data_dir is not None or any(key_of(word) != "text.path" for word in given.words):
+        raise UserError(f"{given.run} was trained on a stream, whose slices are in its log: give text.path= or nothing")
+    path = path_of(value_of(given.words[-1]), "text.path=") if given.words else None
+    assert isinstance(found.task, CausalLM)
+    return read_again(found.config, found.task, given.run, found.source, path)
 
 
 def table(tasks: dict[str, dict[str, float]]) -> str:

@@ -70,6 +70,10 @@ class Layout:
         slices, places = np.divmod(fresh, self.slice - self.held)
         return slices * self.slice + places
 
+    def place(self, round: Round | None) -> int:
+        """The number of the window with which the round after this one goes on; 0 if there is none before."""
+        return 0 if round is None else int(self.window(np.array([round.next]))[0])
+
     def slices(self, tokens: int) -> int:
         """How many slices are whole once the log has so many tokens."""
         return (max(0, tokens - 1) // self.context) // self.slice

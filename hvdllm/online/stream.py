@@ -166,6 +166,13 @@ def shown(slices: int) -> list[int]:
     return [k for k in range(slices) if k >= slices - NEWEST or k % each == 0]
 
 
+def slices_of(items: LogItems, layout: Layout, whole: int, task: Task) -> dict[str, Source]:
+    """The held-out windows of slices as parts of an evaluation, if `whole` slices were trained past."""
+    chosen = shown(whole)
+    parts = [SliceItems(items, layout.held_out(k)) for k in chosen]
+    return {f"slice-{k}": Source(task, each, 1 / len(chosen)) for k, each in zip(chosen, parts, strict=True)}
+
+
 class LogStream:
     """The micro-batches of one rank; see exchange/base.py, Stream.
 
@@ -438,7 +445,7 @@ class LogStream:
         """A checkpoint with this place is whole, so the source may forget what was trained on."""
         if self.intake is None or (before := self.rounds_file.get(self.round - 1)) is None:
             return
-        trained = int(self.layout.window(np.array([before.next]))[0]) * self.items.context
+        trained = self.layout.place(before) * self.items.context
         last = None
         while self._unforgotten and self._unforgotten[0].tokens <= trained:
             last = self._unforgotten.popleft()
@@ -449,12 +456,9 @@ class LogStream:
         """The held-out windows of the slices that all ranks have trained past, as parts of an evaluation."""
 
         def found(world: World) -> dict[str, Source]:
-            before = self.rounds_file.get(self.round - 1) if self.round else None
-            place = int(self.layout.window(np.array([before.next]))[0]) if before is not None else 0
+            place = self.layout.place(self.rounds_file.get(self.round - 1) if self.round else None)
             whole = from_first(world, lambda: place // self.layout.slice, "act.slices")
-            chosen = shown(whole)
-            items = [SliceItems(self.items, self.layout.held_out(k)) for k in chosen]
-            return {f"slice-{k}": Source(task, each, 1 / len(chosen)) for k, each in zip(chosen, items, strict=True)}
+            return slices_of(self.items, self.layout, whole, task)
 
         return found
 
