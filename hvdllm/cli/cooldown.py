@@ -105,7 +105,8 @@ def branched(folder: Path, theirs: Config, given: list[str]) -> list[str]:
     usual = {
         "name": f"{folder.absolute().name}-cooldown-{trained}", "runs_dir": str(folder.parent),
         "init_from": str(newest), "init_optimizer": str(taken).lower(),
-        "text": "stream", "text.source": "log", "text.path": str(folder / FOLDER), "text.replay": "0",
+        "text": "stream", "text.source": "log", "text.path": str(folder / FOLDER),
+        "text.replay": "0", "text.replay_by": "uniform",
         "text.tokenizer": str(folder / "tokenizer.json"), "text.backlog": "all", "schedule": "wsd",
         "schedule.warmup": "0", "schedule.decay": "1", "schedule.floor": "0", "optim.lr": repr(held),
         "budget_tokens": str(max(theirs.batch_tokens, trained // 10)), "publish_every": "0",

@@ -109,9 +109,9 @@ def streamed(found: Restored, given: argparse.Namespace) -> Prepared:
     """The slices of the stream that a run was trained on, from its log. Raises UserError if that is not here."""
     from hvdllm.config.words import key_of, value_of
     from hvdllm.errors import UserError
-    from hvdllm.online.opened import read_again
     from hvdllm.paths import path_of
     from hvdllm.task.causal_lm import CausalLM
+    from hvdllm.trainer.restore import read_again
 
     if given.data_dir is not None or any(key_of(word) != "text.path" for word in given.words):
         raise UserError(f"{given.run} was trained on a stream, whose slices are in its log: give text.path= or nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hvdllm import runs
-from hvdllm.checkpoint import read
-from hvdllm.checkpoint.whole import MANIFEST
 from hvdllm.errors import UserError
 from hvdllm.online.intake import Intake
 from hvdllm.online.log import Log
-from hvdllm.online.rounds import Layout, Plan, Rounds
-from hvdllm.online.stream import LogItems, LogStream, Pauses, slices_of
+from hvdllm.online.rounds import Layout, Losses, Plan, Rounds
+from hvdllm.online.stream import LogItems, LogStream, Pauses
 from hvdllm.paths import path_of
 from hvdllm.settings import Config
 from hvdllm.task.base import Prepared
@@ -75,6 +71,7 @@ def opened(
         rest=world.rest, say=say,
     )  # fmt: skip
     stream.still = still
+    stream.losses = Losses(folder) if text.replay_by == "loss" else None
     return stream, replace(data, train=items, sources=stream.slices(data.task))
 
 
@@ -84,38 +81,3 @@ def layout_of(config: Config) -> Layout:
     if not 0 < layout.held < layout.slice:
         raise UserError(f"text.slice_tokens={config.text.slice_tokens} is too small: copy the run's folder again")
     return layout
-
-
-def read_again(config: Config, task: CausalLM, folder: Path, source: Path, path: Path | None) -> Prepared:
-    """The held-out slices that a run on a stream evaluates at one of its checkpoints, if any was whole there.
-
-    Args:
-        config: the settings of the run.
-        task: of the run.
-        folder: of the run.
-        source: the checkpoint, or final/, for which the slices are those of the last evaluation.
-        path: the log, if it is not the run's own.
-
-    Raises UserError if there is no log, or if it ends before the checkpoint.
-    """
-    log, layout = Log(path or folder / FOLDER, np.dtype(task.words.dtype)), layout_of(config)
-    if not log.refresh():
-        raise UserError(f"{log.folder} holds no text: give text.path= with the log that {folder} was trained on")
-    whole = 0
-    if (source / MANIFEST).exists():
-        rounds = Rounds(folder / FOLDER)
-        with read.fitting(source):
-            state = read.read_state(source)
-            lanes = state["mine"][0].get("lanes")
-            number = int(lanes["lane"][1] if lanes else state["stream"]["part"] // state["stream"]["parts"])
-        whole = layout.place(rounds.get(number - 1) if number else None) // layout.slice
-    else:
-        for record in runs.records(folder):
-            if record.get("kind") == "eval":
-                found = (re.fullmatch(r"loss/slice-(\d{1,9})", key) for key in record)
-                whole = max((int(each[1]) + 1 for each in found if each), default=0)
-    if whole > layout.slices(log.last.tokens):
-        raise UserError(f"{log.folder} ends before {source}: give text.path= with the whole log, or copy it again")
-    items = LogItems(log, config.model.context, task.words.token_bytes)
-    sources = slices_of(items, layout, whole, task)
-    return Prepared(task, items, items, "", f"the log {log.folder}", sources=lambda world: sources)

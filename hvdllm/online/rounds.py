@@ -4,7 +4,7 @@
     slice    the log in pieces of `slice` windows. The last `held` of each are held out, and never trained on
     fresh    the windows that may be trained on, numbered in the order of the log
     round    `count` fresh windows, every `stride`-th from `first` on, and `past` windows of before, which are drawn
-             uniformly from those before `first`. The next round goes on at `next`; what lies between is left out
+             from those before `first`. The next round goes on at `next`; what lies between is left out
 
 A round is written down before anybody trains on it. A resumed run therefore reads the same rounds again, whatever has
 arrived meanwhile, and any number of ranks trains on the same windows.
@@ -12,8 +12,11 @@ arrived meanwhile, and any number of ranks trains on the same windows.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -26,6 +29,7 @@ from hvdllm.errors import UserError
 from hvdllm.order.epochs import drawn
 
 NAME = "rounds.bin"
+LOSSES = "losses.jsonl"
 FORM = struct.Struct("<5qI")
 PAST = 11  # key of seeds
 
@@ -84,12 +88,98 @@ class Layout:
         return np.arange(end - self.held, end)
 
 
-def windows_of(round: Round, number: int, layout: Layout, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of a round, int64 [items], and whether each is fresh. Fresh ones come first."""
+def windows_of(
+    round: Round, number: int, layout: Layout, seed: int, losses: dict[int, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of a round, int64 [items], and whether each is fresh. Fresh ones come first.
+
+    losses: of slices, by which windows of the past are weighted (Losses); None: all alike.
+    """
     fresh = round.first + round.stride * np.arange(round.count, dtype=np.int64)
-    past = drawn(seed, PAST, number).randint(0, max(1, round.first), round.past, dtype=np.int64)
+    random = drawn(seed, PAST, number)
+    if losses:
+        past = _weighted(random.random_sample(round.past), round.first, layout, losses)
+    else:
+        past = random.randint(0, max(1, round.first), round.past, dtype=np.int64)
     rows = layout.window(np.concatenate([fresh, past]))
     return rows, np.arange(round.items) < round.count
+
+
+def _weighted(random: np.ndarray, count: int, layout: Layout, losses: dict[int, float]) -> np.ndarray:
+    """Numbers below `count` of fresh windows, drawn by weight, from random numbers in [0, 1).
+
+    A window has the loss of its slice as its weight. Where that was not measured, it is the loss of the newest slice
+    before that was, or of the first one that was.
+    """
+    slices = sorted(losses)
+    begins = np.minimum([0, *(k * (layout.slice - layout.held) for k in slices[1:])], count)
+    ends = np.append(begins[1:], count)
+    weights = np.array([losses[k] for k in slices])
+    sums = np.cumsum(weights * (ends - begins))
+    parts = np.minimum(np.searchsorted(sums, random * sums[-1], side="right"), len(slices) - 1)
+    within = (random * sums[-1] - (sums - weights * (ends - begins))[parts]) / weights[parts]
+    last = np.maximum(begins, ends - 1)
+    found: np.ndarray = np.clip(begins[parts] + within.astype(np.int64), begins[parts], last[parts])
+    return found
+
+
+class Losses:
+    """The held-out losses of slices by which the past is weighted, in a file. Rank 0 writes, all ranks read.
+
+    A line says from which round on its losses count. It is written before that round is decided, so every rank that
+    reads the round finds the line, and so does a run that is resumed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOSSES
+        self._offset = 0
+        self._lines: list[tuple[int, int, dict[int, float]]] = []  # evaluated at, counts from, losses
+        self._lock = threading.Lock()  # rounds are loaded in a thread of their own
+
+    def of(self, number: int) -> dict[int, float] | None:
+        """The losses that count for a round; None before the first evaluation. Raises UserError for a damaged file."""
+        with self._lock:
+            self._refresh()
+            return next((losses for _, since, losses in reversed(self._lines) if since <= number), None)
+
+    def add(self, at: int, since: int, losses: dict[int, float]) -> None:
+        """On rank 0: the losses of an evaluation before round `at` count from round `since` on, which is yet to decide.
+
+        If an earlier life of the run has evaluated there, what it wrote stays. Raises OSError if the disk refuses.
+        """
+        with self._lock:
+            self._refresh()
+            if not losses or (self._lines and self._lines[-1][0] >= at):
+                return
+            line = json.dumps([at, since, {str(k): loss for k, loss in losses.items()}])
+            if self._offset:
+                os.truncate(self.path, self._offset)  # what a kill has cut short
+            with untrusted.appended(self.path) as file:
+                if not self._offset:
+                    file.truncate(0)
+                file.write(line + "\n")
+
+    def _refresh(self) -> None:
+        try:
+            if self.path.stat().st_size == self._offset:
+                return
+            with untrusted.opened(self.path) as file:
+                file.seek(self._offset)
+                for line in untrusted.lines(file):
+                    if not line.endswith(b"\n"):
+                        break
+                    at, since, found = json.loads(line)
+                    losses = {int(k): float(loss) for k, loss in found.items()}
+                    if type(at) is not int or type(since) is not int or not losses:
+                        raise ValueError("a line says nothing")
+                    if not all(0 < loss < math.inf and k >= 0 for k, loss in losses.items()):
+                        raise ValueError("its losses are none")
+                    self._lines.append((at, since, losses))
+                    self._offset += len(line)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, AttributeError, untrusted.Unfit) as error:
+            raise UserError(f"{self.path} cannot be read ({error}): copy the log again") from None
 
 
 class Rounds:

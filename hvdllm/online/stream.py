@@ -23,7 +23,7 @@ from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import Federation, Nothing
 from hvdllm.online.intake import Intake
 from hvdllm.online.log import Entry, Log
-from hvdllm.online.rounds import Layout, Plan, Round, Rounds, windows_of
+from hvdllm.online.rounds import Layout, Losses, Plan, Round, Rounds, windows_of
 from hvdllm.order.epochs import deal
 from hvdllm.plain import Json
 from hvdllm.task.base import Source, Task
@@ -35,6 +35,7 @@ NEWEST, OLDER = 4, 8  # slices that are evaluated
 DRY_S = 0.2  # seconds after which a rank whose exchange has marks without it walks the loop on empty batches
 LANES_AHEAD = 64  # rounds that rank 0 decides before it needs them, where ranks go on by themselves
 TELL_S = 10.0  # seconds of waiting after which the user is told
+OF_SLICE = "loss/slice-"  # and its number: the name of its loss in an evaluation
 MOST = 2**20  # bytes of the files in which ranks tell each other of asks
 
 
@@ -197,6 +198,7 @@ class LogStream:
         paused: is called on all ranks, before the same round, with what was asked.
         intake: reads the source, on rank 0; None if something else appends to the log.
         still: nothing is appended to the log.
+        losses: by which the past is weighted; None if all of it is alike.
     """
 
     ends_rounds = True
@@ -214,6 +216,7 @@ class LogStream:
         self.paused: Callable[[Asks], None] = lambda asks: None
         self.intake: Intake | None = None
         self.still = False
+        self.losses: Losses | None = None
         self._unforgotten: deque[Entry] = deque()  # entries of the log that the source has not been told to forget
         self._parts = 1
         self._position = 0  # parts of rounds that were handed out
@@ -383,7 +386,8 @@ class LogStream:
         round = self.rounds_file.get(place)
         if round is None:
             raise UserError(f"{self.rounds_file.path} has no round {place}: copy the log again")
-        rows, fresh = windows_of(round, place, self.layout, self.seed)
+        losses = self.losses.of(place) if self.losses is not None and round.past else None
+        rows, fresh = windows_of(round, place, self.layout, self.seed, losses)
         out = []
         for chosen, turned in ((rows[fresh], False), (rows[~fresh], True)):
             for number_of, count in ((part, parts), (index, of), (rank, size)):
@@ -451,6 +455,18 @@ class LogStream:
             last = self._unforgotten.popleft()
         if last is not None:
             self.intake.forget(last.at)
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Takes the losses of slices, by which later rounds draw from the past. Raises RunError if a disk refuses."""
+        if self.losses is None or self.rank:
+            return
+        losses = {int(key.removeprefix(OF_SLICE)): x for key, x in metrics.items() if key.startswith(OF_SLICE)}
+        # Rounds are decided ahead. Where nothing had to be waited for, this is the same place in every life of the run.
+        since = self.round + (LANES_AHEAD if self._lane is not None else self.ahead + 1)
+        try:
+            self.losses.add(self.round, max(since, self.rounds_file.count()), losses)
+        except OSError as error:
+            raise RunError(f"{self.losses.path} cannot be written ({error.strerror}): make room") from None
 
     def slices(self, task: Task) -> Callable[[World], dict[str, Source]]:
         """The held-out windows of the slices that all ranks have trained past, as parts of an evaluation."""

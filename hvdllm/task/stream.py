@@ -284,6 +284,9 @@ class Stream:
     def saved(self) -> None:
         """A checkpoint with this place is whole. Items can always be read again, so nothing is to be done."""
 
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Takes the result of an evaluation, on which the order of items does not depend."""
+
     def close(self) -> None:
         """Ends the thread; rounds() may be called again."""
         if self._pool is not None:

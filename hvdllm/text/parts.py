@@ -249,6 +249,12 @@ class Stream(Text):
     replay: float = setting(
         0.0, "share of each batch that is drawn from what was trained on before, below 1", least=0, most=0.95
     )
+    replay_by: str = setting(
+        "uniform",
+        "how that share is drawn: uniform (each window alike) or loss (in proportion to the held-out loss of its slice "
+        "in the last evaluation, so that what was forgotten comes back more often)",
+        choices=("uniform", "loss"),
+    )
     last_tokens: int | None = setting(
         None, "of source=log: begin so many tokens before its end; null: at its beginning", least=1
     )
@@ -278,6 +284,8 @@ class Stream(Text):
         for name in ("timed", "by_speed"):
             if getattr(config.exchange, name, False):
                 return f"text=stream with exchange.{name}=true: ranks agree on rounds by count, leave it at false"
+        if self.replay_by == "loss" and not (self.replay and config.eval_every):
+            return "text.replay_by=loss draws text.replay by the losses of evaluations: give text.replay and eval_every"
         held = self.held(config)
         if not 0 < held < self.slice(config):
             return (

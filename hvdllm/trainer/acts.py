@@ -86,6 +86,8 @@ class Acts:
                     self.audit(seconds)
                 if evaluate:
                     self.evaluate(seconds)
+                    if self.last_eval is not None and crossed(config.eval_every):  # also of a run that goes on here
+                        self.run.stream.evaluated(self.last_eval.metrics)
                 if sample:
                     self.sample(seconds)
                 if publish:

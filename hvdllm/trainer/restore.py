@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from hvdllm import device as devices
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
+from hvdllm.checkpoint.whole import MANIFEST
 from hvdllm.config.check import check_model
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
 from hvdllm.models.gpt import GPT
+from hvdllm.online.log import Log
+from hvdllm.online.opened import FOLDER, layout_of
+from hvdllm.online.rounds import Rounds
+from hvdllm.online.stream import OF_SLICE, LogItems, slices_of
 from hvdllm.settings import Config
-from hvdllm.task.base import DTYPES, Kind, Task
+from hvdllm.task.base import DTYPES, Kind, Prepared, Task
 from hvdllm.task.causal_lm import CausalLM
 from hvdllm.text.tokenize import Tokenizer
 from hvdllm.trainer import buffers, frozen
@@ -133,3 +140,38 @@ def check_final(final: Path, say: runs.Say) -> None:
         raise UserError(f"{final} cannot be read: {problem}; copy it again")
     if not sums.beside(model).exists():
         say(f"{model} has no sum, it is of an older version: damage to it would go unseen")
+
+
+def read_again(config: Config, task: CausalLM, folder: Path, source: Path, path: Path | None) -> Prepared:
+    """The held-out slices that a run on a stream evaluates at one of its checkpoints, if any was whole there.
+
+    Args:
+        config: the settings of the run.
+        task: of the run.
+        folder: of the run.
+        source: the checkpoint, or final/, for which the slices are those of the last evaluation.
+        path: the log, if it is not the run's own.
+
+    Raises UserError if there is no log, or if it ends before the checkpoint.
+    """
+    log, layout = Log(path or folder / FOLDER, np.dtype(task.words.dtype)), layout_of(config)
+    if not log.refresh():
+        raise UserError(f"{log.folder} holds no text: give text.path= with the log that {folder} was trained on")
+    whole = 0
+    if (source / MANIFEST).exists():
+        rounds = Rounds(folder / FOLDER)
+        with read.fitting(source):
+            state = read.read_state(source)
+            lanes = state["mine"][0].get("lanes")
+            number = int(lanes["lane"][1] if lanes else state["stream"]["part"] // state["stream"]["parts"])
+        whole = layout.place(rounds.get(number - 1) if number else None) // layout.slice
+    else:
+        for record in runs.records(folder):
+            if record.get("kind") == "eval":
+                found = (re.fullmatch(OF_SLICE + r"(\d{1,9})", key) for key in record)
+                whole = max((int(each[1]) + 1 for each in found if each), default=0)
+    if whole > layout.slices(log.last.tokens):
+        raise UserError(f"{log.folder} ends before {source}: give text.path= with the whole log, or copy it again")
+    items = LogItems(log, config.model.context, task.words.token_bytes)
+    sources = slices_of(items, layout, whole, task)
+    return Prepared(task, items, items, "", f"the log {log.folder}", sources=lambda world: sources)

@@ -60,7 +60,8 @@ class Rig:
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
-        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict, saved=lambda: None)
+        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict)
+        stream.saved, stream.evaluated = lambda: None, lambda metrics: None
         self.world = world or SingleWorld()
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
