@@ -63,12 +63,15 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{given.run} is not the folder of a run: it has no config.yaml")
     try:
         for path in publications(given.run):
+            said = list[str]()  # printed only if it is not about files that have just been deleted
             try:
-                text = written(language(restore(given.run, None, say, path)))
+                text = written(language(restore(given.run, None, said.append, path)))
             except (OSError, UserError):
                 if latest(given.run) in (path, None):
                     raise
                 continue  # a later publication has taken its place while it was read
+            for each in said:
+                say(each)
             print(f"--- {int(path.name.partition('-')[0]):,} tokens\n{text}\n", flush=True)
     except KeyboardInterrupt:
         return 0
