@@ -200,3 +200,16 @@ def test_ranks_of_torchrun_train_together(tmp_path: Path) -> None:
     )
     sums = {line for line in done.stdout.splitlines() if line.startswith("weights")}
     assert done.returncode == 0 and len(sums) == 1, done.stderr[-2000:]
+
+
+def test_a_rate_without_an_end_and_publications(tmp_path: Path) -> None:
+    one = session(
+        tmp_path, "schedule=infinite", "schedule.warmup_tokens=16", "schedule.settle_tokens=16",
+        "schedule.rewarm_at=[48]", "publish_every=40", "name=a",
+    )  # fmt: skip
+    rates = [commit.lr / 0.05 for commit in one]
+    assert rates == pytest.approx([0.5, 1, 0.65, 0.3, 0.3, 0.3, 0.65, 1, 0.65, 0.3])
+    from safetensors.torch import load_file
+
+    ours, final = (load_file(tmp_path / "a" / name / "model.safetensors") for name in ("published/latest", "final"))
+    assert all(torch.equal(ours[name], final[name]) for name in final)
