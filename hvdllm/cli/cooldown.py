@@ -120,7 +120,8 @@ def branched(folder: Path, theirs: Config, given: list[str]) -> list[str]:
     config = compose.compose(words, theirs)
     if isinstance(config.text, Stream) and config.text.path == usual["text.path"]:
         log = Log(folder / FOLDER, np.dtype(np.uint16))
-        log.refresh()
+        if not log.refresh():
+            raise UserError(f"{log.folder} holds no text: give text.path= with the log that {folder} was trained on")
         there = layout_of(config).fresh(log.last.tokens) * config.model.context
         if there < config.budget_tokens:
             raise UserError(f"{log.folder} holds {there:,} tokens to train on: give budget_tokens={there} or less")

@@ -24,7 +24,10 @@ def published(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "published").iterdir() if PUBLICATION.fullmatch(path.name))
 
 
-@pytest.mark.parametrize("exchange", ["allreduce", "delayed", "local_sgd", "diloco", "parameter_server"])
+@pytest.mark.parametrize(
+    "exchange",
+    ["allreduce", "delayed", "local_sgd", pytest.param("diloco", marks=pytest.mark.thorough), "parameter_server"],
+)
 def test_the_last_publication_holds_the_weights_of_final(tmp_path: Path, exchange: str) -> None:
     """Seen to catch: a rank's own weights in place of the consensus, an anchor that misses what settling commits."""
     fill(tmp_path / "log", 240)

@@ -64,7 +64,14 @@ def test_a_damaged_file_is_a_sentence(tmp_path: Path, line: str) -> None:
         Losses(tmp_path).of(5)
 
 
-@pytest.mark.parametrize("exchange", ["allreduce", "acco", "local_sgd", "parameter_server"])
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        "allreduce",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("acco", "local_sgd")),
+        "parameter_server",
+    ],
+)
 def test_a_resumed_run_draws_the_same(tmp_path: Path, exchange: str) -> None:
     """Seen to catch: losses that a second life writes anew, for rounds that the first had already decided."""
     fill(tmp_path / "log", 300)

@@ -14,7 +14,7 @@ from hvdllm.optim.parts import Infinite
 from hvdllm.optim.schedule import factor
 from hvdllm.trainer.acts import Acts
 
-EXCHANGES = ["allreduce", "delayed", "acco", "local_sgd", "parameter_server"]
+EXCHANGES = ["allreduce", pytest.param("delayed", marks=pytest.mark.thorough), "acco", "local_sgd", "parameter_server"]
 
 
 @pytest.fixture
