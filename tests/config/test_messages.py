@@ -85,7 +85,7 @@ def test_tokens_may_be_whole_floats_and_nothing_else(key: str) -> None:
         (["+optim.lr=1"], "`optim.lr`"),
         (["~seed"], "seed"),
         (["+hydra.x=1"], "hydra.x"),
-        (["experiment=nope"], "no experiment=nope: choose one of acco_paper, bert, chat_lora"),
+        (["experiment=nope"], "no experiment=nope: choose one of acco_finetune, acco_paper, bert"),
         (["seed=${nope}"], "seed"),
         (["model.layers=1,2"], "model.layers"),
         (["seed=1.5e0"], "seed="),
