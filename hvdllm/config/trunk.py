@@ -31,7 +31,7 @@ def begin_with(config: Config, given: dict[str, str], model_of: Callable[[type[S
     Raises UserError if a word says something else than the folder.
     """
     folder = Path(os.path.expanduser(str(config.init_from)))
-    if (folder / ADAPTER).exists():
+    if os.path.exists(folder / ADAPTER):  # False for a path that no file system takes
         raise UserError(
             f"init_from={config.init_from} has adapters in PEFT's format ({ADAPTER}), which need their base: load both "
             "there, and begin with what merge_and_unload() and save_pretrained() write"

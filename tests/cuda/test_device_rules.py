@@ -17,9 +17,9 @@ from hvdllm.world import virtual
 from hvdllm.world.single import SingleWorld
 
 ROOT = Path(__file__).resolve().parents[2] / "hvdllm"
-TENSORS = ("world", "exchange", "text", "trainer", "optim", "checkpoint", "models")
-# They touch no tensor: one asks whether the launcher lives.
-WITHOUT = {"world/signals.py"}
+TENSORS = ("world", "exchange", "task", "text", "trainer", "optim", "checkpoint", "models")
+# They touch no tensor: one asks whether the launcher lives, the others prepare text and images.
+WITHOUT = {"world/signals.py", "text/workers.py", "text/overlap.py", "task/images.py"}
 
 
 @pytest.mark.parametrize("room", TENSORS)

@@ -147,7 +147,9 @@ def test_another_world_size_is_said(tmp_path: Path) -> None:
     words = words_of(tmp_path, "a", LONG, *KINDS["diloco"])
     runs([{"words": words, "do": {"stop": [0, 2]}}], 3, tmp_path)
     runs([{"words": words}], 2, tmp_path)
-    assert "what 3 ranks had of their own" in (tmp_path / "runs" / "a" / "log.txt").read_text()
+    assert (
+        "3 ranks saved it, 2 go on: what each rank had of its own" in (tmp_path / "runs" / "a" / "log.txt").read_text()
+    )
     assert records(tmp_path / "runs" / "a", "end")[-1]["reason"] == "budget"
 
 

@@ -163,7 +163,7 @@ def test_bits_per_byte_are_of_the_texts_own_bytes(tmp_path: Path) -> None:
     for name in (str(tokenizer(tmp_path)), "bytes", "bpe"):
         text = files(tmp_path / "a.txt", tokenizer=name, vocab=300, validation=str(tmp_path / "v.txt"))
         found = prepare(text, tmp_path / "data", say=lambda text: None)
-        task = opened(compose([]), found).task
+        task = opened(compose([]), text, found).task
         assert isinstance(task, CausalLM)
         spelled = task.words.token_bytes[found.validation].sum() * task.scale
         assert spelled == pytest.approx((tmp_path / "v.txt").stat().st_size, rel=1e-12)
