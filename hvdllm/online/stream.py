@@ -436,7 +436,7 @@ class LogStream:
 
     def saved(self) -> None:
         """A checkpoint with this place is whole, so the source may forget what was trained on."""
-        if self.intake is None or (before := self.rounds_file.get(self.round - 1)) is None:
+        if self.intake is None or self.round == 0 or (before := self.rounds_file.get(self.round - 1)) is None:
             return
         trained = int(self.layout.window(np.array([before.next]))[0]) * self.items.context
         last = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -36,17 +37,29 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def append(folder: Path, texts: list[str]) -> None:
+    """Writes a log that is whole."""
     tokenizer = Tokenizer(BYTES)
-    writer = Writer(folder / "log", np.dtype(np.uint16))
+    writer = Writer(Path(f"{folder}-whole"), np.dtype(np.uint16))
     for text in texts:
         ids = np.append(tokenizer.encode([text])[0], tokenizer.end)
-        writer.append([ids], len(text.encode()), {"document": writer.last.documents + 1})
+        writer.append([ids], 1, len(text.encode()), {"document": writer.last.documents + 1})
     writer.close()
 
 
+def arrive(folder: Path, texts: list[str]) -> None:
+    """Adds documents to a folder that a run reads."""
+    source = Path(f"{folder}-in")
+    source.mkdir(exist_ok=True)
+    with (source / "a.jsonl").open("a") as out:
+        out.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def trained(tmp_path: Path, *more: str, name: str = "a", code: int = 0) -> list[dict[str, Any]]:
+    source = ("folder", tmp_path / f"{name}-in")
+    if not source[1].exists():
+        source = ("log", tmp_path / f"{name}-whole")
     words = [
-        "train", "text=stream", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
+        "train", "text=stream", f"text.source={source[0]}", f"text.path={source[1]}", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
         "model.heads=2", "model.context=16", "batch_tokens=192", "budget_tokens=1920", f"name={name}",
         f"runs_dir={tmp_path}", f"data_dir={tmp_path / 'data'}", "device=cpu", "device.threads=1", "log_every=192",
         "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant",
@@ -100,13 +113,13 @@ def test_a_resumed_run_goes_on_exactly(filled: Path, exchange: str) -> None:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Path]:
-    """A log to which a thread appends a document now and then."""
-    (tmp_path / "a").mkdir()
+    """A folder to which a thread adds a document now and then."""
+    arrive(tmp_path / "a", [])
     done = threading.Event()
 
     def write() -> None:
         for text in documents(120):
-            append(tmp_path / "a", [text])
+            arrive(tmp_path / "a", [text])
             if done.wait(0.02):
                 return
 
@@ -132,9 +145,9 @@ def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exc
     size = 3 if exchange == "parameter_server" else 2
     more = ["exchange=" + exchange, "world=virtual", f"world.size={size}", *SHORT.get(exchange, ())]
     more += ["exchange.staleness=0"] * (exchange == "parameter_server") + ["text.wait_s=600", "eval_every=0"]
-    append(tmp_path / "a", documents(120))
+    arrive(tmp_path / "a", documents(120))
     whole = trained(tmp_path, *more)
-    append(tmp_path / "b", documents(24))
+    arrive(tmp_path / "b", documents(24))
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60
@@ -149,7 +162,7 @@ def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exc
     first = trained(tmp_path, *more, name="b", code=75)
     thread.join()
     assert [record["reason"] for record in first if record["kind"] == "end"] == ["stop"]
-    append(tmp_path / "b", documents(120)[24:])
+    arrive(tmp_path / "b", documents(120)[24:])
     again = trained(tmp_path, *more, name="b")
     for key in ("tokens", "loss", "prequential", "prequential_recent"):
         assert losses(again, key) == losses(whole, key)
