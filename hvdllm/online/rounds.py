@@ -44,7 +44,7 @@ class Round:
     @property
     def sane(self) -> bool:
         """Whether rank 0 may have decided so. What a stranger's file says must not take all memory."""
-        whole = 0 <= self.first and 1 <= self.count <= MOST and 0 <= self.past <= MOST and 1 <= self.stride
+        whole = self.first >= 0 and 1 <= self.count <= MOST and 0 <= self.past <= MOST and self.stride >= 1
         return whole and self.first + self.stride * (self.count - 1) < self.next < 2**48
 
     @property

@@ -385,8 +385,8 @@ class Redis:
         behind = _numbers(end) < _numbers(self.id)
         if behind and not self._behind:
             self.say(
-                f"text.key={self.settings.key} ends at {end} and was read up to {self.id}: its server has lost entries, "
-                f"or it was made anew; what comes with an id above {self.id} is read"
+                f"text.key={self.settings.key} ends at {end} and was read up to {self.id}: its server has lost "
+                f"entries, or it was made anew; what comes with an id above {self.id} is read"
             )
         self._behind, self.count = behind, min(self.count, added)
 

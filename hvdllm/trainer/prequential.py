@@ -119,23 +119,25 @@ class Prequential:
         self.land()
         loss = 0.0 if self._loss is None else float(self._loss.item())
         vector = torch.tensor([loss, self._open.tokens, self._open.bytes], dtype=torch.float64)
-        left = self.world.sum(vector, "prequential.state").land().tolist()
+        left = self.world.gather(vector, "prequential.state").land().reshape(-1, 3).tolist()
         return {"last": asdict(self.last), "recent": asdict(self.recent), "whole": asdict(self.whole), "open": left}
 
     def load(self, state: Json) -> None:
-        """The inverse of `state`. What was open counts on rank 0. Raises ValueError for values that are no numbers."""
+        """The inverse of `state`. What was open counts on the ranks where it was, so that it is added up in the same
+        order, or on rank 0 if they are not as many. Raises ValueError for values that are no numbers."""
         if not state or not self.window:
             return
         self.last, self.recent, self.whole = (Sums(**state[name]) for name in ("last", "recent", "whole"))
-        loss, tokens, size = state["open"]
-        values = (
-            loss,
-            tokens,
-            size,
-            *(value for name in ("last", "recent", "whole") for value in state[name].values()),
-        )
-        if not all(isinstance(value, int | float) for value in values):
+        opened = [Sums(*each) for each in state["open"]]
+        sums = (self.last, self.recent, self.whole, *opened)
+        if not all(isinstance(value, int | float) for each in sums for value in asdict(each).values()):
             raise ValueError("the prequential loss is not said in the form of this version")
-        if self.world.rank == 0:
-            self._open = Sums(0.0, tokens, size)
-            self._loss = torch.tensor(loss, dtype=torch.float64)
+        if len(opened) == self.world.size:
+            own = opened[self.world.rank]
+        else:
+            own = Sums()
+            for each in opened if self.world.rank == 0 else ():
+                own.add(each)
+        if own.tokens:
+            self._open = Sums(0.0, own.tokens, own.bytes)
+            self._loss = torch.tensor(own.loss, dtype=torch.float64)

@@ -59,7 +59,8 @@ def trained(tmp_path: Path, *more: str, name: str = "a", code: int = 0) -> list[
     if not source[1].exists():
         source = ("log", tmp_path / f"{name}-whole")
     words = [
-        "train", "text=stream", f"text.source={source[0]}", f"text.path={source[1]}", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
+        "train", "text=stream", f"text.source={source[0]}", f"text.path={source[1]}",
+        "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
         "model.heads=2", "model.context=16", "batch_tokens=192", "budget_tokens=1920", f"name={name}",
         f"runs_dir={tmp_path}", f"data_dir={tmp_path / 'data'}", "device=cpu", "device.threads=1", "log_every=192",
         "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant",
