@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis_server import Server
 
 from hvdllm.errors import UserError
 from hvdllm.online import sources
@@ -146,45 +147,73 @@ def test_a_long_document_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(len(one.aside) for one in taken) >= 1  # the line of 50 kB is longer than 16 times a document
 
 
+def test_a_line_of_any_length_takes_little_memory_and_is_set_aside_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: the rest of a line that is taken for lines of their own, a line that is read as a whole."""
+    monkeypatch.setattr(sources, "LINE", 2**21)
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as out:
+        out.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(64):
+            out.write(b"x" * 2**20)
+        out.write(b'"}\n{"text": "after"}\n')
+    source = made(source="folder", path=str(tmp_path))
+    tracemalloc.start()
+    texts, taken = read(source, 2, 20.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["before", "after"] and peak < 2**24
+    assert [(where.rsplit(" ", 1)[1], why) for one in taken for where, why, _ in one.aside] == [
+        ("19", "its line is too long")
+    ]
+
+
+def test_a_pipe_with_a_line_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LINE", 2**18)
+    out, into = os.pipe()
+    with os.fdopen(out, "rb") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sources.sys, "stdin", pipe)
+        source = made(source="stdin")
+
+        def write() -> None:
+            with os.fdopen(into, "wb") as end:
+                end.write(b'{"text": "before"}\n{"text": "' + b"x" * 2**22 + b'"}\n{"text": "after"}\n')
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        texts, taken = read(source, 2)
+        thread.join()
+    assert texts == ["before", "after"] and sum(len(one.aside) for one in taken) == 1
+
+
 # ------------------------------------------------------------------ Redis
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Any, Any]]:
-    redis = pytest.importorskip("redis")
-    if subprocess.run(["which", "redis-server"], capture_output=True).returncode:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-
-    def start() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", "",
-             "--appendonly", "yes", "--requirepass", "secret"],
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        client = redis.Redis(port=port, password="secret")
-        for _ in range(200):
-            try:
-                client.ping()
-                break
-            except redis.exceptions.RedisError:
-                time.sleep(0.02)
-        client.close()
-        return process
-
-    processes = [start()]
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any, Any]]:
+    pytest.importorskip("redis")
+    try:
+        found = Server(tmp_path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
     def restart() -> None:
-        processes[-1].kill()
-        processes[-1].wait()
-        processes.append(start())
+        found.kill()
+        found.start()
 
-    client = redis.Redis(port=port, password="secret")
+    connect, clients = sources._client, []
+
+    def connected(settings: Stream) -> tuple[Any, Any]:
+        package, client = connect(settings)
+        clients.append(client)
+        return package, client
+
+    monkeypatch.setattr(sources, "_client", connected)
     try:
-        yield f"redis://:secret@127.0.0.1:{port}/0", client, restart
+        yield found.address, found.client, restart
     finally:
-        client.close()
-        processes[-1].kill()
-        processes[-1].wait()
+        for client in clients:
+            client.close()
+        found.close()
 
 
 def test_a_stream_of_redis_is_read_once_and_goes_on_behind_a_place(server: tuple[str, Any, Any]) -> None:
@@ -217,6 +246,32 @@ def test_what_was_trimmed_before_it_was_read_is_counted(server: tuple[str, Any, 
     client.xtrim("docs", maxlen=40, approximate=False)
     texts, taken = read(source, 40)
     assert texts == [f"document {number}" for number in range(160, 200)] and sum(one.lost for one in taken) == 60
+
+
+def test_large_and_small_documents_of_redis(server: tuple[str, Any, Any]) -> None:
+    address, client, _ = server
+    wanted = ["x" * 3_000_000, *(f"small {number}" for number in range(3000)), "ä" * 1_000_000, "last"]
+    for text in wanted:
+        client.xadd("docs", {"text": text})
+    texts, taken = read(made(source="redis", address=address, key="docs"), len(wanted))
+    assert texts == [wanted[0][: 2**20], *wanted[1:-2], "ä" * 2**19, "last"]
+    assert max(len(one.texts) for one in taken) > 500
+
+
+def test_a_server_that_has_lost_entries_is_said_and_nothing_is_read_twice(server: tuple[str, Any, Any]) -> None:
+    address, client, _ = server
+    said: list[str] = []
+    source = made(said, source="redis", address=address, key="docs")
+    for number in range(1, 6):
+        client.xadd("docs", {"text": f"{number}"}, id=f"{number}-0")
+    assert len(read(source, 5)[0]) == 5
+    client.delete("docs")
+    for number in range(1, 4):
+        client.xadd("docs", {"text": f"{number}"}, id=f"{number}-0")
+    assert read(source, 1, 0.3)[0] == []
+    assert len(said) == 1 and "ends at 3-0 and was read up to 5-0" in said[0]
+    client.xadd("docs", {"text": "6"}, id="6-0")
+    assert read(source, 1)[0] == ["6"]
 
 
 def test_what_was_trained_on_is_trimmed_and_is_no_gap(server: tuple[str, Any, Any]) -> None:

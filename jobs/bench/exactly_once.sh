@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Is each document of a stream learnt exactly once, whatever is killed? Two real ranks under horovodrun train on a stream
+# of numbered documents. At random moments a rank, the process that reads the stream, or redis-server gets SIGKILL, and
+# the same command goes on. At the end the documents in the windows that were trained on are compared with the stream,
+# and the records (loss, norm, prequential losses) bit by bit with those of a run that was never killed, on the same log
+# and rounds. CI does two kills each (tests/test_exactly_once.py).
+#
+#   jobs/bench/exactly_once.sh [--times KILLS] [SOURCE [SEED]]      KILLS: 50; SOURCE: redis or folder, or else both
+#
+# On 2 cores, beside other work, in the development container:
+#
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PATH=$PWD/.venv/bin:$PATH
+kills=50
+if [[ ${1:-} == --times ]]; then
+  kills=$2
+  shift 2
+fi
+exec python tests/exactly_once.py "$kills" "$@"
