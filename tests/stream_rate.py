@@ -45,7 +45,8 @@ def texts(count: int) -> list[str]:
 
 
 def intake(count: int) -> dict[str, tuple[float, float]]:
-    """Documents a second, and a second of the reader's CPU time, for each tokenizer. The reader has one core, and the server the others."""
+    """Documents a second, and a second of the reader's CPU time, for each tokenizer. The reader has one core, and the
+    server the others."""
     pages, out = texts(count), {}
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
@@ -109,8 +110,10 @@ def train(pairs: int) -> tuple[list[float], list[float]]:
         (tmp / "text").mkdir()
         with (tmp / "text" / "a.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": page}) + "\n" for page in texts(2000))
-        common = ["text.tokenizer=bytes", "model=tiny", "batch_tokens=8192", "log_every=8192", "budget_tokens=163840",
-                  "eval_every=0", "save_every=0", "sample_every=0", f"runs_dir={tmp}/runs", f"data_dir={tmp}/data"]  # fmt: skip
+        common = [
+            "text.tokenizer=bytes", "model=tiny", "batch_tokens=8192", "log_every=8192", "budget_tokens=163840",
+            "eval_every=0", "save_every=0", "sample_every=0", f"runs_dir={tmp}/runs", f"data_dir={tmp}/data",
+        ]  # fmt: skip
         play = ["text=stream", f"text.path={tmp}/text", "text.rate=0", "name=read", *common]
         subprocess.run([*HVDLLM, "train", *play], check=True, stdout=subprocess.DEVNULL)
         kinds = {

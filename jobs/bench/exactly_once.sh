@@ -7,8 +7,11 @@
 #
 #   jobs/bench/exactly_once.sh [--times KILLS] [SOURCE [SEED]]      KILLS: 50; SOURCE: redis or folder, or else both
 #
-# On 2 cores, beside other work, in the development container:
+# On 2 cores, beside other work (28 November 2026):
 #
+#   redis  seed 11  50 kills (rank 0 10, rank 1 16, reader 8, redis-server 16), 24 lives of the run, 1,560 documents in
+#                   the log, 1,542 in what was trained on or held out (the rest is less than a round), 322 rounds,
+#                   317 records equal bit by bit, 188 s
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH

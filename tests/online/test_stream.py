@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from hvdllm import registry, runs
 from hvdllm.cli.main import main
+from hvdllm.online import rounds
 from hvdllm.online.log import Writer
 from hvdllm.text.tokenize import BYTES, Tokenizer
 
@@ -167,3 +169,46 @@ def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exc
     again = trained(tmp_path, *more, name="b")
     for key in ("tokens", "loss", "prequential", "prequential_recent"):
         assert losses(again, key) == losses(whole, key)
+
+
+def test_a_disk_that_takes_no_round_ends_the_run_in_a_sentence(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rounds.os, "pwrite", full)
+    trained(filled, code=1)
+    said = capsys.readouterr().err
+    assert "rounds.bin cannot be written (No space left on device): make room" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "sentence"),
+    [
+        ("index.jsonl", b"\x00\xff no index", "it is no log of this version"),
+        ("index.jsonl", b'{"tokens": 1e400, "documents": "many"}\n', "it is no log of this version"),
+        ("index.jsonl", b"[" * 100_000 + b"\n", "it is no log of this version"),
+        ("tokens-000000.bin", b"\xff" * 20_000, "holds tokens that its tokenizer has not"),
+    ],
+)
+def test_the_log_of_a_stranger_is_a_sentence(
+    filled: Path, capsys: pytest.CaptureFixture[str], name: str, begins: bytes, sentence: str
+) -> None:
+    path = filled / "a-whole" / name
+    path.write_bytes(
+        begins + path.read_bytes()[len(begins) :] if name.startswith("tokens") else begins + path.read_bytes()
+    )
+    trained(filled, code=2)
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+
+
+def test_a_log_that_was_cut_is_a_sentence(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(filled, "budget_tokens=960")
+    os.truncate(filled / "a-whole" / "tokens-000000.bin", 1000)
+    trained(filled, code=2)
+    assert "has 500 tokens, and its index tells of" in capsys.readouterr().err
+    (filled / "a" / "log" / "rounds.bin").write_bytes(b"")
+    trained(filled, code=2)
+    assert "has no round 4, which was trained on: copy the log again" in capsys.readouterr().err
