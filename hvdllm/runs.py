@@ -161,14 +161,15 @@ class Folder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.yaml", sums.signed(compose.to_yaml(config), others or {}))
 
-    def truncate(self, tokens: int | None) -> list[str]:
+    def truncate(self, tokens: int | None, pending: bool = True) -> list[str]:
         """Deletes the records that were written after a checkpoint.
 
-        The commit record at the checkpoint itself is deleted, too, since it was pending there and is written again.
+        A commit record at the checkpoint itself that was pending there is deleted, too, since it is written again.
         Records of runs and events are always kept.
 
         Args:
             tokens: of the checkpoint, or None if there is none.
+            pending: whether a commit record was pending there.
 
         Returns what was wrong with the old lines, since the new ones do not show it.
         """
@@ -178,7 +179,7 @@ class Folder:
             if record.get("kind") in ("run", "event"):
                 keep = True
             elif tokens is None or record.get("kind") in ("commit", "end"):
-                keep = tokens is not None and record.get("kind") == "commit" and at < tokens
+                keep = tokens is not None and record.get("kind") == "commit" and at < tokens + (not pending)
             else:
                 keep = at <= tokens
             if keep:

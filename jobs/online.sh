@@ -5,12 +5,12 @@
 #   jobs/online.sh [SETTING=VALUE ...]
 #
 # It needs jobs/setup.sh --dev and redis-server (apt-get install redis-server). Everything is in runs/online, and what it
-# started ends with it. SECONDS_=120 RATE=400 are variables of the environment.
+# started ends with it. SECONDS_=120 RATE=15 are variables of the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH=$PWD/.venv/bin:$PATH
 SECONDS_=${SECONDS_:-120}  # how long it learns
-RATE=${RATE:-400}          # documents a second
+RATE=${RATE:-15}           # documents of 1 kB a second
 command -v redis-server >/dev/null || { echo "jobs/online.sh: redis-server is not installed: apt-get install redis-server" >&2; exit 2; }
 work=runs/online
 rm -rf "$work"
@@ -56,8 +56,9 @@ pids+=($!)
 
 echo "== two ranks learn what arrives, for $SECONDS_ s"
 horovodrun --gloo -np 2 hvdllm train name=online runs_dir="$work" text=stream text.source=redis \
-  text.address="redis://127.0.0.1:$PORT/0" text.forget=true schedule=infinite publish_every=100_000 sample_every=0 \
-  eval_every=100_000 save_every=100_000 log_every=20_000 budget_tokens=1e12 "$@" &
+  text.address="redis://127.0.0.1:$PORT/0" text.forget=true schedule=infinite publish_every=40_000 sample_every=0 \
+  eval_every=100_000 save_every=40_000 log_every=20_000 budget_tokens=1e12 "$@" \
+  2> >(sed "/^Traceback/,\$d" >&2) & # horovodrun shows where in it a run that is stopped ends
 train=$!
 pids+=($train)
 python - "$work/online" "$SECONDS_" <<'END_OF_PYTHON'
@@ -70,7 +71,9 @@ while time.monotonic() < end and not (run / "published" / "latest").exists():
 END_OF_PYTHON
 hvdllm sample "$work/online" "def " --follow --tokens 60 &
 pids+=($!)
-sleep "$SECONDS_"
+sleep "$SECONDS_" &
+pids+=($!)
+wait $! || true
 kill -INT "$train" 2>/dev/null || true
 wait "$train" || true
 python - "$work/online/metrics.jsonl" <<'END_OF_PYTHON'

@@ -203,9 +203,15 @@ class Acco(Owners[exchanges.Acco]):
         half = self._half
         if half is None:
             return None
-        # At a mark it is always a tentative half that travels. Its tokens get a commit of their own.
-        assert half.kind == TENTATIVE and self._kept is not None
         self._half, self._kind = None, TENTATIVE
+        if half.kind == COMMIT:  # a stream on which nothing arrives was asked to stop between two rounds
+            arrived = half.driven.land()
+            self._take(half, arrived)
+            report = self.report()
+            self._commit(half, arrived)
+            return Settled(report, int(arrived.tokens))
+        # At a mark it is always a tentative half that travels. Its tokens get a commit of their own.
+        assert self._kept is not None
         report = self.report()
         tokens, self._committed = self._kept_tokens, self._committed + int(self._kept_tokens)
         _, norm = self.update.step(self.theta, self._kept, Divisor(tokens, self._committed), self.total)
@@ -216,9 +222,16 @@ class Acco(Owners[exchanges.Acco]):
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> State:
         state = super().state()
+        estimate = state.sharded["model"]
         state.sharded["model"] = torch.cat(self.theta)
-        if self._half is not None and self._kept is not None:
-            half = self._half
+        half = self._half
+        if half is not None and half.kind == COMMIT:  # see rest()
+            arrived: Arrived = half.driven.land()
+            assert arrived.step is not None
+            lr, norm = arrived.step
+            state.shared["committed"] = [arrived.tokens, lr, norm.read()[0], *self._kept_from, half.round, half.stream]
+            state.sharded["estimate"] = estimate
+        elif half is not None and self._kept is not None:
             state.shared["kept"] = [self._kept_tokens, half.round, half.stream]
             state.sharded["kept"] = torch.cat(self._kept)
         return state
@@ -227,11 +240,22 @@ class Acco(Owners[exchanges.Acco]):
         super().load(state, mine)
         self._committed = self.tokens
         torch._foreach_copy_(self.theta, self.pieces)
+        now = Mark(self.device)
+        if "committed" in state.shared:
+            tokens, lr, norm, *kept_from, round, stream = state.shared["committed"]
+            self._committed, self._kept_from = self.tokens + int(tokens), (kept_from[0], kept_from[1])
+
+            def landed() -> Arrived:
+                weights = [flight.land() for flight in self.spread(self.theta)]
+                return Arrived(weights, tokens, (lr, Later(torch.tensor(norm))), None, (now, Mark(self.device)))
+
+            self._half, self._kind = Half(COMMIT, round, stream, self.world.drive(landed)), TENTATIVE
+            self.flat.x.copy_(state.sharded["estimate"])
+            return
         if "kept" not in state.shared:
             return
         self._kept_tokens, round, stream = state.shared["kept"]
         self._kept = [piece.to(self.device, copy=True) for piece in self.slices_of(state.sharded["kept"])]
-        now = Mark(self.device)
 
         def again() -> Arrived:  # a checkpoint has no estimate: it is computed anew
             weights = [flight.land() for flight in self.spread(self._peek())]

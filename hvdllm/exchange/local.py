@@ -230,10 +230,12 @@ class LocalSteps(Common[L]):
         inner = self.group.inner.feed(self.group.text)
         while True:
             try:
-                yield next(inner) if self.trains() else Nothing()
+                batch = next(inner, None) if self.trains() else Nothing()
             except NotFinite as error:  # only this group knows; its next pulse says so
-                self.group.bad = error
-                yield Nothing()
+                self.group.bad, batch = error, Nothing()
+            if batch is None:  # a stream on which nothing arrives was asked to stop
+                return
+            yield batch
 
     def disarm(self) -> None:
         self.group.inner.disarm()

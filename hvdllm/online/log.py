@@ -67,7 +67,7 @@ class Entry:
         """Raises ValueError or TypeError if the line is none of an index."""
         found = Entry(**untrusted.parsed(line))
         whole = (found.tokens, found.documents, found.size, found.bad, found.lost, found.sum)
-        if not all(type(each) is int and each >= 0 for each in whole) or not isinstance(found.at, dict):
+        if not all(type(each) is int and 0 <= each < 2**48 for each in whole) or not isinstance(found.at, dict):
             raise ValueError("its numbers are none")
         return found
 
@@ -141,6 +141,7 @@ class Writer:
     Args:
         folder: of the log, which is made if it does not exist.
         dtype: of the tokens.
+        wait_s: seconds that another writer may take to close it.
 
     Attributes:
         last: the newest entry.
@@ -149,16 +150,17 @@ class Writer:
     Raises UserError if another writer has it open, or if it cannot be written.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype, wait_s: float = 0.0) -> None:
         self.folder, self.dtype = folder, dtype.newbyteorder("<")
+        end = time.monotonic() + wait_s
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / LOCK, "w")  # noqa: SIM115 - it is held until close()
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.close()
-                raise UserError(f"another run writes to {folder}: give this one a log of its own") from None
+            while not _locked(self._lock):
+                if time.monotonic() >= end:
+                    self._lock.close()
+                    raise UserError(f"another run writes to {folder}: give this one a log of its own")
+                time.sleep(0.05)
             self.last, size = _whole(folder, self.dtype)
             self._index = open(folder / INDEX, "ab")  # noqa: SIM115
             self._index.truncate(size)
@@ -169,18 +171,21 @@ class Writer:
         self.durable, self._synced = self.last, time.monotonic()
         self.sync()
 
-    def append(self, documents: Sequence[np.ndarray], size: int, at: Json, bad: int = 0, lost: int = 0) -> Entry:
+    def append(
+        self, ids: Sequence[np.ndarray], documents: int, size: int, at: Json, bad: int = 0, lost: int = 0
+    ) -> Entry:
         """Appends documents and their line. It is on the disk after sync(), which this calls now and then.
 
         Args:
-            documents: the tokens of each, with its end token.
+            ids: the tokens of the documents, one after the other, with the end tokens.
+            documents: how many they are.
             size: bytes of their text.
             at: up to where the source was read.
             bad, lost: how many more documents were set aside, and were gone.
 
         Raises OSError if the disk refuses. Nothing was appended then.
         """
-        data = np.concatenate([np.empty(0, self.dtype), *documents]).astype(self.dtype)
+        data = np.concatenate([np.empty(0, self.dtype), *ids]).astype(self.dtype, copy=False)
         before, first = self.last, self.last.tokens
         try:
             for start in range(0, len(data), SEGMENT):
@@ -193,7 +198,7 @@ class Writer:
                     file.flush()
                     first, part = first + len(room), part[len(room) :]
             entry = Entry(
-                first, before.documents + len(documents), before.size + size, before.bad + bad, before.lost + lost,
+                first, before.documents + documents, before.size + size, before.bad + bad, before.lost + lost,
                 at, time.time(), zlib.crc32(data.tobytes()),
             )  # fmt: skip
             self._index.write(entry.line())
@@ -251,6 +256,14 @@ class Writer:
                 path.unlink()
         if (path := segment(self.folder, number)).exists():
             os.truncate(path, place * self.dtype.itemsize)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def segment(folder: Path, number: int) -> Path:

@@ -32,6 +32,7 @@ from hvdllm.text.tokenize import Tokenizer
 
 ASIDE = "aside.jsonl"  # beside the log: what could not be read
 WAIT_S = 0.5
+LOCK_S = 12.0  # seconds that the reader of a run that was killed may take to end
 FULL_S = 2.0  # seconds after which a full disk is tried again
 
 
@@ -48,8 +49,9 @@ def say(kind: str, what: str) -> None:
 
 def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[[], Json | None]) -> None:
     """Appends what arrives, until `forget` raises EOFError. It returns a place that may be forgotten, or None."""
-    full = False
+    full = told = False
     waiting: Taken | None = None  # what could not be appended
+    end = np.array([tokenizer.end], tokenizer.dtype)
     while True:
         if (at := forget()) is not None:
             source.forget(at)
@@ -57,13 +59,15 @@ def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[
         if taken.nothing:
             writer.sync()
             continue
-        ids = [np.append(each, tokenizer.end) for each in tokenizer.encode(taken.texts)] if taken.texts else []
-        size = sum(len(text.encode()) for text in taken.texts)
+        ids = [part for each in tokenizer.encode(taken.texts) for part in (each, end)] if taken.texts else []
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in taken.texts)
         try:
-            if taken.aside and waiting is None:
+            if taken.aside and not told:
                 with untrusted.appended(writer.folder / ASIDE) as file:
                     file.write(sources.told(taken.aside))
-            writer.append(ids, size, taken.at | ({"over": True} if taken.over else {}), len(taken.aside), taken.lost)
+                told = True
+            at = taken.at | ({"over": True} if taken.over else {})
+            writer.append(ids, len(taken.texts), size, at, len(taken.aside), taken.lost)
         except OSError as error:
             if not full:
                 why = error.strerror
@@ -71,6 +75,9 @@ def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[
             waiting, full = taken, True
             time.sleep(FULL_S)
             continue
+        if full:
+            say("say", f"{writer.folder} can be written again")
+        told = False
         waiting, full = None, False
         if taken.aside:
             where, why, _ = taken.aside[0]
@@ -114,9 +121,12 @@ def main(descriptor: int) -> None:
         tokenizer = Tokenizer.load(Path(given["tokenizer"]))
         kind, folder = np.dtype(tokenizer.dtype), Path(given["folder"])
         source = sources.made(settings, lambda what: say("say", what))
-        writer = Writer(folder, kind)
+        writer = Writer(folder, kind, LOCK_S)
         try:
-            source.begin(entry.at for entry in Log(folder, kind).refresh())
+            try:
+                source.begin(entry.at for entry in Log(folder, kind).refresh())
+            except (ValueError, TypeError, AttributeError):
+                raise UserError(f"{folder} was not read from text.source={settings.source}: take a new run") from None
             copy(source, writer, tokenizer, forget)
         finally:
             writer.close()

@@ -31,6 +31,7 @@ from hvdllm.order.epochs import drawn
 NAME = "rounds.bin"
 LOSSES = "losses.jsonl"
 FORM = struct.Struct("<5qI")
+MOST = 2**24  # windows in a round
 PAST = 11  # key of seeds
 
 
@@ -43,6 +44,12 @@ class Round:
     stride: int
     next: int
     past: int
+
+    @property
+    def sane(self) -> bool:
+        """Whether rank 0 may have decided so. What a stranger's file says must not take all memory."""
+        whole = self.first >= 0 and 1 <= self.count <= MOST and 0 <= self.past <= MOST and self.stride >= 1
+        return whole and self.first + self.stride * (self.count - 1) < self.next < 2**48
 
     @property
     def items(self) -> int:
@@ -205,7 +212,7 @@ class Rounds:
             *numbers, total = FORM.unpack_from(data, at)
             found = Round(*numbers)
             place = number + at // FORM.size
-            if _sum(place, found) != total:
+            if _sum(place, found) != total or not found.sane:
                 if at + FORM.size < len(data):
                     raise UserError(f"{self.path}: round {place} is not what was written: copy the log again")
                 break  # it is being written

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
@@ -25,9 +25,10 @@ from hvdllm.text import corpus
 from hvdllm.text.parts import Files, Stdlib, Stream
 
 MOST = 2**20  # bytes of a document; what is longer is cut
-TOGETHER = 2**19  # bytes that are read before they are appended to the log
+LINE = 16 * MOST  # bytes of a line of JSON; what is longer is set aside
+TOGETHER = 2**20  # bytes that are read before they are appended to the log
 ENTRIES = 1024  # documents, the most that are
-SETTLED_S = 1.0  # seconds for which a .txt file has not changed when what is new in it is taken as a document
+SETTLED_S = 1.0  # seconds for which a .txt file was not seen to change when what is new in it is taken as a document
 LOOK_S = 0.2  # seconds between two looks at a folder
 PAUSES_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # before a server is asked again that did not answer
 
@@ -84,7 +85,7 @@ def document(data: bytes, where: str, column: str | None, taken: Taken) -> None:
     why, text = "", None
     try:
         if column is None:
-            text = data.decode()
+            text = (data if len(data) <= MOST else whole(data[:MOST])).decode()
         else:
             row = untrusted.parsed(data)
             text = row.get(column) if isinstance(row, dict) else None
@@ -101,8 +102,19 @@ def document(data: bytes, where: str, column: str | None, taken: Taken) -> None:
 
 def cut(text: str) -> str:
     """The text, or its first MOST bytes. Half a surrogate pair, which JSON can spell, becomes U+FFFD."""
-    data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    if len(text) <= MOST and text.isascii():
+        return text
+    data = text[:MOST].encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
     return data[:MOST].decode(errors="ignore")
+
+
+def whole(data: bytes) -> bytes:
+    """UTF-8 without the character at its end of which some bytes are missing."""
+    for missing in (1, 2, 3):
+        if len(data) >= missing and data[-missing] >= 0xC0:  # the first byte of a character
+            bytes_of_it = 2 if data[-missing] < 0xE0 else 3 if data[-missing] < 0xF0 else 4
+            return data[:-missing] if missing < bytes_of_it else data
+    return data
 
 
 # ------------------------------------------------------------------ a text that is played
@@ -153,6 +165,7 @@ class Lines:
 
     def __init__(self, settings: Stream, say: Say) -> None:
         self.column, self.lines, self._rest = settings.column, 0, b""
+        self._inside = False  # of a line that is too long, of which the beginning was taken
         os.set_blocking(sys.stdin.fileno(), False)
 
     def begin(self, places: Iterable[Json]) -> None:
@@ -167,8 +180,12 @@ class Lines:
             taken.over = not data
         except BlockingIOError:
             data = b""
+        if self._inside:
+            _, end, data = data.partition(b"\n")
+            self._inside = not end
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if (taken.over and self._rest) or len(self._rest) > 16 * MOST:
+        if (taken.over and self._rest) or len(self._rest) > LINE:
+            self._inside = not taken.over
             lines, self._rest = [*lines, self._rest], b""
         for line in lines:
             self.lines += 1
@@ -198,6 +215,7 @@ class Folder:
                 f"text.path={settings.path}: there is no such folder; text.source=folder reads the files in it"
             )
         self.read_of: dict[str, int] = {}
+        self._seen: dict[str, tuple[int, int, float]] = {}  # of .txt files: size, time of change, and since when
 
     def begin(self, places: Iterable[Json]) -> None:
         for place in places:
@@ -219,23 +237,34 @@ class Folder:
                 if size < before:
                     self.say(f"{path} is shorter than what was read of it: only what is added to it now is read")
                     self.read_of[name] = taken.at["files"][name] = size
-                if size <= before or (
-                    path.suffix == ".txt" and time.time() - os.fstat(file.fileno()).st_mtime < SETTLED_S
-                ):
+                if size <= before or (path.suffix == ".txt" and not self._settled(name, file)):
                     continue
-                file.seek(before)
+                file.seek(max(0, before - 1))
+                inside = before > 0 and file.read(1) != b"\n"  # lines are taken whole, but for one that is too long
                 data = file.read(max(left, 1))
                 if path.suffix == ".txt":
                     data = self._piece(data, before + len(data) < size)
-                    document(data, f"{path} from byte {before}", None, taken)
+                    if data:
+                        document(data, f"{path} from byte {before}", None, taken)
+                elif inside:
+                    data = data[: data.find(b"\n") + 1] or data
                 else:
-                    data = self._rows(path, before, data, file.read(16 * MOST) if b"\n" not in data else b"", taken)
+                    data = self._rows(path, before, data, file.read(LINE) if b"\n" not in data else b"", taken)
                 if data:
                     self.read_of[name] = taken.at["files"][name] = before + len(data)
-                left -= len(data)
+                    left -= len(data) + 8 * len(name)  # the places stand in a line of the log's index
             if left <= 0 or len(taken.texts) >= ENTRIES:
                 break
         return taken
+
+    def _settled(self, name: str, file: IO[bytes]) -> bool:
+        """Whether a file was not seen to change for SETTLED_S seconds. The clocks of the hosts do not matter."""
+        now, state = time.monotonic(), os.fstat(file.fileno())
+        *before, since = self._seen.get(name, (-1, -1, now))
+        if before != [state.st_size, state.st_mtime_ns]:
+            since = now
+        self._seen[name] = (state.st_size, state.st_mtime_ns, since)
+        return now - since >= SETTLED_S
 
     def _files(self) -> list[Path]:
         found = []
@@ -249,18 +278,16 @@ class Folder:
     @staticmethod
     def _piece(data: bytes, more: bool) -> bytes:
         """The part of a long text that is taken at a time: up to the end of a line, or of a character."""
-        data = data[:MOST]
-        if more or len(data) == MOST:
+        if more or len(data) > MOST:
+            data = data[:MOST]
             data = data[: data.rfind(b"\n") + 1] or data
-        while data and (data[-1] & 0xC0) == 0x80 and not _decodes(data[-4:]):
-            data = data[:-1]
-        return data
+        return whole(data)
 
     def _rows(self, path: Path, before: int, data: bytes, rest: bytes, taken: Taken) -> bytes:
         """Takes whole lines. Returns what was read of the file with them."""
         data += rest
         if b"\n" not in data:
-            if len(data) <= 16 * MOST:
+            if len(data) <= LINE:
                 return b""  # its end is still to come
             taken.aside.append((f"{path} from byte {before}", "its line is too long", data[:1000]))
             return data
@@ -276,14 +303,6 @@ class Folder:
         """The files stay: they are the user's."""
 
 
-def _decodes(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.end < len(data) or error.reason != "unexpected end of data"
-    return True
-
-
 # ------------------------------------------------------------------ Redis Streams
 class Redis:
     """A stream of Redis, by XREAD from an id. The place is the last id, and how many entries were read.
@@ -296,6 +315,9 @@ class Redis:
         self.settings, self.say = settings, say
         self.id, self.count = "0-0", 0
         self._failed = 0
+        self._column = settings.column.encode()
+        self._ask = 16  # entries, about TOGETHER bytes as far as those before tell
+        self._behind = False
         self._lib, self._client = _client(settings)
 
     def begin(self, places: Iterable[Json]) -> None:
@@ -324,51 +346,61 @@ class Redis:
     def _read(self, wait_s: float) -> Taken:
         key, lib = self.settings.key, self._lib
         taken = Taken(at={"id": self.id, "count": self.count})
-        with self._client.pipeline(transaction=True) as both:
+        with self._client.pipeline(transaction=True) as both:  # one moment of the server, so that the counts agree
             both.exists(key)
-            both.xread({key: self.id}, count=ENTRIES)
-            there, found = both.execute()
-        if not there:
+            both.xinfo_stream(key)
+            both.xread({key: self.id}, count=self._ask)
+            there, info, found = both.execute(raise_on_error=False)
+        if there == 0:
             time.sleep(min(wait_s, LOOK_S))
             return taken
-        with self._client.pipeline(transaction=True) as both:
-            both.xinfo_stream(key)
-            both.xread({key: self.id}, count=ENTRIES)
-            try:
-                info, found = both.execute()
-            except lib.exceptions.ResponseError as error:
-                raise UserError(f"text.key={key} is no stream ({error}): name one that XADD fills") from None
-        gone = int(info["entries-added"]) - int(info["length"])
-        if gone > self.count:
+        for answer in (there, info, found):
+            if isinstance(answer, lib.exceptions.ResponseError):
+                raise UserError(f"text.key={key} is no stream ({answer}): name one that XADD fills")
+        if "entries-added" not in info:
+            raise UserError(f"{_shown(self.settings.address)} is older than Redis 7: it does not count what it trims")
+        added, end = int(info["entries-added"]), info["last-generated-id"]
+        self._look_back(added, end.decode() if isinstance(end, bytes) else str(end))
+        if (gone := added - int(info["length"])) > self.count:
             taken.lost = gone - self.count
             self.count = gone
-        if not found:
-            if not taken.lost:
-                self._client.xread(
-                    {key: self.id}, count=1, block=max(1, int(wait_s * 1000))
-                )  # waits, and takes nothing
-            taken.at = {"id": self.id, "count": self.count}
-            return taken
         size = 0
-        for id, fields in found[0][1]:
-            data = fields.get(self.settings.column.encode(), None)
-            if data is None:
-                taken.aside.append((f"entry {id.decode()}", f"it has no field {self.settings.column!r}", b""))
+        for id, fields in found[0][1] if found else ():
+            where = f"entry {id.decode()}"
+            if (data := fields.get(self._column)) is None:
+                taken.aside.append((where, f"it has no field {self.settings.column!r}", b""))
             else:
-                document(data, f"entry {id.decode()}", None, taken)
+                document(data, where, None, taken)
                 size += len(data)
             self.id, self.count = id.decode(), self.count + 1
-            if size >= TOGETHER:
-                break
         taken.at = {"id": self.id, "count": self.count}
+        if size:
+            self._ask = max(1, min(ENTRIES, 2 * self._ask, self._ask * TOGETHER // size))
+        elif taken.nothing:  # it waits, and takes nothing
+            self._client.xread({key: self.id}, count=1, block=max(1, int(wait_s * 1000)))
         return taken
+
+    def _look_back(self, added: int, end: str) -> None:
+        """Says if the stream ends before the place up to which it was read, because its server has lost something."""
+        behind = _numbers(end) < _numbers(self.id)
+        if behind and not self._behind:
+            self.say(
+                f"text.key={self.settings.key} ends at {end} and was read up to {self.id}: its server has lost "
+                f"entries, or it was made anew; what comes with an id above {self.id} is read"
+            )
+        self._behind, self.count = behind, min(self.count, added)
 
     def forget(self, at: Json) -> None:
         if not self.settings.forget or "id" not in at:
             return
-        milliseconds, _, number = str(at["id"]).partition("-")
+        milliseconds, number = _numbers(at["id"])
         with contextlib.suppress(self._lib.exceptions.RedisError, OSError):
-            self._client.xtrim(self.settings.key, minid=f"{milliseconds}-{int(number or 0) + 1}", approximate=False)
+            self._client.xtrim(self.settings.key, minid=f"{milliseconds}-{number + 1}", approximate=False)
+
+
+def _numbers(id: str) -> tuple[int, int]:
+    milliseconds, _, number = str(id).partition("-")
+    return int(milliseconds), int(number or 0)
 
 
 def _client(settings: Stream) -> tuple[Any, Any]:

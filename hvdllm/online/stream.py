@@ -447,7 +447,7 @@ class LogStream:
 
     def saved(self) -> None:
         """A checkpoint with this place is whole, so the source may forget what was trained on."""
-        if self.intake is None or (before := self.rounds_file.get(self.round - 1)) is None:
+        if self.intake is None or self.round == 0 or (before := self.rounds_file.get(self.round - 1)) is None:
             return
         trained = self.layout.place(before) * self.items.context
         last = None

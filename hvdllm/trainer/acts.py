@@ -68,7 +68,8 @@ class Acts:
             return not stop and (crossed(every) or (met and bool(every)))
 
         ledger.window.count(commit)
-        if config.log_every and (met or stop or crossed(config.log_every)):
+        ends = stop and commit.tokens > before  # else its record is open already
+        if config.log_every and (met or ends or crossed(config.log_every)):
             ledger.open(commit, not crossed(config.log_every), self.run.stream.standing())
         self._progress()
         settle_first = met and self.run.parts.exchange.anchored

@@ -88,7 +88,7 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
     if folder is not None:
         folder.check()
         folder.create(config, run.data.task.files | frozen.keep(folder.path, run.model))
-        events = folder.truncate(resumed["shared"]["tokens"] if resumed else None) if start.again else []
+        events = folder.truncate(*written_until(resumed)) if start.again else []
         run.data.task.keep(folder.path)
         folder.record("run", run_record(run, overrides), sync=True)
         if start.again:
@@ -99,6 +99,13 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
     run.show.header(header(run))
     for note in notes:
         run.show.say(note)
+
+
+def written_until(resumed: Saved | None) -> tuple[int | None, bool]:
+    """The tokens of a checkpoint, and whether a commit record was pending there."""
+    if resumed is None:
+        return None, False
+    return resumed["shared"]["tokens"], resumed["due"]["pending"] is not None
 
 
 def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:

@@ -7,7 +7,6 @@ waits for another there. All ranks then know the same numbers, and the earlier r
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 
@@ -120,26 +119,26 @@ class Prequential:
             return {}
         self.land()
         loss = 0.0 if self._loss is None else float(self._loss.item())
-        own = json.dumps([loss, self._open.tokens, self._open.bytes])
-        left = [json.loads(text) for text in self.world.texts(own, "prequential.state")]
+        vector = torch.tensor([loss, self._open.tokens, self._open.bytes], dtype=torch.float64)
+        left = self.world.gather(vector, "prequential.state").land().reshape(-1, 3).tolist()
         return {"last": asdict(self.last), "recent": asdict(self.recent), "whole": asdict(self.whole), "open": left}
 
     def load(self, state: Json) -> None:
-        """The inverse of `state`. With another number of ranks, what was open on all of them counts on rank 0.
-
-        Raises ValueError for values that are no numbers.
-        """
+        """The inverse of `state`. What was open counts on the ranks where it was, so that it is added up in the same
+        order, or on rank 0 if they are not as many. Raises ValueError for values that are no numbers."""
         if not state or not self.window:
             return
         self.last, self.recent, self.whole = (Sums(**state[name]) for name in ("last", "recent", "whole"))
-        ranks = state["open"]
-        numbers = [each for own in ranks for each in own]
-        numbers += [value for name in ("last", "recent", "whole") for value in state[name].values()]
-        if not all(isinstance(value, int | float) for value in numbers):
+        opened = [Sums(*each) for each in state["open"]]
+        sums = (self.last, self.recent, self.whole, *opened)
+        if not all(isinstance(value, int | float) for each in sums for value in asdict(each).values()):
             raise ValueError("the prequential loss is not said in the form of this version")
-        if len(ranks) != self.world.size:
-            nothing = [0.0, 0.0, 0.0]
-            ranks = [[sum(values) for values in zip(*ranks, strict=True)], *[nothing] * (self.world.size - 1)]
-        loss, tokens, size = ranks[self.world.rank]
-        self._open = Sums(0.0, tokens, size)
-        self._loss = torch.tensor(loss, dtype=torch.float64)
+        if len(opened) == self.world.size:
+            own = opened[self.world.rank]
+        else:
+            own = Sums()
+            for each in opened if self.world.rank == 0 else ():
+                own.add(each)
+        if own.tokens:
+            self._open = Sums(0.0, own.tokens, own.bytes)
+            self._loss = torch.tensor(own.loss, dtype=torch.float64)

@@ -30,7 +30,7 @@ def test_what_was_appended_is_read_also_over_the_ends_of_files(tmp_path: Path, m
     writer, reader = Writer(tmp_path, KIND), Log(tmp_path, KIND)
     given = documents(3, 4, 30, 1, 12)
     for number in range(0, 5, 2):
-        writer.append(given[number : number + 2], 5, {"id": number})
+        writer.append(part := given[number : number + 2], len(part), 5, {"id": number})
         (entry,) = reader.refresh()
         assert entry == writer.last and entry.at == {"id": number}
     writer.close()
@@ -48,8 +48,8 @@ def test_the_next_writer_goes_on_where_the_last_whole_entry_ends(
 ) -> None:
     monkeypatch.setattr(log, "SEGMENT", 16)
     writer = Writer(tmp_path, KIND)
-    writer.append(documents(10), 20, {"id": 1})
-    writer.append(documents(11, 12), 40, {"id": 3})
+    writer.append(documents(10), 1, 20, {"id": 1})
+    writer.append(documents(11, 12), 2, 40, {"id": 3})
     writer.close()
     index, tokens = tmp_path / INDEX, segment(tmp_path, 2)
     lines = index.read_bytes().splitlines(keepends=True)
@@ -65,7 +65,7 @@ def test_the_next_writer_goes_on_where_the_last_whole_entry_ends(
         index.write_bytes(lines[0] + Entry(99, 9, 9, at={"id": 9}).line() + lines[1])
     again = Writer(tmp_path, KIND)
     assert again.last.at == {"id": 1} and again.last.tokens == 10
-    again.append(documents(11, 12), 40, {"id": 3})
+    again.append(documents(11, 12), 2, 40, {"id": 3})
     again.close()
     assert (whole(tmp_path) == np.concatenate(documents(10, 11, 12))).all()
     last = Writer(tmp_path, KIND)
@@ -75,7 +75,7 @@ def test_the_next_writer_goes_on_where_the_last_whole_entry_ends(
 
 def test_a_full_disk_takes_the_whole_append_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = Writer(tmp_path, KIND)
-    writer.append(documents(10), 20, {"id": 1})
+    writer.append(documents(10), 1, 20, {"id": 1})
     real = Entry.line
 
     def full(entry: Entry) -> bytes:
@@ -83,10 +83,10 @@ def test_a_full_disk_takes_the_whole_append_back(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Entry, "line", full)
     with pytest.raises(OSError, match="No space"):
-        writer.append(documents(5), 10, {"id": 2})
+        writer.append(documents(5), 1, 10, {"id": 2})
     monkeypatch.setattr(Entry, "line", real)
     assert writer.last.at == {"id": 1}
-    writer.append(documents(6), 10, {"id": 2})
+    writer.append(documents(6), 1, 10, {"id": 2})
     assert (whole(tmp_path) == np.concatenate(documents(10, 6))).all()
     writer.close()
 

@@ -84,3 +84,14 @@ def test_rounds_are_read_as_they_were_written(tmp_path: Path) -> None:
     mine.path.write_bytes(data[: 5 * FORM.size] + bytes(FORM.size) + data[6 * FORM.size :])
     with pytest.raises(UserError, match="round 5 is not what was written"):
         Rounds(tmp_path).get(5)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(0, 2**40, 1, 2**41, 0), (0, 4, 1, 4, 2**40), (-8, 4, 1, 4, 0), (0, 4, 0, 4, 0), (0, 4, 1, 2, 0)]
+)
+def test_a_round_that_nobody_decided_so_takes_no_memory(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    rounds = Rounds(tmp_path)
+    rounds.add(0, Round(*numbers))
+    rounds.add(1, Round(4, 4, 1, 8, 0))
+    with pytest.raises(UserError, match="round 0 is not what was written"):
+        Rounds(tmp_path).get(0)

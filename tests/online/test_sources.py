@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis_server import Server
 
 from hvdllm.errors import UserError
 from hvdllm.online import sources
@@ -89,11 +90,20 @@ def test_a_folder_grows_by_lines_and_by_files(tmp_path: Path, monkeypatch: pytes
     assert read(again, 1, 0.3)[0] == []
 
 
-def test_a_file_that_still_changes_is_left(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("not yet")
-    assert read(made(source="folder", path=str(tmp_path)), 1, 0.3)[0] == []
-    os.utime(tmp_path / "a.txt", (time.time() - 5, time.time() - 5))
-    assert read(made(source="folder", path=str(tmp_path)), 1)[0] == ["not yet"]
+def test_a_file_that_still_changes_is_left_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SETTLED_S", 0.3)
+    source = made(source="folder", path=str(tmp_path))
+    file = tmp_path / "a.txt"
+    for number in range(4):
+        with file.open("a") as out:
+            out.write(f"{number} not yet ")
+        os.utime(
+            file, (time.time() + 1e6 - number, time.time() + 1e6 - number)
+        )  # a host whose clock is ahead, and jumps
+        assert read(source, 1, 0.1)[0] == []
+    assert read(source, 1)[0] == ["0 not yet 1 not yet 2 not yet 3 not yet "]
 
 
 def test_what_cannot_be_read_is_set_aside_with_its_place(tmp_path: Path) -> None:
@@ -102,7 +112,7 @@ def test_what_cannot_be_read_is_set_aside_with_its_place(tmp_path: Path) -> None
     texts, taken = read(made(source="folder", path=str(tmp_path)), 2)
     aside = [each for one in taken for each in one.aside]
     assert texts == ["good", "last"] and len(aside) == 4
-    assert [where.rsplit(" ", 1)[1] for where, _, _ in aside] == ["17", "27", "40", "55"]
+    assert [where.rsplit(" ", 1)[1] for where, _, _ in aside] == ["17", "27", "40", "54"]
     assert "JSON" in aside[0][1] and "no text under 'text'" in aside[1][1]
     told = [json.loads(line) for line in sources.told(aside).splitlines()]
     assert told[0]["begins"] == '{"text": '
@@ -123,6 +133,7 @@ def test_a_file_that_shrinks_is_said_and_only_what_is_added_is_read(tmp_path: Pa
 def test_a_long_document_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MOST", 1000)
     monkeypatch.setattr(sources, "TOGETHER", 500)
+    monkeypatch.setattr(sources, "LINE", 16_000)
     monkeypatch.setattr(sources, "SETTLED_S", 0.0)
     text = "".join(f"line {number} äöü\n" for number in range(300))
     (tmp_path / "a.txt").write_text(text)
@@ -136,45 +147,73 @@ def test_a_long_document_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(len(one.aside) for one in taken) >= 1  # the line of 50 kB is longer than 16 times a document
 
 
+def test_a_line_of_any_length_takes_little_memory_and_is_set_aside_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: the rest of a line that is taken for lines of their own, a line that is read as a whole."""
+    monkeypatch.setattr(sources, "LINE", 2**21)
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as out:
+        out.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(64):
+            out.write(b"x" * 2**20)
+        out.write(b'"}\n{"text": "after"}\n')
+    source = made(source="folder", path=str(tmp_path))
+    tracemalloc.start()
+    texts, taken = read(source, 2, 20.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["before", "after"] and peak < 2**24
+    assert [(where.rsplit(" ", 1)[1], why) for one in taken for where, why, _ in one.aside] == [
+        ("19", "its line is too long")
+    ]
+
+
+def test_a_pipe_with_a_line_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LINE", 2**18)
+    out, into = os.pipe()
+    with os.fdopen(out, "rb") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sources.sys, "stdin", pipe)
+        source = made(source="stdin")
+
+        def write() -> None:
+            with os.fdopen(into, "wb") as end:
+                end.write(b'{"text": "before"}\n{"text": "' + b"x" * 2**22 + b'"}\n{"text": "after"}\n')
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        texts, taken = read(source, 2)
+        thread.join()
+    assert texts == ["before", "after"] and sum(len(one.aside) for one in taken) == 1
+
+
 # ------------------------------------------------------------------ Redis
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Any, Any]]:
-    redis = pytest.importorskip("redis")
-    if subprocess.run(["which", "redis-server"], capture_output=True).returncode:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-
-    def start() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", "",
-             "--appendonly", "yes", "--requirepass", "secret"],
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        client = redis.Redis(port=port, password="secret")
-        for _ in range(200):
-            try:
-                client.ping()
-                break
-            except redis.exceptions.RedisError:
-                time.sleep(0.02)
-        client.close()
-        return process
-
-    processes = [start()]
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any, Any]]:
+    pytest.importorskip("redis")
+    try:
+        found = Server(tmp_path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
     def restart() -> None:
-        processes[-1].kill()
-        processes[-1].wait()
-        processes.append(start())
+        found.kill()
+        found.start()
 
-    client = redis.Redis(port=port, password="secret")
+    connect, clients = sources._client, []
+
+    def connected(settings: Stream) -> tuple[Any, Any]:
+        package, client = connect(settings)
+        clients.append(client)
+        return package, client
+
+    monkeypatch.setattr(sources, "_client", connected)
     try:
-        yield f"redis://:secret@127.0.0.1:{port}/0", client, restart
+        yield found.address, found.client, restart
     finally:
-        client.close()
-        processes[-1].kill()
-        processes[-1].wait()
+        for client in clients:
+            client.close()
+        found.close()
 
 
 def test_a_stream_of_redis_is_read_once_and_goes_on_behind_a_place(server: tuple[str, Any, Any]) -> None:
@@ -207,6 +246,32 @@ def test_what_was_trimmed_before_it_was_read_is_counted(server: tuple[str, Any, 
     client.xtrim("docs", maxlen=40, approximate=False)
     texts, taken = read(source, 40)
     assert texts == [f"document {number}" for number in range(160, 200)] and sum(one.lost for one in taken) == 60
+
+
+def test_large_and_small_documents_of_redis(server: tuple[str, Any, Any]) -> None:
+    address, client, _ = server
+    wanted = ["x" * 3_000_000, *(f"small {number}" for number in range(3000)), "ä" * 1_000_000, "last"]
+    for text in wanted:
+        client.xadd("docs", {"text": text})
+    texts, taken = read(made(source="redis", address=address, key="docs"), len(wanted))
+    assert texts == [wanted[0][: 2**20], *wanted[1:-2], "ä" * 2**19, "last"]
+    assert max(len(one.texts) for one in taken) > 500
+
+
+def test_a_server_that_has_lost_entries_is_said_and_nothing_is_read_twice(server: tuple[str, Any, Any]) -> None:
+    address, client, _ = server
+    said: list[str] = []
+    source = made(said, source="redis", address=address, key="docs")
+    for number in range(1, 6):
+        client.xadd("docs", {"text": f"{number}"}, id=f"{number}-0")
+    assert len(read(source, 5)[0]) == 5
+    client.delete("docs")
+    for number in range(1, 4):
+        client.xadd("docs", {"text": f"{number}"}, id=f"{number}-0")
+    assert read(source, 1, 0.3)[0] == []
+    assert len(said) == 1 and "ends at 3-0 and was read up to 5-0" in said[0]
+    client.xadd("docs", {"text": "6"}, id="6-0")
+    assert read(source, 1)[0] == ["6"]
 
 
 def test_what_was_trained_on_is_trimmed_and_is_no_gap(server: tuple[str, Any, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import threading
@@ -15,6 +17,7 @@ import pytest
 
 from hvdllm import registry, runs
 from hvdllm.cli.main import main
+from hvdllm.online import rounds
 from hvdllm.online.log import Writer
 from hvdllm.text.tokenize import BYTES, Tokenizer
 
@@ -36,17 +39,30 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def append(folder: Path, texts: list[str]) -> None:
+    """Writes a log that is whole."""
     tokenizer = Tokenizer(BYTES)
-    writer = Writer(folder / "log", np.dtype(np.uint16))
+    writer = Writer(Path(f"{folder}-whole"), np.dtype(np.uint16))
     for text in texts:
         ids = np.append(tokenizer.encode([text])[0], tokenizer.end)
-        writer.append([ids], len(text.encode()), {"document": writer.last.documents + 1})
+        writer.append([ids], 1, len(text.encode()), {"document": writer.last.documents + 1})
     writer.close()
 
 
+def arrive(folder: Path, texts: list[str]) -> None:
+    """Adds documents to a folder that a run reads."""
+    source = Path(f"{folder}-in")
+    source.mkdir(exist_ok=True)
+    with (source / "a.jsonl").open("a") as out:
+        out.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def trained(tmp_path: Path, *more: str, name: str = "a", code: int = 0) -> list[dict[str, Any]]:
+    source = ("folder", tmp_path / f"{name}-in")
+    if not source[1].exists():
+        source = ("log", tmp_path / f"{name}-whole")
     words = [
-        "train", "text=stream", "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
+        "train", "text=stream", f"text.source={source[0]}", f"text.path={source[1]}",
+        "text.tokenizer=bytes", "text.slice_tokens=1024", "model.layers=1", "model.width=16",
         "model.heads=2", "model.context=16", "batch_tokens=192", "budget_tokens=1920", f"name={name}",
         f"runs_dir={tmp_path}", f"data_dir={tmp_path / 'data'}", "device=cpu", "device.threads=1", "log_every=192",
         "eval_every=960", "save_every=960", "sample_every=0", "precision=fp64", "schedule=constant",
@@ -100,13 +116,13 @@ def test_a_resumed_run_goes_on_exactly(filled: Path, exchange: str) -> None:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Path]:
-    """A log to which a thread appends a document now and then."""
-    (tmp_path / "a").mkdir()
+    """A folder to which a thread adds a document now and then."""
+    arrive(tmp_path / "a", [])
     done = threading.Event()
 
     def write() -> None:
         for text in documents(120):
-            append(tmp_path / "a", [text])
+            arrive(tmp_path / "a", [text])
             if done.wait(0.02):
                 return
 
@@ -132,9 +148,9 @@ def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exc
     size = 3 if exchange == "parameter_server" else 2
     more = ["exchange=" + exchange, "world=virtual", f"world.size={size}", *SHORT.get(exchange, ())]
     more += ["exchange.staleness=0"] * (exchange == "parameter_server") + ["text.wait_s=600", "eval_every=0"]
-    append(tmp_path / "a", documents(120))
+    arrive(tmp_path / "a", documents(120))
     whole = trained(tmp_path, *more)
-    append(tmp_path / "b", documents(24))
+    arrive(tmp_path / "b", documents(24))
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60
@@ -149,7 +165,50 @@ def test_a_run_that_waits_can_be_stopped_and_goes_on_exactly(tmp_path: Path, exc
     first = trained(tmp_path, *more, name="b", code=75)
     thread.join()
     assert [record["reason"] for record in first if record["kind"] == "end"] == ["stop"]
-    append(tmp_path / "b", documents(120)[24:])
+    arrive(tmp_path / "b", documents(120)[24:])
     again = trained(tmp_path, *more, name="b")
     for key in ("tokens", "loss", "prequential", "prequential_recent"):
         assert losses(again, key) == losses(whole, key)
+
+
+def test_a_disk_that_takes_no_round_ends_the_run_in_a_sentence(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rounds.os, "pwrite", full)
+    trained(filled, code=1)
+    said = capsys.readouterr().err
+    assert "rounds.bin cannot be written (No space left on device): make room" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "sentence"),
+    [
+        ("index.jsonl", b"\x00\xff no index", "it is no log of this version"),
+        ("index.jsonl", b'{"tokens": 1e400, "documents": "many"}\n', "it is no log of this version"),
+        ("index.jsonl", b"[" * 100_000 + b"\n", "it is no log of this version"),
+        ("tokens-000000.bin", b"\xff" * 20_000, "holds tokens that its tokenizer has not"),
+    ],
+)
+def test_the_log_of_a_stranger_is_a_sentence(
+    filled: Path, capsys: pytest.CaptureFixture[str], name: str, begins: bytes, sentence: str
+) -> None:
+    path = filled / "a-whole" / name
+    path.write_bytes(
+        begins + path.read_bytes()[len(begins) :] if name.startswith("tokens") else begins + path.read_bytes()
+    )
+    trained(filled, code=2)
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+
+
+def test_a_log_that_was_cut_is_a_sentence(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(filled, "budget_tokens=960")
+    os.truncate(filled / "a-whole" / "tokens-000000.bin", 1000)
+    trained(filled, code=2)
+    assert "has 500 tokens, and its index tells of" in capsys.readouterr().err
+    (filled / "a" / "log" / "rounds.bin").write_bytes(b"")
+    trained(filled, code=2)
+    assert "has no round 4, which was trained on: copy the log again" in capsys.readouterr().err
