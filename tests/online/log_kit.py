@@ -24,7 +24,7 @@ def fill(folder: Path, count: int, seed: int = 0, after: str = "") -> None:
         other = after if number >= count // 2 else ""
         text = other or f"{number} the quick brown fox {draw.integers(1000)} jumps over it"
         ids = np.append(tokenizer.encode([text])[0], tokenizer.end)
-        writer.append([ids], len(text.encode()), {"document": writer.last.documents + 1})
+        writer.append([ids], 1, len(text.encode()), {"document": writer.last.documents + 1})
     writer.close()
 
 
