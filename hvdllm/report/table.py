@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hvdllm.report.figures import Figures, Line, Reach
+from hvdllm.report.learning import MARGIN, Recovery, Sample
 from hvdllm.report.stats import FEWEST, Paired, Spread
 from hvdllm.report.verdict import count, size, verdict
 
@@ -73,13 +75,16 @@ def versus(line: Line, reference: Line) -> str:
     """The speed-up with its interval, and what the test says about it."""
     if line is reference:
         return "reference"
-    ratio = line.ratio
-    if ratio is None:
+    return ratio(line.ratio)
+
+
+def ratio(found: Paired | None) -> str:
+    if found is None:
         return NONE
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}, {seeds(ratio.pairs)}"
-    said = "" if ratio.significant else ", n.s."
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}){said}"
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}, {seeds(found.pairs)}"
+    said = "" if found.significant else ", n.s."
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}){said}"
 
 
 def loss(found: Spread | None) -> str:
@@ -150,6 +155,47 @@ def result(f: Figures) -> Table:
         f"fewer than {FEWEST} seeds: values alone"
     ]
     return Table(f"To {f.metric.words} {target}, best first", head, rows, notes)
+
+
+def stream(f: Figures) -> Table | None:
+    """How each group learnt the stream; None if not all runs trained on one."""
+    learnt = [(line, line.learnt) for line in f.lines]
+    if f.reference.learnt is None:
+        return None
+    changes = range(1, len(f.reference.learnt.recoveries) + 1)
+    head = ["", "prequential loss", "less reference", "bits per byte"]
+    for k in changes:
+        head += [f"{f.unit} to recover, change {k}", "fewer, times", f"new text's loss, change {k}"]
+    head += ["forgetting", "less reference", "held-out regret"]
+    rows = []
+    for line, one in learnt:
+        assert one is not None
+
+        def less(sample: Sample, line: Line = line, show: Callable[[Paired | None], str] = difference) -> str:
+            return "reference" if line is f.reference else show(sample.difference)
+
+        row = [line.label, loss(one.whole.spread), less(one.whole), loss(one.bits.spread)]
+        for recovery, new in zip(one.recoveries, one.new, strict=True):
+            row += [recovered(recovery), less(recovery, show=ratio), loss(new.spread)]
+        rows.append([*row, loss(one.forgetting.spread), less(one.forgetting), loss(one.regret.spread)])
+    notes = [
+        f"at {count(f.reference.learnt.tokens)} {f.unit}; to recover: from the change until prequential_recent, "
+        f"after it was above, is within {MARGIN:.0%} of its level before the change; new text's loss: in the first "
+        "record with nothing but text behind the change; forgetting: loss of the held-out slices at the end less the lowest that "
+        "the run had there; held-out regret: their loss at all evaluations less the lowest of any run of this report"
+    ]
+    if not changes:
+        notes.append(
+            "no change of the stream is known: text.source=replay of a list of texts records where each begins"
+        )
+    return Table("On the stream", head, rows, notes)
+
+
+def recovered(found: Recovery) -> str:
+    """The tokens to recover from a change, or of how many runs they are known."""
+    if found.spread is not None:
+        return with_interval(found.spread)
+    return NONE if not found.runs else f"{found.back or 'none'} of {found.runs} runs recovered"
 
 
 def work(f: Figures) -> Table:
@@ -303,8 +349,11 @@ def left_out(f: Figures) -> Table | None:
 
 def tables(f: Figures) -> list[Table]:
     """All tables of a report, in their order."""
-    every = [result(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
+    every = [result(f), stream(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
     return [one for one in every if one is not None]
+
+
+STREAM = "by prequential loss, tokens to recover from each change and forgetting, "
 
 
 def method(f: Figures) -> list[str]:
@@ -323,10 +372,11 @@ def method(f: Figures) -> list[str]:
         "geometric mean and two-sided paired t test on their logarithms; differences of losses likewise without the "
         f"logarithm. Fewer than {FEWEST} common seeds test nothing. All {f.tests} tests of this report (each group "
         f"against the reference by the way to the target, by the {f.metric.short} at equal {f.unit} and at equal "
-        "wall-clock, and the first group against all others, as one) are corrected together by Holm's procedure: "
+        f"wall-clock, {STREAM * f.streamed}"
+        "and the first group against all others, as one) are corrected together by Holm's procedure: "
         "whatever is true, the chance that any difference is claimed where there is none is at most 5 %. A bracket "
         "has the level at which Holm's procedure tests its difference, so a claimed one leaves out no difference. "
-        "Bytes are not tested."
+        f"Bytes are not tested{', nor are losses of new texts and held-out regret' * f.streamed}."
     )
     if any(run.simulated for run in f.runs):
         out.append(
