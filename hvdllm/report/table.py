@@ -157,38 +157,45 @@ def result(f: Figures) -> Table:
     return Table(f"To {f.metric.words} {target}, best first", head, rows, notes)
 
 
-def stream(f: Figures) -> Table | None:
-    """How each group learnt the stream; None if not all runs trained on one."""
-    learnt = [(line, line.learnt) for line in f.lines]
+def streams(f: Figures) -> list[Table]:
+    """How each group learnt the stream, and what it did after each known change; [] unless all runs trained on one."""
+    learnt = [(line, line.learnt) for line in f.lines if line.learnt is not None]
     if f.reference.learnt is None:
-        return None
-    changes = range(1, len(f.reference.learnt.recoveries) + 1)
-    head = ["", "prequential loss", "less reference", "bits per byte"]
-    for k in changes:
-        head += [f"{f.unit} to recover, change {k}", "fewer, times", f"new text's loss, change {k}"]
-    head += ["forgetting", "less reference", "held-out regret"]
-    rows = []
+        return []
+
+    def less(line: Line, sample: Sample, show: Callable[[Paired | None], str] = difference) -> str:
+        return "reference" if line is f.reference else show(sample.difference)
+
+    whole, changed = [], []
     for line, one in learnt:
-        assert one is not None
-
-        def less(sample: Sample, line: Line = line, show: Callable[[Paired | None], str] = difference) -> str:
-            return "reference" if line is f.reference else show(sample.difference)
-
-        row = [line.label, loss(one.whole.spread), less(one.whole), loss(one.bits.spread)]
-        for recovery, new in zip(one.recoveries, one.new, strict=True):
-            row += [recovered(recovery), less(recovery, show=ratio), loss(new.spread)]
-        rows.append([*row, loss(one.forgetting.spread), less(one.forgetting), loss(one.regret.spread)])
+        whole.append([
+            line.label, loss(one.whole.spread), less(line, one.whole), loss(one.bits.spread),
+            loss(one.forgetting.spread), less(line, one.forgetting), loss(one.regret.spread),
+        ])  # fmt: skip
+    for k in range(len(f.reference.learnt.recoveries)):
+        for line, one in learnt:
+            recovery, new = one.recoveries[k], one.new[k]
+            changed.append(
+                [f"change {k + 1}", line.label, recovered(recovery), less(line, recovery, ratio), loss(new.spread)]
+            )
+    head = ["", "prequential loss", "less reference", "bits per byte", "forgetting", "less reference"]
     notes = [
-        f"at {count(f.reference.learnt.tokens)} {f.unit}; to recover: from the change until prequential_recent, "
-        f"after it was above, is within {MARGIN:.0%} of its level before the change; new text's loss: in the first "
-        "record with nothing but text behind the change; forgetting: loss of the held-out slices at the end less the lowest that "
-        "the run had there; held-out regret: their loss at all evaluations less the lowest of any run of this report"
+        f"at {count(f.reference.learnt.tokens)} {f.unit}; forgetting: loss of the held-out slices at the end less the "
+        "lowest that the run had there; held-out regret: their loss at all evaluations less the lowest of any run here"
     ]
-    if not changes:
+    tables = [_cut(Table("On the stream", [*head, "held-out regret"], whole, notes))]
+    if not changed:
         notes.append(
-            "no change of the stream is known: text.source=replay of a list of texts records where each begins"
+            "no change of the stream is known; text.source=replay of a list of texts records where each begins"
         )
-    return Table("On the stream", head, rows, notes)
+        return tables
+    head = ["", "", f"{f.unit} to recover", "fewer, times", "loss of the new text"]
+    notes = [
+        f"to recover: from the change until prequential_recent, after it was above, is within {MARGIN:.0%} of its "
+        "level before the change, which is each run's own, so that who had learnt less has less to recover; loss of "
+        "the new text: prequential, in the first record with nothing but text behind the change"
+    ]
+    return [*tables, _cut(Table("After a change of the stream", head, changed, notes, left=2))]
 
 
 def recovered(found: Recovery) -> str:
@@ -349,7 +356,7 @@ def left_out(f: Figures) -> Table | None:
 
 def tables(f: Figures) -> list[Table]:
     """All tables of a report, in their order."""
-    every = [result(f), stream(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
+    every = [result(f), *streams(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
     return [one for one in every if one is not None]
 
 

@@ -170,10 +170,10 @@ def _stream(f: Figures) -> str:
         never = [f"{label} ({one.back} of {one.runs} runs did)" for label, one in every if one.back < one.runs]
         tests = [(label, one.difference) for label, one in every[1:]]
         if own.spread is not None:
-            took = f"{name} recovered from change {k + 1} after {amount(own.spread, f.unit)}"
+            took = f"{name} was back at its own level after change {k + 1} in {amount(own.spread, f.unit)}"
             parts.append(_apart(took, "recovery", tests))
         if never:
-            parts.append(f"Not all runs recovered from change {k + 1}: {', '.join(never)}, which are not ranked.")
+            parts.append(f"Not all runs recovered from change {k + 1}, so they are not ranked: {', '.join(never)}.")
     if learnt.forgetting.spread is not None:
         lost = learnt.forgetting.spread.mean
         forgot = f"Forgetting: with {name} the held-out slices end {lost:.4f} above the lowest loss that they had"

@@ -12,11 +12,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH
-SEEDS=${SEEDS:-0,1,2}      # at least three, or nothing is tested
-DOCUMENTS=${DOCUMENTS:-300}  # of about 1,000 characters in each text; the last has as many again, which are not reached
-RATE=${RATE:-30}           # documents a second, below the speed of the slowest exchange
-BUDGET=${BUDGET:-210000}   # tokens, without replay; with it as many more as bring the run to the same place of the stream
-REPLAY=${REPLAY:-0.25}     # share of each batch from the past
+SEEDS=${SEEDS:-0,1,2}       # at least three, or nothing is tested
+DOCUMENTS=${DOCUMENTS:-200} # of about 1,000 characters in code and prose; the last text has twice as many
+RATE=${RATE:-30}            # documents a second, below the speed of the slowest exchange
+BUDGET=${BUDGET:-210000}    # tokens, without replay; with it as many more as bring the run to the same place of the stream
+REPLAY=${REPLAY:-0.25}      # share of each batch from the past
 work=runs/drift
 mkdir -p "$work"
 
