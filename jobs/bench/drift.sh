@@ -14,8 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH
 SEEDS=${SEEDS:-0,1,2}       # at least three, or nothing is tested
 DOCUMENTS=${DOCUMENTS:-200} # of about 1,000 characters in code and prose; the last text has twice as many
-RATE=${RATE:-30}            # documents a second, below the speed of the slowest exchange
-BUDGET=${BUDGET:-210000}    # tokens, without replay; with it as many more as bring the run to the same place of the stream
+RATE=${RATE:-22}            # documents a second, below the speed of the slowest exchange
+BUDGET=${BUDGET:-190000}    # tokens, without replay; with it as many more as bring the run to the same place of the stream
 REPLAY=${REPLAY:-0.25}      # share of each batch from the past
 work=runs/drift
 mkdir -p "$work"
@@ -70,8 +70,8 @@ for replay in 0 "$REPLAY"; do
   hvdllm train -m "${sweep[@]}" "$@"
   hvdllm train -m "${sweep[@]}" launch.controller=mpi exchange=parameter_server "$@"
   echo "== the report of replay=$replay"
-  hvdllm report "$work/replay-$replay" --out "$work/replay-$replay.html"
+  hvdllm report "$work/replay-$replay" --by exchange,launch.controller --out "$work/replay-$replay.html"
 done
 
 echo "== with replay against without"
-hvdllm report "$work/replay-0" "$work/replay-$REPLAY" --by exchange,text.replay,budget_tokens --out "$work/report.html"
+hvdllm report "$work/replay-0" "$work/replay-$REPLAY" --by exchange,launch.controller,text.replay,budget_tokens --out "$work/report.html"
