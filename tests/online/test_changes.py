@@ -75,7 +75,9 @@ def test_what_an_earlier_life_has_told_is_not_told_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("exchange", ["allreduce", "parameter_server"])
-def test_a_run_records_where_texts_begin_and_a_resumed_one_does_not_repeat_it(tmp_path: Path, exchange: str) -> None:
+def test_a_run_records_where_texts_begin_and_a_resumed_one_does_not_repeat_it(
+    tmp_path: Path, exchange: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = texts(tmp_path)
     words = [
         "train", "text=stream", f"text.path=[{','.join(paths)}]", "text.rate=0", "text.tokenizer=bytes",
@@ -93,3 +95,8 @@ def test_a_run_records_where_texts_begin_and_a_resumed_one_does_not_repeat_it(tm
     ]
     assert [each["change"] for each in events] == [1, 2]
     assert all(each["change_tokens"] < each["tokens"] for each in events)
+    said = capsys.readouterr().out
+    assert "text 2 of the stream begins after" in said and "nats a token, of all text before it was learnt" in said
+    assert "a faster disk" not in said
+    *_, end = (each for each in runs.records(tmp_path / "a") if each["kind"] == "end")
+    assert end["prequential_whole"] > 0
