@@ -70,8 +70,8 @@ for replay in 0 "$REPLAY"; do
   hvdllm train -m "${sweep[@]}" "$@"
   hvdllm train -m "${sweep[@]}" launch.controller=mpi exchange=parameter_server "$@"
   echo "== the report of replay=$replay"
-  hvdllm report "$work/replay-$replay" --by exchange,launch.controller --out "$work/replay-$replay.html"
+  hvdllm report "$work/replay-$replay" --out "$work/replay-$replay.html"
 done
 
 echo "== with replay against without"
-hvdllm report "$work/replay-0" "$work/replay-$REPLAY" --by exchange,launch.controller,text.replay,budget_tokens --out "$work/report.html"
+hvdllm report "$work/replay-0" "$work/replay-$REPLAY" --by exchange,text.replay,budget_tokens --out "$work/report.html"
