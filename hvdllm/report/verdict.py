@@ -12,6 +12,8 @@ from statistics import median
 from hvdllm.report.figures import Figures, Line, Winner
 from hvdllm.report.stats import FEWEST, Paired, Spread
 
+NOTHING = "No run has an evaluation with a finite loss yet, so nothing can be ranked: eval_every sets how often."
+
 
 def verdict(f: Figures) -> str:
     """The paragraph."""
@@ -21,7 +23,7 @@ def verdict(f: Figures) -> str:
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
         parts.append(f"Not a fair comparison: the runs also differ in {', '.join(keys[:6])}{more}.")
     if f.target is None:
-        parts.append("No run has an evaluation with a finite loss yet, so none is ranked: eval_every sets how often.")
+        parts.append(NOTHING)
         return " ".join(part for part in [*parts, _stream(f), _method(f) * f.streamed] if part)
     parts += [_clock(f), _head(f)]
     tests = [line for line in f.lines if line.ratio is not None]

@@ -59,14 +59,14 @@ class Rig:
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
-        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict)
+        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict, saved=lambda: None)
         self.world = world or SingleWorld()
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
             config=config, world=self.world, parts=parts, stream=stream, clock=clock, ledger=self.ledger,
             folder=self.folder, show=show, origin=SimpleNamespace(horizon=7),
             data=SimpleNamespace(data_hash="0", task=self), model=self,
-            loss=SimpleNamespace(computed=True), device=torch.device("cpu"),
+            loss=SimpleNamespace(computed=True), device=torch.device("cpu"), rate=SimpleNamespace(rewarmed=[]),
         )  # fmt: skip
         self.due = Acts(run, grace_s)  # type: ignore[arg-type]
 
