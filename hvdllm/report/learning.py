@@ -57,7 +57,7 @@ class Learnt:
     """What a group learnt of the stream.
 
     Attributes:
-        tokens: up to which the prequential loss counts.
+        tokens: of the stream, without replay, up to which the prequential loss counts.
         whole, bits: the prequential loss in nats a token and in bits per byte.
         recoveries, new: of each change; see above.
         forgetting, regret: see above.
@@ -91,7 +91,7 @@ def learn(groups: list[list[History]]) -> list[Learnt | None]:
     runs = [run for group in groups for run in group]
     if not runs or not all(run.streamed.points for run in runs):
         return [None] * len(groups)
-    tokens = min(run.streamed.points[-1].tokens for run in runs)
+    tokens = min(run.streamed.points[-1].tokens * run.new_share for run in runs)
     best: dict[int, float] = {}
     for run in runs:
         for _, row in run.streamed.slices:
@@ -125,9 +125,11 @@ def _learnt(runs: list[History], tokens: float, best: dict[int, float], changes:
 
 
 def _at(run: History, tokens: float, bits: bool) -> float | None:
+    """The prequential loss over so many tokens of the stream."""
     values = [(point.tokens, point.bits if bits else point.whole) for point in run.streamed.points]
     points = [CurvePoint(at, value) for at, value in values if value is not None]
-    return stats.loss_at(points, [point.tokens for point in points], tokens)
+    at = min(tokens / run.new_share, run.streamed.points[-1].tokens)  # rounding leads behind the last point
+    return stats.loss_at(points, [point.tokens for point in points], at)
 
 
 def recovery(run: History, change: int) -> float | None:

@@ -147,6 +147,12 @@ class History:
     def budget(self) -> float | None:
         return _setting(self.settings.get("budget_tokens"))
 
+    @property
+    def new_share(self) -> float:
+        """The share of its tokens that a stream had not brought before; the rest is replay (text.replay)."""
+        replay = _setting(self.settings.get("text.replay")) or 0.0
+        return 1 - replay if 0 <= replay < 1 else 1.0
+
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MOST_NOTES:
             self.notes.append(text)

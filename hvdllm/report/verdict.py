@@ -165,7 +165,8 @@ def _stream(f: Figures) -> str:
         return ""
     name, parts = f.reference.label, []
     others = [(line.label, line.learnt) for line in f.lines if line is not f.reference and line.learnt is not None]
-    whole = f"The prequential loss of {name} over {count(learnt.tokens)} {f.unit} is {learnt.whole.spread.mean:.4f}"
+    over, loss = f"{count(learnt.tokens)} {f.unit} of the stream", learnt.whole.spread.mean
+    whole = f"The prequential loss of {name} over {over} is {loss:.4f}"
     parts.append(_apart(whole, "loss", [(label, one.whole.difference) for label, one in others]))
     for k, own in enumerate(learnt.recoveries):
         every = [(name, own), *((label, one.recoveries[k]) for label, one in others)]

@@ -141,10 +141,26 @@ def test_what_never_recovered_has_no_mean_and_no_test(race: Path) -> None:
 def test_the_verdict_claims_what_the_tests_find(race: Path) -> None:
     text = verdict(figures(race))
     assert re.search(
-        r"The prequential loss of allreduce over 1,000 tokens is 4\.4000; delayed 0\.1000 more \(0\.0", text
+        r"The prequential loss of allreduce over 1,000 tokens of the stream is 4\.4000; delayed 0\.1000 more \(0\.0",
+        text,
     )
     assert "no significant difference in loss of local_sgd" in text
     assert "Forgetting: with allreduce the held-out slices end 0.2000 above the lowest loss that they had" in text
+
+
+def test_with_replay_the_loss_is_read_at_the_same_place_of_the_stream(tmp_path: Path) -> None:
+    """The run with replay ends at 1,000 tokens, of which 750 are new. So the other one is read at 750 tokens."""
+    write(tmp_path / "a", told())
+    lines = told("delayed")
+    lines[0]["config"]["text"]["replay"] = 0.25
+    write(tmp_path / "b", lines)
+    runs, skipped = gather([str(tmp_path)])
+    f = measure(compare(runs, ["exchange", "text.replay"], [], False), skipped, 4.5)
+    found = {line.label.partition(",")[0]: line.learnt for line in f.lines}
+    plain, replayed = found["allreduce"], found["delayed"]
+    assert plain and replayed and plain.tokens == replayed.tokens == 750
+    assert plain.whole.by_seed == pytest.approx({"0": 4.5}), "between 4.0 at 700 and 5.0 at 800"
+    assert replayed.whole.by_seed == pytest.approx({"0": 4.4})
 
 
 def test_two_seeds_claim_nothing(tmp_path: Path) -> None:
