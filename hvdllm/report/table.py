@@ -181,7 +181,8 @@ def streams(f: Figures) -> list[Table]:
     head = ["", "prequential loss", "less reference", "bits per byte", "forgetting", "less reference"]
     notes = [
         f"after {count(f.reference.learnt.tokens)} {f.unit} of the stream, without replay; forgetting: loss of the "
-        "held-out slices at the end less the lowest that the run had there; held-out regret: their loss at all evaluations less the lowest of any run here"
+        "held-out slices at the end less the lowest that the run had there; held-out regret: their loss at all "
+        "evaluations less the lowest of any run here"
     ]
     tables = [_cut(Table("On the stream", [*head, "held-out regret"], whole, notes))]
     if not changed:
