@@ -40,10 +40,10 @@ def tiny(tmp: Path, *more: str) -> list[str]:
 
 
 def test_the_files_are_these_and_say_how_they_are_started() -> None:
-    assert FILES.keys() == {*ALONE, "chat_lora", "clicks", "acco_finetune", *SWEEPS}
+    assert FILES.keys() == {*ALONE, "chat_lora", "clicks", "acco_finetune", "drift", *SWEEPS}
     for name, text in FILES.items():
         assert text.startswith("# @package _global_\n#") and f"experiment={name}" in text, name
-        assert (f"hvdllm train -m experiment={name}" in text) == (name in (*SWEEPS, "acco_finetune")), name
+        assert (f"hvdllm train -m experiment={name}" in text) == (name in (*SWEEPS, "acco_finetune", "drift")), name
 
 
 @pytest.mark.ranks
@@ -100,6 +100,25 @@ def test_acco_finetune_names_each_option_with_its_wire(tmp_path: Path) -> None:
     launch([*HVDLLM, "report", str(tmp_path / "runs" / "s"), *report])
     table = page.read_text().partition("best first")[2]
     assert re.search(r"\| acco, bf16 .*\| reference \|", table) and "| ddp, fp32 |" in table
+
+
+def test_drift_reports_how_each_exchange_follows_a_change(tmp_path: Path) -> None:
+    """Two of its exchanges on three texts of numbered documents, which a list of paths plays one after the other."""
+    for name in "abc":
+        rows = [json.dumps({"text": f"{name * 20} {i}"}) for i in range(80)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    paths = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
+    words = [
+        *SHAPE, "model.context=16", "batch_tokens=128", "budget_tokens=4096", "log_every=256", "eval_every=1024",
+        "text.rate=0", "text.slice_tokens=1024", "text.window_tokens=256", "device=cpu", f"data_dir={tmp_path}/data",
+        "world=virtual", "world.size=2", f"runs_dir={tmp_path}/runs", "seed=0", f"text.path=[{paths}]",
+        "exchange=allreduce,local_sgd+exchange.local_steps=2", "text.replay=0.25", "launch.sweep=s",
+    ]  # fmt: skip
+    launch([sys.executable, str(RANKS / "body_sweep.py"), "-m", "experiment=drift", *words])
+    page = tmp_path / "r.md"
+    launch([*HVDLLM, "report", str(tmp_path / "runs" / "s"), "--out", str(page)])
+    table = page.read_text().partition("After a change of the stream")[2]
+    assert "| change 1 | allreduce |" in table and "| change 1 | local\\_sgd |" in table
 
 
 def test_fine_tuning_goes_on_from_another_run(tmp_path: Path) -> None:

@@ -137,10 +137,13 @@ class Screen:
         }
         if end["eval_loss"] is not None:
             rows["validation loss"] = f"{end['eval_loss']:.4f} {each}" + (f", {told}" if told else "")
+        if (loss := end.get("prequential_whole")) is not None:
+            rows["prequential"] = f"{loss:.4f} {each}, of all text before it was learnt"
         if end["mfu"] is not None:
             rows["MFU"] = f"{100 * end['mfu']:.1f}% of the devices' peak"
         if end["data_waited_s"] > 0.01 * end["seconds"]:
-            rows["data"] = f"the loop waited {end['data_waited_s']:.1f} s for data: a faster disk would help"
+            why = ", which the stream had not brought" if "prequential_whole" in end else ": a faster disk would help"
+            rows["data"] = f"the loop waited {end['data_waited_s']:.1f} s for data{why}"
         rows["peak memory"] = f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB on rank 0"
         rows["files"] = run
         table.add_column()

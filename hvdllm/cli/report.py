@@ -138,21 +138,23 @@ def show(figures: Figures) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hvdllm.report.table import equal_line, result
+    from hvdllm.report.table import equal_line, result, streams
     from hvdllm.report.verdict import verdict
 
     console = screen.console(highlight=False, width=None if sys.stdout.isatty() else 180)
-    found = result(figures)
-    grid = Table(box=None, padding=(0, 2, 0, 0), title=Text(found.title), title_justify="left", title_style="bold")
-    for k, title in enumerate(found.head):
-        grid.add_column(Text(title), justify="left" if k < found.left else "right")
-    for row in found.rows:
-        grid.add_row(*(Text(cell) for cell in row))
     console.print(Text(verdict(figures)))
     console.print(Text(equal_line(figures)))
     console.print()
-    console.print(grid)
-    for note in found.notes + figures.notes:
+    for found in (result(figures), *streams(figures)):
+        grid = Table(box=None, padding=(0, 2, 0, 0), title=Text(found.title), title_justify="left", title_style="bold")
+        for k, title in enumerate(found.head):
+            grid.add_column(Text(title), justify="left" if k < found.left else "right")
+        for row in found.rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        console.print(grid)
+        for note in found.notes:
+            console.print(Text(f"note: {note}"))
+    for note in figures.notes:
         console.print(Text(f"note: {note}"))
     console.print()
 

@@ -67,7 +67,7 @@ class Horovodrun(Launch):
     )
 
     def place(self) -> Place:
-        return Place("horovodrun", 0, self.np, 0, self.slots()[0])
+        return Place("mpirun" if self.controller == "mpi" else "horovodrun", 0, self.np, 0, self.slots()[0])
 
     def slots(self) -> list[int]:
         """The number of ranks on each host, in order."""

@@ -119,7 +119,8 @@ def whole(data: bytes) -> bytes:
 
 # ------------------------------------------------------------------ a text that is played
 class Replay:
-    """Texts that are played one after the other, at a number of documents a second. The place is how many were."""
+    """Texts that are played one after the other, at a number of documents a second. The place is how many were. If
+    there are several, it also says of which text the last one was, and no append to the log holds documents of two."""
 
     def __init__(self, settings: Stream, say: Say) -> None:
         self.rate, self.at = settings.rate, 0
@@ -127,13 +128,16 @@ class Replay:
         self._texts = [Stdlib() if path is None else Files(path=path, column=settings.column) for path in paths]
         for text in self._texts:
             corpus.sources(text)  # raises UserError for a path that is none
-        self._documents: Iterator[str] = iter(())
+        self._documents: Iterator[tuple[int, str]] = iter(())
+        self._next: tuple[int, str] | None = None  # the first document of the next text
+        self._text = 0
         self._begun = 0.0
 
     def begin(self, places: Iterable[Json]) -> None:
         for place in places:
             self.at = int(place.get("documents", self.at))
-        whole = (each.text for text in self._texts for each in corpus.documents(text))
+            self._text = int(place.get("text", self._text))
+        whole = ((k, each.text) for k, text in enumerate(self._texts) for each in corpus.documents(text))
         self._documents = islice(whole, self.at, None)
         self._begun = time.monotonic() - (self.at / self.rate if self.rate else 0.0)
 
@@ -144,14 +148,19 @@ class Replay:
             time.sleep(min(wait_s, max(0.0, self._begun + (self.at + 1) / self.rate - time.monotonic())))
             due = min(ENTRIES, int((time.monotonic() - self._begun) * self.rate) - self.at)
         while len(taken.texts) < due and size < TOGETHER:
-            text = next(self._documents, None)
-            if text is None:
+            following, self._next = self._next or next(self._documents, None), None
+            if following is None:
                 taken.over = True
                 break
+            number, text = following
+            if number != self._text and taken.texts:
+                self._next = following
+                break
+            self._text = number
             taken.texts.append(cut(text))
             size += len(text)
         self.at += len(taken.texts)
-        taken.at = {"documents": self.at}
+        taken.at = {"documents": self.at} | ({"text": self._text} if len(self._texts) > 1 else {})
         return taken
 
     def forget(self, at: Json) -> None:

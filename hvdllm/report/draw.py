@@ -134,7 +134,8 @@ def loss(f: Figures, pyplot: Drawn) -> Drawn:
     )
     for axis, (name, quantity, (word, scale)) in zip(axes[0], drawn, strict=True):
         for line in f.lines:
-            _curves(axis, line, quantity, scale, style[line.label])
+            curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
+            _curves(axis, line, curves, scale, style[line.label])
         if f.target is not None:
             axis.axhline(f.target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="target")
         axis.set_xlabel(f"{word} {name}".strip())
@@ -152,8 +153,8 @@ def loss(f: Figures, pyplot: Drawn) -> Drawn:
     return figure
 
 
-def _curves(axis: Drawn, line: Line, quantity: Callable[[CurvePoint], float | None], scale: float, style: Json) -> None:
-    curves = [curve for run in line.group.runs if (curve := _curve(run, quantity))]
+def _curves(axis: Drawn, line: Line, curves: list[list[tuple[float, float]]], scale: float, style: Json) -> None:
+    """Draws the curves of a group, one of each run: (x, loss), x ascending."""
     if not curves:
         return
     if len(curves) > 1:
@@ -187,6 +188,60 @@ def _mean(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
         if len(ys) == len(curves):
             out.append((x, sum(ys) / len(ys)))
     return out
+
+
+# ------------------------------------------------------------------ streams
+def stream(f: Figures, pyplot: Drawn) -> Drawn:
+    """The recent prequential loss against tokens, with what is known of changes, and found."""
+    if not f.streamed:
+        return None
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    for line in f.lines:
+        for run in line.group.runs:
+            points = [(p.tokens, p.recent) for p in run.streamed.points if math.isfinite(p.recent)]
+            if points:
+                curves.setdefault(line.label, []).append(points[:: max(1, len(points) // 1000)])
+    if not curves:
+        return None
+    style, (word, scale) = looks(f), unit([run.streamed.points[-1].tokens for run in f.runs], COUNTS)
+    drifts = [sorted({x for run in line.group.runs for x in run.streamed.drifts}) for line in f.lines]
+    rows = math.ceil((len(f.lines) + 2) / 4)
+    figure, axes = pyplot.subplots(
+        2 if any(drifts) else 1, 1, figsize=(WIDTH, 3.6 + 0.25 * rows + 0.16 * len(f.lines) * any(drifts)), sharex=True,
+        layout="constrained", squeeze=False, height_ratios=[3.2, 0.16 * len(f.lines) + 0.2] if any(drifts) else None,
+    )  # fmt: skip
+    axis = axes[0][0]
+    for line in f.lines:
+        _curves(axis, line, curves.get(line.label, []), scale, style[line.label])
+    for label, x in _changes(f):
+        for one in axes[:, 0]:
+            one.axvline(x / scale, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        axis.annotate(
+            label, (x / scale, 1), xycoords=axis.get_xaxis_transform(), xytext=(2, -2), textcoords="offset points",
+            va="top", fontsize=9,
+        )  # fmt: skip
+    axis.set_ylabel("recent prequential loss,\nnats a token")
+    axis.set_xlim(left=0)
+    if any(drifts):
+        below = axes[1][0]
+        for row, (line, found) in enumerate(zip(f.lines, drifts, strict=True)):
+            look = {key: value for key, value in style[line.label].items() if key != "linestyle"}
+            below.plot([x / scale for x in found], [row] * len(found), linestyle="none", markersize=5, **look)
+        below.set_ylim(len(f.lines) - 0.5, -0.5)
+        below.set_yticks([])
+        below.set_ylabel("drift\nfound", rotation=0, ha="right", va="center")
+    axes[-1][0].set_xlabel(f"{word} {f.unit}".strip())
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, handlelength=3.4)
+    return figure
+
+
+def _changes(f: Figures) -> list[tuple[str, float]]:
+    """Where the known changes are, and what to write there."""
+    found: dict[tuple[int, float], None] = {}
+    for run in f.runs:
+        found.update({(number, at): None for number, at in run.streamed.changes.items()})
+    return [(f"change {number}", at) for number, at in sorted(found)]
 
 
 # ------------------------------------------------------------------ to the target
@@ -343,6 +398,10 @@ PICTURES: dict[str, tuple[str, Callable[[Figures, Drawn], Drawn]]] = {
     "loss": (
         "The evaluations against progress, training seconds and bytes sent; thin lines are single runs",
         loss,
+    ),
+    "stream": (
+        "The prequential loss, of text before it was learnt, and where the stream is known and was found to change",
+        stream,
     ),
     "target": ("To the target: means with 95 % intervals over seeds; small marks are seeds", target),
     "time": ("Where the time went", time),

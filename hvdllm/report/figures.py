@@ -18,12 +18,12 @@ from statistics import fmean
 
 from hvdllm.report import stats
 from hvdllm.report.compare import Comparison, Group, reference
+from hvdllm.report.learning import Learnt, learn
 from hvdllm.report.metric import Metric
 from hvdllm.report.read import CurvePoint, History, Skipped
-from hvdllm.report.stats import Paired, Spread
+from hvdllm.report.stats import Paired, Spread, Values
 
 MTOKENS = 1e6
-Values = dict[str, float]  # seed: value
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Line:
     ratio: Paired | None = None  # the reference over this, in the quantity that ranks
     final_difference: Paired | None = None  # loss at equal tokens, this minus the reference
     wall_difference: Paired | None = None  # loss at equal wall-clock, this minus the reference
+    learnt: Learnt | None = None  # of a stream; None unless every run of the report trained on one
 
     @property
     def label(self) -> str:
@@ -155,6 +156,11 @@ class Figures:
     def runs(self) -> list[History]:
         return [run for line in self.lines for run in line.group.runs]
 
+    @property
+    def streamed(self) -> bool:
+        """Whether all runs trained on streams."""
+        return self.reference.learnt is not None
+
     def ranked(self, line: Line) -> Reach:
         return line.seconds if self.rank_by == "seconds" else line.tokens
 
@@ -194,6 +200,8 @@ def measure(
         notes.append("some runs do not record the time that evaluations took: there is no loss at equal wall-clock")
     first = reference(groups, name)
     lines = [_line(group, chosen, equal_tokens, equal_wall, virtual) for group in groups]
+    for line, learnt in zip(lines, learn([group.runs for group in groups]), strict=True):
+        line.learnt = learnt
     out = Figures(
         comparison, lines, lines[groups.index(first)], chosen, source, "seconds" if timed else "tokens", equal_tokens,
         equal_wall, virtual, skipped, notes,
@@ -216,8 +224,8 @@ def measure(
 def _test(f: Figures) -> None:
     """Makes all tests of the report and corrects them together.
 
-    Each group is tested against the reference, by its way to the target and by both losses. The group that is first in
-    the mean is tested against every other one.
+    Each group is tested against the reference, by its way to the target, by both losses, and by how it learns a stream
+    (learning.py). The group that is first in the mean is tested against every other one.
     """
     for line in f.lines:
         if line is f.reference:
@@ -226,8 +234,12 @@ def _test(f: Figures) -> None:
             line.ratio = stats.paired(f.ranked(f.reference).by_seed, f.ranked(line).by_seed, ratio=True)
         line.final_difference = stats.paired(f.reference.final_by_seed, line.final_by_seed, ratio=False)
         line.wall_difference = stats.paired(f.reference.wall_by_seed, line.wall_by_seed, ratio=False)
+        if line.learnt is not None and f.reference.learnt is not None:
+            line.learnt.test(f.reference.learnt)
     names = ("ratio", "final_difference", "wall_difference")
-    known = [(line, name) for line in f.lines for name in names if getattr(line, name) is not None]
+    known: list[tuple[object, str]] = [(line, name) for line in f.lines for name in names]
+    known += [each for line in f.lines if line.learnt is not None for each in line.learnt.tests]
+    known = [(owner, name) for owner, name in known if getattr(owner, name) is not None]
     first, *others = [line for line in f.lines if f.measured(line)] or [f.reference]
     leads = [stats.paired(f.ranked(other).by_seed, f.ranked(first).by_seed, ratio=True) for other in others]
     # The first in the mean is the winner if it differs from all others. Its difference from those that are not the
@@ -235,9 +247,9 @@ def _test(f: Figures) -> None:
     apart = [lead for other, lead in zip(others, leads, strict=True) if f.reference not in (first, other)]
     testable = [lead for lead in apart if lead is not None and lead.testable]
     weakest = [max(testable, key=lambda lead: lead.p)] if testable and len(testable) == len(apart) else []
-    corrected = stats.holm([*(getattr(line, name) for line, name in known), *weakest])
-    for (line, name), test in zip(known, corrected, strict=False):
-        setattr(line, name, test)
+    corrected = stats.holm([*(getattr(owner, name) for owner, name in known), *weakest])
+    for (owner, name), test in zip(known, corrected, strict=False):
+        setattr(owner, name, test)
     f.tests = sum(test.testable for test in corrected)
     if not others:
         return
@@ -318,14 +330,6 @@ def _place(figures: Figures, line: Line) -> tuple[int, float, float]:
 
 
 # ------------------------------------------------------------------ a group
-def _by_seed(runs: list[History], value: Callable[[History], float | None]) -> Values:
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        if (one := value(run)) is not None:
-            found.setdefault(run.seed, []).append(one)
-    return {seed: fmean(values) for seed, values in found.items()}
-
-
 def _line(
     group: Group, target: float | None, equal_tokens: float | None, equal_wall: float | None, virtual: bool
 ) -> Line:
@@ -341,7 +345,7 @@ def _line(
             return stats.read_off([quantity(p) for p in run.evals], crossing) if crossing else None
 
         known = [run for run in runs if of(run) is not None]
-        values = _by_seed(known, of)
+        values = stats.by_seed(known, of)
         return Reach(values, stats.spread(list(values.values())) if len(known) == len(runs) else None)
 
     def at(x: float | None, axis: Callable[[CurvePoint], float | None]) -> tuple[Values, Spread | None]:
@@ -351,7 +355,7 @@ def _line(
         """
         if x is None:
             return {}, None
-        values = _by_seed(runs, lambda run: stats.loss_at(run.evals, [axis(p) for p in run.evals], x))
+        values = stats.by_seed(runs, lambda run: stats.loss_at(run.evals, [axis(p) for p in run.evals], x))
         return values, stats.spread(list(values.values())) if len(values) == len(group.seeds) else None
 
     def seconds(run: History) -> float | None:
@@ -360,7 +364,7 @@ def _line(
         return None if equal_tokens is None else stats.loss_at(timed, [p.tokens for p in timed], equal_tokens)
 
     finals, final = at(equal_tokens, lambda p: p.tokens)
-    took = {} if virtual else _by_seed(runs, seconds)
+    took = {} if virtual else stats.by_seed(runs, seconds)
     walls, wall = at(equal_wall, lambda p: p.wall_s)
     sums = [run.sums for run in runs if run.sums.tokens > 0]
     updates = sum(s.updates for s in sums)

@@ -6,7 +6,7 @@ becomes a `Skipped`, a record becomes one of the run's notes.
 Folders come from clusters, crashes and strangers. A metrics.jsonl may be a pipe, may end in the middle of a line, may
 hold strings where numbers belong, or names that are markup. Therefore files are opened by untrusted.py. Records are
 read one by one and reduced to a bounded number of points, so that a long run fits into memory. Numbers must be finite
-and below LARGEST. Text loses its control characters, and is cut if it is too long.
+and of a size that a run can have (values.py). Text loses its control characters, and is cut if it is too long.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from hvdllm import sums, untrusted
 from hvdllm.errors import UserError
 from hvdllm.plain import Json
 from hvdllm.report.metric import LOSS, Metric
+from hvdllm.report.streamed import Streamed
+from hvdllm.report.values import measured, number
 from hvdllm.settings import warmed_up
 
 MOST_BYTES = 4 * 2**30  # of a metrics.jsonl: six million `commit` records
@@ -38,7 +40,6 @@ MOST_TEXT = 120  # characters of a name or value
 MOST_NOTES = 20
 DEPTH = 4  # folders below a word in which runs are looked for
 MOST_FOLDERS = 20_000
-LARGEST = 1e18  # more tokens, seconds or bytes than any run will have
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class History:
     computed: float | None = None  # tokens; known once the run has ended
     stragglers: list[int] = field(default_factory=list)  # ranks that were reported to delay the others
     notes: list[str] = field(default_factory=list)
+    streamed: Streamed = field(default_factory=Streamed)  # empty if it trained on no stream
     fingerprint: str = ""  # hash of metrics.jsonl
 
     @property
@@ -144,6 +146,12 @@ class History:
     @property
     def budget(self) -> float | None:
         return _setting(self.settings.get("budget_tokens"))
+
+    @property
+    def new_share(self) -> float:
+        """The share of its tokens that a stream had not brought before; the rest is replay (text.replay)."""
+        replay = _setting(self.settings.get("text.replay")) or 0.0
+        return 1 - replay if 0 <= replay < 1 else 1.0
 
     def note(self, text: str) -> None:
         if text not in self.notes and len(self.notes) < MOST_NOTES:
@@ -403,6 +411,8 @@ def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
             run.status, run.computed = "unfinished", None
         elif kind == "event" and begins and tokens is not None and str(record.get("what")).startswith("resumed"):
             begins[-1] = tokens
+        elif kind == "event" and tokens is not None and ("change" in record or "drift" in record):
+            run.streamed.event(record, tokens)
         elif kind == "event" and (rank := number(record.get("straggler"))) is not None:
             run.stragglers = list(dict.fromkeys([*run.stragglers, int(rank)]))[:16]
         elif kind == "end":
@@ -410,7 +420,7 @@ def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
             run.computed = number(record.get("tokens_computed"))
             run.tokens = max(run.tokens, tokens or 0.0)
         elif kind == "eval":
-            loss = _loss(record.get(run.metric.name))
+            loss = measured(record.get(run.metric.name))
             loss = None if loss is None else run.metric.of(loss)
             if tokens is None or loss is None or (evals and tokens < evals[-1][2]):
                 odd += 1
@@ -421,12 +431,14 @@ def _fill(run: History, records: Iterator[Json], lives: list[Json]) -> bool:
             if evals and tokens == evals[-1][2]:
                 evals.pop()
             evals.append((len(begins), record, tokens, loss))
+            run.streamed.evaluated(record, tokens)
             run.tokens = max(run.tokens, tokens)
         elif kind == "commit":
             if tokens is None or tokens <= sums.tokens or _add(sums, record, tokens) is None:
                 odd += 1
                 continue
             run.tokens = max(run.tokens, tokens)
+            run.streamed.commit(record, tokens)
             amount = number(record.get("bytes_sent"))
             no_bytes = no_bytes or amount is None or amount < 0
             sums.bytes += amount or 0.0
@@ -469,7 +481,7 @@ def _add(sums: Sums, record: Json, tokens: float) -> Sums | None:
     sums.flight_s, sums.skew_s = sums.flight_s + flight, sums.skew_s + (number(record.get("skew_s")) or 0.0)
     sums.cpu_s += (number(record.get("cpu_s_per_token")) or 0.0) * (tokens - sums.tokens)
     sums.updates += updates
-    sums.loss = _loss(record.get("loss"))
+    sums.loss = measured(record.get("loss"))
     sums.stale += (number(record.get("staleness_mean")) or 0.0) * updates
     sums.stale_most = max(sums.stale_most, number(record.get("staleness_max")) or 0.0)
     sums.micro_batches = _by_rank(sums.micro_batches, record.get("micro_batches_by_rank"))
@@ -512,25 +524,6 @@ def _setting(words: str | None) -> float | None:
         return number(float(words or ""))
     except ValueError:
         return None
-
-
-def number(value: object) -> float | None:
-    """The value as a finite number of a size that a run can have, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        out = float(value)
-    except OverflowError:
-        return None
-    return out if abs(out) < LARGEST else None
-
-
-def _loss(value: object) -> float | None:
-    """The value as a loss: inf if the run diverged, None if it is no number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return math.inf
-    out = number(value)
-    return None if out is None else out
 
 
 def text(value: object) -> str:

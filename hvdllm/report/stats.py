@@ -13,14 +13,15 @@ below its bound. Fewer than three common seeds are shown as points and test noth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean, stdev
 
-from hvdllm.report.read import CurvePoint
+from hvdllm.report.read import CurvePoint, History
 
 LEVEL = 0.95
+Values = dict[str, float]  # seed: value
 FEWEST = 3  # seeds; with fewer there are no intervals and no tests
 
 
@@ -143,6 +144,15 @@ def holm(tests: Sequence[Paired]) -> list[Paired]:
             holds = tests[k].p < alpha
         out[k] = replace(tests[k], alpha=alpha, significant=holds)
     return out
+
+
+def by_seed(runs: Sequence[History], value: Callable[[History], float | None]) -> Values:
+    """The mean of a value over the runs of each seed, without those that have none."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if (one := value(run)) is not None:
+            found.setdefault(run.seed, []).append(one)
+    return {seed: fmean(values) for seed, values in found.items()}
 
 
 # ------------------------------------------------------------------ curves

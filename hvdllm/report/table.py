@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hvdllm.report.figures import Figures, Line, Reach
+from hvdllm.report.learning import MARGIN, Recovery, Sample
 from hvdllm.report.stats import FEWEST, Paired, Spread
 from hvdllm.report.verdict import count, size, verdict
 
@@ -73,13 +75,16 @@ def versus(line: Line, reference: Line) -> str:
     """The speed-up with its interval, and what the test says about it."""
     if line is reference:
         return "reference"
-    ratio = line.ratio
-    if ratio is None:
+    return ratio(line.ratio)
+
+
+def ratio(found: Paired | None) -> str:
+    if found is None:
         return NONE
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}, {seeds(ratio.pairs)}"
-    said = "" if ratio.significant else ", n.s."
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}){said}"
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}, {seeds(found.pairs)}"
+    said = "" if found.significant else ", n.s."
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}){said}"
 
 
 def loss(found: Spread | None) -> str:
@@ -150,6 +155,55 @@ def result(f: Figures) -> Table:
         f"fewer than {FEWEST} seeds: values alone"
     ]
     return Table(f"To {f.metric.words} {target}, best first", head, rows, notes)
+
+
+def streams(f: Figures) -> list[Table]:
+    """How each group learnt the stream, and what it did after each known change; [] unless all runs trained on one."""
+    learnt = [(line, line.learnt) for line in f.lines if line.learnt is not None]
+    if f.reference.learnt is None:
+        return []
+
+    def less(line: Line, sample: Sample, show: Callable[[Paired | None], str] = difference) -> str:
+        return "reference" if line is f.reference else show(sample.difference)
+
+    whole, changed = [], []
+    for line, one in learnt:
+        whole.append([
+            line.label, loss(one.whole.spread), less(line, one.whole), loss(one.bits.spread),
+            loss(one.forgetting.spread), less(line, one.forgetting), loss(one.regret.spread),
+        ])  # fmt: skip
+    for k in range(len(f.reference.learnt.recoveries)):
+        for line, one in learnt:
+            recovery, new = one.recoveries[k], one.new[k]
+            changed.append(
+                [f"change {k + 1}", line.label, recovered(recovery), less(line, recovery, ratio), loss(new.spread)]
+            )
+    head = ["", "prequential loss", "less reference", "bits per byte", "forgetting", "less reference"]
+    notes = [
+        f"after {count(f.reference.learnt.tokens)} {f.unit} of the stream, without replay; forgetting: loss of the "
+        "held-out slices at the end less the lowest that the run had there; held-out regret: their loss at all "
+        "evaluations less the lowest of any run here"
+    ]
+    tables = [_cut(Table("On the stream", [*head, "held-out regret"], whole, notes))]
+    if not changed:
+        notes.append(
+            "no change of the stream is known; text.source=replay of a list of texts records where each begins"
+        )
+        return tables
+    head = ["", "", f"{f.unit} to recover", "fewer, times", "loss of the new text"]
+    notes = [
+        f"to recover: from the change until prequential_recent, after it was above, is within {MARGIN:.0%} of its "
+        "level before the change, which is each run's own, so that who had learnt less has less to recover; loss of "
+        "the new text: prequential, in the first record with nothing but text behind the change"
+    ]
+    return [*tables, _cut(Table("After a change of the stream", head, changed, notes, left=2))]
+
+
+def recovered(found: Recovery) -> str:
+    """The tokens to recover from a change, or of how many runs they are known."""
+    if found.spread is not None:
+        return with_interval(found.spread)
+    return NONE if not found.runs else f"{found.back or 'none'} of {found.runs} runs recovered"
 
 
 def work(f: Figures) -> Table:
@@ -303,8 +357,11 @@ def left_out(f: Figures) -> Table | None:
 
 def tables(f: Figures) -> list[Table]:
     """All tables of a report, in their order."""
-    every = [result(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
+    every = [result(f), *streams(f), equal_except(f), trials(f), work(f), uneven(f), runs(f), left_out(f)]
     return [one for one in every if one is not None]
+
+
+STREAM = "by prequential loss, tokens to recover from each change and forgetting, "
 
 
 def method(f: Figures) -> list[str]:
@@ -323,10 +380,11 @@ def method(f: Figures) -> list[str]:
         "geometric mean and two-sided paired t test on their logarithms; differences of losses likewise without the "
         f"logarithm. Fewer than {FEWEST} common seeds test nothing. All {f.tests} tests of this report (each group "
         f"against the reference by the way to the target, by the {f.metric.short} at equal {f.unit} and at equal "
-        "wall-clock, and the first group against all others, as one) are corrected together by Holm's procedure: "
+        f"wall-clock, {STREAM * f.streamed}"
+        "and the first group against all others, as one) are corrected together by Holm's procedure: "
         "whatever is true, the chance that any difference is claimed where there is none is at most 5 %. A bracket "
         "has the level at which Holm's procedure tests its difference, so a claimed one leaves out no difference. "
-        "Bytes are not tested."
+        f"Bytes are not tested{', nor are losses of new texts and held-out regret' * f.streamed}."
     )
     if any(run.simulated for run in f.runs):
         out.append(

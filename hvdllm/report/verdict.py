@@ -12,6 +12,8 @@ from statistics import median
 from hvdllm.report.figures import Figures, Line, Winner
 from hvdllm.report.stats import FEWEST, Paired, Spread
 
+NOTHING = "No run has an evaluation with a finite loss yet, so nothing can be ranked: eval_every sets how often."
+
 
 def verdict(f: Figures) -> str:
     """The paragraph."""
@@ -21,19 +23,15 @@ def verdict(f: Figures) -> str:
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
         parts.append(f"Not a fair comparison: the runs also differ in {', '.join(keys[:6])}{more}.")
     if f.target is None:
-        return " ".join(
-            [
-                *parts,
-                "No run has an evaluation with a finite loss yet, so nothing can be ranked: eval_every sets how often.",
-            ]
-        )
+        parts.append(NOTHING)
+        return " ".join(part for part in [*parts, _stream(f), _method(f) * f.streamed] if part)
     parts += [_clock(f), _head(f)]
     tests = [line for line in f.lines if line.ratio is not None]
     if len(f.lines) > 1:
         parts += [_others(f, tests), _missed(f), _bytes(f), _wall(f)]
     else:
         parts.append("There is one group only, so nothing to compare it with.")
-    parts += [_tuning(f), _method(f)]
+    parts += [_stream(f), _tuning(f), _method(f)]
     return " ".join(part for part in parts if part)
 
 
@@ -157,6 +155,55 @@ def _wall(f: Figures) -> str:
         assert test.low is not None and test.high is not None
         return f"{text}, {apart} ({-test.high:.4f} to {-test.low:.4f})."
     return f"{text}, no significant difference from {f.reference.label}."
+
+
+# ------------------------------------------------------------------ streams
+def _stream(f: Figures) -> str:
+    """How the groups learnt the stream, against the reference."""
+    learnt = f.reference.learnt
+    if learnt is None or learnt.whole.spread is None:
+        return ""
+    name, parts = f.reference.label, []
+    others = [(line.label, line.learnt) for line in f.lines if line is not f.reference and line.learnt is not None]
+    over, loss = f"{count(learnt.tokens)} {f.unit} of the stream", learnt.whole.spread.mean
+    whole = f"The prequential loss of {name} over {over} is {loss:.4f}"
+    parts.append(_apart(whole, "loss", [(label, one.whole.difference) for label, one in others]))
+    for k, own in enumerate(learnt.recoveries):
+        every = [(name, own), *((label, one.recoveries[k]) for label, one in others)]
+        never = [f"{label} ({one.back} of {one.runs} runs did)" for label, one in every if one.back < one.runs]
+        tests = [(label, one.difference) for label, one in every[1:]]
+        if own.spread is not None:
+            took = f"{name} was back at its own level after change {k + 1} in {amount(own.spread, f.unit)}"
+            parts.append(_apart(took, "recovery", tests))
+        if never:
+            parts.append(f"Not all runs recovered from change {k + 1}, so they are not ranked: {', '.join(never)}.")
+    if learnt.forgetting.spread is not None:
+        lost = learnt.forgetting.spread.mean
+        forgot = f"Forgetting: with {name} the held-out slices end {lost:.4f} above the lowest loss that they had"
+        parts.append(_apart(forgot, "forgetting", [(label, one.forgetting.difference) for label, one in others]))
+    return " ".join(parts)
+
+
+def _apart(begin: str, what: str, found: list[tuple[str, Paired | None]]) -> str:
+    """The sentence that says how groups differ from the reference in one quantity of the stream."""
+    tests = [(label, test) for label, test in found if test is not None]
+    if not any(test.testable for _, test in tests):
+        return f"{begin}{f'; with fewer than {FEWEST} common seeds nothing is claimed' if tests else ''}."
+    said = []
+    for label, test in tests:
+        assert test.low is not None and test.high is not None
+        if test.ratio:
+            word = f"{label} {times(test.value)} as soon ({between(test)})"
+        else:
+            more = "more" if test.value > 0 else "less"
+            low, high = sorted((abs(test.low), abs(test.high)))
+            word = f"{label} {abs(test.value):.4f} {more} ({low:.4f} to {high:.4f})"
+        if test.significant:
+            said.append(word)
+    same = [label for label, test in tests if not test.significant]
+    if same:
+        said.append(f"no significant difference in {what} of {', '.join(same)}")
+    return f"{begin}; {'; '.join(said)}."
 
 
 def _tuning(f: Figures) -> str:

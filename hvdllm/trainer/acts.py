@@ -20,6 +20,10 @@ from hvdllm.checkpoint.read import alike
 from hvdllm.device import wait_for_stream
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, Commit, Settled
+from hvdllm.online.changes import Changes
+from hvdllm.online.log import Log
+from hvdllm.online.rounds import Rounds
+from hvdllm.online.stream import LogStream
 from hvdllm.plain import Json
 from hvdllm.trainer import buffers
 from hvdllm.trainer.audit import audit, spread
@@ -46,6 +50,7 @@ class Acts:
         self._save_s = 0.0
         run.ledger.drifted = self.drifted
         self._first_steps: list[float] = []
+        self._changes: Changes | None = None  # on rank 0, made at the first mark, when a checkpoint is loaded
 
     @property
     def tokens_here(self) -> int:
@@ -71,6 +76,7 @@ class Acts:
         ends = stop and commit.tokens > before  # else its record is open already
         if config.log_every and (met or ends or crossed(config.log_every)):
             ledger.open(commit, not crossed(config.log_every), self.run.stream.standing())
+        self._tell_changes()
         self._progress()
         settle_first = met and self.run.parts.exchange.anchored
         evaluate, sample = (due(every) and not settle_first for every in (config.eval_every, config.sample_every))
@@ -199,6 +205,21 @@ class Acts:
         config = self.run.config
         ahead = 2 * config.batch_tokens * config.exchange.batches_a_commit  # ACCO has estimated the next update already
         return "; the learning rate is re-warmed" if self.run.rate.rewarm(tokens + ahead) else ""
+
+    def _tell_changes(self) -> None:
+        """Records on rank 0 where training has come to the next of the texts that a stream plays."""
+        run, stream = self.run, self.run.stream
+        if run.folder is None or not isinstance(stream, LogStream):
+            return
+        if self._changes is None:
+            log, context = stream.items.log, stream.items.context
+            rounds = Rounds(stream.rounds_file.path.parent)
+            self._changes = Changes(Log(log.folder, log.dtype), rounds, stream.layout, context, self._tokens_loaded)
+        for text, tokens in self._changes.passed(self.tokens):
+            what = f"text {text + 1} of the stream begins after {tokens:,} tokens"
+            run.show.say(what)
+            values = {"what": what, "change": text, "change_tokens": tokens}
+            run.ledger.record("event", self.tokens, run.clock.seconds(), values)
 
     def save(self, seconds: float) -> None:
         """Writes a checkpoint. Collective. Raises RunError if a disk refuses, or if the folder was removed."""

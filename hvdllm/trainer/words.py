@@ -155,4 +155,5 @@ def end_record(run: Run, acts: Acts, reason: str) -> Json:
         "peak_memory_bytes": devices.peak_memory(run.device),
         "device_hours": clock.wall_s() * run.world.size / 3600,
         "data_waited_s": 0.0 if devices.simulated() else run.stream.waited_s,
+        **ledger.prequential.values(),  # of a stream
     }

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hvdllm.cli import train
 from hvdllm.config import compose
+from hvdllm.config.composition import refusal, setup_of
 from hvdllm.errors import UserError
 from hvdllm.exchange import parts as exchanges
 from hvdllm.launch import horovodrun, lab, local, sweep, watched
@@ -239,6 +240,7 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], Place()),
         (["launch=horovodrun", "launch.np=3"], Place("horovodrun", 0, 3, 0, 3)),
         (["launch=horovodrun", "launch.np=3", "launch.hosts='a:2,b:1'"], Place("horovodrun", 0, 3, 0, 2)),
+        (["launch=horovodrun", "launch.controller=mpi", "launch.np=3"], Place("mpirun", 0, 3, 0, 3)),
         (["launch=horovodrun", "launch.link=1gbit"], Place("horovodrun", 0, 2, 0, 1)),
         (["launch=slurm", "launch.nodes=2", "launch.ranks_per_node=4"], Place("srun", 0, 8, 0, 4)),
         (["launch=slurm", "launch.how=gloo", "launch.nodes=2"], Place("horovodrun", 0, 2, 0, 1)),
@@ -247,6 +249,14 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_points_are_checked_for_where_they_will_run(words: list[str], place: Place) -> None:
     assert compose.compose(words).launch.place() == place
+
+
+@pytest.mark.parametrize(("controller", "runs"), [("mpi", True), ("gloo", False)])
+def test_a_parameter_server_s_points_run_under_mpi_alone(controller: str, runs: bool) -> None:
+    words = ["launch=horovodrun", "exchange=parameter_server", f"launch.controller={controller}"]
+    config = compose.compose(words)
+    why = refusal(setup_of(config, config.launch.place()))
+    assert why is None if runs else why is not None and "letters" in why
 
 
 def test_the_words_of_horovodrun(monkeypatch: pytest.MonkeyPatch) -> None:
