@@ -59,7 +59,7 @@ class Rig:
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
-        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict)
+        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict)
         self.world = world or SingleWorld()
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
