@@ -59,11 +59,12 @@ class Rig:
         )  # fmt: skip
         update = SimpleNamespace(weights=nullcontext)
         parts = Assembly(nn.Identity(), self.flat, update, None, exchange)  # type: ignore[arg-type]
-        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict)
+        stream = SimpleNamespace(state=lambda: {"round": 1}, lanes=dict, standing=dict, saved=lambda: None)
         self.world = world or SingleWorld()
         self.ledger = Ledger(self.folder, self.world, clock, show)  # type: ignore[arg-type]
         run = SimpleNamespace(
             config=config, world=self.world, parts=parts, stream=stream, clock=clock, ledger=self.ledger,
+            rate=SimpleNamespace(rewarmed=[]),
             folder=self.folder, show=show, origin=SimpleNamespace(horizon=7),
             data=SimpleNamespace(data_hash="0", task=self), model=self,
             loss=SimpleNamespace(computed=True), device=torch.device("cpu"),
