@@ -12,6 +12,8 @@
 #   redis  seed 11  50 kills (rank 0 10, rank 1 16, reader 8, redis-server 16), 24 lives of the run, 1,560 documents in
 #                   the log, 1,542 in what was trained on or held out (the rest is less than a round), 322 rounds,
 #                   317 records equal bit by bit, 188 s
+#   folder seed 12  50 kills (rank 0 14, rank 1 21, reader 15), 30 lives, 1,560 documents in the log, 1,530 trained on or
+#                   held out, 326 rounds, 317 records equal bit by bit, 200 s
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH=$PWD/.venv/bin:$PATH

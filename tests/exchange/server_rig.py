@@ -27,6 +27,8 @@ Data = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 class Lanes:
     """The stream of one rank. at: micro-batches that it has taken."""
 
+    ends_rounds = False
+
     def __init__(self, data: Data) -> None:
         self.data, self.at = data, 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from redis_server import Server
 
 from hvdllm import runs
 from hvdllm.cli.main import main
@@ -95,6 +96,27 @@ def test_a_full_disk_stops_the_intake_is_said_once_and_goes_on_when_there_is_roo
     assert [("cannot be written" in each, "can be written again" in each) for each in said] == [
         (True, False), (False, True),
     ]  # fmt: skip
+
+
+def test_what_redis_has_trimmed_before_it_was_read_is_a_sentence_with_the_gap(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    try:
+        server = Server(tmp_path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    log, said = tmp_path / "log", list[str]()
+    log.mkdir()
+    for number in range(100):
+        server.client.xadd("documents", {"text": f"document {number}"})
+    server.client.xtrim("documents", maxlen=40, approximate=False)
+    settings = Stream(source="redis", address=server.address)
+    intake = Intake(settings, log, tokenizer(tmp_path), said.append)
+    try:
+        until(lambda: len(in_log(log)) == 40 and said)
+    finally:
+        intake.close()
+        server.close()
+    assert said == ["60 entries were gone from the stream before they were read: a gap in what is learnt"]
 
 
 def test_the_log_of_another_source_is_one_sentence(tmp_path: Path) -> None:
