@@ -72,10 +72,12 @@ class SinceMark:
 
 
 class Lease:
-    """Who has been silent for too long. due: for each rank, since when its word is due; None before its first one."""
+    """Who has been silent for too long. due: for each rank, since when its word is due; None before its first one.
+    idle: workers that have nothing to train on."""
 
     def __init__(self, ranks: int) -> None:
         self.due: list[float | None] = [None] * ranks
+        self.idle: set[int] = set()
         self.now = 0.0
 
     def hear(self, rank: int, now: float) -> None:
@@ -103,7 +105,6 @@ class UpdateLog:
         self.waiting: dict[int, Values] = {}
         self.frozen = False
         self._left: set[int] = set()
-        self._idle: set[int] = set()  # workers that have nothing to train on
         self._untold: list[deque[Values]] = [deque() for _ in range(ranks)]  # marks, for each rank
         self._lease = Lease(ranks)
         self._marked = standing.tokens  # at the last mark
@@ -141,7 +142,7 @@ class UpdateLog:
             self._bad = said["norm"]
         if kind in ("push", "begin", "serve", "bad", "idle"):
             self.waiting[rank] = said
-            (self._idle.add if kind == "idle" else self._idle.discard)(rank)
+            (self._lease.idle.add if kind == "idle" else self._lease.idle.discard)(rank)
 
     def silent(self, now: float, lease_s: float) -> int | None:
         """A rank whose word is due and was not heard for so long. A rank that waits for the log, or that is in an act,
@@ -227,7 +228,7 @@ class UpdateLog:
             return any(every and here // every != before // every for every in cadences)
 
         asks, since = self._asks, self._since
-        nothing_comes = len(self._idle) == len(self.standing.clocks) and (asks.stop or asks.save)
+        nothing_comes = len(self._lease.idle) == len(self.standing.clocks) and (asks.stop or asks.save)
         if here == before and not bad and not nothing_comes:
             return  # a stop that was asked for right after a mark waits for what comes next
         acts = bad or asks.stop or asks.save or crossed(wanted.acts) or before < wanted.budget <= here

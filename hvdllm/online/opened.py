@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 from hvdllm.errors import UserError
+from hvdllm.online.decider import Decider
 from hvdllm.online.intake import Intake
 from hvdllm.online.log import Log
 from hvdllm.online.rounds import Layout, Losses, Plan, Rounds
-from hvdllm.online.stream import LogItems, LogStream, Pauses
+from hvdllm.online.stream import LogStream
+from hvdllm.online.waiting import Pauses, Waiting
+from hvdllm.online.windows import LogItems
 from hvdllm.paths import path_of
 from hvdllm.settings import Config
 from hvdllm.task.base import Prepared
@@ -65,13 +68,15 @@ def opened(
         batch, (world.size - config.exchange.dedicated) * parts, text.replay, text.backlog,
         text.behind_tokens // context, parts, begin,
     )  # fmt: skip
-    stream = LogStream(
-        items, Rounds(folder), layout, plan, micro_batch=config.micro_batch, seed=config.seed, rank=world.rank,
-        size=world.size, device=device, wait_s=text.wait_s, asks=world.asks, pauses=Pauses(folder, life, world.rank),
-        rest=world.rest, say=say,
+    decider = Decider(
+        items, Rounds(folder), layout, plan, rank=world.rank, wait_s=text.wait_s, still=still,
+        losses=Losses(folder) if text.replay_by == "loss" else None,
     )  # fmt: skip
-    stream.still = still
-    stream.losses = Losses(folder) if text.replay_by == "loss" else None
+    waiting = Waiting(world.asks, Pauses(folder, life, world.rank), world.rank, world.size, world.rest, say)
+    stream = LogStream(
+        decider, waiting, micro_batch=config.micro_batch, seed=config.seed, rank=world.rank, size=world.size,
+        device=device,
+    )  # fmt: skip
     return stream, replace(data, train=items, sources=stream.slices(data.task))
 
 

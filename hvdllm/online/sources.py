@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Protocol
 
 from hvdllm import untrusted
@@ -412,10 +413,10 @@ def _numbers(id: str) -> tuple[int, int]:
     return int(milliseconds), int(number or 0)
 
 
-def _client(settings: Stream) -> tuple[Any, Any]:
+def _client(settings: Stream) -> tuple[ModuleType, Any]:
     """The package redis, and a client. Raises UserError if the package is missing or the address is none."""
     try:
-        redis: Any = importlib.import_module("redis")
+        redis = importlib.import_module("redis")
         once = importlib.import_module("redis.retry").Retry(importlib.import_module("redis.backoff").NoBackoff(), 0)
     except ImportError:
         raise UserError("text.source=redis needs the package redis: pip install 'hvdllm[online]'") from None

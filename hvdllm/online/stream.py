@@ -1,80 +1,29 @@
-"""The micro-batches of a stream: rounds of what has arrived, agreed on by all ranks through the files of the log.
-
-The loop waits where nothing has arrived, and looks again every POLL_S seconds. If a rank is asked to stop or to save
-while it waits, rank 0 announces a pause: all ranks then stand before the same round, save there, and go on or end.
-"""
+"""The micro-batches of a stream: rounds of what has arrived, agreed on by all ranks through the files of the log."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from hvdllm import device as devices
-from hvdllm import untrusted
-from hvdllm.errors import RunError, UserError
+from hvdllm.errors import UserError
 from hvdllm.exchange.base import Federation, Nothing
-from hvdllm.online.intake import Intake
-from hvdllm.online.log import Entry, Log
-from hvdllm.online.rounds import Layout, Losses, Plan, Round, Rounds, windows_of
+from hvdllm.online.decider import Decider
+from hvdllm.online.waiting import Waiting
+from hvdllm.online.windows import LogItems, slices_of
 from hvdllm.order.epochs import deal
 from hvdllm.plain import Json
 from hvdllm.task.base import Source, Task
 from hvdllm.task.stream import Batch, Loaded, Loader
-from hvdllm.world.base import Asks, World, from_first
+from hvdllm.world.base import World, from_first
 
-POLL_S = 0.02
-NEWEST, OLDER = 4, 8  # slices that are evaluated
 DRY_S = 0.2  # seconds after which a rank whose exchange has marks without it walks the loop on empty batches
 LANES_AHEAD = 64  # rounds that rank 0 decides before it needs them, where ranks go on by themselves
-TELL_S = 10.0  # seconds of waiting after which the user is told
-OF_SLICE = "loss/slice-"  # and its number: the name of its loss in an evaluation
-MOST = 2**20  # bytes of the files in which ranks tell each other of asks
-
-
-class LogItems:
-    """The windows of a log, by number (rounds.py), as items of a task. Those behind its end cannot be taken.
-
-    Args:
-        log: of the stream.
-        context: tokens in a window.
-        token_bytes: of text that each token stands for, int64 [vocab].
-    """
-
-    name = "windows"
-
-    def __init__(self, log: Log, context: int, token_bytes: np.ndarray) -> None:
-        self.log, self.context, self.units, self._bytes = log, context, float(context), token_bytes
-
-    def __len__(self) -> int:
-        return max(0, self.log.last.tokens - 1) // self.context
-
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """Inputs and targets, each int64 [rows, context]. Raises UserError if the log holds tokens of another one."""
-        picked = np.empty((len(rows), self.context + 1), np.int64)
-        for i, row in enumerate(rows):
-            picked[i] = self.log.tokens(int(row) * self.context, self.context + 1)
-        if picked.max(initial=0) >= len(self._bytes):
-            raise UserError(f"{self.log.folder} holds tokens that its tokenizer has not: copy the log again")
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(x)) for x in (picked[:, :-1], picked[:, 1:]))
-        return inputs, targets, np.full(len(rows), self.context)
-
-    def spelled(self, targets: torch.Tensor) -> int:
-        """Bytes of text that targets on the CPU stand for."""
-        return int(self._bytes[targets.numpy()].sum())
-
-    def documents(self) -> np.ndarray:
-        raise UserError("a stream is dealt to no clients: take another exchange than fedavg")
-
-    def too_few(self, batch: int) -> str:
-        return "nothing of the stream has arrived yet: look whether its source runs, or set eval_every=0"
 
 
 @dataclass(frozen=True)
@@ -90,145 +39,47 @@ class Share:
     spelled: list[int]
 
 
-class Pauses:
-    """What ranks that wait are asked, and what rank 0 announces of it, in files that belong to one life of a run."""
-
-    def __init__(self, folder: Path, life: str, rank: int) -> None:
-        self.folder, self.life, self.rank = folder, life, rank
-        self._heard = 0
-
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"asked-{self.life}-{rank}.jsonl"
-
-    def ask(self, asks: Asks) -> None:
-        """Passes on what this rank is asked."""
-        if asks.stop or asks.save:
-            with untrusted.appended(self._file(self.rank)) as file:
-                file.write(json.dumps([asks.stop, asks.save]) + "\n")
-
-    def asked(self, size: int) -> Asks:
-        """On rank 0: what all ranks have passed on since the last call."""
-        found = Asks()
-        for rank in range(1, size):
-            try:
-                lines = untrusted.read(self._file(rank), MOST).splitlines()
-                self._file(rank).unlink()
-            except (OSError, untrusted.Unfit):
-                continue
-            for stop, save in map(json.loads, lines):
-                found.stop, found.save = found.stop or stop, found.save or save
-        return found
-
-    def announce(self, asks: Asks) -> None:
-        """On rank 0: all ranks act on this before the round that they wait for."""
-        with untrusted.appended(self.folder / f"pauses-{self.life}.jsonl") as file:
-            file.write(json.dumps([asks.stop, asks.save]) + "\n")
-        self._heard += 1
-
-    def heard(self) -> Asks | None:
-        """On the other ranks: the next announcement, once."""
-        try:
-            lines = untrusted.read(self.folder / f"pauses-{self.life}.jsonl", MOST).split(b"\n")[:-1]
-        except (OSError, untrusted.Unfit):
-            return None
-        if len(lines) <= self._heard:
-            return None
-        self._heard += 1
-        return Asks(*json.loads(lines[self._heard - 1]))
-
-
-class SliceItems:
-    """The windows of a slice that are held out."""
-
-    name = "windows"
-
-    def __init__(self, items: LogItems, windows: np.ndarray) -> None:
-        self._items, self._windows, self.units = items, windows, items.units
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def take(self, rows: np.ndarray, epochs: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        return self._items.take(self._windows[rows], epochs)
-
-    def documents(self) -> np.ndarray:
-        return self._windows
-
-    def too_few(self, batch: int) -> str:
-        return self._items.too_few(batch)
-
-
-def shown(slices: int) -> list[int]:
-    """The slices that are evaluated when so many are whole: the newest, and older ones at equal distances that grow by
-    powers of two. A slice that is left out once is never evaluated again."""
-    each = 1
-    while slices > NEWEST and (slices - NEWEST) // each >= OLDER:
-        each *= 2
-    return [k for k in range(slices) if k >= slices - NEWEST or k % each == 0]
-
-
-def slices_of(items: LogItems, layout: Layout, whole: int, task: Task) -> dict[str, Source]:
-    """The held-out windows of slices as parts of an evaluation, if `whole` slices were trained past."""
-    chosen = shown(whole)
-    parts = [SliceItems(items, layout.held_out(k)) for k in chosen]
-    return {f"slice-{k}": Source(task, each, 1 / len(chosen)) for k, each in zip(chosen, parts, strict=True)}
-
-
 class LogStream:
     """The micro-batches of one rank; see exchange/base.py, Stream.
 
     Args:
-        items: the windows of the log.
-        rounds: that were decided.
-        layout: where windows lie.
-        plan: how rank 0 decides.
+        decider: says which windows a round has.
+        waiting: where the loop waits for a round.
         micro_batch: the most windows in one Batch.
         seed: of the run.
         rank, size: this rank, and the number of ranks.
         device: where the tensors go.
-        wait_s: seconds that the loop waits for a whole batch, before a round is made of what there is.
-        asks: what this rank is asked.
-        pauses: how ranks agree on asks while they wait.
-        rest: waits for so many seconds, as World.rest.
-        say: gets a sentence when the loop has to wait.
         ahead: how many rounds are kept ready.
-
-    Attributes:
-        waited_s: seconds that the loop has waited for data.
-        paused: is called on all ranks, before the same round, with what was asked.
-        intake: reads the source, on rank 0; None if something else appends to the log.
-        still: nothing is appended to the log.
-        losses: by which the past is weighted; None if all of it is alike.
     """
 
     ends_rounds = True
 
     def __init__(
-        self, items: LogItems, rounds: Rounds, layout: Layout, plan: Plan, *, micro_batch: int, seed: int, rank: int,
-        size: int, device: torch.device, wait_s: float, asks: Asks, pauses: Pauses,
-        rest: Callable[[float], None], say: Callable[[str], None] = lambda text: None, ahead: int = 2,
+        self, decider: Decider, waiting: Waiting, *, micro_batch: int, seed: int, rank: int, size: int,
+        device: torch.device, ahead: int = 2,
     ) -> None:  # fmt: skip
-        self.items, self.rounds_file, self.layout, self.plan = items, rounds, layout, plan
-        self.micro_batch, self.seed, self.rank, self.size = micro_batch, seed, rank, size
-        self.wait_s, self.asks, self.pauses, self.rest, self.say, self.ahead = wait_s, asks, pauses, rest, say, ahead
-        self.loader = Loader(items, micro_batch, device)
-        self.waited_s = 0.0
-        self.paused: Callable[[Asks], None] = lambda asks: None
-        self.intake: Intake | None = None
-        self.still = False
-        self.losses: Losses | None = None
-        self._unforgotten: deque[Entry] = deque()  # entries of the log that the source has not been told to forget
+        self.decider, self.waiting, self.micro_batch, self.seed = decider, waiting, micro_batch, seed
+        self.rank, self.size, self.ahead = rank, size, ahead
+        self.loader = Loader(decider.items, micro_batch, device)
         self._parts = 1
         self._position = 0  # parts of rounds that were handed out
         self._lane: list[int] | None = None  # of a lane: number of walkers, next round, micro-batches of it handed out
-        self._quiet = 0.0  # seconds that were waited since the last round
-        self._asked_to_end = False
         self._pool = devices.pool("stream")
 
     @property
     def batch(self) -> int:
         """Windows of a whole round."""
-        return self.plan.batch
+        return self.decider.plan.batch
+
+    @property
+    def items(self) -> LogItems:
+        """The windows of the log."""
+        return self.decider.items
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the loop has waited for data."""
+        return self.waiting.waited_s
 
     # ------------------------------------------------------------------ rounds
     def rounds(self, parts: int = 1) -> Iterator[list[Batch]]:
@@ -261,15 +112,16 @@ class LogStream:
         dry = 0.0
         while True:
             number = self._lane[1]
-            if self._decided(number) is None and not self._short(number, dry):
-                self.rest(DRY_S)
-                dry, self.waited_s = dry + DRY_S, self.waited_s + DRY_S
-                self._tell(DRY_S)
+            if not self.decider.ready(number, dry):
+                self.waiting.end_if(self.decider.over())
+                self.waiting.stand(DRY_S)
+                dry += DRY_S
                 yield Nothing()
                 continue
-            dry = self._quiet = 0.0
+            dry = 0.0
+            self.waiting.came()
             for later in range(number + 1, number + LANES_AHEAD) if self.rank == 0 else ():  # others may be faster
-                if self._decided(later) is None:
+                if self.decider.decided(later) is None:
                     break
             batches = self._arrive(self._load(number, 1, index, of, 0, 1), number)
             for at in range(self._lane[2], len(batches)):
@@ -281,13 +133,12 @@ class LogStream:
     def clients(self, count: int, alpha: float | None) -> Federation:
         raise UserError("a stream is dealt to no clients: take another exchange than fedavg")
 
-    # ------------------------------------------------------------------ what is decided
     def _walk(self, begin: int, load: Callable[[int], Share], parts: int = 1) -> Iterator[tuple[int, Future[Share]]]:
         """The number of each part of a round and what is loaded of it, read ahead as far as rounds are decided."""
         ready: deque[tuple[int, Future[Share]]] = deque()
         following = begin
         while True:
-            while len(ready) < max(1, self.ahead) * parts and self._decided(following // parts) is not None:
+            while len(ready) < max(1, self.ahead) * parts and self.decider.decided(following // parts) is not None:
                 ready.append((following, self._pool.submit(load, following)))
                 following += 1
             if not ready:
@@ -297,97 +148,18 @@ class LogStream:
             number, loading = ready.popleft()
             since = time.perf_counter()
             loading.result()
-            self.waited_s += time.perf_counter() - since
+            self.waiting.waited_s += time.perf_counter() - since
             yield number, loading
 
-    def _decided(self, number: int) -> Round | None:
-        """A round, if it is decided. Rank 0 decides it as soon as a whole batch is there."""
-        found = self.rounds_file.get(number)
-        if found is None and self.rank == 0:
-            found = self._decide(number, self.plan.whole)
-        return found
-
-    def _decide(self, number: int, rule: Callable[[int, int], Round | None]) -> Round | None:
-        before = self.rounds_file.get(number - 1) if number else None
-        if number and before is None:
-            raise RunError(f"{self.rounds_file.path} has no round {number - 1}: the log was cut, copy it again")
-        self._look()
-        found = rule(before.next if before else self.plan.begin, self.layout.fresh(self.items.log.last.tokens))
-        if found is not None:
-            try:
-                self.rounds_file.add(number, found)
-            except OSError as error:
-                raise RunError(f"{self.rounds_file.path} cannot be written ({error.strerror}): make room") from None
-        return found
-
-    def _look(self) -> None:
-        """Looks at what has arrived. Raises RunError if nothing can arrive any more."""
-        found = self.items.log.refresh()
-        if self.intake is not None:
-            self._unforgotten.extend(found)
-            self.intake.check()
-
-    @property
-    def _over(self) -> bool:
-        """Whether nothing more will arrive, as rank 0 knows."""
-        return self.still or bool(self.items.log.last.at.get("over"))
-
     def _wait(self, number: int) -> bool:
-        """Waits until a round is decided, and acts on what is asked meanwhile. False if the run is to end."""
-        since = time.monotonic()
-        try:
-            while self._decided(number) is None:
-                if self._short(number, time.monotonic() - since):
-                    break
-                if (asks := self._asked()) is not None:
-                    self.paused(asks)
-                    if asks.stop:
-                        return False
-                self.rest(POLL_S)
-                self._tell(POLL_S)
-        finally:
-            self.waited_s += time.monotonic() - since
-        self._quiet = 0.0
-        return True
-
-    def _short(self, number: int, waited_s: float) -> bool:
-        """Whether rank 0 makes a round of what there is, because the loop has waited so long or nothing more comes.
-        Where nothing more comes and nothing is left, all ranks are asked to stop."""
-        if self.rank or not (self._over or waited_s >= self.wait_s):
-            return False
-        if self._decide(number, self.plan.short) is not None:
-            return True
-        if self._over and not self._asked_to_end:
-            self._asked_to_end = self.asks.stop = self.asks.save = True
-        return False
-
-    def _asked(self) -> Asks | None:
-        """What all ranks are asked before the next round, or None."""
-        own = self.asks.take()
-        if self.rank:
-            self.pauses.ask(own)
-            return self.pauses.heard()
-        others = self.pauses.asked(self.size)
-        found = Asks(own.stop or others.stop, own.save or others.save)
-        if not (found.stop or found.save):
-            return None
-        self.pauses.announce(found)
-        return found
-
-    def _tell(self, seconds: float) -> None:
-        before, self._quiet = self._quiet, self._quiet + seconds
-        if self.rank == 0 and before < TELL_S <= self._quiet:
-            self.say(f"waiting for text: nothing has arrived for {TELL_S:.0f} s, training goes on when it does")
+        """Waits until a round is decided. False if the run is to end."""
+        return self.waiting.until(lambda waited_s: self.decider.ready(number, waited_s), self.decider.over)
 
     # ------------------------------------------------------------------ what is loaded
     def _load(self, number: int, parts: int, index: int, of: int, rank: int, size: int) -> Share:
         """A share of one part of a round: of group `index` among `of` the part of rank `rank` among `size`."""
         place, part = divmod(number, parts)
-        round = self.rounds_file.get(place)
-        if round is None:
-            raise UserError(f"{self.rounds_file.path} has no round {place}: copy the log again")
-        losses = self.losses.of(place) if self.losses is not None and round.past else None
-        rows, fresh = windows_of(round, place, self.layout, self.seed, losses)
+        rows, fresh = self.decider.windows(place, self.seed)
         out = []
         for chosen, turned in ((rows[fresh], False), (rows[~fresh], True)):
             for number_of, count in ((part, parts), (index, of), (rank, size)):
@@ -440,60 +212,39 @@ class LogStream:
                     f"{self.size}"
                 )
             self._lane = list(lanes[self.rank]["lane"]) if lanes[self.rank] else list(walked[0])
-        if self.round and self.rounds_file.get(self.round - 1) is None:
-            raise UserError(
-                f"{self.rounds_file.path} has no round {self.round - 1}, which was trained on: copy the log again"
-            )
+        rounds = self.decider.rounds
+        if self.round and rounds.get(self.round - 1) is None:
+            raise UserError(f"{rounds.path} has no round {self.round - 1}, which was trained on: copy the log again")
 
+    # ------------------------------------------------------------------ at a mark
     def saved(self) -> None:
         """A checkpoint with this place is whole, so the source may forget what was trained on."""
-        if self.intake is None or self.round == 0 or (before := self.rounds_file.get(self.round - 1)) is None:
-            return
-        trained = self.layout.place(before) * self.items.context
-        last = None
-        while self._unforgotten and self._unforgotten[0].tokens <= trained:
-            last = self._unforgotten.popleft()
-        if last is not None:
-            self.intake.forget(last.at)
+        self.decider.saved(self.round)
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Takes the losses of slices, by which later rounds draw from the past. Raises RunError if a disk refuses."""
-        if self.losses is None or self.rank:
-            return
-        losses = {int(key.removeprefix(OF_SLICE)): x for key, x in metrics.items() if key.startswith(OF_SLICE)}
         # Rounds are decided ahead. Where nothing had to be waited for, this is the same place in every life of the run.
-        since = self.round + (LANES_AHEAD if self._lane is not None else self.ahead + 1)
-        try:
-            self.losses.add(self.round, max(since, self.rounds_file.count()), losses)
-        except OSError as error:
-            raise RunError(f"{self.losses.path} cannot be written ({error.strerror}): make room") from None
+        ahead = LANES_AHEAD if self._lane is not None else self.ahead + 1
+        self.decider.evaluated(self.round, self.round + ahead, metrics)
 
     def slices(self, task: Task) -> Callable[[World], dict[str, Source]]:
         """The held-out windows of the slices that all ranks have trained past, as parts of an evaluation."""
 
         def found(world: World) -> dict[str, Source]:
-            place = self.layout.place(self.rounds_file.get(self.round - 1) if self.round else None)
-            whole = from_first(world, lambda: place // self.layout.slice, "act.slices")
-            return slices_of(self.items, self.layout, whole, task)
+            layout, place = self.decider.layout, self.decider.place(self.round)
+            whole = from_first(world, lambda: place // layout.slice, "act.slices")
+            return slices_of(self.items, layout, whole, task)
 
         return found
 
     def standing(self) -> dict[str, float]:
-        """On rank 0: documents that have arrived, and tokens of them that wait to be trained on."""
-        if self.rank:
-            return {}
-        before = self.rounds_file.get(self.round - 1) if self.round else None
-        first = before.next if before is not None else 0
-        last = self.items.log.last
-        return {
-            "arrived": last.documents,
-            "waiting_tokens": (self.layout.fresh(last.tokens) - first) * self.items.context,
-        }
+        """What a `commit` record says of what arrives."""
+        return self.decider.standing(self.round)
 
     def close(self) -> None:
         """Ends the thread and the reader; rounds() may not be called again."""
-        if self.intake is not None:
-            self.intake.close()
+        if self.decider.intake is not None:
+            self.decider.intake.close()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -48,7 +48,7 @@ class Acts:
         self.settled = Settled(None)  # what settling has committed after the last mark, and what it has dropped
         self.finished = False
         self._save_s = 0.0
-        run.ledger.drifted = self.drifted
+        run.ledger.prequential.drifted = self.drifted
         self._first_steps: list[float] = []
         self._changes: Changes | None = None  # on rank 0, made at the first mark, when a checkpoint is loaded
 
@@ -212,9 +212,9 @@ class Acts:
         if run.folder is None or not isinstance(stream, LogStream):
             return
         if self._changes is None:
-            log, context = stream.items.log, stream.items.context
-            rounds = Rounds(stream.rounds_file.path.parent)
-            self._changes = Changes(Log(log.folder, log.dtype), rounds, stream.layout, context, self._tokens_loaded)
+            log, layout = stream.items.log, stream.decider.layout
+            rounds = Rounds(stream.decider.rounds.path.parent)
+            self._changes = Changes(Log(log.folder, log.dtype), rounds, layout, layout.context, self._tokens_loaded)
         for text, tokens in self._changes.passed(self.tokens):
             what = f"text {text + 1} of the stream begins after {tokens:,} tokens"
             run.show.say(what)

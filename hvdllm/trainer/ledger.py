@@ -6,7 +6,6 @@ therefore opened at its mark and written at the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 
@@ -86,10 +85,7 @@ class Ledger:
     def __init__(self, folder: Folder | None, world: World, clock: Clock, show: Show, window: int = 0) -> None:
         self.folder, self.world, self.clock, self.show = folder, world, clock, show
         self.prequential = Prequential(world, window)
-        self.drift = Drift()
-        self.drifted: Callable[[int], str] = lambda tokens: ""  # what is done where the stream has changed, in words
         self.held: Json | None = None  # a whole `commit` record that waits for its prequential loss
-        self.untested: float | None = None  # the prequential loss of the last record, until the drift test has seen it
         self.window = Window()
         self.straggler = Straggler()
         self.pending: Json | None = None  # a `commit` record that waits for its loss
@@ -206,16 +202,16 @@ class Ledger:
             head, values = self.held["head"], self.held["values"]
             self.held = None
             self.record("commit", head["tokens"], head["seconds"], {**values, **self.prequential.values()})
-            self.untested = None if head["extra"] else self.prequential.last.nats
+            self.prequential.untested = None if head["extra"] else self.prequential.last.nats
 
     def _look_for_drift(self, tokens: int) -> None:
         """Tests the loss of the record before. All ranks know it, so they act on a drift at the same mark."""
-        loss, self.untested = self.untested, None
-        if loss is not None and self.drift.note(loss):
+        loss, self.prequential.untested = self.prequential.untested, None
+        if loss is not None and self.prequential.drift.note(loss):
             seconds = self.clock.seconds()
-            what = f"the stream has changed: the prequential loss is {loss:.4f}{self.drifted(tokens)}"
+            what = f"the stream has changed: the prequential loss is {loss:.4f}{self.prequential.drifted(tokens)}"
             self.show.say(what)
-            self.record("event", tokens, seconds, {"what": what, "drift": self.drift.found})
+            self.record("event", tokens, seconds, {"what": what, "drift": self.prequential.drift.found})
 
     # ------------------------------------------------------------------ checkpoint
     def state(self) -> Json:
@@ -223,7 +219,7 @@ class Ledger:
         self.write_held()  # a record is written before the checkpoint after it, or it would be written twice
         return {
             "prequential": self.prequential.state(),
-            "drift": self.drift.state(), "untested": self.untested,
+            "drift": self.prequential.drift.state(), "untested": self.prequential.untested,
             "window": asdict(self.window), "pending": self.pending, "last_record": self.last_record,
             "last_loss": self.last_loss, "bytes": self.bytes_before + self.world.bytes_sent,
             "straggler": asdict(self.straggler), "ranks": self.world.size, "blocked_s": self.blocked_s,
@@ -242,7 +238,7 @@ class Ledger:
         if state.get("ranks") == self.world.size:  # otherwise ranks are numbered differently now
             self.straggler = Straggler(**state["straggler"])
         self.prequential.load(state.get("prequential", {}))
-        self.drift, self.untested = Drift.of(state.get("drift", {})), state.get("untested")
+        self.prequential.drift, self.prequential.untested = Drift.of(state.get("drift", {})), state.get("untested")
         # The state of an older version has neither of these.
         self.blocked_s, self.recorded_loss = state.get("blocked_s", 0.0), state.get("recorded_loss")
 

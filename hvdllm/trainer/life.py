@@ -115,9 +115,9 @@ def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
     trace = Trace(parse_steps(config.trace_steps) if config.trace_steps else None, world, run.device)
     exchange.watch = trace.note if config.trace_steps else None
     if isinstance(run.stream, LogStream):
-        run.stream.paused = acts.paused
+        run.stream.waiting.paused = acts.paused
         if world.rank == 0:
-            run.stream.intake = read_from(config, Path(run.start.folder), show.say)
+            run.stream.decider.intake = read_from(config, Path(run.start.folder), show.say)
     module = paced(config, run.parts.module, run.loss, run.hosts, run.device, world)
     reason = "failed"
     run.clock.start()

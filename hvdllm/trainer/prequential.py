@@ -8,11 +8,13 @@ waits for another there. All ranks then know the same numbers, and the earlier r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from hvdllm.device import Later
+from hvdllm.online.drift import Drift
 from hvdllm.plain import Json
 from hvdllm.world.base import Flight, World
 
@@ -52,11 +54,17 @@ class Prequential:
         last: since the `commit` record before.
         recent: with weights that fall by a factor of e over `window` tokens.
         whole: since the beginning of the run.
+        drift: the test for a change of the stream.
+        drifted: is called where it has changed, and says in words what was done.
+        untested: the loss of the last record, until the test has seen it.
     """
 
     def __init__(self, world: World, window: int) -> None:
         self.world, self.window = world, window
         self.last, self.recent, self.whole = Sums(), Sums(), Sums()
+        self.drift = Drift()
+        self.drifted: Callable[[int], str] = lambda tokens: ""
+        self.untested: float | None = None
         self._loss: torch.Tensor | None = None
         self._open = Sums()  # of this rank since the last mark with a record
         self._posted: tuple[Later, Sums] | None = None

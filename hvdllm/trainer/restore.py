@@ -22,7 +22,7 @@ from hvdllm.models.gpt import GPT
 from hvdllm.online.log import Log
 from hvdllm.online.opened import FOLDER, layout_of
 from hvdllm.online.rounds import Rounds
-from hvdllm.online.stream import OF_SLICE, LogItems, slices_of
+from hvdllm.online.windows import OF_SLICE, LogItems, slices_of
 from hvdllm.settings import Config
 from hvdllm.task.base import DTYPES, Kind, Prepared, Task
 from hvdllm.task.causal_lm import CausalLM

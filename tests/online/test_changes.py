@@ -44,7 +44,7 @@ def filled(folder: Path, borders: tuple[int, ...], each: int = 10) -> Changes:
     writer = Writer(folder, KIND)
     for text, tokens in enumerate(borders):
         for _ in range(tokens // each):
-            writer.append([np.zeros(each, KIND)], each, {"text": text})
+            writer.append([np.zeros(each, KIND)], 1, each, {"text": text})
     writer.close()
     return Changes(Log(folder, KIND), Rounds(folder), Layout(10, 1000, 1), 10)
 
