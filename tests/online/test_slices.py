@@ -11,7 +11,7 @@ from log_kit import SHORT, fill, trained, values
 
 from hvdllm import runs
 from hvdllm.cli.main import main
-from hvdllm.online.stream import NEWEST, OLDER, shown
+from hvdllm.online.windows import NEWEST, OLDER, shown
 
 
 def test_a_bounded_number_is_shown_and_none_comes_back() -> None:
