@@ -126,6 +126,8 @@ class Turns:
 class Examples:
     """The stream of one rank. taken: local steps of its group, or micro-batches of its lane."""
 
+    ends_rounds = False
+
     def __init__(self, rank: int, size: int, data: Data = own_examples, micro: int = MICRO) -> None:
         self.micro, self.rank, self.size, self.next, self.taken, self.data = micro, rank, size, 0, 0, data
 
