@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Is each document of a stream learnt exactly once, whatever is killed? Two real ranks, joined by Horovod's Gloo as
-# horovodrun joins them, train by all-reduce on a stream of numbered documents. At random moments a rank, the process that reads the stream, or redis-server gets SIGKILL, and
-# the same command goes on. At the end the documents in the windows that were trained on are compared with the stream,
-# and the records (loss, norm, prequential losses) bit by bit with those of a run that was never killed, on the same log
-# and rounds. CI does two kills each (tests/test_exactly_once.py).
+# horovodrun joins them, train by all-reduce on a stream of numbered documents. At random moments a rank, the process that
+# reads the stream, or redis-server gets SIGKILL, and the same command goes on. At the end the documents in the windows
+# that were trained on are compared with the stream, and the records (loss, norm, prequential losses) bit by bit with
+# those of a run that was never killed, on the same log and rounds. CI does two kills each (tests/test_exactly_once.py).
 #
 #   jobs/bench/exactly_once.sh [--times KILLS] [SOURCE [SEED]]      KILLS: 50; SOURCE: redis or folder, or else both
 #
