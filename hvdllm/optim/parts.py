@@ -110,8 +110,8 @@ class Cosine(Schedule):
 class Infinite(Schedule):
     """A rate without an end, for a stream: a warm-up, a fall to `hold`, and the same again where it is re-warmed."""
 
-    warmup: float = setting(0.0, "none here, because it is a share of a horizon: see warmup_tokens")
-    horizon: int | None = setting(None, "none here, because this schedule has no end")
+    warmup: float = setting(0.0, "none here, because it is a share of a horizon: see warmup_tokens", least=0)
+    horizon: int | None = setting(None, "none here, because this schedule has no end", least=1)
     warmup_tokens: int = setting(50_000, "tokens over which the rate rises to the peak", least=1)
     settle_tokens: int = setting(200_000, "tokens over which it then falls to hold, along half a cosine", least=1)
     hold: float = setting(0.3, "share of the peak rate that is held", least=0, most=1)
