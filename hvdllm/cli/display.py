@@ -125,8 +125,10 @@ class Screen:
     def finish(self, end: Json, run: str, sample: str) -> None:
         self._progress.stop()
         if end["reason"] == "stop":
-            again = f"hvdllm train {shlex.quote(f'resume={run}')}"
-            self.say(f"stopped at {end['tokens']:,} {end['unit']}; `{again}` goes on from the last checkpoint")
+            again = f"`hvdllm train {shlex.quote(f'resume={run}')}`"
+            if "prequential_whole" in end:  # where a stream arrives is not taken from a run's folder
+                again = "the same command"
+            self.say(f"stopped at {end['tokens']:,} {end['unit']}; {again} goes on from the last checkpoint")
             return
         unit, each, told = (end[key] for key in ("unit", "each", "told"))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
