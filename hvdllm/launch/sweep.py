@@ -141,7 +141,7 @@ def one(config: Config, words: list[str], show: Callable[[str], None] = print) -
             pass_on(log, at, rest=True)
     if isinstance(code := codes[0], Exception):
         raise code
-    return STOPPED if code and stopped_since(task.point.folder, before) else code
+    return STOPPED if stopped_since(task.point.folder, before) else code
 
 
 # ------------------------------------------------------------------ a sweep
@@ -479,7 +479,7 @@ def lives(folder: Path) -> int:
 
 def stopped_since(folder: Path, before: int) -> bool:
     """Whether a life after the first `before` ones ended because it was asked to. Records are read, because horovodrun
-    does not pass on the exit codes of its ranks."""
+    does not pass on the exit codes of its ranks, and may even return 0 after Ctrl-C."""
     last = [record for record in runs.records(folder) if record.get("kind") in ("run", "end")][-1:]
     return lives(folder) > before and bool(last) and last[0].get("reason") == "stop"
 
