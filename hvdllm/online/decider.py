@@ -69,7 +69,7 @@ class Decider:
         return windows_of(round, number, self.layout, seed, losses)
 
     def place(self, number: int) -> int:
-        """The window before which all fresh ones were handed out once the rounds before this one were."""
+        """The window behind the last fresh one that was handed out once the rounds before this one were."""
         return self.layout.place(self.rounds.get(number - 1) if number else None)
 
     # ------------------------------------------------------------------ at a mark

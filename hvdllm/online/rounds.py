@@ -82,8 +82,11 @@ class Layout:
         return slices * self.slice + places
 
     def place(self, round: Round | None) -> int:
-        """The number of the window with which the round after this one goes on; 0 if there is none before."""
-        return 0 if round is None else int(self.window(np.array([round.next]))[0])
+        """The number of the window behind the last one that was handed out up to this round; 0 if there is none.
+
+        All windows before it have arrived. The next fresh one may lie behind held-out ones that have not.
+        """
+        return 0 if round is None else int(self.window(np.array([round.next - 1]))[0]) + 1
 
     def slices(self, tokens: int) -> int:
         """How many slices are whole once the log has so many tokens."""

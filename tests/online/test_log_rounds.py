@@ -95,3 +95,13 @@ def test_a_round_that_nobody_decided_so_takes_no_memory(tmp_path: Path, numbers:
     rounds.add(1, Round(4, 4, 1, 8, 0))
     with pytest.raises(UserError, match="round 0 is not what was written"):
         Rounds(tmp_path).get(0)
+
+
+def test_a_slice_counts_once_all_of_it_has_arrived() -> None:
+    """Seen to catch: a slice whose fresh windows are all trained on while its held-out ones are still to come."""
+    for tokens in range(5, 200):
+        fresh = LAYOUT.fresh(tokens)
+        for following in range(1, fresh + 1):
+            place = LAYOUT.place(Round(0, 1, 1, following, 0))
+            assert place <= (tokens - 1) // LAYOUT.context, "a window before it has not arrived"
+            assert LAYOUT.window(np.arange(following))[-1] == place - 1
