@@ -21,6 +21,7 @@ GROUND = (
         "canvas",
         "screen",
         "interpreter",
+        "durations",
         "tables",
         "flat",
         "untrusted",

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from hvdllm import screen, untrusted
 from hvdllm.cli.spared import of_launcher
+from hvdllm.durations import duration, left
 from hvdllm.plain import Json
 
 PLAIN_EVERY_S = 5.0
@@ -106,14 +107,13 @@ class Screen:
         tokens, budget, unit = values["tokens"], values["budget"], values["unit"]
         passed = values["seconds"] - self._rate[0]
         rate = (tokens - self._rate[1]) / passed if passed > 0 else math.nan
-        left = max(0, budget - tokens) / rate if rate else math.nan
         parts = [
             f"loss {values['loss']:.3f}",
             f"{rate:,.0f} {unit}/s",
             f"{100 * self._blocked:.0f}% blocked",
-            f"{_duration(left)} left",
+            left(budget - tokens, rate),
         ]
-        line = " · ".join(part for part in parts if "nan" not in part)
+        line = " · ".join(part for part in parts if part and "nan" not in part)
         if not self.live:
             self.say(f"{tokens:>11,} {unit}  {min(100, 100 * tokens / budget):3.0f}%  {line}")
             return
@@ -133,7 +133,7 @@ class Screen:
         unit, each, told = (end[key] for key in ("unit", "each", "told"))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows = {
-            unit: f"{end['tokens']:,} in {_duration(end['seconds'])}",
+            unit: f"{end['tokens']:,} in {duration(end['seconds'])}",
             f"{unit} a second": f"{end['tokens'] / end['seconds']:,.0f}",
             "training loss": f"{end['loss']:.4f} {each}",
         }
@@ -174,11 +174,3 @@ def make_show(rank: int, alone: bool, launcher: Sequence[int] = ()) -> Screen | 
         launcher: the pids of the ancestors up to the launcher that are on this machine, the nearest first.
     """
     return Screen(alone, of_launcher(launcher)) if rank == 0 else Silent()
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds) or math.isinf(seconds):
-        return "nan"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hvdllm import screen, untrusted
+from hvdllm.durations import duration, left
 from hvdllm.launch.watched import Task
 
 PLAIN_EVERY_S = 10.0
@@ -77,16 +78,16 @@ class Display:
         for task in running:
             task.watched.look()
         lines = [f"{self.line(task)}" for task in running]
-        left = self.left()
+        rest = self.left()
         if self.live is not None:
             done = sum(task.state == "done" for task in self.sweep.tasks.values())
-            total = f"{done} of {self.sweep.total} points done{left}"
+            total = f"{done} of {self.sweep.total} points done{rest}"
             from rich.text import Text
 
             self.live.update(Text("\n".join([*lines, total])))
         else:
             for line in lines:
-                self.sweep.show(line + left)
+                self.sweep.show(line + rest)
 
     def say(self, task: Task) -> None:
         """Prints that the state of a point has changed."""
@@ -124,7 +125,8 @@ class Display:
             trained += max(0, at - task.watched.began)
             missing += max(0, task.config.budget_tokens - at) if task.state in ("waiting", "running") else 0
         passed = time.monotonic() - self.began
-        return f" · {duration(missing * passed / trained)} left" if trained and missing else ""
+        found = left(missing, trained / passed) if passed else ""
+        return f" · {found}" if found else ""
 
 
 def pass_on(log: Path, at: int, rest: bool = False) -> int:
@@ -146,10 +148,3 @@ def pass_on(log: Path, at: int, rest: bool = False) -> int:
             sys.stdout.flush()
         return at + len(new)
     return at
-
-
-def duration(seconds: float) -> str:
-    """A duration in words, such as `2 h 05 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -32,11 +32,12 @@ from hvdllm import registry, runs, untrusted
 from hvdllm.config import compose
 from hvdllm.config.check import check
 from hvdllm.config.words import expand, is_text, key_of, last, of, plain, typed, value_of
+from hvdllm.durations import duration
 from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.launch import local
 from hvdllm.launch.base import TERMINAL, Launcher, Point
 from hvdllm.launch.parts import Launch, Local
-from hvdllm.launch.progress import Display, duration, pass_on
+from hvdllm.launch.progress import Display, pass_on
 from hvdllm.launch.watched import Task
 from hvdllm.paths import check_name
 from hvdllm.settings import Config
