@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvdllm import untrusted
+from hvdllm.errors import RunError
 from hvdllm.world.base import Asks
 
 POLL_S = 0.02
@@ -30,10 +31,9 @@ class Pauses:
         return self.folder / f"asked-{self.life}-{rank}.jsonl"
 
     def ask(self, asks: Asks) -> None:
-        """Passes on what this rank is asked."""
+        """Passes on what this rank is asked. Raises RunError if the disk refuses."""
         if asks.stop or asks.save:
-            with untrusted.appended(self._file(self.rank)) as file:
-                file.write(json.dumps([asks.stop, asks.save]) + "\n")
+            self._append(self._file(self.rank), asks)
 
     def asked(self, size: int) -> Asks:
         """On rank 0: what all ranks have passed on since the last call."""
@@ -49,10 +49,20 @@ class Pauses:
         return found
 
     def announce(self, asks: Asks) -> None:
-        """On rank 0: all ranks act on this before the round that they wait for."""
-        with untrusted.appended(self.folder / f"pauses-{self.life}.jsonl") as file:
-            file.write(json.dumps([asks.stop, asks.save]) + "\n")
+        """On rank 0: all ranks act on this before the round that they wait for. Raises RunError if the disk refuses."""
+        self._append(self.folder / f"pauses-{self.life}.jsonl", asks)
         self._heard += 1
+
+    @staticmethod
+    def _append(path: Path, asks: Asks) -> None:
+        try:
+            with untrusted.appended(path) as file:
+                file.write(json.dumps([asks.stop, asks.save]) + "\n")
+        except (OSError, untrusted.Unfit) as error:
+            raise RunError(
+                f"{path} cannot be written ({error}), so the other ranks do not hear that this one was asked to stop "
+                "or to save: make room, the same command goes on from the last checkpoint"
+            ) from None
 
     def heard(self) -> Asks | None:
         """On the other ranks: the next announcement, once."""
