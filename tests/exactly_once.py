@@ -1,7 +1,9 @@
 """Is each document of a stream learnt exactly once, whatever is killed? Two real ranks train on a stream of numbered
 documents; at random moments a rank, the reader or redis-server is killed (SIGKILL), and the same command goes on.
 
-    python tests/exactly_once.py KILLS [SOURCE [SEED]]        SOURCE: redis or folder
+    python tests/exactly_once.py KILLS [SOURCE [SEED [HOW [EXCHANGE]]]]
+
+SOURCE is redis, folder, or readers (two that share a folder), HOW one of launch.py's (real gloo: by horovodrun).
 
 At the end the windows that were trained on (rounds.bin) and the documents in them (log) are compared with the stream,
 and the records of the run with those of one that was never killed and read the same log and rounds.
@@ -93,11 +95,7 @@ def layout() -> Layout:
 
 
 def reader_of(job: Job) -> int | None:
-    for pid in job.pids():
-        with contextlib.suppress(OSError):
-            if b"hvdllm.online.reader" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-    return None
+    return next(filter(job.reads, job.pids()), None)
 
 
 def kill(job: Job, what: str, server: Server | None, draw: random.Random) -> bool:
@@ -116,7 +114,9 @@ def kill(job: Job, what: str, server: Server | None, draw: random.Random) -> boo
     return False
 
 
-def exactly_once(kills: int, source: str, seed: int, tmp: Path, how: str = "gloo") -> dict[str, int]:
+def exactly_once(
+    kills: int, source: str, seed: int, tmp: Path, how: str = "gloo", more: tuple[str, ...] = ()
+) -> dict[str, int]:
     """How often each was killed, and what was trained on. Raises AssertionError."""
     draw, place = random.Random(seed), layout()
     inbox = tmp / "in"
@@ -130,8 +130,9 @@ def exactly_once(kills: int, source: str, seed: int, tmp: Path, how: str = "gloo
     where = (
         [f"text.address={server.address}", "text.source=redis"]
         if server
-        else ["text.source=folder", f"text.path={inbox}"]
+        else ["text.source=folder", f"text.path={inbox}", f"text.readers={1 + (source == 'readers')}"]
     )
+    where += [*more]
     command = words(tmp, "a", 1e12, *where)
     victims = [f"rank {rank}" for rank in range(RANKS_N)] + ["reader"] + ["redis-server"] * (server is not None)
     writer = threading.Thread(target=stream.write)
@@ -179,10 +180,10 @@ def exactly_once(kills: int, source: str, seed: int, tmp: Path, how: str = "gloo
         writer.join()
         if server is not None:
             server.close()
-    return {**killed, "lives": lives, **compared(tmp, texts, place, how)}
+    return {**killed, "lives": lives, **compared(tmp, texts, place, how, more)}
 
 
-def compared(tmp: Path, texts: list[str], place: Layout, how: str) -> dict[str, int]:
+def compared(tmp: Path, texts: list[str], place: Layout, how: str, more: tuple[str, ...]) -> dict[str, int]:
     folder = tmp / "runs" / "a" / "log"
     tokenizer = Tokenizer(BYTES)
     log = Log(folder, np.dtype(tokenizer.dtype))
@@ -195,12 +196,13 @@ def compared(tmp: Path, texts: list[str], place: Layout, how: str) -> dict[str, 
     rounds, fresh = Rounds(folder), np.empty(0, np.int64)
     assert rounds.get(0) is not None
     count = rounds.count()
-    parts = []
+    parts, totals = [], [0]
     for number in range(count):
         found = rounds.get(number)
         assert found is not None
         rows, new = windows_of(found, number, place, 0)
         parts.append(rows[new])
+        totals.append(totals[-1] + found.items * CONTEXT)
     fresh = np.concatenate(parts)
     expected = place.window(np.arange(len(fresh)))
     assert (fresh == expected).all(), "a window was left out, or trained on twice"
@@ -210,6 +212,8 @@ def compared(tmp: Path, texts: list[str], place: Layout, how: str) -> dict[str, 
     assert seen == list(range(last + 1)), "a window is neither trained on nor held out"
     commits = records(tmp / "runs" / "a", "commit")
     assert [record["tokens"] for record in commits] == sorted({record["tokens"] for record in commits})
+    assert {record["tokens"] for record in commits} <= set(totals), "a commit lies between two rounds"
+    assert commits[-1]["tokens"] >= totals[-2], "a round was left out"
     trained = sum(
         int(np.isin(np.arange(begin, end) // CONTEXT, fresh).any())
         for begin, end in zip([0, *ends[:-1]], ends, strict=True)
@@ -218,12 +222,16 @@ def compared(tmp: Path, texts: list[str], place: Layout, how: str) -> dict[str, 
     # A run that was never killed, on the same log and the same rounds.
     (tmp / "none").mkdir()
     whole = tmp / "runs" / "b"
-    command = words(tmp, "b", commits[-1]["tokens"], "text.source=folder", f"text.path={tmp / 'none'}")
+    readers = len(list(folder.glob("reader-?")))
+    source = ["text.source=folder", f"text.path={tmp / 'none'}", f"text.readers={readers or 1}"]
+    command = words(tmp, "b", commits[-1]["tokens"], *source, *more)
     with Job(command, how, RANKS_N) as job:
         job.until((whole / "log" / "index.jsonl").exists)
     for name in os.listdir(folder):
         if name.endswith((".bin", ".jsonl")) and not name.startswith(("asked", "pauses")):
             shutil.copy(folder / name, whole / "log" / name)
+    for number in range(readers):
+        shutil.copytree(folder / f"reader-{number}", whole / "log" / f"reader-{number}", dirs_exist_ok=True)
     with Job(command, how, RANKS_N) as job:
         done = job.wait(600.0)
         assert done.code == 0, done.out
@@ -239,12 +247,13 @@ def compared(tmp: Path, texts: list[str], place: Layout, how: str) -> dict[str, 
 def main(argv: list[str]) -> int:
     kills = int(argv[0])
     failed = False
-    for source in [argv[1]] if len(argv) > 1 else ["redis", "folder"]:
+    how, more = argv[3] if len(argv) > 3 else "gloo", tuple(f"exchange={each}" for each in argv[4:])
+    for source in [argv[1]] if len(argv) > 1 else ["redis", "folder", "readers"]:
         seed = int(argv[2]) if len(argv) > 2 else int.from_bytes(os.urandom(2))
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as tmp:
             try:
-                found = exactly_once(kills, source, seed, Path(tmp))
+                found = exactly_once(kills, source, seed, Path(tmp), how, more)
             except AssertionError as error:
                 print(f"{source:8} seed {seed:<6} FAILED {error}", flush=True)
                 failed = True

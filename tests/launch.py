@@ -178,7 +178,15 @@ class Job:
         if forks := self.forks():
             return max(pid for each, pid in forks.items() if each == rank and pid in living)
         names = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
-        return max(pid for pid, env in living.items() if str(rank) in (env.get(name) for name in names))
+        found = [pid for pid, env in living.items() if str(rank) in (env.get(name) for name in names)]
+        return max(pid for pid in found if not self.reads(pid))
+
+    @staticmethod
+    def reads(pid: int) -> bool:
+        """Whether a process is the reader of a stream, which has the environment of the rank that started it."""
+        with contextlib.suppress(OSError):
+            return b"hvdllm.online.reader" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
 
     def signal(self, number: int) -> None:
         """As a terminal's Ctrl-C does: to the launcher and what shares its process group, not to its ranks."""

@@ -54,7 +54,7 @@ OPTIM, CHECKPOINT = "tests/optim", "tests/checkpoint"
 STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients.py", "tests/text/test_shards.py"
 HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
 BERT, FROZEN = "tests/models/test_hugging_bert.py", "tests/trainer/test_frozen.py"
-TASK = "tests/task"
+TASK, ONLINE = "tests/task", "tests/online"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
@@ -68,10 +68,22 @@ MUTANTS = [
     ("optim/update.py", "step.fill_(float(self.steps))", "step.fill_(0.0)", f"{OPTIM} {CONTRACT} {CHECKPOINT}"),
     ("optim/update.py", "out = [piece.clone() for piece in pieces]", "out = pieces", OPTIM),
     ("optim/update.py", "meta.committed > after and", "meta.committed >= after and", OPTIM),
-    ("optim/schedule.py", "math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress / 2)) / 2", OPTIM),
-    ("optim/schedule.py", "tokens / way.warmup if", "(tokens - 1) / way.warmup if", OPTIM),
-    ("optim/schedule.py", "horizon, horizon + batch if", "horizon, horizon if", OPTIM),
+    (
+        "optim/schedule.py",
+        "settings.floor) * (1 + math.cos(math.pi * progress))",
+        "settings.floor) * (1 + math.cos(progress))",
+        OPTIM,
+    ),
+    ("optim/schedule.py", "return tokens / self._way.warmup", "return (tokens - 1) / self._way.warmup", OPTIM),
+    ("optim/schedule.py", "end = horizon + batch if", "end = horizon if", OPTIM),
     ("optim/schedule.py", "(1 - settings.floor) * left", "left", OPTIM),
+    (
+        "optim/schedule.py",
+        "level = _since(settings, at - begun, level)",
+        "level = 0.0",
+        f"{OPTIM} {ONLINE}/test_rewarm.py",
+    ),
+    ("optim/schedule.py", "settings.hold) * (1 + math", "settings.hold) * (math", f"{OPTIM} {ONLINE}/test_rewarm.py"),
     ("optim/by_hand.py", "torch.lerp(m, g, 1 - settings.beta1)", "torch.lerp(m, g, settings.beta1)", OPTIM),
     ("optim/by_hand.py", "alpha=settings.weight_decay", "alpha=-settings.weight_decay", OPTIM),
     ("optim/by_hand.py", "torch.where(keep, old, new)", "new", OPTIM),
@@ -344,6 +356,115 @@ MUTANTS = [
     ("trainer/buffers.py", " * float(trains)", "", "tests/trainer/test_buffers.py"),
     ("trainer/buffers.py", "total[:-1] / total[-1]", "total[:-1] / world.size", "tests/trainer/test_buffers.py"),
     ("report/metric.py", "return 1 - value if", "return value if", "tests/report/test_report_read.py"),
+    ("online/joined.py", "if entry.tokens >= self._joined[k].tokens", "if True", f"{ONLINE}/test_readers.py"),
+    ("online/joined.py", "first=joined.tokens,", "first=joined.tokens + 1,", f"{ONLINE}/test_readers.py"),
+    ("online/joined.py", "over = all(", "over = any(", f"{ONLINE}/test_readers.py"),
+    ("online/joined.py", "            before = entry\n", "            before = Entry()\n", f"{ONLINE}/test_readers.py"),
+    ("online/readers.py", "hosts[k % len(hosts)] == world.rank", "world.local_rank == 0", f"{ONLINE}/test_readers.py"),
+    ("online/readers.py", "if settings.shared else (0, 1)", "if False else (0, 1)", f"{ONLINE}/test_readers.py"),
+    ("online/log.py", "begin = self._ends[at - 1] if at else 0", "begin = 0", f"{ONLINE}/test_readers.py"),
+    (
+        "online/log.py",
+        "        self._cut()\n\n    def _cut",
+        "        pass\n\n    def _cut",
+        f"{ONLINE}/test_reader.py {ONLINE}/test_log.py",
+    ),
+    (
+        "online/log.py",
+        "if zlib.crc32(np.ascontiguousarray(held).tobytes()) != entry.sum:",
+        "if False:",
+        f"{ONLINE}/test_log.py",
+    ),
+    ("online/log.py", "room = part[: SEGMENT - place]", "room = part", f"{ONLINE}/test_log.py"),
+    (
+        "online/log.py",
+        "            self._index.truncate(size)\n            self._cut()\n",
+        "            self._index.truncate(size)\n",
+        f"{ONLINE}/test_reader.py {ONLINE}/test_log.py",
+    ),
+    ("online/decider.py", "last[entry.reader] = entry", "last[0] = entry", f"{ONLINE}/test_readers.py"),
+    (
+        "online/decider.py",
+        "self._unforgotten[0].tokens <= trained",
+        "self._unforgotten[0].tokens <= 10**12",
+        f"{ONLINE}/test_readers.py {ONLINE}/test_log_stream.py",
+    ),
+    (
+        "online/rounds.py",
+        "np.array([round.next - 1]))[0]) + 1",
+        "np.array([round.next]))[0])",
+        f"{ONLINE}/test_log_rounds.py",
+    ),
+    (
+        "online/rounds.py",
+        "return whole * (self.slice - self.held) + min(rest, self.slice - self.held)",
+        "return whole * (self.slice - self.held) + rest",
+        f"{ONLINE}/test_log_rounds.py",
+    ),
+    ("online/rounds.py", "begin = fresh - self.fresh", "begin = first", f"{ONLINE}/test_log_rounds.py"),
+    ("online/rounds.py", "stride = waiting // self.fresh", "stride = 1", f"{ONLINE}/test_log_rounds.py"),
+    (
+        "online/rounds.py",
+        "begins = np.minimum([0, *(k * (layout.slice - layout.held)",
+        "begins = np.minimum([0, *(k * layout.slice",
+        f"{ONLINE}/test_replay.py",
+    ),
+    (
+        "online/rounds.py",
+        "return next((losses for _, since, losses in reversed(self._lines) if since <= number), None)",
+        "return next((losses for _, since, losses in reversed(self._lines)), None)",
+        f"{ONLINE}/test_replay.py",
+    ),
+    ("online/windows.py", "each *= 2", "each += 1", f"{ONLINE}/test_slices.py"),
+    (
+        "online/stream.py",
+        "first, own = deal(len(chosen), count - 1 - number_of if turned else number_of, count)",
+        "first, own = deal(len(chosen), number_of, count)",
+        f"{ONLINE}/test_log_stream.py {ONLINE}/test_replay.py",
+    ),
+    (
+        "online/stream.py",
+        "batch.fresh = share.spelled[index] if index < len(share.spelled) else 0",
+        "batch.fresh = 1",
+        f"{ONLINE}/test_log_stream.py {ONLINE}/test_replay.py",
+    ),
+    ("online/sources.py", "return item % self.of == self.number", "return True", f"{ONLINE}/test_readers.py"),
+    ("online/sources.py", "self._inside = not end", "self._inside = False", f"{ONLINE}/test_sources.py"),
+    ("online/sources.py", "taken.lost = gone - self.count", "taken.lost = 0", f"{ONLINE}/test_sources.py"),
+    ("online/sources.py", "            self._ask = 1\n", "            pass\n", f"{ONLINE}/test_sources.py"),
+    (
+        "online/sources.py",
+        'minid=f"{milliseconds}-{number + 1}"',
+        'minid=f"{milliseconds}-{number}"',
+        f"{ONLINE}/test_sources.py {ONLINE}/test_readers.py",
+    ),
+    (
+        "online/waiting.py",
+        "        self._heard += 1\n        return Asks(",
+        "        return Asks(",
+        f"{ONLINE}/test_log_stream.py",
+    ),
+    (
+        "online/waiting.py",
+        "found.stop, found.save = found.stop or stop, found.save or save",
+        "pass",
+        f"{ONLINE}/test_log_stream.py",
+    ),
+    ("online/drift.py", "self._deviation, MOST) - SLACK)", "self._deviation, MOST))", f"{ONLINE}/test_drift.py"),
+    ("online/drift.py", "residual = max(-bound, min(bound, residual))", "pass", f"{ONLINE}/test_drift.py"),
+    ("online/changes.py", "if round.next <= first:", "if round.next < first:", f"{ONLINE}/test_changes.py"),
+    (
+        "trainer/prequential.py",
+        "self.recent.add(self.last, math.exp(-tokens / self.window))",
+        "self.recent.add(self.last)",
+        f"{ONLINE}/test_log_stream.py",
+    ),
+    (
+        "trainer/prequential.py",
+        "if not fresh or not self.window:",
+        "if not self.window:",
+        f"{ONLINE}/test_log_stream.py {ONLINE}/test_replay.py",
+    ),
 ]
 
 

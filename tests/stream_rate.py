@@ -74,7 +74,7 @@ def intake(count: int) -> dict[str, tuple[float, float]]:
                     env={**os.environ, **found()},
                 )  # fmt: skip
                 os.sched_setaffinity(process.pid, {cores[0]})
-                os.write(write, reader.task(settings, folder, folder / "tokenizer.json"))
+                os.write(write, reader.task(settings, folder, folder / "tokenizer.json", 0, 1))
                 log = Log(folder, np.dtype(tokenizer.dtype))
                 first: tuple[int, float, float] | None = None
                 while log.last.documents < count:

@@ -12,7 +12,7 @@ from exactly_once import exactly_once
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("source", ["redis", "folder"])
+@pytest.mark.parametrize("source", ["redis", "folder", "readers"])
 def test_each_document_is_learnt_once_whatever_is_killed(source: str, tmp_path: Path) -> None:
     """Seen to catch: prequential sums of both ranks that a checkpoint adds up, which differ in the last digit."""
     if source == "redis":

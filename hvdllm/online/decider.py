@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from hvdllm.errors import RunError, UserError
-from hvdllm.online.intake import Intake
 from hvdllm.online.log import Entry
+from hvdllm.online.readers import Readers
 from hvdllm.online.rounds import Layout, Losses, Plan, Round, Rounds, windows_of
 from hvdllm.online.windows import OF_SLICE, LogItems
 
@@ -28,7 +28,7 @@ class Decider:
         losses: by which the past is weighted; None if all of it is alike.
 
     Attributes:
-        intake: reads the source, on rank 0; None if something else appends to the log.
+        readers: those that this rank has started, if it has; see read_by.
     """
 
     def __init__(
@@ -37,14 +37,22 @@ class Decider:
     ) -> None:  # fmt: skip
         self.items, self.rounds, self.layout, self.plan = items, rounds, layout, plan
         self.rank, self.wait_s, self.still, self.losses = rank, wait_s, still, losses
-        self.intake: Intake | None = None
+        self.readers: Readers | None = None
         self._unforgotten: deque[Entry] = deque()  # entries of the log that the source has not been told to forget
+
+    def read_by(self, readers: Readers | None) -> None:
+        """Takes the readers that this rank has started."""
+        self.readers = readers
+        if readers is not None:
+            self.items.log.news = self._unforgotten
 
     def decided(self, number: int) -> Round | None:
         """A round, if it is decided. Rank 0 decides it as soon as a whole batch is there."""
         found = self.rounds.get(number)
         if found is None and self.rank == 0:
             found = self._decide(number, self.plan.whole)
+        elif found is None and self.readers is not None:
+            self.readers.look()
         return found
 
     def ready(self, number: int, waited_s: float) -> bool:
@@ -75,13 +83,16 @@ class Decider:
     # ------------------------------------------------------------------ at a mark
     def saved(self, number: int) -> None:
         """A checkpoint is whole that goes on with this round, so the source may forget what was trained on."""
-        if self.intake is None or number == 0 or self.rounds.get(number - 1) is None:
+        if self.readers is None or number == 0 or self.rounds.get(number - 1) is None:
             return
-        trained, last = self.place(number) * self.items.context, None
+        self.items.log.refresh()
+        trained = self.place(number) * self.items.context
+        last: dict[int, Entry] = {}  # by reader
         while self._unforgotten and self._unforgotten[0].tokens <= trained:
-            last = self._unforgotten.popleft()
-        if last is not None:
-            self.intake.forget(last.at)
+            entry = self._unforgotten.popleft()
+            last[entry.reader] = entry
+        for entry in last.values():
+            self.readers.forget(entry)
 
     def evaluated(self, number: int, since: int, metrics: dict[str, float]) -> None:
         """Takes the losses of slices, by which rounds from `since` on draw from the past; `number` is the next one.
@@ -121,10 +132,9 @@ class Decider:
 
     def _look(self) -> None:
         """Looks at what has arrived. Raises RunError if nothing can arrive any more."""
-        found = self.items.log.refresh()
-        if self.intake is not None:
-            self._unforgotten.extend(found)
-            self.intake.check()
+        if self.readers is not None:
+            self.readers.look()
+        self.items.log.refresh()
 
     def _ends(self) -> bool:
         return self.still or bool(self.items.log.last.at.get("over"))

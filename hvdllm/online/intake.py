@@ -33,11 +33,14 @@ class Intake:
         folder: of the log.
         tokenizer: the path of its tokenizer.json.
         say: gets what a person should know.
+        number, of: which of how many readers of the same source it is.
     """
 
-    def __init__(self, settings: Stream, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Stream, folder: Path, tokenizer: Path, say: Callable[[str], None], number: int = 0, of: int = 1
+    ) -> None:
         self.folder, self.say = folder, say
-        self._first = reader.task(settings, folder, tokenizer)
+        self._first = reader.task(settings, folder, tokenizer, number, of)
         self._stdin = settings.source == "stdin"
         self._problem: str | None = None
         self._closed = threading.Event()

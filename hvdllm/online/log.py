@@ -2,6 +2,8 @@
 
     tokens-000000.bin, tokens-000001.bin, ...   SEGMENT tokens each, little-endian; an end token follows each document
     index.jsonl                                 a line for each append (Entry)
+    reader-0, reader-1, ...                     logs of several readers, if there are (joined.py). This log then has an
+                                                index alone, which says what of theirs comes next
 
 Tokens are written before their line, so what the index tells of is there. What stands behind the last whole line that
 agrees with its tokens was cut off by a kill; the next writer removes it and takes the source up at that line's place.
@@ -15,8 +17,12 @@ import dataclasses
 import fcntl
 import json
 import os
+import threading
 import time
 import zlib
+from array import array
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,6 +39,7 @@ SEGMENT = 2**26  # tokens in a file
 INDEX, LOCK = "index.jsonl", "writer.lock"
 LINE = 2**20  # the most bytes of a line of the index
 SYNC_S = 1.0  # seconds after which what was appended is on the disk
+READERS = 1024  # the most readers of a log
 CHECKED = 2**22  # tokens at the end of a log that are compared with their sums when it is opened
 
 
@@ -48,6 +55,8 @@ class Entry:
         at: up to where the source was read, as its reader understands it.
         time: when it was appended, in seconds since 1970 by the clock of the reader's host.
         sum: crc32 of the tokens of this append, and their number is `tokens` less that of the entry before.
+        reader: whose log holds the tokens; -1: this log.
+        first: the first of them there.
     """
 
     tokens: int = 0
@@ -58,17 +67,24 @@ class Entry:
     at: Json = field(default_factory=dict)
     time: float = 0.0
     sum: int = 0
+    reader: int = -1
+    first: int = 0
 
     def line(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+        values = dataclasses.asdict(self)
+        if self.reader < 0:
+            del values["reader"], values["first"]
+        return json.dumps(values).encode() + b"\n"
 
     @staticmethod
     def of(line: bytes) -> Entry:
         """Raises ValueError or TypeError if the line is none of an index."""
         found = Entry(**untrusted.parsed(line))
-        whole = (found.tokens, found.documents, found.size, found.bad, found.lost, found.sum)
+        whole = (found.tokens, found.documents, found.size, found.bad, found.lost, found.sum, found.first)
         if not all(type(each) is int and 0 <= each < 2**48 for each in whole) or not isinstance(found.at, dict):
             raise ValueError("its numbers are none")
+        if type(found.reader) is not int or not -1 <= found.reader < READERS:
+            raise ValueError("its reader is none")
         return found
 
 
@@ -78,16 +94,28 @@ class Log:
     Args:
         folder: of the log. It need not exist yet.
         dtype: of the tokens.
+
+    Attributes:
+        last: the newest entry that was read.
+        news: gets each entry that is read, if it is no longer None.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype.newbyteorder("<")
         self.last = Entry()
+        self.news: deque[Entry] | None = None
         self._offset = 0  # bytes of the index that were read
         self._maps: dict[int, np.ndarray] = {}
+        self._pieces = Pieces()
+        self._logs: dict[int, Log] = {}  # of readers
+        self._lock = threading.Lock()  # a thread loads rounds while the loop looks at what has arrived
 
     def refresh(self) -> list[Entry]:
         """The entries that were appended since the last call. A line that is not whole yet is read the next time."""
+        with self._lock:
+            return self._refresh()
+
+    def _refresh(self) -> list[Entry]:
         found: list[Entry] = []
         try:
             with untrusted.opened(self.folder / INDEX) as file:
@@ -95,28 +123,50 @@ class Log:
                 for line in untrusted.lines(file, LINE):
                     if not line.endswith(b"\n"):
                         break
-                    found.append(Entry.of(line))
+                    entry = Entry.of(line)
+                    self.take(entry)
+                    found.append(entry)
                     self._offset += len(line)
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.folder / INDEX} cannot be read ({error}): it is no log of this version") from None
-        if found:
-            self.last = found[-1]
         return found
+
+    def take(self, entry: Entry) -> None:
+        """Takes the next entry. Raises ValueError if it does not follow the one before."""
+        self._pieces.add(self.last, entry)
+        self.last = entry
+        if self.news is not None:
+            self.news.append(entry)
 
     def tokens(self, first: int, count: int) -> np.ndarray:
         """Tokens of the log, [count]. A view, unless they reach over the end of a file.
 
         Raises UserError if the files hold fewer.
         """
+        if first + count > self.last.tokens:
+            self.refresh()  # only rank 0 looks by itself
         parts = []
         while count > 0:
-            number, at = divmod(first, SEGMENT)
-            part = self._segment(number, min(SEGMENT, at + count))[at : at + count]
+            log, place, whole = self._place(first, count)
+            number, at = divmod(place, SEGMENT)
+            part = log._segment(number, min(SEGMENT, at + whole))[at : at + whole]
             parts.append(part)
             first, count = first + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def _place(self, first: int, count: int) -> tuple[Log, int, int]:
+        """The log that holds a token, its place there, and how many of `count` tokens follow there one by one."""
+        with self._lock:
+            found = self._pieces.of(first)
+            if found is None:
+                return self, first, count
+            reader, place, whole = found
+            log = self._logs.get(reader)
+            if log is None:
+                log = self._logs[reader] = Log(of_reader(self.folder, reader), self.dtype)
+        return log, place, min(count, whole)
 
     def _segment(self, number: int, least: int) -> np.ndarray:
         """A map of a file of tokens, which has at least so many."""
@@ -133,6 +183,36 @@ class Log:
                 raise UserError(f"{path} cannot be read ({error}): copy the log again") from None
             self._maps = {k: v for k, v in self._maps.items() if k >= number - 8} | {number: known}
         return known
+
+
+class Pieces:
+    """Which tokens of which reader's log each piece of a joined log consists of."""
+
+    def __init__(self) -> None:
+        self._ends, self._readers, self._firsts = array("q"), array("q"), array("q")
+        self._own = False  # the log has tokens of its own
+
+    def add(self, before: Entry, entry: Entry) -> None:
+        """Takes the next entry. Raises ValueError if a log has tokens of its own and those of readers."""
+        if entry.tokens == before.tokens:
+            return
+        if entry.tokens < before.tokens or (self._own if entry.reader >= 0 else len(self._ends) > 0):
+            raise ValueError("its entries do not follow each other")
+        if entry.reader < 0:
+            self._own = True
+        else:
+            self._ends.append(entry.tokens)
+            self._readers.append(entry.reader)
+            self._firsts.append(entry.first)
+
+    def of(self, token: int) -> tuple[int, int, int] | None:
+        """The reader in whose log a token lies, its place there, and how many tokens follow; None if there are no
+        readers, or if the token is behind the end."""
+        at = bisect_right(self._ends, token)
+        if at == len(self._ends):
+            return None
+        begin = self._ends[at - 1] if at else 0
+        return self._readers[at], self._firsts[at] + token - begin, self._ends[at] - token
 
 
 class Writer:
@@ -197,10 +277,19 @@ class Writer:
                     file.write(room.tobytes())
                     file.flush()
                     first, part = first + len(room), part[len(room) :]
-            entry = Entry(
-                first, before.documents + documents, before.size + size, before.bad + bad, before.lost + lost,
-                at, time.time(), zlib.crc32(data.tobytes()),
-            )  # fmt: skip
+        except OSError:
+            self._undo()
+            raise
+        entry = Entry(
+            first, before.documents + documents, before.size + size, before.bad + bad, before.lost + lost,
+            at, time.time(), zlib.crc32(data.tobytes()),
+        )  # fmt: skip
+        self.note(entry)
+        return entry
+
+    def note(self, entry: Entry) -> None:
+        """Appends a line alone. Raises OSError if the disk refuses. Nothing was appended then."""
+        try:
             self._index.write(entry.line())
             self._index.flush()
         except OSError:
@@ -209,7 +298,6 @@ class Writer:
         self.last = entry
         if time.monotonic() - self._synced > SYNC_S:
             self.sync()
-        return entry
 
     def sync(self) -> None:
         """Waits until all that was appended is on the disk: first the tokens, then the index."""
@@ -219,6 +307,8 @@ class Writer:
         self.durable, self._synced = self.last, time.monotonic()
 
     def close(self) -> None:
+        if self._lock.closed:
+            return
         with contextlib.suppress(OSError):
             self.sync()
         for file in (self._tokens, self._index, self._lock):
@@ -266,6 +356,16 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
+def full(folder: Path, error: OSError) -> str:
+    """The sentence of a writer whose disk refuses."""
+    return f"{folder} cannot be written ({error.strerror}): training goes on with what is there; make room"
+
+
+def of_reader(folder: Path, number: int) -> Path:
+    """The folder of a reader's own log."""
+    return folder / f"reader-{number}"
+
+
 def segment(folder: Path, number: int) -> Path:
     """The path of a file of tokens."""
     return folder / f"tokens-{number:06}.bin"
@@ -274,12 +374,16 @@ def segment(folder: Path, number: int) -> Path:
 def _whole(folder: Path, dtype: np.dtype) -> tuple[Entry, int]:
     """The last entry of a log that is whole and agrees with its tokens, and the bytes of the index up to its end."""
     lines, size = [(Entry(), 0)], 0
+    log = Log(folder, dtype)
     for line, entry in _entries(folder):
+        try:
+            log.take(entry)
+        except ValueError:
+            break
         size += len(line)
         lines.append((entry, size))
         if len(lines) > 2 and lines[-1][0].tokens - lines[1][0].tokens > CHECKED:
             lines = lines[-2:] if lines[-1][0].tokens - lines[-2][0].tokens > CHECKED else lines[1:]
-    log = Log(folder, dtype)
     for (before, start), (entry, _) in pairwise(lines):
         try:
             held = log.tokens(before.tokens, entry.tokens - before.tokens)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from hvdllm.errors import UserError
+from hvdllm.online import readers
 from hvdllm.online.decider import Decider
-from hvdllm.online.intake import Intake
 from hvdllm.online.log import Log
 from hvdllm.online.rounds import Layout, Losses, Plan, Rounds
 from hvdllm.online.stream import LogStream
@@ -27,14 +27,14 @@ from hvdllm.world.base import World, from_first
 FOLDER = "log"  # in that of a run
 
 
-def read_from(config: Config, folder: Path, say: Callable[[str], None]) -> Intake | None:
-    """Begins to read the source into the log of the run in this folder, which has its tokenizer.
+def read_into(stream: LogStream, config: Config, folder: Path, world: World, say: Callable[[str], None]) -> None:
+    """Begins to read the source into the log of the run in this folder, which has its tokenizer. Collective.
 
-    Returns None for a log that is there.
+    Raises UserError on all ranks if it cannot be read by so many readers.
     """
-    if config.text.source == "log":
-        return None
-    return Intake(config.text, folder / FOLDER, folder / "tokenizer.json", say)
+    kind = stream.items.log.dtype
+    found = readers.started(config.text, folder / FOLDER, folder / "tokenizer.json", kind, world, say)
+    stream.decider.read_by(found)
 
 
 def opened(

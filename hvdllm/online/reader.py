@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import resource
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ import numpy as np
 
 from hvdllm import untrusted
 from hvdllm.errors import UserError
-from hvdllm.online import sources
+from hvdllm.online import log, sources
 from hvdllm.online.log import Log, Writer
 from hvdllm.online.sources import Source, Taken
 from hvdllm.plain import Json
@@ -34,13 +35,15 @@ ASIDE = "aside.jsonl"  # beside the log: what could not be read
 WAIT_S = 0.5
 LOCK_S = 12.0  # seconds that the reader of a run that was killed may take to end
 FULL_S = 2.0  # seconds after which a full disk is tried again
+MEMORY = 4 * 2**30  # bytes that it may take: what a server answers is larger only where its entries grew suddenly
 
 
-def task(settings: Stream, folder: Path, tokenizer: Path) -> bytes:
-    """The first line that a reader gets."""
-    return (
-        json.dumps({"settings": asdict(settings), "folder": str(folder), "tokenizer": str(tokenizer)}).encode() + b"\n"
-    )
+def task(settings: Stream, folder: Path, tokenizer: Path, number: int, of: int) -> bytes:
+    """The first line that a reader gets. It is the reader `number` among `of`."""
+    given = {
+        "settings": asdict(settings), "folder": str(folder), "tokenizer": str(tokenizer), "number": number, "of": of,
+    }  # fmt: skip
+    return json.dumps(given).encode() + b"\n"
 
 
 def say(kind: str, what: str) -> None:
@@ -70,8 +73,7 @@ def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[
             writer.append(ids, len(taken.texts), size, at, len(taken.aside), taken.lost)
         except OSError as error:
             if not full:
-                why = error.strerror
-                say("say", f"{writer.folder} cannot be written ({why}): training goes on with what is there; make room")
+                say("say", log.full(writer.folder, error))
             waiting, full = taken, True
             time.sleep(FULL_S)
             continue
@@ -96,6 +98,7 @@ def copy(source: Source, writer: Writer, tokenizer: Tokenizer, forget: Callable[
 
 
 def main(descriptor: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     orders: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
     stream = os.fdopen(descriptor, "rb")
     given = json.loads(stream.readline())
@@ -112,15 +115,20 @@ def main(descriptor: int) -> None:
     def forget() -> Json | None:
         found = None
         while not orders.empty():
-            if (found := orders.get()) is None:
-                raise EOFError
+            if (order := orders.get()) is None:
+                orders.put(None)
+                if found is None:
+                    raise EOFError
+                break  # what may be forgotten comes first
+            found = order
         return found
 
     try:
         settings = Stream(**given["settings"])
         tokenizer = Tokenizer.load(Path(given["tokenizer"]))
         kind, folder = np.dtype(tokenizer.dtype), Path(given["folder"])
-        source = sources.made(settings, lambda what: say("say", what))
+        share = sources.Share(given["number"], given["of"])
+        source = sources.made(settings, lambda what: say("say", what), share)
         writer = Writer(folder, kind, LOCK_S)
         try:
             try:

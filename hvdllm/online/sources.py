@@ -12,6 +12,7 @@ import os
 import select
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -73,12 +74,26 @@ class Source(Protocol):
 Say = Callable[[str], None]
 
 
-def made(settings: Stream, say: Say) -> Source:
-    """The source that the settings name. Raises UserError if it cannot be read."""
-    kinds: dict[str, Callable[[Stream, Say], Source]] = {
+@dataclass(frozen=True)
+class Share:
+    """What one of several readers takes of a source that they share. Without arguments: all of it."""
+
+    number: int = 0
+    of: int = 1
+
+    def has(self, item: int) -> bool:
+        return item % self.of == self.number
+
+
+def made(settings: Stream, say: Say, share: Share = Share()) -> Source:
+    """The source that the settings name, for one reader. Raises UserError if it cannot be read.
+
+    Redis and standard input are never shared (text/parts.py, Stream.refusal).
+    """
+    kinds: dict[str, Callable[[Stream, Say, Share], Source]] = {
         "redis": Redis, "folder": Folder, "stdin": Lines, "replay": Replay,
     }  # fmt: skip
-    return kinds[settings.source](settings, say)
+    return kinds[settings.source](settings, say, share)
 
 
 def document(data: bytes, where: str, column: str | None, taken: Taken) -> None:
@@ -123,8 +138,8 @@ class Replay:
     """Texts that are played one after the other, at a number of documents a second. The place is how many were. If
     there are several, it also says of which text the last one was, and no append to the log holds documents of two."""
 
-    def __init__(self, settings: Stream, say: Say) -> None:
-        self.rate, self.at = settings.rate, 0
+    def __init__(self, settings: Stream, say: Say, share: Share) -> None:
+        self.rate, self.at, self.share = settings.rate, 0, share
         paths = settings.path if isinstance(settings.path, list) else [settings.path]
         self._texts = [Stdlib() if path is None else Files(path=path, column=settings.column) for path in paths]
         for text in self._texts:
@@ -148,7 +163,8 @@ class Replay:
         if self.rate:
             time.sleep(min(wait_s, max(0.0, self._begun + (self.at + 1) / self.rate - time.monotonic())))
             due = min(ENTRIES, int((time.monotonic() - self._begun) * self.rate) - self.at)
-        while len(taken.texts) < due and size < TOGETHER:
+        begin = self.at
+        while self.at - begin < due and size < TOGETHER:
             following, self._next = self._next or next(self._documents, None), None
             if following is None:
                 taken.over = True
@@ -158,9 +174,10 @@ class Replay:
                 self._next = following
                 break
             self._text = number
-            taken.texts.append(cut(text))
-            size += len(text)
-        self.at += len(taken.texts)
+            if self.share.has(self.at):
+                taken.texts.append(cut(text))
+                size += len(text)
+            self.at += 1
         taken.at = {"documents": self.at} | ({"text": self._text} if len(self._texts) > 1 else {})
         return taken
 
@@ -173,7 +190,7 @@ class Lines:
     """Standard input, a document a line: JSON objects with the column, or else text. What was read from a pipe and is
     not in the log when the reader dies is gone, since a pipe cannot be read again."""
 
-    def __init__(self, settings: Stream, say: Say) -> None:
+    def __init__(self, settings: Stream, say: Say, share: Share) -> None:
         self.column, self.lines, self._rest = settings.column, 0, b""
         self._inside = False  # of a line that is too long, of which the beginning was taken
         os.set_blocking(sys.stdin.fileno(), False)
@@ -214,11 +231,12 @@ class Folder:
     """The .jsonl and .txt files of a folder, which grow or are added. The place is how much of each file was read.
 
     A line of a .jsonl file is a document, once it has its end. What is new in a .txt file is one, once the file has not
-    changed for SETTLED_S seconds.
+    changed for SETTLED_S seconds. Of a folder that several readers share, each takes the files that their names say.
     """
 
-    def __init__(self, settings: Stream, say: Say) -> None:
+    def __init__(self, settings: Stream, say: Say, share: Share) -> None:
         self.column, self.say = settings.column, say
+        self.share = share
         self.folder = Path(str(settings.path)).expanduser()
         if not self.folder.is_dir():
             raise UserError(
@@ -283,7 +301,7 @@ class Folder:
             found += [
                 Path(folder, each) for each in sorted(files) if each.endswith((".jsonl", ".txt")) and each[0] != "."
             ]
-        return found
+        return [path for path in found if self.share.has(zlib.crc32(os.fsencode(path.relative_to(self.folder))))]
 
     @staticmethod
     def _piece(data: bytes, more: bool) -> bytes:
@@ -318,10 +336,11 @@ class Redis:
     """A stream of Redis, by XREAD from an id. The place is the last id, and how many entries were read.
 
     Trimming a stream is silent. What was trimmed before it was read is found by counting: entries-added less the length
-    is how many are gone (Redis 7). A server that does not answer is asked again after growing pauses.
+    is how many are gone (Redis 7). A server that does not answer is asked again after growing pauses. An answer for
+    which there is no memory (reader.py, MEMORY) is asked for again, entry by entry.
     """
 
-    def __init__(self, settings: Stream, say: Say) -> None:
+    def __init__(self, settings: Stream, say: Say, share: Share) -> None:
         self.settings, self.say = settings, say
         self.id, self.count = "0-0", 0
         self._failed = 0
@@ -339,6 +358,14 @@ class Redis:
             taken = self._read(wait_s)
         except self._lib.exceptions.AuthenticationError as error:
             raise UserError(f"{self.settings.address} refuses the password ({error}): set REDIS_PASSWORD") from None
+        except MemoryError:  # in the middle of an answer: many entries were much larger than those before them
+            self._client.connection_pool.disconnect()
+            if self._ask == 1:
+                raise UserError(
+                    f"text.key={self.settings.key}: the entry after {self.id} is too large: XDEL it"
+                ) from None
+            self._ask = 1
+            return Taken()
         except (self._lib.exceptions.ConnectionError, self._lib.exceptions.TimeoutError, OSError) as error:
             if not self._failed:
                 self.say(
@@ -360,7 +387,10 @@ class Redis:
             both.exists(key)
             both.xinfo_stream(key)
             both.xread({key: self.id}, count=self._ask)
-            there, info, found = both.execute(raise_on_error=False)
+            try:
+                there, info, found = both.execute(raise_on_error=False)
+            except ValueError as error:  # what the package makes of a MemoryError, when it tidies up
+                raise MemoryError from error
         if there == 0:
             time.sleep(min(wait_s, LOOK_S))
             return taken

@@ -192,7 +192,9 @@ class LogStream:
         return self._lane[1] if self._lane is not None else self._position // self._parts
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands."""
+        """Where the stream stands. The rounds before that place are on the disk of rank 0."""
+        if self.rank == 0 and self.round:
+            self.decider.rounds.sync()
         return {"part": self._position, "parts": self._parts}
 
     def lanes(self) -> Json:
@@ -243,8 +245,8 @@ class LogStream:
 
     def close(self) -> None:
         """Ends the thread and the reader; rounds() may not be called again."""
-        if self.decider.intake is not None:
-            self.decider.intake.close()
+        if self.decider.readers is not None:
+            self.decider.readers.close()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -196,6 +196,9 @@ class Chat(Text):
         return super().refusal(setup)
 
 
+READER = "{reader}"  # in settings of a stream, the number of the reader
+
+
 @part("text", "stream", "hvdllm.text.corpus:streamed")
 @dataclass
 class Stream(Text):
@@ -233,6 +236,13 @@ class Stream(Text):
         ours=True,
     )
     rate: float = setting(200.0, "of source=replay: documents a second; 0: as fast as they are read", least=0)
+    readers: int = setting(
+        1,
+        "processes that read, dealt to the hosts; {reader} in text.path, text.key or text.address is the number of "
+        "each, from 0; without it they share a folder's files, or the documents that are replayed",
+        least=1,
+        most=1024,
+    )
     wait_s: float = setting(
         2.0,
         "seconds that a round waits for a whole batch, before it is made of what has arrived",
@@ -277,6 +287,15 @@ class Stream(Text):
         if self.source in ("folder", "log") and self.path is None:
             what = "the folder whose files grow" if self.source == "folder" else "the folder log of another run"
             return f"text.source={self.source} needs text.path: {what}"
+        if self.readers > 1 and self.source in ("stdin", "log"):
+            return f"text.readers={self.readers}: text.source={self.source} has one reader, leave readers at 1"
+        if self.readers > 1 and self.source == "redis" and self.shared:
+            return (
+                f"text.readers={self.readers} do not share a stream of Redis: give each its own, such as "
+                f"text.key={self.key}-{READER}"
+            )
+        if self.readers > 1 and isinstance(self.path, list):
+            return f"text.readers={self.readers}: a list of texts has one reader, leave readers at 1"
         if self.prepared is not None or self.validation is not None:
             return "text=stream prepares nothing and holds out a share of each slice: leave prepared and validation out"
         if exchange.facts.clients:
@@ -294,6 +313,11 @@ class Stream(Text):
                 "raise one of the first two, or lower the share"
             )
         return super().refusal(setup)
+
+    @property
+    def shared(self) -> bool:
+        """Whether readers take their documents from the same place."""
+        return not any(READER in str(each) for each in (self.path, self.key, self.address))
 
     def slice(self, config: Config) -> int:
         """Windows in a slice."""

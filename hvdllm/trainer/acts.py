@@ -239,7 +239,7 @@ class Acts:
         self._save_s = run.clock.wall_s() - begin
         if path is not None:
             run.ledger.record("save", self.tokens, seconds, {"step": self.step, "path": str(path)}, sync=True)
-            run.stream.saved()
+        run.stream.saved()  # the checkpoint is whole, or no rank came here
 
     # ------------------------------------------------------------------ the screen
     def _progress(self) -> None:

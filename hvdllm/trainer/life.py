@@ -13,7 +13,7 @@ from hvdllm.checkpoint import read
 from hvdllm.config.check import parse_steps
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import Commit, NotFinite, State
-from hvdllm.online.opened import read_from
+from hvdllm.online.opened import read_into
 from hvdllm.online.stream import LogStream
 from hvdllm.settings import Config
 from hvdllm.task.base import Kind
@@ -116,13 +116,13 @@ def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
     exchange.watch = trace.note if config.trace_steps else None
     if isinstance(run.stream, LogStream):
         run.stream.waiting.paused = acts.paused
-        if world.rank == 0:
-            run.stream.decider.intake = read_from(config, Path(run.start.folder), show.say)
     module = paced(config, run.parts.module, run.loss, run.hosts, run.device, world)
     reason = "failed"
     run.clock.start()
     try:
         with closing(run.stream), peers(world):
+            if isinstance(run.stream, LogStream):
+                read_into(run.stream, config, Path(run.start.folder), world, show.say)
             if acts.finished:  # an earlier life met the budget, and was killed after its last checkpoint
                 acts.finish(exchange.settle())
             else:

@@ -5,7 +5,10 @@
 # that were trained on are compared with the stream, and the records (loss, norm, prequential losses) bit by bit with
 # those of a run that was never killed, on the same log and rounds. CI does two kills each (tests/test_exactly_once.py).
 #
-#   jobs/bench/exactly_once.sh [--times KILLS] [SOURCE [SEED]]      KILLS: 50; SOURCE: redis or folder, or else both
+#   jobs/bench/exactly_once.sh [--times KILLS] [SOURCE [SEED [HOW [EXCHANGE]]]]
+#
+# KILLS: 50. SOURCE: redis, folder or readers (two readers that share a folder), or else all of them. HOW: gloo (ranks of
+# this process, as horovodrun joins them) or 'real gloo' (horovodrun itself).
 #
 # On 2 cores, beside other work (28 November 2026):
 #

@@ -13,7 +13,7 @@ from hvdllm.cli.main import main
 from hvdllm.online.changes import Changes
 from hvdllm.online.log import Log, Writer
 from hvdllm.online.rounds import Layout, Round, Rounds
-from hvdllm.online.sources import Replay
+from hvdllm.online.sources import made
 from hvdllm.text.parts import Stream
 
 KIND = np.dtype(np.uint16)
@@ -29,12 +29,12 @@ def texts(folder: Path, count: int = 40) -> list[str]:
 
 def test_what_is_read_at_a_time_is_of_one_text_also_after_a_restart(tmp_path: Path) -> None:
     settings = Stream(source="replay", path=texts(tmp_path, 3), rate=0)
-    source = Replay(settings, print)
+    source = made(settings, print)
     source.begin([])
     taken = [source.read(0.0) for _ in range(4)]
     assert [each.at for each in taken] == [{"documents": d, "text": t} for d, t in ((3, 0), (6, 1), (9, 2), (9, 2))]
     assert [len(each.texts) for each in taken] == [3, 3, 3, 0] and taken[-1].over
-    again = Replay(settings, print)
+    again = made(settings, print)
     again.begin([taken[0].at, taken[1].at])
     assert again.read(0.0).texts == taken[2].texts
 

@@ -14,12 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hvdllm import registry, runs
 from hvdllm.cli.main import main
 from hvdllm.online import rounds
-from hvdllm.online.log import Writer
+from hvdllm.online.decider import Decider
+from hvdllm.online.log import Log, Writer
+from hvdllm.online.rounds import Layout, Plan, Rounds
+from hvdllm.online.stream import LogStream
+from hvdllm.online.waiting import Pauses, Waiting
+from hvdllm.online.windows import LogItems
 from hvdllm.text.tokenize import BYTES, Tokenizer
+from hvdllm.world.base import Asks
 
 SHORT = {
     "local_sgd": ("exchange.local_steps=2",), "diloco": ("exchange.local_steps=2",),
@@ -212,3 +219,27 @@ def test_a_log_that_was_cut_is_a_sentence(filled: Path, capsys: pytest.CaptureFi
     (filled / "a" / "log" / "rounds.bin").write_bytes(b"")
     trained(filled, code=2)
     assert "has no round 4, which was trained on: copy the log again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_have_as_many_windows_with_those_of_the_past(size: int, tmp_path: Path) -> None:
+    """Seen to catch: the first ranks, which have one fresh window more, get what is left over of the past as well."""
+    append(tmp_path / "a", documents(120))
+    log = Log(Path(f"{tmp_path / 'a'}-whole"), np.dtype(np.uint16))
+    log.refresh()
+    items, layout = LogItems(log, 16, np.ones(257, np.int64)), Layout(16, 64, 4)
+    seen: list[list[int]] = []
+    for rank in range(size):
+        plan = Plan(16, size, replay=0.45)
+        decider = Decider(items, Rounds(tmp_path), layout, plan, rank=0, wait_s=1.0, still=True)
+        waiting = Waiting(Asks(), Pauses(tmp_path, "life", rank), rank, size, time.sleep)
+        stream = LogStream(
+            decider, waiting, micro_batch=16, seed=0, rank=rank, size=size, device=torch.device("cpu")
+        )  # fmt: skip
+        try:
+            assert decider.decided(0) and decider.decided(1) and decider.decided(2)
+            seen.append([sum(batch.tokens for batch in stream.share(number)) // 16 for number in range(3)])
+        finally:
+            stream.close()
+    for counts in zip(*seen, strict=True):
+        assert sum(counts) in (9, 16) and max(counts) - min(counts) <= 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 import time
+import traceback
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -320,3 +322,26 @@ def test_what_is_no_stream_is_one_sentence(server: tuple[str, Any, Any]) -> None
         made(source="redis", address="http://127.0.0.1", key="docs")
     with pytest.raises(UserError, match="there is no such folder"):
         made(source="folder", path="/nonexistent")
+
+
+def test_entries_that_are_suddenly_large_do_not_take_all_memory(server: tuple[str, Any, Any]) -> None:
+    """The reader's memory has a limit. Seen to catch: 48 entries of 2 MB in one answer, by which it dies again and
+    again."""
+    address, client, _ = server
+    for number in range(200):
+        client.xadd("documents", {"text": f"small {number}"})
+    for number in range(48):
+        client.xadd("documents", {"text": f"{number:02}" * 2**20})
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            now = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_DATA, (now + 70 * 2**20,) * 2)
+            texts, _ = read(made(source="redis", address=address), 248, 50.0)
+            code = 0 if [each[:2] for each in texts[200:]] == [f"{n:02}" for n in range(48)] else 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
