@@ -156,6 +156,9 @@ def exactly_once(
                     left = kills - killed.total()
                     stream.allowed = EACH * (killed.total() + 1) if left else total
                     if left:
+                        end = time.monotonic() + draw.choice([0.0, 30.0, 30.0, 30.0])  # mostly once it trains
+                        while reader_of(job) is None and job.process.poll() is None and time.monotonic() < end:
+                            time.sleep(0.1)
                         time.sleep(draw.uniform(0.0, 4.0))
                         what = draw.choice(victims)
                         killed[what] += kill(job, what, server, draw)
