@@ -31,6 +31,11 @@ def one_line(text: str) -> str:
     return clean(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def brief(text: str, most: int = 900) -> str:
+    """The text, or its beginning and its end if it is longer, since a sentence may quote a value of any length."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
+
+
 class Guarded:
     """A text stream that cleans what is written to it. In all else it behaves like the stream behind it."""
 

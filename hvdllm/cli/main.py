@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "make the token shards that train would make by itself",
     "sample": "let a run's model continue a text",
     "evaluate": "a run's validation loss, again",
+    "checkpoint": "the checkpoints of a run: list them, or verify that they are whole",
     "cooldown": "branch a finished model off a run on a stream",
     "export": "write a run's model for the library transformers",
     "bench": "measure: a step, a start, or every exchange on a network shaped for it",
@@ -133,7 +134,7 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
             os._exit(code)
         time.sleep(WAIT_S)
     if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end no rank, but rank 0 has said it
-        print(f"{who}{screen.one_line(sentence)}", file=sys.stderr, flush=True)
+        print(f"{who}{screen.brief(screen.one_line(sentence))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:
         os._exit(code)
