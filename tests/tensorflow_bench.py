@@ -37,6 +37,7 @@ from hvdllm.interpreter import PYTHON
 from hvdllm.launch import group, lab
 from hvdllm.optim.schedule import factor
 from hvdllm.plain import Json
+from hvdllm.report.read import plain
 from hvdllm.settings import Config
 from hvdllm.task import causal_lm
 from hvdllm.text import shards
@@ -61,9 +62,9 @@ SYNCHRONOUS = ("ddp", "parameter_server, staleness=0", "tensorflow_mwms_ring", "
 # What TensorFlow's side of the comparison is written for; what is not named here may be chosen.
 ONLY = {
     "task.name": "causal_lm", "init_from": None, "plugins": None, "exchange.name": "allreduce", "wire.name": "fp32",
-    "wire.hierarchical": False, "optim.name": "adamw", "optim.freeze_tokens": None,
-    "model.name": "gpt", "model.positions": "rope", "model.norm": "rmsnorm", "model.mlp": "gelu",
-    "model.mlp_width": None, "model.bias": False, "model.qkv_bias": None, "model.tied": True, "model.rope_scaling": None, "model.dropout": 0.0,
+    "wire.hierarchical": False, "optim.name": "adamw", "optim.freeze_tokens": None, "model.name": "gpt",
+    "model.positions": "rope", "model.norm": "rmsnorm", "model.mlp": "gelu", "model.mlp_width": None,
+    "model.bias": False, "model.qkv_bias": None, "model.tied": True, "model.rope_scaling": None, "model.dropout": 0.0,
     "model.documents": False, "model.lora_rank": 0, "model.checkpointing": False, "model.compile": False,
 }  # fmt: skip
 # What the comparison sets itself.
@@ -169,10 +170,8 @@ def unfit(config: Config, asked: Request, found: int) -> str | None:
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value != only:
-            shown = (
-                {None: "null", True: "true", False: "false"}.get(only, only) if not isinstance(only, float) else only
-            )
-            return f"{name}={value} is not written for TensorFlow here: this comparison needs {name}={shown}"
+            need = f"{name}={plain(only)}"
+            return f"{name}={plain(value)} is not written for TensorFlow here: this comparison needs {need}"
     if config.precision not in AGREE:
         return f"precision={config.precision} is not written for TensorFlow here: give {' or '.join(AGREE)}"
     windows = config.batch_tokens // config.model.context

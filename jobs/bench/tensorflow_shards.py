@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,22 +22,18 @@ def opened(shard: Path, context: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
 
 
-def steps(
-    shard: Path, context: int, batch: int, seed: int, places: Iterable[int], k: int, n: int
-) -> Iterator[np.ndarray]:
-    """What worker k of n takes of the batches at these places, int32 [its share, context + 1] each."""
+def steps(shard: Path, context: int, batch: int, seed: int, at: range, k: int, n: int) -> Iterator[np.ndarray]:
+    """What worker k of n takes of the batches at these places of the run, int32 [its share, context + 1] each."""
     windows, (first, count) = opened(shard, context), deal(batch, k, n)
     order = Epochs(len(windows), seed)
-    for place in places:
+    for place in at:
         yield windows[order.visits(place * batch + first + np.arange(count))[0]].astype(np.int32)
 
 
-def dataset(shard: Path, context: int, batch: int, seed: int, places: range, k: int = 0, n: int = 1) -> Any:
+def dataset(shard: Path, context: int, batch: int, seed: int, at: range, k: int = 0, n: int = 1) -> object:
     """The same as a tf.data.Dataset that reads two steps ahead."""
     import tensorflow as tf
 
     shape = tf.TensorSpec((deal(batch, k, n)[1], context + 1), tf.int32)
-    made = tf.data.Dataset.from_generator(
-        lambda: steps(shard, context, batch, seed, places, k, n), output_signature=shape
-    )
-    return made.prefetch(2)
+    taken = partial(steps, shard, context, batch, seed, at, k, n)
+    return tf.data.Dataset.from_generator(taken, output_signature=shape).prefetch(2)

@@ -136,9 +136,10 @@ class GPT:
         c1, c2 = (1 - tf.pow(tf.constant(of[beta], tf.float64), t) for beta in ("beta1", "beta2"))
         if len(x.shape) > 1:  # matrices and embeddings decay
             x.assign_sub(tf.cast(rate * of["weight_decay"], self.dtype) * x)
+        beta1, beta2, nothing = (tf.constant(value, self.dtype) for value in (of["beta1"], of["beta2"], 0.0))
         tf.raw_ops.ResourceApplyAdam(
             var=x.handle, m=m.handle, v=v.handle, grad=g,
-            beta1=of["beta1"], beta2=of["beta2"], beta1_power=0.0, beta2_power=0.0,
+            beta1=beta1, beta2=beta2, beta1_power=nothing, beta2_power=nothing,
             lr=tf.cast(rate * tf.sqrt(c2) / c1, self.dtype), epsilon=tf.cast(of["eps"] * tf.sqrt(c2), self.dtype),
         )  # fmt: skip
 
