@@ -37,6 +37,11 @@ Json = dict[str, Any]
 CHUNK = 32  # windows that are evaluated at a time
 
 
+def gelu(x: tf.Tensor) -> tf.Tensor:
+    """The tanh form of GELU. In fp64 that of tf.nn has a constant that was rounded to fp32, which is off by 1e-8."""
+    return 0.5 * x * (1 + tf.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 class GPT:
     """hvdllm's GPT (hvdllm/models/gpt.py) with rotary positions, RMSNorm, GELU and tied weights, and its AdamW.
 
@@ -100,7 +105,7 @@ class GPT:
             seen_BHTE = tf.reshape(tf.matmul(share, v_BKTE), (B, H, T, E))
             y_ND += linear(tf.reshape(tf.transpose(seen_BHTE, (0, 2, 1, 3)), (B * T, D)), f"{block}.attention.out")
             hidden = linear(norm(y_ND, f"{block}.mlp_norm"), f"{block}.mlp.up")
-            y_ND += linear(tf.nn.gelu(hidden, approximate=True), f"{block}.mlp.down")
+            y_ND += linear(gelu(hidden), f"{block}.mlp.down")
         logits_NV = tf.matmul(norm(y_ND, "norm"), x["embed.weight"], transpose_b=True)
         targets_N = tf.reshape(windows_BT1[:, 1:], [-1])
         return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets_N, logits_NV))
