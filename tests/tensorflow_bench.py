@@ -51,7 +51,7 @@ WORKERS = 2
 LIMIT_S = 300.0  # of one run: a guard against a hang
 CHECKED = 50  # updates over which the losses of what is synchronous are compared
 AGREE = {"fp32": 1e-3, "fp64": 1e-10}  # relative differences up to which two curves are one up to rounding
-TRAINED = {"mwms": ["worker"], "one": ["alone"], "ps": ["chief", "worker", "ps"]}  # roles of each strategy
+ROLES = {"mwms": ["worker"], "one": ["alone"], "ps": ["chief", "worker", "ps"]}  # the first of them trains
 OURS = (
     Case("allreduce", "together", ("exchange=allreduce",)),
     Case("ddp", "together", ("exchange=ddp",)),
@@ -270,11 +270,11 @@ def run(commands: Sequence[Sequence[str]], env: dict[str, str], folder: Path) ->
 def run_tensorflow(strategy: str, config: Config, asked: Request, network: Network, python: Path, folder: Path) -> None:
     """Trains with a strategy of TensorFlow; what its tasks saw is in ROLE-<k>.json of the folder."""
     folder.mkdir(parents=True)
-    roles = {role: 1 if role in ("alone", "chief") else WORKERS for role in TRAINED[strategy]}
+    roles = {role: 1 if role in ("alone", "chief") else WORKERS for role in ROLES[strategy]}
     free = iter(ports(sum(roles.values())))
     cluster = {role: [f"{network.address(k)}:{next(free)}" for k in range(count)] for role, count in roles.items()}
     spec = described(config, folder) | {
-        "strategy": strategy, "workers": roles.get("worker", 1), "communication": asked.communication,
+        "trains": ROLES[strategy][0], "workers": roles.get("worker", 1), "communication": asked.communication,
         "cluster": cluster, "interface": network.interface, "folder": str(folder),
         "rates": rates(config, asked.updates * (WORKERS if strategy == "ps" else 1)),
     }  # fmt: skip

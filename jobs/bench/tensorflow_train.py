@@ -23,7 +23,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -301,46 +300,43 @@ def servers(spec: Json, cluster: Any) -> Meter:
     return meter
 
 
+def trained(spec: Json, role: str, index: int, addresses: tf.train.ClusterSpec) -> Meter:
+    """What this task has seen of the training."""
+    of = tf.distribute
+    if role == "alone":
+        return synchronous(spec, of.get_strategy(), None, index)
+    cluster = of.cluster_resolver.SimpleClusterResolver(addresses, task_type=role, task_id=index, rpc_layer="grpc")
+    if role == "chief":
+        return servers(spec, cluster)
+    kind = of.experimental.CommunicationImplementation[spec["communication"].upper()]
+    options = of.experimental.CommunicationOptions(implementation=kind)
+    # Before any other operation, or: "Collective ops must be configured at program startup".
+    strategy = of.MultiWorkerMirroredStrategy(cluster_resolver=cluster, communication_options=options)
+    return synchronous(spec, strategy, options, index)
+
+
 def main(path: str, role: str, index: int) -> None:
     spec = json.loads(Path(path).read_text())
-    folder = Path(spec["folder"])
+    folder, trains = Path(spec["folder"]), spec["trains"]
     tf.config.threading.set_intra_op_parallelism_threads(spec["threads"])
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    done = folder / "done"
-    if role == "alone":
-        meter = synchronous(spec, tf.distribute.get_strategy(), None, index)
+    addresses, server = tf.train.ClusterSpec(spec["cluster"]), None
+    if role != trains:
+        server = tf.distribute.Server(addresses, role, index, protocol="grpc", start=True)
     else:
-        addresses = tf.train.ClusterSpec(spec["cluster"])
-        cluster = tf.distribute.cluster_resolver.SimpleClusterResolver(
-            addresses, task_type=role, task_id=index, rpc_layer="grpc"
-        )
-        if role == "worker" and spec["strategy"] == "mwms":
-            kind = tf.distribute.experimental.CommunicationImplementation[spec["communication"].upper()]
-            options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
-            # Before any other operation, or: "Collective ops must be configured at program startup".
-            strategy = tf.distribute.MultiWorkerMirroredStrategy(
-                cluster_resolver=cluster, communication_options=options
-            )
-            meter = synchronous(spec, strategy, options, index)
-        elif role != "chief":
-            server = tf.distribute.Server(addresses, role, index, protocol="grpc", start=True)
-            while not done.exists():  # a server serves for ever
-                time.sleep(0.1)
-            del server
-            os._exit(0)
-        else:
-            meter = servers(spec, cluster)
-    seen = {
-        "marks": meter.marks, "records": meter.records, "evals": meter.evals,
-        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": version("numpy")},
-    }  # fmt: skip
-    part = folder / f"{role}-{index}.part"
-    part.write_text(json.dumps(seen))
-    part.rename(folder / f"{role}-{index}.json")
-    if role == "chief":
-        done.touch()
-    sys.stdout.flush()
-    os._exit(0)  # the shutdown of a cluster waits for tasks that may have ended already
+        meter = trained(spec, role, index, addresses)
+        seen = {
+            "marks": meter.marks, "records": meter.records, "evals": meter.evals,
+            "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
+        }  # fmt: skip
+        part = folder / f"{role}-{index}.part"
+        part.write_text(json.dumps(seen))
+        part.rename(folder / f"{role}-{index}.json")
+    # All leave together, and at once: a shutdown would wait for peers that are gone, and a server serves for ever.
+    while not all((folder / f"{trains}-{k}.json").exists() for k in range(len(spec["cluster"][trains]))):
+        time.sleep(0.05)
+    del server
+    os._exit(0)
 
 
 if __name__ == "__main__":
