@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def test_the_reader_takes_what_our_stream_takes(rank: int, size: int, words: lis
     for k, windows in zip(rounds, theirs, strict=True):
         (batch,) = stream.share(k)
         assert np.array_equal(windows[:, :-1], batch.inputs) and np.array_equal(windows[:, 1:], batch.targets)
+
+
+def test_the_page_shows_the_reader_as_it_is() -> None:
+    reader = (bench.PROGRAM.parent / "tensorflow_shards.py").read_text()
+    (shown,) = re.findall(r"```python\n(HEADER.*?)```", (bench.PROGRAM.parent / "README.md").read_text(), re.S)
+    assert reader.endswith("\n\n" + shown) and len(reader.splitlines()) < 40
 
 
 def test_held_out_windows_are_ours(words: list[str]) -> None:
