@@ -5,7 +5,8 @@
 # have the same losses, or the command ends with an error. A table says what each costs, and `hvdllm report` draws all
 # curves into one picture. The program that TensorFlow runs is tensorflow_train.py, its reader tensorflow_shards.py.
 #
-#   jobs/bench/tensorflow.sh [--communication ring|nccl] [--link RATE|none] [--updates N] [--seeds 0,1,2] [SETTING=VALUE ...]
+#   jobs/bench/tensorflow.sh [--communication ring|nccl] [--pack-mb MB] [--link RATE|none] [--updates N] [--seeds 0,1,2]
+#                            [SETTING=VALUE ...]
 #
 # It needs jobs/setup.sh --dev, 1.5 GB of disk, root and iproute2 for the link, Open MPI, and the machine for itself: less
 # than 10 minutes on two cores. TensorFlow lies in an environment of its own, runs/tensorflow/env, which is made once;

@@ -309,7 +309,7 @@ def trained(spec: Json, role: str, index: int, addresses: tf.train.ClusterSpec) 
     if role == "chief":
         return servers(spec, cluster)
     kind = of.experimental.CommunicationImplementation[spec["communication"].upper()]
-    options = of.experimental.CommunicationOptions(implementation=kind)
+    options = of.experimental.CommunicationOptions(bytes_per_pack=spec["pack_bytes"], implementation=kind)
     # Before any other operation, or: "Collective ops must be configured at program startup".
     strategy = of.MultiWorkerMirroredStrategy(cluster_resolver=cluster, communication_options=options)
     return synchronous(spec, strategy, options, index)

@@ -27,7 +27,7 @@ from hvdllm.text import shards
 sys.path.insert(0, str(bench.PROGRAM.parent))
 import tensorflow_shards
 
-ASKED = Request("ring", None, 50, (0,), ())
+ASKED = Request("ring", 0.0, None, 50, (0,), ())
 SMALL = [
     "model.width=32", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.context=16", "batch_tokens=128",
     "text=files", "text.tokenizer=bytes", "log_every=128", "eval_tokens=640", "save_every=0", "sample_every=0",
@@ -195,7 +195,7 @@ def test_tensorflow_computes_what_we_do(strategy: str, words: list[str], tmp_pat
     """Model, clipping, AdamW, schedule and batches are equal up to rounding in fp64."""
     python, ours, place = with_tensorflow(), trained([*words, "optim.clip=0.5"]), tmp_path / "theirs"
     config = compose([*words, "optim.clip=0.5"])
-    bench.run_tensorflow(strategy, config, Request("ring", None, UPDATES, (0,), ()), LOOPBACK, python, place)
+    bench.run_tensorflow(strategy, config, Request("ring", 0.0, None, UPDATES, (0,), ()), LOOPBACK, python, place)
     seen, _ = bench.seen_of_tensorflow(place, LOOPBACK, config)
     lines = list(runs.records(ours))
     losses = [line["loss"] for line in lines if line["kind"] == "commit"]
@@ -207,7 +207,7 @@ def test_tensorflow_computes_what_we_do(strategy: str, words: list[str], tmp_pat
 @pytest.mark.ranks
 def test_tensorflows_servers_learn(words: list[str], tmp_path: Path) -> None:
     python, place, config = with_tensorflow(), tmp_path / "theirs", compose(words)
-    bench.run_tensorflow("ps", config, Request("ring", None, UPDATES, (0,), ()), LOOPBACK, python, place)
+    bench.run_tensorflow("ps", config, Request("ring", 0.0, None, UPDATES, (0,), ()), LOOPBACK, python, place)
     seen, (chief,) = bench.seen_of_tensorflow(place, LOOPBACK, config)
     assert [point.tokens for point in seen.points] == [512, 1024, 1536]
     assert seen.points[-1].loss < seen.points[0].loss and seen.validation < 5.3  # ln 257 is 5.55
