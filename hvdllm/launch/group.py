@@ -7,13 +7,14 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from hvdllm.interpreter import found
-from hvdllm.launch.lab import held
 
 GRACE_S = 8.0  # seconds between SIGTERM and SIGKILL; horovodrun takes 5 to end its ranks
 FOREIGN = ("HOROVOD_", "OMPI_", "PMIX_", "SLURM_", "TORCHELASTIC_", "OMP_")  # variables of other launchers
@@ -40,7 +41,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, limit_s: float) -> Ended:
     """Runs processes side by side to their end. If one fails, all are ended.
 
-    No process is left when this returns or raises, also after Ctrl-C.
+    No process is left when this returns or raises, also after Ctrl-C. A signal has its usual effect afterwards.
 
     Args:
         commands: one for each process.
@@ -50,7 +51,7 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, li
     """
     started: list[subprocess.Popen[bytes]] = []
     problem, end = None, time.monotonic() + limit_s
-    with open(log, "wb") as file:
+    with noted() as heard, open(log, "wb") as file:
         try:
             for command in commands:
                 started.append(
@@ -59,7 +60,7 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, li
                         start_new_session=True,
                     )
                 )  # fmt: skip
-            while problem is None:
+            while problem is None and not heard:
                 codes = [process.poll() for process in started]
                 if any(codes):
                     problem = f"ended with code {next(filter(None, codes))}"
@@ -70,9 +71,32 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], log: Path, li
                 else:
                     time.sleep(0.05)
         finally:
-            with held():
-                _end(started)
+            _end(started)
     return Ended(problem, last_lines(log.read_text(errors="replace")))
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[int]]:
+    """A context in which SIGINT, SIGTERM and SIGHUP interrupt nothing, and are noted. The first arrives at its end.
+
+    An exception from a signal handler can leave a Popen locked for ever (CPython's Popen.poll), or come between the
+    start of a process and its name in our list. A mask does not prevent that, since another thread may get the signal.
+    """
+    heard: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread runs handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if handler is not None and handler != signal.SIG_IGN:
+                before[number] = handler
+                signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        yield heard
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if heard:
+            signal.raise_signal(heard[0])
 
 
 def last_lines(text: str, most: int = 12) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,46 @@ def test_one_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (line,) = ended.tail
     assert ended.problem == "was not done after 2 s (--limit)"
     assert group.descendants([int(line.split()[1])]) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_all_but_interrupts_no_poll(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPython's Popen.poll takes a lock before it enters a try: an exception in between would keep it for ever."""
+    poll, interrupted = subprocess.Popen.poll, list[int]()
+
+    def signalled(self: subprocess.Popen[bytes]) -> int | None:
+        if not (tmp_path / "log").read_text():  # it has not begun
+            return poll(self)
+        monkeypatch.setattr(subprocess.Popen, "poll", poll)
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            interrupted.append(number)
+            raise
+        return poll(self)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "poll", signalled)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            group.run([sh("echo $$; exec sleep 600")], os.environ, tmp_path / "log", 60.0)
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert interrupted == [] and group.descendants([int((tmp_path / "log").read_text())]) == {}
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert group.run([sh(f"kill -HUP {os.getpid()}; echo x")], os.environ, tmp_path / "log", 60.0).tail == ["x"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_last_words_are_those_of_ranks() -> None:
