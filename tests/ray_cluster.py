@@ -112,6 +112,8 @@ class Cluster:
             for daemon in self.daemons.values():
                 daemon.poll()
             time.sleep(0.02)
+        for daemon in self.daemons.values():
+            daemon.wait(LIMIT_S)
 
 
 @contextlib.contextmanager

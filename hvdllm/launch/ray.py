@@ -58,7 +58,9 @@ def _room(words: tuple[str, ...]) -> int:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UserError(f"launch=ray: the cluster does not answer within {ASK_S:.0f} s: is its head alive?") from None
-    last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1:]
+    last = "".join(done.stdout.strip().splitlines()[-1:])
     if done.returncode:
-        raise UserError("".join(last).removeprefix("hvdllm: ") or f"launch=ray: Ray ended with {done.returncode}")
-    return int("".join(last))
+        raise UserError(
+            last.removeprefix("hvdllm: ") or f"launch=ray: Ray ended with code {done.returncode} as it was asked"
+        )
+    return int(last)

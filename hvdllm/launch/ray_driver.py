@@ -195,25 +195,14 @@ class Run:
                     f"{MOST_IDLE} lives of this run came no further than {lives.tokens:,} tokens, so it is not started "
                     "again: give it a smaller save_every, or steadier nodes"
                 )
-            self.wait()
+            self.until_free()
             if self.stop.is_set():
                 return code
             say(f"the run goes on from {lives.tokens:,} tokens")
 
-    def wait(self) -> None:
-        """Waits until there is room for the run again, and its folder is free. Raises RunError if it takes too long."""
-        end, told = time.monotonic() + self.settings.wait_s, False
-        while not room(self.settings, nodes()) and not self.stop.is_set():
-            if not told:
-                say(f"waiting up to {self.settings.wait_s:.0f} s for a node (launch.wait_s)")
-                told = True
-            if time.monotonic() > end:
-                raise RunError(
-                    f"no node came within {self.settings.wait_s:.0f} s (launch.wait_s): the same command goes on once "
-                    "there is one"
-                )
-            self.stop.wait(POLL_S)
-        end = time.monotonic() + 2 * STALE_S  # the lock of a rank on a lost node is stale after STALE_S
+    def until_free(self) -> None:
+        """Waits until the run's folder is free. The lock of a rank on a lost node is stale after STALE_S seconds."""
+        end = time.monotonic() + 2 * STALE_S
         while held(self.folder) and time.monotonic() < end and not self.stop.is_set():
             self.stop.wait(POLL_S)
 
@@ -237,13 +226,8 @@ class Run:
                 remove_placement_group(made)
 
     def _placed(self, made: PlacementGroup, count: int, share: int) -> list[Rank]:
-        began, told = time.monotonic(), False
-        while not made.wait(1):
-            if self.stop.is_set():
-                return []
-            if not told and time.monotonic() > began + 5:
-                say("waiting for room in the Ray cluster")
-                told = True
+        if not self.until_room(made):
+            return []
         at = placement_group_table(made)["bundles_to_node_id"]
         living = {node.key: node for node in nodes()}
         here = ray.get_runtime_context().get_node_id()
@@ -262,6 +246,30 @@ class Run:
                 ranks.append(Rank(node, place))
         return ranks
 
+    def until_room(self, group: PlacementGroup) -> bool:
+        """Waits until a placement group has room. Returns False if the run is to stop before.
+
+        Raises RunError if the nodes of the cluster had no room for wait_s seconds, even if nobody else used them.
+        """
+        lacking: float | None = None  # since when
+        told = ""
+        while not group.wait(1):
+            if self.stop.is_set():
+                return False
+            limit = self.settings.wait_s
+            if room(self.settings, nodes()):
+                lacking, now = None, "waiting for others to leave the Ray cluster"
+            else:
+                lacking, now = lacking or time.monotonic(), f"waiting up to {limit:.0f} s for a node (launch.wait_s)"
+                if time.monotonic() > lacking + limit:
+                    raise RunError(
+                        f"no node came within {limit:.0f} s (launch.wait_s): the same command goes on once there is one"
+                    )
+            if now != told:
+                say(now)
+                told = now
+        return True
+
     def life(self, ranks: list[Rank]) -> int:
         """Starts the ranks, and waits for their end. Returns the exit code: 0 if all returned 0, else that of the rank
         that failed first, or 1 if its actor was gone."""
@@ -269,6 +277,8 @@ class Run:
             return 128 + signal.SIGTERM
         with self.token() as (path, token):
             looks = ask_all(ranks, "look", os.getcwd(), str(path))
+        if any(rank.lost for rank in ranks):
+            return 1
         for rank, facts in zip(ranks, looks, strict=True):
             if why := unfit(facts, token, self.runs_dir):
                 raise UserError(f"node {rank.node.name} {why}")
@@ -302,11 +312,10 @@ class Run:
                 try:
                     lines, rank.code = ray.get(reference)
                 except RayError as error:
-                    rank.lost, rank.code = True, 1
                     lost(number, rank, error)
                 else:
                     for line in lines:
-                        print(f"[{number}]<stdout>:{line}", end="" if line.endswith("\n") else "\n", flush=True)
+                        emit(f"[{number}]<stdout>:{line}")
                         rank.said = line if line.startswith("hvdllm: ") else rank.said
                     if rank.code is None:
                         waiting[call(rank.place, "news", NEWS_S)] = number
@@ -381,19 +390,25 @@ def call(place: object, method: str, *arguments: object) -> object:
 
 
 def ask_all(ranks: Sequence[Rank], method: str, *arguments: object) -> list[dict[str, str]]:
-    """What all actors answer. Raises UserError if one does not, since it cannot be started then."""
+    """What all actors answer. Those that do not answer are lost. Raises UserError if one cannot be made."""
     references = [call(rank.place, method, *arguments) for rank in ranks]
     answers = []
-    for rank, reference in zip(ranks, references, strict=True):
+    for number, (rank, reference) in enumerate(zip(ranks, references, strict=True)):
         try:
             answers.append(ray.get(reference, timeout=LOOK_S))
         except RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise UserError(
-                f"node {rank.node.name} cannot start an actor ({(lines or [type(error).__name__])[-1][:200]}): hvdllm "
-                "must be installed there as it is here"
-            ) from None
+            text = str(error)
+            if "creation task" in text:
+                raise UserError(
+                    f"node {rank.node.name} cannot make an actor ({last_line(text)}): install hvdllm there as here"
+                ) from None
+            lost(number, rank, error)
     return answers
+
+
+def last_line(text: str) -> str:
+    """The last line of a text that is not empty."""
+    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def tell(ranks: Sequence[Rank]) -> None:
@@ -406,6 +421,7 @@ def tell(ranks: Sequence[Rank]) -> None:
 
 def lost(number: int, rank: Rank, error: RayError) -> None:
     """Says that the actor of a rank is gone, or its node."""
+    rank.lost, rank.code = True, 1
     with contextlib.suppress(Exception):  # it may be alive and only out of reach
         ray.kill(rank.place)
     say(f"rank {number} on node {rank.node.name} is gone ({type(error).__name__}): its node or its actor has died")
@@ -417,13 +433,19 @@ def failed(number: int, rank: Rank) -> None:
     how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
     text = f"rank {number} on node {rank.node.name} {how}"
     if rank.said:
-        print(text, flush=True)
+        emit(text)
     else:
         say(text)
 
 
 def say(text: str) -> None:
-    print(f"hvdllm: {screen.one_line(text)}", flush=True)
+    """Prints a sentence of hvdllm."""
+    emit(f"hvdllm: {screen.one_line(text)}")
+
+
+def emit(line: str) -> None:
+    """Prints a line. sys.stdout is left to Ray, which prints pages about a dead worker; they are in its logs, too."""
+    print(line, end="" if line.endswith("\n") else "\n", file=sys.__stdout__, flush=True)
 
 
 # ------------------------------------------------------------------ the program
@@ -435,7 +457,7 @@ def main(argv: list[str]) -> int:
         if not (runs_at_once := room(settings, living := nodes())):
             raise UserError(too_small(settings, living))
         if len(argv) == 1:
-            print(runs_at_once)
+            emit(str(runs_at_once))
             return 0
         run = Run(settings, argv[1], argv[2], argv[3:])
 
@@ -450,9 +472,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with screen.guarded():
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         try:
             sys.exit(main(sys.argv[1:]))
         except (UserError, RunError) as error:
-            print(f"hvdllm: {screen.one_line(str(error))}", file=sys.stderr, flush=True)
+            say(str(error))
             sys.exit(2 if isinstance(error, UserError) else 1)

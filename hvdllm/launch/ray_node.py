@@ -123,6 +123,7 @@ def keep(words: list[str]) -> int:
 
     def hear(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a third must not disturb the end
             raise KeyboardInterrupt
         stop.set()
 
@@ -140,6 +141,8 @@ def keep(words: list[str]) -> int:
         return local.kept(words, os.environ, 1, stop, lambda pid, mark: local.ask([pid]))
     except KeyboardInterrupt:
         return 128 + signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else one that comes now would be this process's exit code
 
 
 if __name__ == "__main__":
