@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -32,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -49,7 +50,8 @@ CONNECT_S = 5.0  # the longest that the head may take to accept a connection
 LOOK_S = 120.0  # the longest that an actor may take to start
 NEWS_S = 10.0  # how long an actor waits for news before it says that there are none
 POLL_S = 0.2
-OF_A_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR", "XDG_", "SSH_", *group.FOREIGN)
+HEAR_S = 1.0  # between the first rank that fails and the end of the others: the one that caused it may be heard second
+OF_A_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR", "XDG_RUNTIME_DIR", "SSH_", *group.FOREIGN)
 
 
 # ------------------------------------------------------------------ the cluster
@@ -105,7 +107,7 @@ def refused(address: str, error: str) -> str:
     if lines and lines[0].startswith("Version mismatch"):
         return f"launch=ray: {' '.join(lines)}: use the cluster's versions of Python and Ray here"
     why = " ".join(lines)[:300]
-    return f"launch.address={address}: Ray does not connect to it ({why}): is this machine a node of that cluster?"
+    return f"launch.address={address}: Ray does not connect ({why}): is this machine a node of it, and has its token?"
 
 
 def nodes() -> list[Node]:
@@ -272,11 +274,11 @@ class Run:
 
     def life(self, ranks: list[Rank]) -> int:
         """Starts the ranks, and waits for their end. Returns the exit code: 0 if all returned 0, else that of the rank
-        that failed first, or 1 if its actor was gone."""
+        that failed, or 1 if its actor was gone."""
         if not ranks:
             return 128 + signal.SIGTERM
         with self.token() as (path, token):
-            looks = ask_all(ranks, "look", os.getcwd(), str(path))
+            looks = answers(ranks, [call(rank.place, "look", os.getcwd(), str(path)) for rank in ranks])
         if any(rank.lost for rank in ranks):
             return 1
         for rank, facts in zip(ranks, looks, strict=True):
@@ -290,48 +292,57 @@ class Run:
         point = meeting.MeetingPoint(address, plan)
         try:
             shared = {**ours(), **network.variables(self.settings.interface), **point.variables(address)}
+            starts = []
             for k, (rank, place) in enumerate(zip(ranks, meeting.places(plan), strict=True)):
                 env = {**shared, **place}
                 if self.settings.gpus_per_rank:  # all of a node's, of which a rank takes the one of its local rank
                     env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[hosts[k]])
-                call(rank.place, "start", list(self.words[3:]), env, os.getcwd(), address)
+                starts.append(call(rank.place, "start", list(self.words[3:]), env, os.getcwd(), address))
+            answers(ranks, starts)
             return self.watch(ranks)
         finally:
             point.close()
 
     def watch(self, ranks: list[Rank]) -> int:
-        """Passes on what the ranks print until all have ended. If one fails, the others are asked to save and end."""
-        waiting = {call(rank.place, "news", NEWS_S): number for number, rank in enumerate(ranks)}
-        first: int | None = None
-        asked, end = False, 0.0
+        """Passes on what the ranks print until all have ended, and returns the exit code, as life() says. If one fails,
+        the others are asked to save and end."""
+        waiting = {call(rank.place, "news", NEWS_S): k for k, rank in enumerate(ranks) if rank.code is None}
+        failures = [k for k, rank in enumerate(ranks) if rank.lost]  # before the others were asked to end
+        due: float | None = None  # when ranks are to be asked next
+        asked = False
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
             for reference in done:
-                number = waiting.pop(reference)
-                rank = ranks[number]
-                try:
-                    lines, rank.code = ray.get(reference)
-                except RayError as error:
-                    lost(number, rank, error)
-                else:
-                    for line in lines:
-                        emit(f"[{number}]<stdout>:{line}")
-                        rank.said = line if line.startswith("hvdllm: ") else rank.said
-                    if rank.code is None:
-                        waiting[call(rank.place, "news", NEWS_S)] = number
-                        continue
-                if rank.code and first is None and not self.stop.is_set():
-                    first = rank.code
-                    if not rank.lost:
-                        failed(number, rank)
-            if (self.stop.is_set() or first is not None) and not asked:
-                asked, end = True, time.monotonic() + ray_node.SAVE_S
+                k = waiting.pop(reference)
+                if not self.hear(k, ranks[k], reference):
+                    waiting[call(ranks[k].place, "news", NEWS_S)] = k
+                elif ranks[k].code and not asked and not self.stop.is_set():
+                    failures.append(k)
+            now = time.monotonic()
+            if due is None and (self.stop.is_set() or failures):
+                due = now if self.stop.is_set() else now + HEAR_S
+            if due is not None and now >= due:
                 tell(ranks)
-            if first is not None and asked and time.monotonic() > end:  # they hang; a user's stop has no limit
-                end = time.monotonic() + ray_node.SAVE_S
-                tell(ranks)
-        codes = [rank.code for rank in ranks if rank.code]
-        return first or (codes[0] if codes else 0)
+                asked, due = True, now + ray_node.SAVE_S if failures else math.inf  # a user's stop has no limit
+        if not failures:
+            return next((rank.code for rank in ranks if rank.code), 0)
+        if any(rank.lost for rank in ranks):
+            return 1
+        first = max(failures, key=lambda k: ((ranks[k].code or 0) > 128, bool(ranks[k].said)))
+        failed(first, ranks[first])
+        return ranks[first].code or 1
+
+    def hear(self, number: int, rank: Rank, reference: object) -> bool:
+        """Prints what a rank has printed. Returns whether it has ended, or is lost."""
+        try:
+            lines, rank.code = ray.get(reference)
+        except RayError as error:
+            lost(number, rank, error)
+            return True
+        for line in lines:
+            emit(f"[{number}]<stdout>:{line}")
+            rank.said = line if line.startswith("hvdllm: ") else rank.said
+        return rank.code is not None
 
     def address(self, ranks: Sequence[Rank]) -> str:
         """Where ranks find this process: on the interface that is named, else on the loopback if all are here, else
@@ -389,21 +400,20 @@ def call(place: object, method: str, *arguments: object) -> object:
     return getattr(place, method).remote(*arguments)
 
 
-def ask_all(ranks: Sequence[Rank], method: str, *arguments: object) -> list[dict[str, str]]:
-    """What all actors answer. Those that do not answer are lost. Raises UserError if one cannot be made."""
-    references = [call(rank.place, method, *arguments) for rank in ranks]
-    answers = []
+def answers(ranks: Sequence[Rank], references: Sequence[object]) -> list[dict[str, str]]:
+    """What each actor answers to a call. Those that are gone are lost. Raises UserError if one cannot do it."""
+    found = []
     for number, (rank, reference) in enumerate(zip(ranks, references, strict=True)):
         try:
-            answers.append(ray.get(reference, timeout=LOOK_S))
+            found.append(ray.get(reference, timeout=LOOK_S))
         except RayError as error:
             text = str(error)
-            if "creation task" in text:
+            if "creation task" in text or isinstance(error, RayTaskError):
                 raise UserError(
-                    f"node {rank.node.name} cannot make an actor ({last_line(text)}): install hvdllm there as here"
+                    f"node {rank.node.name} cannot start a rank ({last_line(text)}): install hvdllm there as it is here"
                 ) from None
             lost(number, rank, error)
-    return answers
+    return found
 
 
 def last_line(text: str) -> str:

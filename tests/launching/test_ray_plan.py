@@ -141,7 +141,7 @@ def test_what_a_node_says_of_itself(tmp_path: Path) -> None:
             "10.0.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n",
             "Python: 3.12.1 This process",
         ),
-        ("Failed to get node info\nof this one", "is this machine a node of that cluster?"),
+        ("Failed to get node info\nof this one", "is this machine a node of it, and has its token?"),
     ],
 )
 def test_what_ray_refuses_is_one_sentence(error: str, says: str) -> None:
@@ -157,6 +157,70 @@ def test_an_address_that_does_not_answer_is_a_sentence_with_code_2(
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("hvdllm: launch.address=127.0.0.1:1: no Ray cluster answers there (Connection refused)")
     assert not (tmp_path / "runs").exists()
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            "The actor died because of an error raised in its creation task, ray::Place.__init__()\n\n"
+            "ModuleNotFoundError: No module named 'hvdllm'",
+            "node n1 cannot start a rank (ModuleNotFoundError: No module named 'hvdllm'): install hvdllm there",
+        ),
+        ("The actor died unexpectedly before finishing this task.", None),  # it is lost, and the run may go on
+    ],
+)
+def test_an_actor_that_does_not_answer(
+    error: str, says: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = [ray_driver.Rank(node, None) for node in some((1, 0), (1, 0))]
+
+    def get(number: int, timeout: float) -> dict[str, str]:
+        if number == 1:
+            raise ray_driver.RayError(error)
+        return {}
+
+    monkeypatch.setattr(ray_driver.ray, "get", get)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    if says is None:
+        assert ray_driver.answers(ranks, [0, 1]) == [{}]
+        assert [rank.lost for rank in ranks] == [False, True]
+        assert capsys.readouterr().out.startswith("hvdllm: rank 1 on node n1 is gone (RayError)")
+    else:
+        with pytest.raises(UserError) as raised:
+            ray_driver.answers(ranks, [0, 1])
+        assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("codes", "says", "code"),
+    [
+        ([0, 0], None, 0),
+        ([1, 137], "hvdllm: rank 1 on node n1 was killed by SIGKILL", 137),  # its peer was heard first
+        ([2, 1], "rank 0 on node n0 ended with code 2", 2),  # it has said why
+        ([1, 0], "hvdllm: rank 0 on node n0 ended with code 1", 1),
+        ([1, None], "hvdllm: rank 1 on node n1 is gone (RayError): its node or its actor has died", 1),
+    ],
+)
+def test_the_rank_that_failed_is_named(
+    codes: list[int | None], says: str | None, code: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ranks = [ray_driver.Rank(node, k) for k, node in enumerate(some((1, 0), (1, 0)))]
+
+    def get(rank: int) -> tuple[list[str], int | None]:
+        if codes[rank] is None:
+            raise ray_driver.RayError("gone")
+        return ["hvdllm: no such file\n"] if codes[rank] == 2 else [], codes[rank]
+
+    monkeypatch.setattr(ray_driver, "call", lambda place, method, wait: place)
+    monkeypatch.setattr(ray_driver.ray, "wait", lambda waiting, num_returns, timeout: (waiting[:1], waiting[1:]))
+    monkeypatch.setattr(ray_driver.ray, "get", get)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    assert ray_driver.Run(Ray(), "runs", "a", []).watch(ranks) == code
+    assert capsys.readouterr().out.splitlines()[-1:] == ([says] if says else [])
 
 
 # ------------------------------------------------------------------ lives
