@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -29,25 +30,22 @@ def missing() -> str:
 
 
 class Cluster:
-    """home: its folder. env: for what uses it. address: of its head."""
+    """home: its folder. address: of its head. env: for what uses it. ray: the part of env by which it is reached, with
+    a token, since Ray listens on all interfaces."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.ports = free_ports(2)
         self.address = f"127.0.0.1:{self.ports[0]}"
-        self.env = environment(**{MARK: str(home), "RAY_ADDRESS": self.address, "RAY_worker_niceness": "0"})
+        self.ray = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.env = environment(**{MARK: str(home), "RAY_worker_niceness": "0"}, **self.ray)
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
         """Starts a node. The first one is the head."""
-        words = [
-            str(Path(sys.executable).with_name("ray")),
-            "start",
-            "--block",
-            "--disable-usage-stats",
-            "--num-cpus=1",
-        ]
-        words += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=80000000", f"--node-name={name}"]
+        words = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        words += ["--num-cpus=1", "--object-store-memory=80000000", f"--node-name={name}"]
+        words += ["--min-worker-port=0", "--max-worker-port=0"]  # any free ones: the nodes share the machine's
         if self.daemons:
             words += [f"--address={self.address}"]
         else:

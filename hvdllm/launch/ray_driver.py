@@ -107,18 +107,21 @@ def refused(address: str, error: str) -> str:
     if lines and lines[0].startswith("Version mismatch"):
         return f"launch=ray: {' '.join(lines)}: use the cluster's versions of Python and Ray here"
     why = " ".join(lines)[:300]
-    return f"launch.address={address}: Ray does not connect ({why}): is this machine a node of it, and has its token?"
+    return (
+        f"launch.address={address}: Ray does not connect ({why}): is this machine a node of that cluster, and is "
+        "RAY_AUTH_MODE set as there?"
+    )
 
 
 def nodes() -> list[Node]:
-    """The living nodes of the cluster."""
+    """The living nodes of the cluster, by name."""
     living = []
     for node in ray.nodes():
         if node["Alive"]:
             address, name, has = node["NodeManagerAddress"], node.get("NodeName") or "", node["Resources"]
             shown = f"{name} ({address})" if name not in ("", address) else address
             living.append(Node(node["NodeID"], shown, address, int(has.get("CPU", 0)), int(has.get("GPU", 0))))
-    return living
+    return sorted(living, key=lambda node: (node.name, node.key))
 
 
 def room(settings: Ray, living: Sequence[Node]) -> int:

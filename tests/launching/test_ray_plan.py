@@ -141,7 +141,10 @@ def test_what_a_node_says_of_itself(tmp_path: Path) -> None:
             "10.0.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n",
             "Python: 3.12.1 This process",
         ),
-        ("Failed to get node info\nof this one", "is this machine a node of it, and has its token?"),
+        (
+            "Failed to get node info\nof this one",
+            "is this machine a node of that cluster, and is RAY_AUTH_MODE set as there?",
+        ),
     ],
 )
 def test_what_ray_refuses_is_one_sentence(error: str, says: str) -> None:

@@ -148,7 +148,8 @@ def test_points_of_a_sweep_run_at_once_and_are_reported(cluster: ray_cluster.Clu
 def test_too_little_room_is_a_sentence(
     cluster: ray_cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    for name, value in cluster.ray.items():
+        monkeypatch.setenv(name, value)
     for words, asked in (
         (["launch.np=3"], "launch.np=3: the Ray cluster has no room for so many ranks of 1 CPUs and 0 GPUs"),
         (["launch.gpus_per_rank=1"], "launch.np=2: the Ray cluster has no room for so many ranks of 1 CPUs and 1 GPUs"),
