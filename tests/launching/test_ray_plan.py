@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -267,17 +268,17 @@ def test_a_run_waits_for_others_without_limit_and_for_nodes_with_one(
 ) -> None:
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)
     run = ray_driver.Run(Ray(wait_s=60.0), "runs", "a", [])
-    counts, late = [2, 2, 1, 2, 1, 1], time.monotonic() + 120  # living nodes, at each look
+    looks = [(2, 0), (2, 0), (1, 0), (2, 0), (1, 61), (1, 122)]  # living nodes, and seconds, at each look
 
     def living() -> list[Node]:
-        count = counts.pop(0)
-        if not counts:
-            monkeypatch.setattr(ray_driver.time, "monotonic", lambda: late)
+        count, seconds = looks.pop(0)
+        monkeypatch.setattr(ray_driver, "time", types.SimpleNamespace(monotonic=lambda: 1.0 + seconds))
         return some((1, 0)) * count
 
     monkeypatch.setattr(ray_driver, "nodes", living)
     with pytest.raises(RunError, match=r"no node came within 60 s .launch.wait_s.: the same command goes on"):
         run.until_room(Full())
+    assert not looks, "the wait began anew when a node had come"
     others, node = "waiting for others to leave the Ray cluster", "waiting up to 60 s for a node (launch.wait_s)"
     assert capsys.readouterr().out.splitlines() == [f"hvdllm: {said}" for said in (others, node, others, node)]
     run.stop.set()
@@ -315,6 +316,7 @@ time.sleep(600)
     [
         ("ask", "saves", 75),  # as when the driver stops the run
         ("leave", "saves", 75),  # as when the actor dies
+        pytest.param("leave", "hangs", 128 + signal.SIGKILL, marks=pytest.mark.thorough),  # SAVE_S seconds later
         ("twice", "hangs", 128 + signal.SIGKILL),
         ("kill", "saves", -signal.SIGKILL),  # as when Ray kills what the actor has started
     ],
