@@ -21,6 +21,7 @@ from hvdllm.launch import local
 from hvdllm.launch.base import Point, Say, command
 from hvdllm.launch.parts import Ray
 
+ENV = {"PYTHONUNBUFFERED": "1", "RAY_ENABLE_AUTO_CONNECT": "0"}  # else Ray starts a cluster where it has lost its own
 ASK_S = 60.0  # the longest that a cluster may take to answer
 
 
@@ -39,7 +40,7 @@ def room(settings: Ray) -> int:
 def launch(point: Point, settings: Ray, stop: threading.Event, say: Say) -> int:
     """Runs the point on the cluster, as base.Launcher says."""
     words = [*driver(settings), point.runs_dir, point.name, *command(point)]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **ENV}
     return local.run(words, env, point.folder / "launch.log", stop, lambda pid, mark: local.ask([pid]))
 
 
@@ -53,7 +54,7 @@ def driver(settings: Ray) -> tuple[str, ...]:
 def _room(words: tuple[str, ...]) -> int:
     try:
         done = subprocess.run(
-            words, env={**os.environ, **found()}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            words, env={**os.environ, **found(), **ENV}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=ASK_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -30,6 +30,13 @@ if not ray_cluster.missing():
     from hvdllm.launch.ray_driver import Node
 
 
+@pytest.fixture(autouse=True)
+def no_cluster() -> Iterator[None]:
+    """Ray's functions start a cluster where there is none: no test here may come so far."""
+    yield
+    assert ray_cluster.missing() or not ray_driver.ray.is_initialized()
+
+
 def test_settings() -> None:
     launch = compose.compose(["launch=ray", "launch.np=8", "launch.nodes=2", "launch.gpus_per_rank=1"]).launch
     assert isinstance(launch, Ray)
@@ -186,6 +193,7 @@ def test_an_actor_that_does_not_answer(
         return {}
 
     monkeypatch.setattr(ray_driver.ray, "get", get)
+    monkeypatch.setattr(ray_driver.ray, "kill", lambda place: None)
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)
     if says is None:
         assert ray_driver.answers(ranks, [0, 1]) == [{}]
@@ -222,6 +230,7 @@ def test_the_rank_that_failed_is_named(
     monkeypatch.setattr(ray_driver, "call", lambda place, method, wait: place)
     monkeypatch.setattr(ray_driver.ray, "wait", lambda waiting, num_returns, timeout: (waiting[:1], waiting[1:]))
     monkeypatch.setattr(ray_driver.ray, "get", get)
+    monkeypatch.setattr(ray_driver.ray, "kill", lambda place: None)
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)
     assert ray_driver.Run(Ray(), "runs", "a", []).watch(ranks) == code
     assert capsys.readouterr().out.splitlines()[-1:] == ([says] if says else [])
