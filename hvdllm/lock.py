@@ -131,6 +131,15 @@ def stale(said: Json, age: float) -> bool:
     return _ended(str(job))
 
 
+def held(folder: Path) -> bool:
+    """Whether a process that may be alive holds the lock of a folder."""
+    path = folder / NAME
+    try:
+        return not stale(_read(path), _now(folder) - path.stat().st_mtime)
+    except OSError:
+        return False
+
+
 def cannot_write(folder: Path, error: OSError) -> str:
     """The sentence for a folder that cannot be written."""
     return f"cannot write to {folder} ({error.strerror or error}): choose another runs_dir, or make it writable"

@@ -148,6 +148,7 @@ def meant(word: str, names: Sequence[str]) -> str:
 WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 HOST = rf"({WORD}@)?{WORD}:[0-9]+"
 HOSTS = rf"{HOST}(,{HOST})*", "host:slots, several with commas between, in quotes"
+ADDRESS = rf"auto|{WORD}:[0-9]{{1,5}}", "auto or HOST:PORT, such as 10.0.0.1:6379"
 INTERFACE = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,14}"
 INTERFACES = rf"{INTERFACE}(,{INTERFACE})*", "names of network interfaces, such as eth0 or ib0,ib1"
 NAME = WORD, "a name of letters, digits and _ . + -"

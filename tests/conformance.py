@@ -25,7 +25,7 @@ from hvdllm.exchange import (
 )
 from hvdllm.exchange.base import Exchange, Wire
 from hvdllm.exchange.wire import coded, plain, powersgd
-from hvdllm.launch import horovodrun, local, slurm
+from hvdllm.launch import horovodrun, local, ray, slurm
 from hvdllm.launch.base import Launcher
 from hvdllm.optim import adamw, nadam, schedule, sgd
 from hvdllm.optim.base import Optimizer
@@ -57,7 +57,7 @@ SOURCES: list[Callable[[Any], list[Any]]] = [
 TRANSPORTS: list[Callable[[Setup, Place], World]] = [single.opened, hvd.opened, torch.opened]
 LOGICAL = [virtual.run]  # many ranks at once, each with a VirtualWorld
 RANK_OF_MANY: Callable[..., World] = virtual.VirtualWorld
-LAUNCHERS: list[Launcher] = [local, horovodrun, slurm]
+LAUNCHERS: list[Launcher] = [local, horovodrun, slurm, ray]
 TRACKERS: list[Make] = [wandb.make, tensorboard.make]
 
 ALL: dict[str, list[Any]] = {

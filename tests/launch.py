@@ -77,17 +77,13 @@ def slots(how: str, n: int) -> tuple[MeetingPoint, list[dict[str, str]]]:
     """Where n ranks will meet over Gloo, and what the environment of each says of that and of its place, as
     horovodrun puts it. Close the meeting point once they have ended."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.gloo_run import create_slot_env_vars
 
-    from hvdllm.launch.meeting import MeetingPoint
+    from hvdllm.launch import meeting
 
     plan = get_host_assignments(parse_hosts(hosts(how, n)), n)
-    point = MeetingPoint("127.0.0.1", plan)
-    shared = {
-        **point.variables("127.0.0.1"), "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_IFACE": "lo", "NCCL_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    return point, [{**shared, **create_slot_env_vars(slot)} for slot in plan]
+    point = meeting.MeetingPoint("127.0.0.1", plan)
+    shared = {**point.variables("127.0.0.1"), "HOROVOD_GLOO_IFACE": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return point, [{**shared, **place} for place in meeting.places(plan)]
 
 
 def environment(**more: str) -> dict[str, str]:

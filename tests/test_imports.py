@@ -136,6 +136,13 @@ def test_who_imports_horovod() -> None:
                 assert name == "hvdllm.world.hvd" or (meets and module.startswith("horovod.runner.")), name
 
 
+def test_who_imports_ray() -> None:
+    """The driver of a run, which is a process of its own, so nobody else needs Ray."""
+    users = {name for name, path in FILES.items() if "ray" in {module.split(".")[0] for module in imports(path)}}
+    assert users == {"hvdllm.launch.ray_driver"}
+    assert not [name for name, used in GRAPH.items() if users & used]
+
+
 def test_settings_and_sizes_do_not_name_torch() -> None:
     light = ("registry", "settings", "runs", "models.size", "world.detect", "cli.main")
     for name, path in FILES.items():
@@ -147,7 +154,8 @@ def test_settings_and_sizes_do_not_name_torch() -> None:
 
 @pytest.mark.parametrize("words", ["import hvdllm", "import hvdllm.cli.main; hvdllm.cli.main.main([])"])
 def test_nothing_heavy_is_loaded(words: str) -> None:
-    code = f"{words}; import sys; print([m for m in ('torch', 'horovod', 'numpy', 'hydra') if m in sys.modules])"
+    heavy = "('torch', 'horovod', 'numpy', 'hydra', 'ray')"
+    code = f"{words}; import sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -163,5 +171,5 @@ def test_nothing_heavy_is_loaded(words: str) -> None:
     ],
 )
 def test_no_torch(code: str) -> None:
-    code = f"{code}; import sys; sys.exit('torch' in sys.modules)"
+    code = f"{code}; import sys; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

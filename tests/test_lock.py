@@ -40,8 +40,9 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path: Path) -> None
     first = Lock(tmp_path / "a")
     with pytest.raises(UserError, match=f"process {os.getpid()} on ") as error:
         Lock(tmp_path / "a")
-    assert "\n" not in str(error.value) and first.intact()
+    assert "\n" not in str(error.value) and first.intact() and lock.held(tmp_path / "a")
     first.close()
+    assert not lock.held(tmp_path / "a")
     assert not (tmp_path / "a").exists(), "a folder that was made for the lock alone goes with it"
     second = Lock(tmp_path / "a")
     (tmp_path / "a" / "metrics.jsonl").touch()
@@ -92,6 +93,7 @@ def test_whose_lock_is_stale(
 
 def test_a_killed_process_leaves_no_lock_that_counts(tmp_path: Path) -> None:
     left(tmp_path / "a", pid=gone())
+    assert not lock.held(tmp_path / "a")
     Lock(tmp_path / "a").close()
 
 

@@ -175,6 +175,8 @@ def check_settings(words: Sequence[str], place: Place) -> None:
     config = compose.compose(words)
     if isinstance(config.launch, launchers.Local):
         check(config, place)
+    elif isinstance(config.launch, launchers.Ray):  # a cluster is not asked
+        check(config, config.launch.place())
     else:
         sweep.prepare(config)
 

@@ -74,6 +74,19 @@ except TypeError:  # before 0.31
 print(json.dumps(dict(version=wandb.__version__, key=bool(key))))
 """
 
+RAY = """
+import json, ray
+from hvdllm.errors import UserError
+from hvdllm.launch import ray_driver
+try:
+    ray_driver.connect("auto")
+    nodes = ray_driver.nodes()
+except UserError:
+    nodes = []
+cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+print(json.dumps(dict(version=ray.__version__, nodes=len(nodes), cpus=cpus, gpus=gpus)))
+"""
+
 TWO_RANKS = """
 import horovod.torch as hvd, torch
 hvd.init()
@@ -123,7 +136,7 @@ def run(argv: list[str]) -> int:
 def examine() -> list[Row]:
     """Looks at everything, and returns the lines of the table."""
     with ThreadPoolExecutor() as pool:
-        torch, horovod, mpi4py, wandb = pool.map(probe, (TORCH, HOROVOD, MPI4PY, WANDB))
+        torch, horovod, mpi4py, wandb, ray = pool.map(probe, (TORCH, HOROVOD, MPI4PY, WANDB, RAY))
     rows = [
         Row("Python", f"{platform.python_version()}, {sys.executable}"),
         Row("cores", f"{usable_cores()} usable"),
@@ -134,6 +147,7 @@ def examine() -> list[Row]:
         *gpu_rows(torch, horovod),
         interface_row(),
         *slurm_rows(),
+        ray_row(ray),
         wandb_row(wandb),
     ]
     if all(row.mark != "broken" for row in rows):
@@ -257,6 +271,16 @@ def slurm_rows() -> list[Row]:
     if any(kind.startswith("pmix") for kind in kinds):
         return [*rows, Row("PMIx", "known to srun")]
     return [*rows, Row("PMIx", "unknown to srun", "hvdllm train launch=slurm launch.how=gloo", needed=False)]
+
+
+def ray_row(ray: Json) -> Row:
+    """The line for Ray, and for the cluster that this machine is in."""
+    if "error" in ray:
+        return Row("Ray", f"{why(ray, 'ray')}, which launch=ray needs", "pip install 'hvdllm[ray]'", needed=False)
+    if not ray["nodes"]:
+        found = f"{ray['version']}, this machine is in no cluster, which launch=ray needs"
+        return Row("Ray", found, "ray start --address=HEAD:6379, on the first node ray start --head", needed=False)
+    return Row("Ray", f"{ray['version']}, cluster of {ray['nodes']} nodes, {ray['cpus']} CPUs, {ray['gpus']} GPUs")
 
 
 def wandb_row(wandb: Json) -> Row:

@@ -1,4 +1,4 @@
-"""The point of a sweep, and the protocol of a launcher, which local.py, horovodrun.py and slurm.py implement.
+"""The point of a sweep, and the protocol of a launcher, which local.py, horovodrun.py, slurm.py and ray.py implement.
 
 A launcher starts `command(point)` as a run of its own, in the environment that a shell would give it. It sends all that
 the run prints to `launch.log` in the point's folder, and returns its exit code. It imports neither torch nor Horovod.
@@ -49,6 +49,9 @@ class Launcher(Protocol):
 
     def ready(self, settings: Chosen) -> None:
         """Raises UserError if nothing can be started with these settings on this machine."""
+
+    def room(self, settings: Chosen) -> int | None:
+        """How many runs may be started at once, if the user does not say it; None: any number, they wait elsewhere."""
 
     def launch(self, point: Point, settings: Chosen, stop: threading.Event, say: Say) -> int:
         """Starts the point and waits for its end.

@@ -61,6 +61,11 @@ def ready(settings: Horovodrun) -> None:
         raise UserError(f"launch.link={settings.link}: {why}; null trains over the network as it is")
 
 
+def room(settings: Horovodrun) -> int | None:
+    """One, because points share the cores and the network of their hosts."""
+    return 1
+
+
 def program() -> str:
     """The path of this environment's horovodrun. Raises UserError if there is none."""
     beside = Path(sys.executable).with_name("horovodrun")

@@ -9,7 +9,7 @@ is the last line of a batch script, or is typed within salloc. `exec` is needed 
   SIGTERM, SIGINT  the ranks save and stop
 
 A job is queued again only if the run stopped in good order. Rank 0 then leaves its tokens in a hidden file in the
-folder that the job was submitted from. After LIVES lives in a row that got no further, the job ends.
+folder that the job was submitted from. After MOST_IDLE lives in a row that got no further, the job ends.
 
 A job that is queued again goes on with training only if its run has a name (`name=`), by which it finds the checkpoint.
 To save without ending, use `scancel --signal=USR1 JOB`, which reaches the ranks and not this process.
@@ -54,6 +54,7 @@ from hvdllm.errors import STOPPED, RunError, UserError
 from hvdllm.interpreter import PYTHON, found
 from hvdllm.launch import horovodrun, local, meeting, network
 from hvdllm.launch.base import STOP_FILE
+from hvdllm.launch.lives import MOST_IDLE, Lives
 from hvdllm.launch.task import MEETING
 from hvdllm.settings import INTERFACES
 from hvdllm.squeue import said
@@ -61,7 +62,6 @@ from hvdllm.world.detect import tasks_per_node
 
 HOW = ("srun", "gloo", "horovodrun")
 REPEAT_S = 10
-LIVES = 3
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,6 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation:
     return Allocation(job, nodes, counts[0], env.get("SLURM_JOB_NODELIST", ""), env.get("SLURM_CPUS_PER_TASK"), gpus)
 
 
-def interfaces(names: str | None) -> dict[str, str]:
-    """The variables that keep all traffic on these interfaces (`eth0` or `eth0,eth1`). Gloo uses only the first."""
-    if not names:
-        return {}
-    return {
-        "HOROVOD_GLOO_IFACE": names.split(",")[0],
-        "NCCL_SOCKET_IFNAME": names,
-        "OMPI_MCA_btl_tcp_if_include": names,
-        "OMPI_MCA_oob_tcp_if_include": names,
-    }
-
-
 def by_srun(here: Allocation, mpi: str, command: list[str]) -> list[str]:
     """The srun command for all ranks. Cores are passed, since srun has not inherited them from sbatch since 22.05.
 
@@ -155,13 +143,9 @@ def by_horovodrun(here: Allocation, hosts: list[str], interface: str | None, com
 @contextlib.contextmanager
 def meeting_point(here: Allocation, interface: str | None) -> Iterator[str]:
     """A context with Horovod's key-value server. Yields `ADDRESS PORT SECRET`, as launch/task.py takes it."""
-    try:
-        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    except ImportError as error:
-        raise UserError(f"Horovod cannot be imported ({error}): run jobs/setup.sh from a clone of hvdllm") from None
+    plan = meeting.plan([here.each] * here.nodes)
     address = address_of(here, interface)
-    places = ",".join(f"node{node}:{here.each}" for node in range(here.nodes))
-    point = meeting.MeetingPoint(address, get_host_assignments(parse_hosts(places), here.ranks))
+    point = meeting.MeetingPoint(address, plan)
     try:
         yield f"{address or '-'} {point.port} {point.secret}"
     finally:
@@ -175,12 +159,7 @@ def address_of(here: Allocation, interface: str | None) -> str:
     another node. It is "", for all interfaces, if none of this is known.
     """
     if interface:
-        first = interface.split(",")[0]
-        if not (address := network.addresses().get(first, "")):
-            raise UserError(
-                f"interface {first} is not up with an IPv4 address here: `hvdllm doctor` lists those that are"
-            )
-        return address
+        return network.address_of(interface)
     if here.nodes == 1:
         return "127.0.0.1"
     with contextlib.suppress(OSError, UserError):
@@ -261,7 +240,7 @@ def start(how: str, interface: str | None, command: list[str]) -> int:
     here = allocation()
     ranks = Started(None if how == "horovodrun" else here.job)
     # Open MPI waits by spinning, which takes a core from the compute where ranks have few.
-    env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **interfaces(interface)}
+    env = {"PYTHONUNBUFFERED": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **os.environ, **network.variables(interface)}
     life = Life(here.job, Path(os.environ.get("SLURM_SUBMIT_DIR") or "."))
     env |= {STOP_FILE: str(life.path), **found()}
     with contextlib.ExitStack() as stack:
@@ -292,8 +271,8 @@ class Life:
 
     def __init__(self, job: str, folder: Path) -> None:
         self.path = (folder / f".hvdllm-{job}.stopped").absolute()
-        tokens, self.idle = self._read()
-        self.before = max(0, tokens)
+        tokens, idle = self._read()
+        self.lives = Lives(max(0, tokens), idle)
         with contextlib.suppress(OSError):
             self.path.unlink()
 
@@ -310,16 +289,15 @@ class Life:
         return self._read()[0] >= 0
 
     def keep(self) -> None:
-        """Writes the file for the next life. Raises RunError if LIVES lives in a row got no further."""
+        """Writes the file for the next life. Raises RunError if MOST_IDLE lives in a row got no further."""
         tokens, _ = self._read()
-        idle = self.idle + 1 if tokens == self.before else 0
-        if idle >= LIVES:
+        if not self.lives.ended(tokens):
             self.forget()
             raise RunError(
-                f"{LIVES} lives of this job came no further than {tokens:,} tokens, so it is not queued again: give it "
-                "a longer --time, or let the signal before the limit come later (--signal)"
+                f"{MOST_IDLE} lives of this job came no further than {tokens:,} tokens, so it is not queued again: "
+                "give it a longer --time, or let the signal before the limit come later (--signal)"
             )
-        self.path.write_text(f"{tokens} {idle}\n")
+        self.path.write_text(f"{tokens} {self.lives.idle}\n")
 
     def forget(self) -> None:
         """Removes the file."""

@@ -39,6 +39,11 @@ def ready(settings: Launch) -> None:
     """Does nothing, because this launcher needs nothing."""
 
 
+def room(settings: Launch) -> int | None:
+    """One, because points share the cores of this machine."""
+    return 1
+
+
 def launch(point: Point, settings: Launch, stop: threading.Event, say: Say) -> int:
     """Runs the point as one process, as base.Launcher says. SIGTERM asks it to save and end."""
     from hvdllm.launch.base import command
@@ -72,16 +77,27 @@ def run(
         log.open("ab").close()
     except OSError as error:
         raise UserError(cannot_write(log.parent, error)) from None
+    with appended_to(log) as file:
+        return kept(words, env, file, stop, ask)
+
+
+def kept(
+    words: Sequence[str],
+    env: Mapping[str, str],
+    out: TextIO | int,
+    stop: threading.Event,
+    ask: Callable[[int, str], None],
+) -> int:
+    """What run() does, with the output of the command going to an open file, or to a file descriptor."""
     mark = uuid.uuid4().hex
     # The kernel watches the thread that starts the process, not the whole parent; that thread waits here.
     tied = [*PYTHON, "hvdllm.launch.local", str(os.getpid()), *words]
     _marks.add(mark)
     try:
-        with appended_to(log) as file:
-            process = subprocess.Popen(
-                tied, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env={**env, **found(), MARK: mark}, start_new_session=True,
-            )  # fmt: skip
+        process = subprocess.Popen(
+            tied, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env={**env, **found(), MARK: mark}, start_new_session=True,
+        )  # fmt: skip
         asked = False
         try:
             while process.poll() is None:

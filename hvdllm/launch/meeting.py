@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvdllm.errors import UserError
 from hvdllm.plain import Json
 
 
@@ -75,6 +76,27 @@ def variables(address: str, port: int, secret: str) -> dict[str, str]:
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{secret}",
         "HOROVOD_GLOO_RENDEZVOUS_PORT": "0",
     }
+
+
+def plan(ranks: Sequence[int]) -> list[object]:
+    """Horovod's assignment of ranks to nodes, in order. ranks: how many each node has.
+
+    Raises UserError if Horovod is missing.
+    """
+    try:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    except ImportError as error:
+        raise UserError(f"Horovod cannot be imported ({error}): run jobs/setup.sh from a clone of hvdllm") from None
+    hosts = ",".join(f"node{node}:{count}" for node, count in enumerate(ranks))
+    return list(get_host_assignments(parse_hosts(hosts), sum(ranks)))
+
+
+def places(plan: Sequence[object]) -> list[dict[str, str]]:
+    """The variables by which each rank of a plan knows its place, in the order of ranks."""
+    from horovod.runner.gloo_run import create_slot_env_vars
+
+    gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+    return [{**gloo, **create_slot_env_vars(slot)} for slot in plan]
 
 
 # ------------------------------------------------------------------ horovodrun

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdllm.registry import LauncherFacts, part
-from hvdllm.settings import HOSTS, INTERFACES, MODULE, NAME, NAMES, TIME, Settings, Several, setting
+from hvdllm.settings import ADDRESS, HOSTS, INTERFACES, MODULE, NAME, NAMES, TIME, Settings, Setup, Several, setting
 from hvdllm.world.detect import Place
 
 
@@ -20,7 +20,8 @@ class Launch(Settings):
     )
     parallel: int | None = setting(
         None,
-        "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own)",
+        "points of a sweep at once; null: 1, under launch=slurm all (Slurm has a queue of its own), under launch=ray "
+        "as many as the cluster has room for",
         least=1,
         most=10_000,
     )
@@ -33,6 +34,11 @@ class Launch(Settings):
     def ranks_here(self) -> int:
         """How many ranks of a run compute on this machine; 0 if they compute elsewhere."""
         return 0
+
+    @property
+    def cores_of_rank(self) -> int | None:
+        """The cores that each rank has for itself, if the launcher gives it some that the rank cannot see."""
+        return None
 
 
 @part("launch", "local", "hvdllm.launch.local", LauncherFacts())
@@ -110,3 +116,41 @@ class Slurm(Launch):
         if ranks == 1 and self.how == "srun":  # with one task there is no launcher to be seen
             return Place()
         return Place(launcher, 0, ranks, 0, self.ranks_per_node)
+
+
+@part("launch", "ray", "hvdllm.launch.ray", LauncherFacts())
+@dataclass
+class Ray(Launch):
+    """Each run is placed on the nodes of a Ray cluster that is up already. This process watches its ranks."""
+
+    np: int = setting(2, "ranks of a run", least=1, most=65_536)
+    nodes: int | None = setting(
+        None, "nodes of a run, with as many ranks on each; null: as few as have room", least=1, most=65_536
+    )
+    address: str = setting(
+        "auto", "head of the cluster, as `ray start` prints it; auto: of the cluster this machine is in", form=ADDRESS
+    )
+    cpus_per_rank: int = setting(1, "CPUs asked for a rank, which computes with as many threads", least=1, most=65_536)
+    gpus_per_rank: int = setting(0, "GPUs asked for a rank: 0, or the 1 that it computes on", least=0, most=1)
+    interface: str | None = setting(
+        None, "network interfaces of the nodes; null: the one towards this process", form=INTERFACES
+    )
+    wait_s: float = setting(
+        600.0,
+        "seconds to wait for a node that was lost, or for another, before the run is given up; then it goes on from "
+        "its last checkpoint",
+        least=0,
+        most=1e7,
+    )
+
+    def place(self) -> Place:
+        return Place("horovodrun", 0, self.np, 0, self.np // (self.nodes or 1))
+
+    @property
+    def cores_of_rank(self) -> int | None:
+        return self.cpus_per_rank
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.np % (self.nodes or 1):
+            return f"launch.np={self.np} ranks cannot be as many on each of launch.nodes={self.nodes}: give a multiple"
+        return None

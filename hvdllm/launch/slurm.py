@@ -38,6 +38,11 @@ def ready(settings: Slurm) -> None:
     """Does nothing, because Slurm itself says what it refuses."""
 
 
+def room(settings: Slurm) -> int | None:
+    """Any number, because Slurm has a queue of its own."""
+    return None
+
+
 def launch(point: Point, settings: Slurm, stop: threading.Event, say: Say) -> int:
     """Submits the point, or joins its job, and waits for its end, as base.Launcher says.
 

@@ -272,7 +272,7 @@ class Sweep:
         if not tasks:
             return 1
         launch = tasks[0].config.launch
-        count = int(launch.parallel or (len(tasks) if queues(launch) else 1))
+        count = int(launch.parallel or launcher_of(launch).room(launch) or len(tasks))
         if count > 1 and any(getattr(task.config.launch, "link", None) for task in tasks):
             raise UserError(
                 "launch.link with launch.parallel: this machine has one network lab, points take turns there"
@@ -435,13 +435,15 @@ def queues(launch: Launch) -> bool:
 
 
 def share_of_cores(config: Config) -> list[str]:
-    """The word for device.threads, if ranks do not see with which others they share this machine's cores.
+    """The word for device.threads, if ranks do not see how many cores they have, or with which others they share them.
 
-    That is so if points run at once, and for the hosts of the network lab.
+    That is so under Ray, if points run at once, and for the hosts of the network lab.
     """
     from hvdllm.device import usable_cores
 
     launch = config.launch
+    if launch.cores_of_rank is not None and config.device.threads is None:
+        return [f"device.threads={launch.cores_of_rank}"]
     ranks, parallel, link = launch.ranks_here, launch.parallel or 1, getattr(launch, "link", None)
     if not ranks or (parallel == 1 and link is None) or config.device.threads is not None:
         return []

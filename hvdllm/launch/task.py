@@ -46,9 +46,7 @@ def main(words: list[str]) -> None:
     address, port, secret = env.pop(MEETING).split()
     address = env["SLURM_LAUNCH_NODE_IPADDR"] if address == "-" else address
     env |= rank(env, address, int(port), secret)
-    # By default Gloo binds to what the host's name resolves to, often 127.0.0.1, where other hosts cannot reach it.
-    if "HOROVOD_GLOO_IFACE" not in env and (interface := network.towards(address)):
-        env["HOROVOD_GLOO_IFACE"] = interface
+    env |= network.for_gloo(env, address)
     os.execvpe(command[0], command, env)
 
 

@@ -30,6 +30,7 @@ LAUNCHERS = {
     "prterun",
     "srun",
     "slurmstepd",
+    "raylet",  # the parent of Ray's actors, under which launch=ray keeps ranks
 }
 GRACE_S = 10.0  # seconds that are left to save once the launcher is gone
 TERMINATED = threading.Event()  # set by SIGTERM, with which the launcher has begun to end this process

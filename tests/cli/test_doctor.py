@@ -20,6 +20,7 @@ MPI4PY = {"version": "4.1.2", "library": "Open MPI v4.1.4", "libmpi": ["/usr/lib
 
 
 WANDB = {"version": "0.31.0", "key": True}
+RAY = {"version": "2.60.0", "nodes": 2, "cpus": 8, "gpus": 0}
 SAYS = {  # what commands print
     "mpirun --version": "mpirun (Open MPI) 4.1.4\n",
     "sbatch --version": "slurm-wlm 22.05.8\n",
@@ -76,7 +77,7 @@ def examined(
     **facts: dict[str, Any],
 ) -> dict[str, doctor.Row]:
     """The table for a machine where the probes found these facts, commands print this, and two ranks add up."""
-    found = {doctor.TORCH: TORCH, doctor.HOROVOD: HOROVOD, doctor.MPI4PY: MPI4PY, doctor.WANDB: WANDB}
+    found = {doctor.TORCH: TORCH, doctor.HOROVOD: HOROVOD, doctor.MPI4PY: MPI4PY, doctor.WANDB: WANDB, doctor.RAY: RAY}
     found |= {getattr(doctor, name): value for name, value in facts.items()}
     monkeypatch.setattr(doctor, "probe", found.get)
     monkeypatch.setattr(doctor, "two_ranks", lambda horovod: doctor.Row("two ranks", "add up"))
@@ -110,6 +111,8 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ({"MPI4PY": {"error": "cannot load MPI library"}}, "mpi4py", "lacking", "pip install mpi4py"),
         ({"WANDB": {"error": "No module named 'wandb'"}}, "W&B", "lacking", "pip install wandb"),
         ({"WANDB": WANDB | {"key": False}}, "W&B", "lacking", "wandb login"),
+        ({"RAY": {"error": "No module named 'ray'"}}, "Ray", "lacking", "pip install 'hvdllm[ray]'"),
+        ({"RAY": RAY | {"nodes": 0}}, "Ray", "lacking", "ray start --address=HEAD:6379"),
     ],
 )
 def test_each_lack_has_its_command(
@@ -118,7 +121,7 @@ def test_each_lack_has_its_command(
     rows = examined(monkeypatch, **facts)
     assert rows[name].mark == mark
     assert mend in rows[name].mend
-    assert (rows[name].found == "missing") == ("No module" in str(facts))
+    assert rows[name].found.startswith("missing") == ("No module" in str(facts))
     assert [row.name for row in rows.values() if row.mark != "ok"] == [name]
     assert doctor.run([]) == (1 if mark == "broken" else 0)
 

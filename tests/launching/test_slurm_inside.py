@@ -68,8 +68,8 @@ def test_what_starts_the_ranks() -> None:
 
 
 def test_interfaces() -> None:
-    assert inside.interfaces(None) == {}
-    assert inside.interfaces("ib0,ib1") == {
+    assert network.variables(None) == {}
+    assert network.variables("ib0,ib1") == {
         "HOROVOD_GLOO_IFACE": "ib0",
         "NCCL_SOCKET_IFNAME": "ib0,ib1",
         "OMPI_MCA_btl_tcp_if_include": "ib0,ib1",

@@ -154,7 +154,7 @@ def test_a_site_file_is_selected_from_the_users_folder(tmp_path: Path, capsys: p
     for flag in (["--config-dir", "my folder, (grüße)"], ["--config-dir=my folder, (grüße)"]):
         assert train.run([*flag, "launch=site", "--cfg", "job"]) == 0
         assert "partition: site" in capsys.readouterr().out
-    assert "choose one of horovodrun, local, queue, site, slurm" in refused(*flag, "launch=sight")
+    assert "choose one of horovodrun, local, queue, ray, site, slurm" in refused(*flag, "launch=sight")
     assert train.run(["--help"]) == 0
     assert "--config-dir" in capsys.readouterr().out
 

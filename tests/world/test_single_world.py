@@ -86,7 +86,7 @@ def test_torchrun_is_seen_before_mpi_and_horovod_before_both() -> None:
     assert place({**torchrun, **mpi, **horovod}).launcher == "horovodrun"
 
 
-@pytest.mark.parametrize(("name", "watched"), [("mpirun", 1), ("my-script", 0)])
+@pytest.mark.parametrize(("name", "watched"), [("mpirun", 1), ("raylet", 1), ("my-script", 0)])
 def test_the_launcher_is_found_among_the_ancestors(tmp_path: Path, name: str, watched: int) -> None:
     code = "from hvdllm.world.signals import up_to_launcher; print(len(up_to_launcher()))"
     # Run from a daemon's place, so that what started the tests is no ancestor.
