@@ -26,6 +26,7 @@ from hvdllm.faults import Fault, commit
 FACTOR = 5.0
 FIRST = 10.0
 LONG = frozenset({"start", "preparing data", "save", "sample", "waiting for text", "publish"})
+ACTS = frozenset({"acts", "evaluation", "audit", "save", "sample", "publish", "shutdown"})  # which follow a step
 SOON = frozenset({"shutdown"})  # runs no code that would be compiled
 NEARLY = 0.9  # of world.timeout_s: the rank that stands still is named before those that wait give up
 PAGE = struct.Struct("q64s64s")  # of the memory in which ranks of one host see where this one is
@@ -68,6 +69,7 @@ class Pulse:
         self.hang_after, self.timeout_s, self.fault = hang_after, timeout_s, fault
         self.phase, self.step, self.moves = "start", 0, 0
         self.driver = 0  # the driver's thread
+        self._driven = "exchange"  # the phase of what it does
         self.page: mmap.mmap | None = None
         self._loop = threading.get_ident()
         self._waits: dict[int, str] = {}  # by thread
@@ -81,7 +83,9 @@ class Pulse:
             self._longest[self.phase] = max(now - self._since, self._longest.get(self.phase, 0.0))
             self.phase, self._since = phase, now
             self._waits.pop(self._loop, None)
-            self._note(None)
+        elif threading.get_ident() == self.driver:
+            self._driven = phase
+        self._note()
         self.moves += 1
         if self.fault is not None and self.fault.due(phase, self.step):
             fault, self.fault = self.fault, None
@@ -95,20 +99,23 @@ class Pulse:
             self._waits[me] = what
         elif me == self._loop:
             self._since = time.monotonic()  # what was waited is not a time that this rank has needed
-        if me == self._loop:
-            self._note(what)
+        self._note()
         return before
 
-    def _note(self, what: str | None) -> None:
+    def _note(self) -> None:
         if self.page is not None:
-            PAGE.pack_into(self.page, 0, self.step, self.phase.encode(), (what or "").encode())
+            phase, waits = self._here()
+            PAGE.pack_into(self.page, 0, self.step, phase.encode(), (waits or "").encode())
+
+    def _here(self) -> tuple[str, str | None]:
+        """The phase, and what is waited for. Who waits for its driver's thread is where that is."""
+        waits = self._waits.get(self._loop)
+        return (self._driven, self._waits.get(self.driver)) if waits == DRIVEN else (self.phase, waits)
 
     def place(self) -> Place:
         """Where this rank is now. Any thread may ask."""
-        waits = self._waits.get(self._loop)
-        if waits == DRIVEN:  # then it waits for others only if that thread does
-            waits = self._waits.get(self.driver)
-        return Place(self.phase, self.step, self.moves, waits, self._limit(self.phase))
+        phase, waits = self._here()
+        return Place(phase, self.step, self.moves, waits, self._limit(self.phase))
 
     def _limit(self, phase: str) -> float:
         if phase in LONG:
@@ -118,7 +125,7 @@ class Pulse:
 
 
 _pulse: Pulse | None = None
-_ends: Callable[[str, str], None] | None = None
+_ends: Callable[[str, str], str] | None = None
 
 
 def begin(pulse: Pulse | None) -> None:
@@ -175,13 +182,13 @@ def waits(what: str) -> None:
 
 
 # ------------------------------------------------------------------ the end of this process
-def at_the_end(tell: Callable[[str, str], None] | None) -> None:
+def at_the_end(tell: Callable[[str, str], str] | None) -> None:
     """Sets who is told by `ends`."""
     global _ends
     _ends = tell
 
 
-def ends(sentence: str, failed: str) -> bool:
+def ends(sentence: str, failed: str) -> str | None:
     """This process is about to end.
 
     Args:
@@ -189,9 +196,7 @@ def ends(sentence: str, failed: str) -> bool:
         failed: which rank has failed: SELF, ALL together (and this one speaks for them), or ANOTHER one, which the
           heartbeat finds out.
 
-    Returns whether there is a heartbeat, which ends this process if another rank has failed.
+    Returns None if there is no heartbeat. If there is one, it ends this process if another rank has failed; if this one
+    has, it returns a line for the user with host, rank and step, or "".
     """
-    if _ends is None:
-        return False
-    _ends(sentence, failed)
-    return True
+    return None if _ends is None else _ends(sentence, failed)

@@ -218,9 +218,9 @@ class Debug(Settings):
     fault: str | None = setting(
         None,
         "what breaks: rank=1,step=20,phase=exchange,mode=stop, in quotes. Phases: start, data, forward, exchange, "
-        "update, evaluation, save, shutdown; the step is the update that is then being made, and start and shutdown "
-        "have none. Modes: exception, kill, stop (SIGSTOP), hang (an endless loop), exit (with code 0, too early), "
-        "memory (there is none left), disk (no file can grow beyond 4 KiB any more); null: nothing",
+        "update, evaluation, save, shutdown; the step is the update that is then being made, as records count them, "
+        "and start and shutdown have none. Modes: exception, kill, stop (SIGSTOP), hang (an endless loop), exit (with "
+        "code 0, too early), memory (there is none left), disk (no file can grow beyond 4 KiB any more); null: nothing",
         ours=True,
     )
 

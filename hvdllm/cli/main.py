@@ -129,19 +129,21 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False, why: str 
     except UserError:  # the ranks cannot find each other, but they have numbers
         rank = next((int(os.environ[v]) for v in ("SLURM_PROCID", "RANK", "PMIX_RANK") if v in os.environ), 0)
         here = Place("srun", rank, rank + 1)
-    watched = False
+    line: str | None = None
     if here.size > 1 and code == 1:
         failed = pulse.ANOTHER if quiet or (once and here.rank > 0) else pulse.ALL if once else pulse.SELF
-        watched = pulse.ends(why or sentence, failed)
-    if not watched:
+        line = pulse.ends(why or sentence, failed)
+    if line is None:
         deafen()
     who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
     if (once and here.rank > 0) or quiet:
-        if TERMINATED.is_set() and not watched:  # the launcher has sent SIGTERM already
+        if TERMINATED.is_set() and line is None:  # the launcher has sent SIGTERM already
             os._exit(code)
         time.sleep(WAIT_S)  # SIGTERM does not end a rank that is watched: it may have something to say
     if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end no rank, but rank 0 has said it
-        print(f"{who}{screen.one_line(sentence)}", file=sys.stderr, flush=True)
+        said = f"{who}{screen.one_line(sentence)}"
+        for each in filter(None, (said if why or not line else "", line)):
+            print(each, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:
         os._exit(code)

@@ -32,7 +32,7 @@ from hvdllm.trainer.channel import Channel, Peer, Verdict, opened, page_of, wher
 from hvdllm.trainer.judge import Beat, Hang, Judge
 from hvdllm.world import epilogue, signals
 from hvdllm.world.base import World, from_first
-from hvdllm.world.detect import started
+from hvdllm.world.detect import place, started
 
 BEAT_S = 0.5
 RANKS_A_SECOND = 64  # of which a judge reads the beats; it looks more rarely where there are more
@@ -61,6 +61,7 @@ class Heartbeat:
         self.failing = ""  # why this rank is about to end; another one has caused it unless `speaks`
         self.speaks = False  # this rank tells the user
         self._number = 0  # of verdicts so far
+        self._ending = False  # the launcher has asked for the end while all ranks were there
         self._closed = threading.Event()
         self._telling = threading.Lock()
         self._wake = threading.Event()
@@ -85,7 +86,7 @@ class Heartbeat:
         if self.channel.rank == 0:
             shutil.rmtree(self.channel.folder, ignore_errors=True)
 
-    def fail(self, sentence: str, failed: str) -> None:
+    def fail(self, sentence: str, failed: str) -> str:
         """This process is about to end, see pulse.ends."""
         self.failing, self.speaks = sentence, failed != pulse.ANOTHER
         self._wake.set()
@@ -96,6 +97,8 @@ class Heartbeat:
             who = f"{self._who(me)} failed {_at(self.pulse.place())}: " * (failed == pulse.SELF)
             if self._pronounce(me, False, f"{who}{sentence}") and (verdict := self.channel.verdict(number)) is not None:
                 self._say_last(verdict)
+                return verdict.text * (failed == pulse.SELF)
+        return ""
 
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
@@ -108,6 +111,7 @@ class Heartbeat:
             with contextlib.suppress(OSError):
                 self._tell()
                 self._look(hurried)
+                self._ending = hurried and signals.TERMINATED.is_set()
 
     def _tell(self, *, left: bool = False, words: str = "", stacks: int = 0) -> None:
         with self._telling, contextlib.suppress(OSError):
@@ -128,8 +132,7 @@ class Heartbeat:
                         self._pronounce(rank, False, self._death(rank, beat))
             now = time.monotonic()
             if self.judge is not None and self.judge.due(now):
-                heard = {rank: self.channel.heard(rank) for rank in range(size)}
-                self.judge.look({rank: beat for rank, beat in heard.items() if beat is not None}, now)
+                self.judge.look(self._heard(), now)
                 if (hang := self.judge.hang(now)) is not None:
                     self._pronounce(hang.rank, True, self._standstill(hang))
             verdict = self.channel.verdict(self._number)
@@ -161,24 +164,33 @@ class Heartbeat:
             return
         self._say_last(verdict)
         if not mine:
-            time.sleep(GRACE_S)
+            signals.TERMINATED.wait(GRACE_S)
+            if place().launcher == "srun" and self.channel.claim("last", ""):  # below what MPI has printed meanwhile
+                print(verdict.text, file=sys.stderr, flush=True)
         self._end_stopped(verdict)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(1)
 
     def _await_others(self, verdict: Verdict) -> None:
-        """Waits until the others have written their stacks, or until this rank's loop has noticed what is wrong."""
-        end = time.monotonic() + GRACE_S
-        while time.monotonic() < end and not signals.TERMINATED.is_set():
-            if verdict.hang:
-                heard = [self.channel.heard(rank) for rank in range(len(self.peers)) if rank != verdict.rank]
-                if all(beat is None or beat.stacks >= self._number for beat in heard):
-                    return
-            elif self.failing:
+        """Waits until all ranks that live have written their stacks, or until this rank's loop has noticed what is
+        wrong."""
+        begin, before = time.monotonic(), self._heard()
+        limit = GRACE_S if verdict.hang else 1.0
+        while (waited := time.monotonic() - begin) < limit and not signals.TERMINATED.is_set():
+            beats = self._heard().items()
+            silent = {rank for rank, beat in beats if beat == before.get(rank)} if waited > 3 * BEAT_S else set()
+            if verdict.hang and all(rank in silent or beat.stacks >= self._number for rank, beat in beats):
+                return
+            if not verdict.hang and self.failing:
                 return
             time.sleep(BEAT_S / 5)
             self._tell()
+
+    def _heard(self) -> dict[int, Beat]:
+        """The beats of all ranks of which one can be read."""
+        heard = {rank: self.channel.heard(rank) for rank in range(len(self.peers))}
+        return {rank: beat for rank, beat in heard.items() if beat is not None}
 
     def _own_line(self, verdict: Verdict) -> str:
         """What the loop of this rank has noticed of a rank that is gone."""
@@ -241,6 +253,8 @@ class Heartbeat:
             with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(path) as file:
                 file.write(f"{screen.clean(fatal)}\n\n")
             return f"{who} crashed {at} ({fatal.splitlines()[0]}); its stack is in {path}"
+        if self._ending:
+            return f"{who} was ended {at} by what had asked the ranks to end, before the run could save"
         return (
             f"{who} ended {at} without a word: it was killed (SIGKILL, which the kernel also sends when memory runs "
             "out, see dmesg), or its process was left early"
@@ -254,7 +268,8 @@ class Heartbeat:
 
 
 def _at(place: Place) -> str:
-    return f"in step {place.step + 1}, phase {place.phase}{f', waiting for {place.waits}' * (place.waits is not None)}"
+    when = f"after step {place.step}" if place.phase in pulse.ACTS else f"in step {place.step + 1}"
+    return f"{when}, phase {place.phase}{f' (waiting for {place.waits})' * (place.waits is not None)}"
 
 
 # ------------------------------------------------------------------ of this process

@@ -43,7 +43,7 @@ def test_without_a_run_marks_do_nothing() -> None:
     pulse.waits("x")
     with pulse.waiting("x"), pulse.during("save"):
         pass
-    assert not pulse.ends("x", pulse.SELF)
+    assert pulse.ends("x", pulse.SELF) is None
 
 
 def test_a_rank_is_where_its_loop_is(mine: Pulse) -> None:
