@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
 import sys
 import time
 
@@ -44,9 +43,10 @@ def start(sentence: str, pid: int, since: str) -> bool:
         mode = os.fstat(out).st_mode
         if not (os.isatty(out) or stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
             return False
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(pid), since, sentence], stdin=subprocess.DEVNULL, stdout=out,
-            stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+        nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 2)]
+        os.posix_spawn(
+            sys.executable, [sys.executable, "-I", "-S", __file__, str(pid), since, sentence], os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, out, 1), *nowhere], setsid=True,
         )  # fmt: skip
     except OSError:
         return False

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from hvdllm import pulse
 from hvdllm.faults import Fault, Injected
+from hvdllm.online.waiting import Pauses, Waiting
 from hvdllm.pulse import DRIVEN, FIRST, NEARLY, Pulse
+from hvdllm.trainer.evaluate import evaluate
+from hvdllm.world.base import Asks
+from hvdllm.world.single import SingleWorld
 
 
 class Clock:
@@ -123,6 +130,35 @@ def test_what_was_waited_is_no_time_that_a_phase_needs(clock: Clock, mine: Pulse
     pulse.enter("forward")
     pulse.enter("exchange")
     assert mine.place().limit_s == 60
+
+
+def test_who_waits_for_text_says_so(mine: Pulse, tmp_path: Path) -> None:
+    seen: list[str] = []
+    waiting = Waiting(Asks(), Pauses(tmp_path, "life", 0), 0, 1, lambda seconds: seen.append(mine.place().phase))
+    pulse.stepped(5)
+    assert waiting.until(lambda waited_s: len(seen) > 2, lambda: False)
+    waiting.stand(0.0)
+    assert seen == ["waiting for text"] * 4 and mine.place().limit_s == NEARLY * 1800
+
+
+def test_an_evaluation_moves_with_every_batch(mine: Pulse) -> None:
+    pulse.stepped(5)
+    moves: list[int] = []
+
+    class Counting:
+        measures = 2
+
+        def measure(self, *_: object) -> torch.Tensor:
+            moves.append(mine.place().moves)
+            return torch.ones(2)
+
+        def metrics(self, sums: list[float]) -> dict[str, float]:
+            return {"loss": sums[0]}
+
+    batches = [(torch.ones(1), torch.ones(1))] * 3
+    task: Any = Counting()
+    evaluate(task, torch.nn.Linear(1, 1), batches, "fp32", torch.device("cpu"), SingleWorld())
+    assert len(moves) == len(set(moves)) == 3 and mine.place().phase == "evaluation"
 
 
 def test_a_fault_breaks_once(capsys: pytest.CaptureFixture[str]) -> None:
