@@ -26,19 +26,8 @@ from hvdllm.errors import UserError
 from hvdllm.settings import Debug, Device, Several, several
 
 GROUPS = (
-    "task",
-    "text",
-    "model",
-    "exchange",
-    "wire",
-    "world",
-    "optim",
-    "schedule",
-    "device",
-    "launch",
-    "track",
-    "debug",
-)
+    "task", "text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track", "debug",
+)  # fmt: skip
 """The groups of the configuration, in the order in which they are shown."""
 ROOMS = ("task", "text", "models", "exchange", "exchange.wire", "world", "optim", "launch", "track")
 

@@ -90,7 +90,8 @@ def problem(case: Case, code: int, last: str, out: str, run: Path) -> str:
     """What is wrong with this end, or ""."""
     if case.mode == "disk":
         ended = [record["reason"] for record in records(run, "end")]
-        wrong = "cannot write" not in last and ended != ["budget"]
+        named = re.search("cannot (write|be written)", last)
+        wrong = named is None and ended != ["budget"]
         return "the full disk is not named" if wrong else ""
     if code == 0:
         return "the launcher returns 0"

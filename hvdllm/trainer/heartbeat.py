@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ class Heartbeat:
         self.speaks = False  # this rank tells the user
         self._number = 0  # of verdicts so far
         self._ending = False  # the launcher has asked for the end while all ranks were there
-        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hvdllm-heartbeat", daemon=True)
         self._telling = threading.Lock()
         self._wake = threading.Event()
         # Opened now, since a page stays as it is after its rank is gone, but can then no longer be opened.
@@ -70,15 +71,13 @@ class Heartbeat:
 
     def start(self) -> None:
         """Starts the thread."""
-        threading.Thread(target=self._run, name="hvdllm-heartbeat", daemon=True).start()
+        self._thread.start()
 
     def leave(self) -> None:
         """This rank has ended in good order."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._wake.set()
         self._tell(left=True)
+        self._wake.set()
+        self._thread.join()
         for page in (*self._pages.values(), self.peers[self.channel.rank].page):
             if page >= 0:
                 os.close(page)
@@ -90,7 +89,7 @@ class Heartbeat:
         """This process is about to end, see pulse.ends."""
         self.failing, self.speaks = sentence, failed != pulse.ANOTHER
         self._wake.set()
-        if self.speaks and not self._closed.is_set():
+        if self.speaks and not self.beat.left:
             self._tell(words=sentence)
             me, number = self.channel.rank, self._number
             self.channel.claim(f"said-{number + 1}", "")  # this rank prints its sentence itself
@@ -102,16 +101,23 @@ class Heartbeat:
 
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
-        while not self._closed.is_set():
+        looks = True
+        while not self.beat.left:
             hurried = signals.TERMINATED.is_set() or bool(self.failing)  # the launcher leaves little time
             if hurried:
                 time.sleep(BEAT_S / 10)
             else:
                 self._wake.wait(BEAT_S)
-            with contextlib.suppress(OSError):
-                self._tell()
-                self._look(hurried)
-                self._ending = hurried and signals.TERMINATED.is_set()
+            self._tell()
+            try:
+                if looks and not self.beat.left:
+                    self._look(hurried)
+                    self._ending = hurried and signals.TERMINATED.is_set()
+            except OSError:
+                continue  # the disk may answer again
+            except Exception as error:  # this rank beats on, or the others would take it for one that was stopped
+                traceback.print_exception(error)
+                looks = False
 
     def _tell(self, *, left: bool = False, words: str = "", stacks: int = 0) -> None:
         with self._telling, contextlib.suppress(OSError):
