@@ -69,7 +69,7 @@ def parsed(text: str) -> Fault:
 def commit(fault: Fault) -> None:
     """Breaks this process in the way that `fault.mode` says.
 
-    exception  raises Injected
+    exception  raises Injected, as a bug would
     kill       SIGKILL, as from the kernel when memory is short
     stop       SIGSTOP: the process is there and does nothing, as on a host that is paused
     hang       an endless loop in this thread
@@ -91,5 +91,5 @@ def commit(fault: Fault) -> None:
     if fault.mode == "memory":
         bytearray(2**62)
     if fault.mode == "disk":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # A write beyond raises OSError, since Python ignores SIGXFSZ.
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

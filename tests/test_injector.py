@@ -81,6 +81,19 @@ def test_each_mode_breaks_a_process(mode: str, code: int, says: str) -> None:
     assert f"hvdllm: rank 0: debug.fault, {mode} in phase data" in done.stderr
 
 
+def test_a_disk_is_full_for_every_thread() -> None:
+    """ACCO makes its update in the thread of its driver, and the fault comes there."""
+    program = (
+        "import tempfile, threading; from hvdllm import faults\n"
+        "fault = faults.Fault(0, 1, 'update', 'disk'); thread = threading.Thread(target=faults.commit, args=[fault])\n"
+        "thread.start(); thread.join(); file = tempfile.TemporaryFile(buffering=0)\n"
+        "file.write(bytes(4096)); file.write(b'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("OSError: [Errno 27] File too large\n")
+    assert done.stderr.count("Traceback") == 1
+
+
 def test_every_phase_and_mode_is_documented() -> None:
     doc = compose([]).debug.__dataclass_fields__["fault"].metadata["doc"]
     assert all(word in doc for word in (*faults.PHASES, *faults.MODES))
