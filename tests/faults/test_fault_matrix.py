@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fault_matrix import Case, pairs, run
-from launch import BATCH, HVDLLM, Job, launch, records, slots, words_of
+from launch import BATCH, HVDLLM, Job, launch, meddled, records, slots, words_of
 
 from hvdllm.faults import MODES, PHASES
 
@@ -65,6 +65,15 @@ def test_a_stopped_rank_is_waited_for_if_the_user_wants_that(tmp_path: Path) -> 
     assert records(run, "end")[-1]["reason"] == "budget" and len(records(run, "commit")) == 6
     assert "in land" in (run / "stacks-rank-0.txt").read_text()
     assert "rank 1 on host" in (run / "log.txt").read_text() and not list(run.glob("beats-*"))
+
+
+@pytest.mark.ranks
+@pytest.mark.thorough
+def test_a_slow_save_and_a_slow_first_step_alarm_nobody(tmp_path: Path) -> None:
+    """Both take four times hang_after, while the other rank waits."""
+    words = words_of(tmp_path, "a", 6, "hang_after=1", f"save_every={3 * BATCH}")
+    done = launch(meddled(words, long_s=4.0), "gloo", 2)
+    assert "on host" not in done.out and len(records(tmp_path / "runs" / "a", "save")) == 2
 
 
 @pytest.mark.ranks
