@@ -70,6 +70,7 @@ class Pulse:
         self.phase, self.step, self.moves = "start", 0, 0
         self.driver = 0  # the driver's thread
         self._driven = "exchange"  # the phase of what it does
+        self._beside: dict[int, tuple[str, float]] = {}  # what threads beside the loop do, and since when
         self.page: mmap.mmap | None = None
         self._loop = threading.get_ident()
         self._waits: dict[int, str] = {}  # by thread
@@ -83,13 +84,22 @@ class Pulse:
             self._longest[self.phase] = max(now - self._since, self._longest.get(self.phase, 0.0))
             self.phase, self._since = phase, now
             self._waits.pop(self._loop, None)
-        elif threading.get_ident() == self.driver:
-            self._driven = phase
+        else:
+            self._enter_beside(threading.get_ident(), phase)
         self._note()
         self.moves += 1
         if self.fault is not None and self.fault.due(phase, self.step):
             fault, self.fault = self.fault, None
             commit(fault)
+
+    def _enter_beside(self, thread: int, phase: str) -> None:
+        """A thread beside the loop, such as that of a server, begins an update, or has ended it."""
+        if thread == self.driver:
+            self._driven = phase
+        before, since = self._beside.pop(thread, (phase, time.monotonic()))
+        self._longest[before] = max(time.monotonic() - since, self._longest.get(before, 0.0))
+        if phase == "update":
+            self._beside[thread] = phase, time.monotonic()
 
     def wait(self, what: str | None) -> str | None:
         """The calling thread waits for others from here on, or no longer. Returns what it waited for before."""
@@ -108,8 +118,13 @@ class Pulse:
             PAGE.pack_into(self.page, 0, self.step, phase.encode(), (waits or "").encode())
 
     def _here(self) -> tuple[str, str | None]:
-        """The phase, and what is waited for. Who waits for its driver's thread is where that is."""
+        """The phase, and what is waited for. A rank whose loop waits while another thread of it makes an update is
+        there, and who waits for its driver's thread is where that is."""
         waits = self._waits.get(self._loop)
+        if waits is not None:
+            for thread, (phase, _) in list(self._beside.items()):
+                if thread not in self._waits:
+                    return phase, None
         return (self._driven, self._waits.get(self.driver)) if waits == DRIVEN else (self.phase, waits)
 
     def place(self) -> Place:
@@ -118,10 +133,11 @@ class Pulse:
         return Place(phase, self.step, self.moves, waits, self._limit(self.phase))
 
     def _limit(self, phase: str) -> float:
+        most = max(self.hang_after, NEARLY * self.timeout_s)
         if phase in LONG:
-            return max(self.hang_after, NEARLY * self.timeout_s)
+            return most
         first = phase not in SOON and (self.step == 0 or phase not in self._longest)
-        return max(self.hang_after * (FIRST if first else 1.0), FACTOR * self._longest.get(phase, 0.0))
+        return min(most, max(self.hang_after * (FIRST if first else 1.0), FACTOR * self._longest.get(phase, 0.0)))
 
 
 _pulse: Pulse | None = None

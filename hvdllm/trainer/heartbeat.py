@@ -89,8 +89,8 @@ class Heartbeat:
         """This process is about to end, see pulse.ends."""
         self.failing, self.speaks = sentence, failed != pulse.ANOTHER
         self._wake.set()
+        self._tell(words=sentence)
         if self.speaks and not self.beat.left:
-            self._tell(words=sentence)
             me, number = self.channel.rank, self._number
             self.channel.claim(f"said-{number + 1}", "")  # this rank prints its sentence itself
             who = f"{self._who(me)} failed {_at(self.pulse.place())}: " * (failed == pulse.SELF)

@@ -97,6 +97,32 @@ def test_who_waits_for_its_driver_waits_for_others_only_if_that_does(mine: Pulse
         assert mine.place().waits is None
 
 
+def test_a_rank_whose_server_makes_an_update_does_not_wait_for_others(mine: Pulse) -> None:
+    at = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        pulse.enter("update")
+        at[0].set()
+        at[1].wait()
+        pulse.enter("exchange")
+
+    thread = threading.Thread(target=serve)
+    with pulse.waiting("a letter in `weights`"):
+        assert mine.place().waits == "a letter in `weights`"
+        thread.start()
+        at[0].wait()
+        assert (mine.place().phase, mine.place().waits) == ("update", None)
+        at[1].set()
+        thread.join()
+        assert mine.place().waits == "a letter in `weights`"
+
+
+def test_no_phase_may_last_longer_than_ranks_wait() -> None:
+    rhythm = Pulse(60.0, 100.0)
+    rhythm.enter("forward")
+    assert rhythm.place().limit_s == NEARLY * 100
+
+
 def test_a_first_step_may_take_longer_and_so_may_what_took_long_before(clock: Clock, mine: Pulse) -> None:
     pulse.enter("forward")
     assert mine.place().limit_s == FIRST * 60
