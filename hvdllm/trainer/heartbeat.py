@@ -148,8 +148,8 @@ class Heartbeat:
 
     def _pronounce(self, rank: int, hang: bool, text: str) -> bool:
         """Makes the next verdict. False if another rank has made it."""
-        told = f"{text}; {self._advice(hang)}"
-        verdict = Verdict(rank, hang, screen.one_line(f"hvdllm: {told}"))
+        advice = "" if "checkpoint" in text else f"; {self._advice(hang)}"  # what failed may have said it already
+        verdict = Verdict(rank, hang, screen.one_line(f"hvdllm: {text}{advice}"))
         return self.channel.claim(f"verdict-{self._number}", json.dumps(dataclasses.asdict(verdict)))
 
     def _act(self, verdict: Verdict, mine: bool) -> None:
