@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import torch
 
+from hvdllm import pulse
 from hvdllm.errors import PeerError, UserError
 
 _told = threading.local()
@@ -121,6 +122,11 @@ def wait_for(event: torch.cuda.Event) -> None:
     Raises PeerError after the seconds of `be_patient`, or if a rank is gone, since an NCCL kernel that waits for that
     rank runs for ever.
     """
+    with pulse.waiting("work of its GPU"):
+        _wait_for(event)
+
+
+def _wait_for(event: torch.cuda.Event) -> None:
     pause, begin, due = 2e-5, time.monotonic(), 0.1
     while not event.query():
         waited = time.monotonic() - begin

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvdllm.errors import UserError
-from hvdllm.settings import Device, Several, several
+from hvdllm.settings import Debug, Device, Several, several
 
-GROUPS = ("task", "text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track")
+GROUPS = (
+    "task", "text", "model", "exchange", "wire", "world", "optim", "schedule", "device", "launch", "track", "debug",
+)  # fmt: skip
 """The groups of the configuration, in the order in which they are shown."""
 ROOMS = ("task", "text", "models", "exchange", "exchange.wire", "world", "optim", "launch", "track")
 
@@ -197,6 +199,7 @@ def part(group: str, name: str, made: Any, facts: Any = None) -> Callable[[type[
 
 
 part("device", "device", "hvdllm.device")(Device)
+part("debug", "debug", "hvdllm.faults")(Debug)
 
 
 def parts(group: str) -> dict[str, Part]:

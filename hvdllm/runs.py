@@ -14,6 +14,8 @@ runs/<name>/
   chat.json           with text=chat, what its template puts around a question
   samples.txt         the samples of text
   log.txt             what was printed
+  stacks-rank-N.txt   where the threads of rank N were when a rank stood still, or when it crashed
+  beats-*/            heartbeats of the ranks, as long as the run lives (trainer/channel.py)
   lock                says which process trains in the folder, as long as it does (lock.py)
 """
 

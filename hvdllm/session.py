@@ -33,7 +33,7 @@ from hvdllm.exchange.base import Commit
 from hvdllm.flat import Flat
 from hvdllm.plain import Tree
 from hvdllm.task.own import Data, Held, Loss, OwnItems, OwnKind, OwnTask
-from hvdllm.trainer import buffers, life
+from hvdllm.trainer import buffers, heartbeat, life
 from hvdllm.trainer.resume import asked, folder_of
 from hvdllm.world import signals
 from hvdllm.world.base import World, from_first
@@ -142,6 +142,7 @@ class Session:
             if first is None:  # an earlier life of the run has met its budget
                 self._take_weights()
             self.world.close()
+            heartbeat.leave()
 
     @contextlib.contextmanager
     def _all_end(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hvdllm import faults
 from hvdllm.errors import UserError
 
 Several = Any  # one text or a list of them, since OmegaConf has no unions
@@ -211,6 +212,36 @@ class Device(Settings):
 
 
 @dataclass
+class Debug(Settings):
+    """Faults on purpose, to see what a run does then. They need debug=faults."""
+
+    allow: bool = setting(False, "may this run be broken on purpose? debug=faults says so", ours=True)
+    fault: str | None = setting(
+        None,
+        "what breaks: rank=1,step=20,phase=exchange,mode=stop, in quotes. Phases: start, data, forward, exchange, "
+        "update, evaluation, save, shutdown; the step is the update that is then being made, as records count them, "
+        "and start and shutdown have none. Modes: exception, kill, stop (SIGSTOP), hang (an endless loop), exit (with "
+        "code 0, too early), memory (there is none left), disk (no file can grow beyond 4 KiB any more); null: nothing",
+        ours=True,
+    )
+
+    def refusal(self, setup: Setup) -> str | None:
+        if self.fault is None:
+            return None
+        if not self.allow:
+            return "debug.fault without debug=faults: it breaks the run on purpose, so ask for both, or leave it out"
+        try:
+            fault = faults.parsed(self.fault)
+        except UserError as error:
+            return str(error)
+        if setup.transport == "virtual":
+            return "debug.fault with world=virtual: it breaks a process, and logical ranks share one; start real ranks"
+        if fault.rank >= setup.ranks:
+            return f"debug.fault={self.fault}: there is no rank {fault.rank}, the last one is {setup.ranks - 1}"
+        return None
+
+
+@dataclass
 class Config:
     """All settings of a run. `*_tokens` and `*_every` count units that all ranks together have committed.
 
@@ -288,6 +319,16 @@ class Config:
         "fp64 (for oracles)",
         choices=("fp32", "bf16", "fp64"),
     )
+    hang_after: float | None = setting(
+        60.0,
+        "seconds after which a rank that stands still, while others wait for it, is named, with the stacks of all "
+        "ranks in the run's folder; a phase that has taken long before, and a first step, may take longer; null: never",
+        least=1,
+        most=1e6,
+    )
+    on_hang: str = setting(
+        "end", "what then happens: end (the job ends) or wait (it is told, and waited for)", choices=("end", "wait")
+    )
     plugins: Several = setting(
         None,
         "modules of your own that register parts, one or a list; each is a package that Python finds, or a file "
@@ -306,3 +347,4 @@ class Config:
     device: Chosen = setting(None, "where the model computes", ours=True)
     launch: Chosen = setting(None, "what starts the ranks", ours=True)
     track: Chosen = setting(None, "who else gets the records", ours=True)
+    debug: Chosen = setting(None, "what breaks on purpose", ours=True)

@@ -55,11 +55,22 @@ STREAM, CLIENTS, SHARDS = "tests/task/test_stream.py", "tests/order/test_clients
 HUGGING, TUNED = "tests/models/test_hugging.py", "tests/trainer/test_finetuning.py"
 BERT, FROZEN = "tests/models/test_hugging_bert.py", "tests/trainer/test_frozen.py"
 TASK, ONLINE, PREQUENTIAL = "tests/task", "tests/online", "tests/trainer/test_prequential.py"
+JUDGE, PULSE, INJECTOR = "tests/trainer/test_judge.py", "tests/trainer/test_pulse.py", "tests/test_injector.py"
+CHANNEL = "tests/trainer/test_channel.py"
 DUE, SAYS = "tests/trainer/test_acts.py", "tests/trainer/test_what_runs_say.py"
 
 # file below hvdllm/, what stands there once, what is to stand there, tests
 MUTANTS = [
     # ------------------------------------------------------------------ optim
+    ("trainer/judge.py", "place.waits is None and now - seen.moved", "now - seen.moved", JUDGE),
+    ("trainer/judge.py", "if still and waiting else None", "if still else None", JUDGE),
+    ("trainer/judge.py", "if seen is None or late:", "if seen is None:", JUDGE),
+    ("trainer/judge.py", "seen.beat.left or ", "", JUDGE),
+    ("pulse.py", "if waits == DRIVEN else (self.phase, waits)", "if False else (self.phase, waits)", PULSE),
+    ("pulse.py", "self._since = time.monotonic()  # what", "pass  # what", PULSE),
+    ("pulse.py", "FACTOR * self._longest", "0 * self._longest", PULSE),
+    ("faults.py", "done + (phase not in AFTER) >= self.step", "done >= self.step", INJECTOR),
+    ("trainer/channel.py", "fcntl.LOCK_SH | fcntl.LOCK_NB", "fcntl.LOCK_UN", CHANNEL),
     ("optim/update.py", "total(squares).sqrt() / meta.tokens", "total(squares).sqrt()", OPTIM),
     ("optim/update.py", "torch.full_like(norm, meta.tokens)", "torch.full_like(norm, meta.tokens + 1)", OPTIM),
     ("optim/update.py", ".clamp_(min=1.0)", ".clamp_(min=0.5)", OPTIM),

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launch import BATCH, RANKS, Job, records, words_of
 
 RANKS_N, STEPS = 3, 12
+ALARM_S = 15  # a heartbeat that names a rank ends the job, so that a false alarm fails
 START_S = 120.0  # that the start of the ranks may take beside the limit, on a busy machine
 
 
@@ -47,6 +48,7 @@ def no_hang(names: list[str], times: int, limit_s: float, tmp: Path, first: int 
     """How the runs of each name ended ("budget", "stop"); all in one start, so all with the same launcher. first: seed
     of a name's first run. do: more that ranks/meddle.py takes. Raises StoodStill; AssertionError if a rank fails."""
     often = [f"save_every={5 * BATCH}", f"eval_every={4 * BATCH}", f"audit_every={6 * BATCH}", "eval_tokens=64"]
+    often += [f"hang_after={ALARM_S}"]
     cases = [(name, seed) for name in names for seed in range(first, first + times)]
     folders = [f"{name.translate(str.maketrans('+=.', '---'))}-{seed}" for name, seed in cases]
     specs = [

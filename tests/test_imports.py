@@ -17,6 +17,8 @@ FILES = {
 GROUND = (
     *(
         "errors",
+        "faults",
+        "pulse",
         "plain",
         "canvas",
         "screen",

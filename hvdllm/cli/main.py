@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from hvdllm import __version__, screen
+from hvdllm import __version__, pulse, screen
 from hvdllm.cli.spared import spared
 from hvdllm.errors import PeerError, RunError, UserError
 
@@ -103,10 +103,11 @@ def ended(error: BaseException) -> int:
     if isinstance(error, MemoryError):
         return _end("there is not enough memory here: a smaller model, micro_batch or text would fit", 1, once=False)
     traceback.print_exception(error)
-    return _end("this is a bug in hvdllm; the lines above say where", 1, once=False)
+    named = f"{type(error).__name__}: {error}"
+    return _end("this is a bug in hvdllm; the lines above say where", 1, once=False, why=named)
 
 
-def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
+def _end(sentence: str, code: int, *, once: bool, quiet: bool = False, why: str = "") -> int:
     """Prints the sentence and ends a rank at once, without Horovod's shutdown, which would wait for the other ranks.
 
     Args:
@@ -114,27 +115,36 @@ def _end(sentence: str, code: int, *, once: bool, quiet: bool = False) -> int:
         code: the exit code.
         once: all ranks raised the same, so rank 0 says it, and the others wait for the launcher to end them.
         quiet: another rank says why, so this one waits, too.
+        why: what the other ranks are told of, if not the sentence.
 
-    A rank that waits prints its sentence after WAIT_S seconds if it has not been ended.
+    A rank that waits prints its sentence after WAIT_S seconds if it has not been ended. In a run the heartbeat ends it
+    earlier, once it is known which rank has failed.
 
     Returns the exit code if this process is not one of several ranks.
     """
     from hvdllm.world.detect import Place, place
     from hvdllm.world.signals import TERMINATED, deafen
 
-    deafen()
     try:
         here = place()
     except UserError:  # the ranks cannot find each other, but they have numbers
         rank = next((int(os.environ[v]) for v in ("SLURM_PROCID", "RANK", "PMIX_RANK") if v in os.environ), 0)
         here = Place("srun", rank, rank + 1)
+    line: str | None = None
+    if here.size > 1 and code == 1:
+        failed = pulse.ANOTHER if quiet or (once and here.rank > 0) else pulse.ALL if once else pulse.SELF
+        line = pulse.ends(why or sentence, failed)
+    if line is None:
+        deafen()
     who = f"hvdllm: rank {here.rank}: " if here.size > 1 and not once else "hvdllm: "
     if (once and here.rank > 0) or quiet:
-        if TERMINATED.is_set():  # the launcher has sent SIGTERM already
+        if TERMINATED.is_set() and line is None:  # the launcher has sent SIGTERM already
             os._exit(code)
-        time.sleep(WAIT_S)
+        time.sleep(WAIT_S)  # SIGTERM does not end a rank that is watched: it may have something to say
     if not (once and here.rank > 0 and here.launcher == "srun"):  # srun may end no rank, but rank 0 has said it
-        print(f"{who}{screen.brief(screen.one_line(sentence))}", file=sys.stderr, flush=True)
+        said = f"{who}{screen.brief(screen.one_line(sentence))}"
+        for each in filter(None, (said if why or not line else "", line)):
+            print(each, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if here.size > 1:
         os._exit(code)

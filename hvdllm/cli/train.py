@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SWEEP = ("-m", "--multirun")
 SHORT = """hvdllm train [-m] [setting=value ...] [--config-dir DIR] [--cfg job] [--help [GROUP]]
-
 Trains a transformer language model and writes runs/<name>/. Under a launcher every process is a rank:
 
   hvdllm train
@@ -134,7 +133,7 @@ def train(
     Returns the exit code, 0 or STOPPED.
     """
     from hvdllm.cli.display import make_show
-    from hvdllm.trainer import life
+    from hvdllm.trainer import heartbeat, life
     from hvdllm.world import signals
 
     stopped: list[int] = []
@@ -149,6 +148,8 @@ def train(
         if tokens is not None:
             stopped.append(tokens)
         world.close()
+        if not transport.facts.logical:
+            heartbeat.leave()
 
     transport = registry.parts("transport")[setup_of(config, here).transport]
     if transport.facts.logical:

@@ -29,9 +29,9 @@ from hvdllm.plain import Json
 from hvdllm.settings import MODULES, Chosen, Config, checked, meant
 
 CONFIG_DIR = "--config-dir="
-NOT_OPTIONS = ("world", "device")  # groups with one class of settings, whose options are presets alone
+NOT_OPTIONS = ("world", "device", "debug")  # groups with one class of settings, whose options are presets alone
 
-OLDER = {"task": {"name": "causal_lm"}}  # groups that a file of an earlier version may lack
+OLDER = {"task": {"name": "causal_lm"}, "debug": {"name": "debug"}}  # groups that a file of an earlier version may lack
 
 
 def conf_dir() -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hvdllm import pulse
 from hvdllm.exchange import parts as exchanges
 from hvdllm.exchange.base import Batch, Update, Wire
 from hvdllm.exchange.reference import Reference
@@ -41,7 +42,8 @@ class Horovod(Reference[exchanges.Horovod]):
         self.optimizer.set_backward_passes_per_step(NEVER)
 
     def wait(self) -> None:
-        self.optimizer.synchronize()
+        with pulse.waiting("the sums of Horovod's optimizer"):
+            self.optimizer.synchronize()
         self.world.bytes_sent += 2 * (self.world.size - 1) / self.world.size * self._bytes
 
     def check(self, gradients: list[torch.Tensor]) -> None:

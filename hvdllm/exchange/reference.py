@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.device import Mark
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Batch, Commit, Update, Wire
@@ -56,12 +56,16 @@ class Reference(Rounds[S]):
         self._full: Mark | None = None  # when the last gradient of this backward was there
         self._first: Mark | None = None
         self._armed = False
+        self._seen = 0  # gradients of this backward
         self._waits: list[tuple[Interval, Interval]] = []  # blocked and flight of this round's sums before the last
 
         def seen(_: nn.Parameter) -> None:
             if self._armed:
                 self._full = Mark(self.device)
                 self._first = self._first or self._full
+                self._seen += 1
+                if self._seen == len(self.parameters):  # the rest of the backward waits for the library's sums
+                    pulse.waits("the sums of its library")
 
         for p in self.parameters:
             after_gradient(p, seen)
@@ -71,7 +75,7 @@ class Reference(Rounds[S]):
         return self.flat.tensors()
 
     def arm(self, batch: Batch) -> None:
-        self._armed, self._full, self._first = self.summed(batch), None, None
+        self._armed, self._full, self._first, self._seen = self.summed(batch), None, None, 0
 
     def summed(self, batch: Batch) -> bool:
         """Whether the backward of this micro-batch is summed."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hvdllm import device as devices
+from hvdllm import pulse
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Federation, Nothing
 from hvdllm.online.decider import Decider
@@ -146,6 +147,7 @@ class LogStream:
                     return
                 continue
             number, loading = ready.popleft()
+            pulse.enter("data")
             since = time.perf_counter()
             loading.result()
             self.waiting.waited_s += time.perf_counter() - since

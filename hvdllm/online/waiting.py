@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdllm import untrusted
+from hvdllm import pulse, untrusted
 from hvdllm.errors import RunError
 from hvdllm.world.base import Asks
 
@@ -108,6 +108,7 @@ class Waiting:
             ready: whether the wait is over, after so many seconds of it.
             over: whether nothing that this could wait for will come any more.
         """
+        pulse.enter("waiting for text")
         since = time.monotonic()
         try:
             while not ready(time.monotonic() - since):
@@ -125,6 +126,7 @@ class Waiting:
 
     def stand(self, seconds: float) -> None:
         """Waits for so long. What is asked is heard elsewhere."""
+        pulse.enter("waiting for text")
         self.rest(seconds)
         self.waited_s += seconds
         self._tell(seconds)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.device import Later
 from hvdllm.flat import Flat, Span
 from hvdllm.optim.base import Optimizer, Slices
@@ -107,10 +107,12 @@ class Update:
 
         Returns the learning rate, and the norm of the mean gradient before clipping, which can be read later.
         """
+        pulse.enter("update")
         if self._freezes(meta) and self.frozen_at is None:
             self.frozen_at = self.steps
         norm = self._apply(pieces, grad, meta, total, self._own, share, rows)
         self.steps += 1
+        pulse.enter("exchange")
         return self.rate(meta.committed), norm
 
     def fresh(self) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from hvdllm import device as devices
+from hvdllm import pulse
 from hvdllm.errors import UserError
 from hvdllm.order.clients import Clients
 from hvdllm.order.epochs import Epochs, deal
@@ -173,6 +174,7 @@ class Stream:
         )
         try:
             while True:
+                pulse.enter("data")
                 since = time.perf_counter()
                 loaded = ready.popleft().result()
                 if self.position > first * part:
@@ -242,6 +244,7 @@ class Stream:
         try:
             while ready:
                 called, loading = ready.popleft()
+                pulse.enter("data")
                 since = time.perf_counter()
                 loaded = loading.result()
                 self.waited_s += 0.0 if first else time.perf_counter() - since

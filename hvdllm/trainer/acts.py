@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.checkpoint import write
 from hvdllm.checkpoint.read import alike
 from hvdllm.device import wait_for_stream
@@ -62,6 +62,8 @@ class Acts:
         """Books a commit and does what is due at its mark. Collective."""
         config, ledger, before = self.run.config, self.run.ledger, self.tokens
         self.tokens, self.step = commit.tokens, commit.step
+        pulse.stepped(commit.step)
+        pulse.enter("acts")
         ledger.book(commit.before)
         met = commit.tokens >= config.budget_tokens
         stop = commit.asks.stop and not met
@@ -115,6 +117,7 @@ class Acts:
             buffers.average(self.run.model, self.run.world, self.run.loss.computed)
             self.save(seconds)
 
+    @pulse.during("save")
     def finish(self, settled: Settled) -> None:
         """Completes the record of the last commit after settling, and writes the weights to keep."""
         run, config = self.run, self.run.config
@@ -140,6 +143,7 @@ class Acts:
                     write.write_final(run.folder.path, run.parts.flat, run.parts.flat.x, beside)
 
     # ------------------------------------------------------------------ acts
+    @pulse.during("evaluation")
     def evaluate(self, seconds: float) -> None:
         """Evaluates the weights to keep, and records and shows the result. Collective."""
         with self.run.parts.exchange.consensus() as of, self.run.parts.update.weights():
@@ -158,6 +162,7 @@ class Acts:
             + (f" (weights of {of:,} {task.unit})" if older else "")
         )
 
+    @pulse.during("audit")
     def audit(self, seconds: float) -> None:
         """Compares the ranks' weights. It looks at the replicas as they are, since within consensus() they are equal.
 
@@ -179,6 +184,7 @@ class Acts:
                 everywhere=True,
             )
 
+    @pulse.during("sample")
     def sample(self, seconds: float) -> None:
         """Samples text from the weights to keep, on rank 0, and adds it to samples.txt. Collective."""
         run = self.run
@@ -189,6 +195,7 @@ class Acts:
             run.folder.append("samples.txt", f"--- {self.tokens} tokens\n{text}\n\n")
         run.ledger.record("sample", self.tokens, seconds, {"text": text})
 
+    @pulse.during("publish")
     def publish(self, seconds: float) -> None:
         """Writes the weights to keep for whoever serves them. Collective. Raises RunError if the disk refuses."""
         run, tokens = self.run, self.tokens + self.settled.tokens
@@ -221,6 +228,7 @@ class Acts:
             values = {"what": what, "change": text, "change_tokens": tokens}
             run.ledger.record("event", self.tokens, run.clock.seconds(), values)
 
+    @pulse.during("save")
     def save(self, seconds: float) -> None:
         """Writes a checkpoint. Collective. Raises RunError if a disk refuses, or if the folder was removed."""
         run, folder = self.run, self.run.folder

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import torch
 
 from hvdllm import device as devices
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.config.check import check_batch
 from hvdllm.errors import UserError
 from hvdllm.exchange import base
@@ -123,6 +123,7 @@ def agreed_room(config: Config, task: Task | None, device: torch.device, world: 
     world.agree(problem, "start.room")
 
 
+@pulse.during("preparing data")
 def agreed_data(config: Config, kind: Kind, start: Start, world: World, show: Show) -> Prepared:
     """The prepared data, which are the same on all ranks. The first rank of each host prepares what is missing.
 

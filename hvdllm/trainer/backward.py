@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hvdllm import pulse
 from hvdllm.errors import RunError
 from hvdllm.exchange.base import Batch, NotFinite, Stream
 from hvdllm.flat import Flat
@@ -67,11 +68,13 @@ def backward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Returns the summed loss, a detached scalar on the device; nothing is computed for an empty batch.
     """
-    if batch.tokens == 0:
-        return NOTHING
-    loss = model(batch.inputs, batch.targets, (batch.round, batch.index))
-    value: torch.Tensor = loss.detach()
-    (loss * (1 + 0 * value)).backward()
+    pulse.enter("forward")
+    value = NOTHING
+    if batch.tokens:
+        loss = model(batch.inputs, batch.targets, (batch.round, batch.index))
+        value = loss.detach()
+        (loss * (1 + 0 * value)).backward()
+    pulse.enter("exchange")
     return value
 
 

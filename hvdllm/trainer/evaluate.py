@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hvdllm import pulse
 from hvdllm.plain import Json, Tree
 from hvdllm.settings import Config
 from hvdllm.task.base import Items, Prepared, Task
@@ -69,6 +70,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(task.measures, dtype=torch.float64, device=device)
     for inputs, targets in batches:
+        pulse.enter("evaluation")
         with autocast(precision, device):
             sums += task.measure(model, inputs, targets)
     model.train(was)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
 
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.checkpoint import read
 from hvdllm.config.check import parse_steps
 from hvdllm.errors import RunError, UserError
@@ -19,7 +19,7 @@ from hvdllm.settings import Config
 from hvdllm.task.base import Kind
 from hvdllm.track import mirror
 from hvdllm.track.mirror import Mirror
-from hvdllm.trainer import buffers, frozen
+from hvdllm.trainer import buffers, frozen, heartbeat
 from hvdllm.trainer.acts import Acts
 from hvdllm.trainer.agree import agreed_start, clients_without_text
 from hvdllm.trainer.backward import explain
@@ -66,6 +66,7 @@ def commits(
         if start.finished:
             show.say(f"{start.finished}; a larger budget_tokens goes on")
             return None
+        held.enter_context(heartbeat.beating(config, world, Path(start.folder), show.say))
         made = make(config, world, show, start, lock, kind)
         # If an ask makes a mark at once, no step can be too long for the grace period.
         acts = Acts(made, None if made.parts.exchange.marks_on_ask else grace(place))
@@ -85,6 +86,7 @@ def begin_records(run: Run, acts: Acts, overrides: list[str]) -> None:
         with read.fitting(checkpoint):
             notes += load(checkpoint, run, resumed)
             acts.load(resumed["due"])
+        pulse.stepped(acts.step)
     if folder is not None:
         folder.check()
         folder.create(config, run.data.task.files | frozen.keep(folder.path, run.model))
@@ -127,6 +129,7 @@ def live(run: Run, acts: Acts) -> Generator[Commit, None, int | None]:
                 acts.finish(exchange.settle())
             else:
                 yield from train(run.stream, module, exchange, acts, config.budget_tokens)
+        pulse.enter("shutdown")
         reason = "budget" if acts.finished else "stop"
         noted, path = trace.write(Path(run.start.folder) / "trace.json"), f"{run.start.folder}/trace.json"
         if config.trace_steps:

@@ -31,7 +31,7 @@ from hvdllm.text.parts import Mix
 MAY_DIFFER = (
     "name", "runs_dir", "data_dir", "resume", "budget_tokens", "eval_every", "save_every", "sample_every",
     "log_every", "audit_every", "publish_every", "target_loss", "trace_steps", "keep", "world", "device", "launch",
-    "track",
+    "track", "debug", "hang_after", "on_hang",
 )  # fmt: skip
 # The same of settings of groups that otherwise may not.
 ANYWHERE = (
@@ -239,6 +239,6 @@ def refuse_differences(old: Config, new: Config, folder: Path) -> None:
         said = ", ".join(f"{key} was {was.get(key)} and is now {now.get(key)}" for key in differ[:3])
         raise UserError(
             f"{folder} cannot go on with other settings ({said}): give it the old ones, or choose another name "
-            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders (also of the text), world, device, "
-            "launch and track may differ"
+            "(of a sweep: launch.sweep); only the budget, cadences, keep, folders (also of the text), hang_after, "
+            "on_hang, world, device, launch, track and debug may differ"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvdllm import pulse
 from hvdllm.device import pool, used_here
 
 Arrived = tuple[object, torch.cuda.Event | None]  # what a flight lands, and the event after which it is complete
@@ -33,7 +34,8 @@ class Driven:
         return event is None or bool(event.query())
 
     def land(self) -> Any:
-        value, event = self._future.result()
+        with pulse.waiting(pulse.DRIVEN):
+            value, event = self._future.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
             used_here(value)
@@ -62,6 +64,7 @@ class Driver:
 
     def _run(self, work: Callable[[], object], ready: torch.cuda.Event | None) -> Arrived:
         self._thread = threading.get_ident()
+        pulse.driver()
         if self._stream is None:
             return work(), None
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):

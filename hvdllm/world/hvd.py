@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from hvdllm import registry
+from hvdllm import pulse, registry
 from hvdllm.device import used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.settings import Setup
@@ -79,18 +79,22 @@ class HorovodFlight:
 
     def land(self) -> torch.Tensor:
         if self.value is None:
-            pause, begin = 2e-5, time.monotonic()
-            while not self.landed():
-                self.world.threads.check()
-                waited = time.monotonic() - begin
-                if waited > self.world.timeout_s:
-                    raise PeerError(too_long(waited, f"`{self.name}`"))
-                time.sleep(pause)
-                # A collective that takes long is polled rarely, because the compute needs the cores.
-                pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
+            with pulse.waiting(f"`{self.name}`"):
+                self._wait()
             out = used_here(_peer_errors(lambda: hvd.synchronize(self.handle)))
             self.value = used_here(self.finish(out))
         return self.value
+
+    def _wait(self) -> None:
+        pause, begin = 2e-5, time.monotonic()
+        while not self.landed():
+            self.world.threads.check()
+            waited = time.monotonic() - begin
+            if waited > self.world.timeout_s:
+                raise PeerError(too_long(waited, f"`{self.name}`"))
+            time.sleep(pause)
+            # A collective that takes long is polled rarely, because the compute needs the cores.
+            pause = min(1.5 * pause, max(1e-3, waited / 100), 1e-2)
 
 
 def _peer_errors(call: Callable[[], Any]) -> Any:

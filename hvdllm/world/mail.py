@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from hvdllm import pulse
 from hvdllm.device import start_thread
 from hvdllm.errors import PeerError
 from hvdllm.plain import Json
@@ -100,6 +101,10 @@ class Boxes:
             self._changed.notify_all()
 
     def take(self, box: str, meanwhile: Callable[[], None] | None = None) -> Letter:
+        with pulse.waiting(f"a letter in `{box}`"):
+            return self._take(box, meanwhile)
+
+    def _take(self, box: str, meanwhile: Callable[[], None] | None) -> Letter:
         begin = time.monotonic()
         while True:
             with self._changed:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdllm import pulse
 from hvdllm.errors import PeerError, UserError
 from hvdllm.plain import Json
 from hvdllm.world.base import Flight, Letter
@@ -119,9 +120,10 @@ class MpiMail:
         return self.boxes.take(box, meanwhile)
 
     def close(self) -> None:
-        while self._outgoing or not self._drained.is_set():
-            self.world.threads.check()
-            time.sleep(SHORT_S)
+        with pulse.waiting("its letters to arrive"):
+            while self._outgoing or not self._drained.is_set():
+                self.world.threads.check()
+                time.sleep(SHORT_S)
         self.world.sum(torch.zeros(1), "mail.close").land()  # after this no letter of any rank is on its way
         self._closed.set()
         self._wake.set()

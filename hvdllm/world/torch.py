@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from hvdllm import pulse
 from hvdllm.device import be_patient, pool, used_here
 from hvdllm.errors import PeerError, UserError
 from hvdllm.settings import Setup
@@ -102,8 +103,9 @@ class TorchFlight:
 
     def land(self) -> torch.Tensor:
         if self.value is None:
-            work = self.world.launched(self.future, self.name)
-            self.world.wait(work, self.name, on_host=not self.x.is_cuda)
+            with pulse.waiting(f"`{self.name}`"):
+                work = self.world.launched(self.future, self.name)
+                self.world.wait(work, self.name, on_host=not self.x.is_cuda)
             used_here([self.x, self.made])  # they were made on another stream, and are freed on this one
             self.value = used_here(self.finish())
             self.made = ()

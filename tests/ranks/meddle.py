@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 
+from hvdllm.checkpoint import write
 from hvdllm.exchange.buckets import Buckets
 from hvdllm.exchange.server_shard import ServedSlice
 from hvdllm.trainer.acts import Acts
@@ -32,11 +33,18 @@ def meddle(
     slow_s: float = 0.0,  # sleep after every step
     slow: Any = None,  # [rank, times]: this rank takes so many times as long for each micro-batch
     serve_fail: Any = None,  # [rank, version]: its server's thread raises when it is to make this one, or one after
+    long_s: float = 0.0,  # that saves of rank 0, and the first micro-batch of rank 1, take longer
     chaos: Any = None,  # seed: heavy-tailed delays, and asks at random moments
 ) -> Iterator[None]:
     act, forward, launch_full, apply = Acts.act, Loss.forward, Buckets._launch_full, ServedSlice._apply
     draw = random.Random(os.urandom(8) if chaos is None else 1000 * chaos + rank)
     asks: list[Any] = []
+    first = [long_s] if rank == 1 else []
+    save = write.write
+
+    def saving(*given: Any, **named: Any) -> Any:
+        time.sleep(long_s if rank == 0 else 0.0)
+        return save(*given, **named)
 
     def acting(self: Acts, commit: Any) -> None:
         act(self, commit)
@@ -64,6 +72,7 @@ def meddle(
             for one in asks:
                 one.save |= draw.random() < 0.02
                 one.stop |= draw.random() < 0.002
+        time.sleep(first.pop() if first else 0.0)
         begin = time.perf_counter()
         loss = forward(self, inputs, targets, place)
         if slow is not None and rank == slow[0]:  # a backward takes about two forwards
@@ -92,6 +101,7 @@ def meddle(
         for owner, name, double in ((Acts, "act", acting), (Loss, "forward", forwarding)):
             stack.enter_context(patch.object(owner, name, double))
         stack.enter_context(patch.object(Buckets, "_launch_full", launching))
+        stack.enter_context(patch.object(write, "write", saving))
         stack.enter_context(patch.object(ServedSlice, "_apply", applying))
         yield
 
