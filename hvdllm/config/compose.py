@@ -14,7 +14,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def compose(words: Sequence[str], beneath: Config | None = None) -> Config:
     chosen = [] if beneath is None else _groups(beneath, given)
     try:
         config = _typed(_node([*chosen, *words]))
+        _truths(config, given)
         if config.plugins is not None and "plugins" not in given:
             raise UserError("plugins= is a word of the command line alone: take it out of the file, and give it there")
         config = config if beneath is None else _over(beneath, config, given)
@@ -287,6 +288,17 @@ def _refusals() -> tuple[type[Exception], ...]:
     from omegaconf.errors import OmegaConfBaseException
 
     return HydraException, OmegaConfBaseException, ValueError, AssertionError, RecursionError
+
+
+def _truths(config: Config, given: Mapping[str, str]) -> None:
+    """Raises UserError for a word that gives a number where true or false is asked for: OmegaConf takes any but 0 as
+    true."""
+    for key, text in given.items():
+        group, _, name = key.rpartition(".")
+        if isinstance(getattr(getattr(config, group, None) if group else config, name, None), bool):
+            with contextlib.suppress(ValueError):
+                if float(text) not in (0, 1):
+                    raise UserError(f"{key}={text}: give true or false")
 
 
 def _typed(node: Chosen) -> Config:

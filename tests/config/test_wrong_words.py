@@ -17,15 +17,32 @@ from hvdllm.config.composition import unfit
 from hvdllm.settings import LARGEST
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-NUMBERS = ("x", "nan", "inf", "-inf", "1e999", "[1]", "{a: 1}", "'1 2'", "true", "--5", "''", "٣٤x", "0x", "'\x1b[2J'")
+NUMBERS = (
+    "x",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "[1]",
+    "{a: 1}",
+    "'1 2'",
+    "true",
+    "--5",
+    "''",
+    "٣٤x",
+    "0x",
+    "{",
+    "[1,",
+    "'\x1b[2J'",
+)
 WORDS = ("bogus", "''", "'\x1b[31mred\x07'", "[a]", "{a: 1}", "ü" * 9, "x" * 5000, "nan", "true", "'a\nb'", "\u202egnp")
-ANY = ("${oc.env:HOME}", "${now:}", "???", "${seed}", "{", "[1,", "'")
+ANY = ("${oc.env:HOME}", "${now:}", "???")
 
 
 def wrong(kind: type, f: Field) -> list[str]:
     """Values that a setting cannot have."""
     hint, about = str(typing.get_type_hints(kind)[f.name]), f.metadata
-    found = list(ANY)
+    found: list[str] = []
     if ("int" in hint or "float" in hint) and "str" not in hint and "Any" not in hint:
         found += NUMBERS
         found += [f"{about['least'] - 1}"] if about["least"] is not None else ["-1e30"]
@@ -35,7 +52,7 @@ def wrong(kind: type, f: Field) -> list[str]:
         found += ["maybe", "2", "[true]", "nan", "'\x1b'"]
     if about["choices"]:
         found += WORDS
-    return found
+    return [*found, *ANY] if found else []  # any text may be right for what is free text
 
 
 def lines(seed: int) -> Iterator[list[str]]:
@@ -48,7 +65,7 @@ def lines(seed: int) -> Iterator[list[str]]:
         unknown = draw.choice([f"{key}s=1", f"{key}.more=1", f"{key} =1", f"{key.upper()}=1", f"{key}"])
         values = [f"{key}={value}" for value in wrong(kind, f)]
         first = [f"{group}={option(group, kind)}"] if group else []
-        yield [*first, unknown if draw.random() < 0.2 else draw.choice(values)]
+        yield [*first, unknown if draw.random() < 0.2 or not values else draw.choice(values)]
     for name in (
         "exchange=bogus",
         "wire=",

@@ -68,6 +68,7 @@ def test_each_setting_is_taken_or_is_ours(tmp_path: Path) -> None:
     ours = {f.name for f in dataclasses.fields(Config) if f.metadata["ours"]}
     assert ours == {
         "name", "runs_dir", "data_dir", "resume", "init_from", "plugins", "world", "device", "launch", "track",
+        "debug",
     }  # fmt: skip
     files = {f.name for f in dataclasses.fields(texts.Files) if f.metadata["ours"]}
     assert files == {"tokenizer", "validation", "path", "prepared"}

@@ -65,7 +65,7 @@ def test_a_stop_without_a_checkpoint_finished_nothing(made: Path) -> None:
 @pytest.mark.parametrize("name", sorted(set(MAY_DIFFER) - {"name", "runs_dir"}))
 def test_each_of_those_that_may_differ_may(made: Path, name: str) -> None:
     word = {"resume": "resume=must", "data_dir": "data_dir=/x", "world": "world=single", "device": "device.threads=3"}
-    word |= {"launch": "launch=slurm", "track": "track=wandb"}
+    word |= {"launch": "launch=slurm", "track": "track=wandb", "debug": "debug=faults", "on_hang": "on_hang=wait"}
     word |= {key: f"{key}=/elsewhere" for key in ("text.path", "text.validation")}
     if name == "text.path":  # of text=files alone
         old, new = (compose.compose(["text=files", f"text.path=/{where}"]) for where in ("here", "there"))
