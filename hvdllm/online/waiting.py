@@ -108,10 +108,10 @@ class Waiting:
             ready: whether the wait is over, after so many seconds of it.
             over: whether nothing that this could wait for will come any more.
         """
-        pulse.enter("waiting for text")
         since = time.monotonic()
         try:
             while not ready(time.monotonic() - since):
+                pulse.enter("waiting for text")  # each time, for a stream may be quiet for hours
                 self.end_if(over())
                 if (asks := self._asked()) is not None:
                     self.paused(asks)

@@ -159,12 +159,16 @@ def test_what_was_waited_is_no_time_that_a_phase_needs(clock: Clock, mine: Pulse
 
 
 def test_who_waits_for_text_says_so(mine: Pulse, tmp_path: Path) -> None:
-    seen: list[str] = []
-    waiting = Waiting(Asks(), Pauses(tmp_path, "life", 0), 0, 1, lambda seconds: seen.append(mine.place().phase))
+    seen: list[tuple[str, int]] = []
+    waiting = Waiting(
+        Asks(), Pauses(tmp_path, "life", 0), 0, 1, lambda seconds: seen.append((mine.place().phase, mine.moves))
+    )  # fmt: skip
     pulse.stepped(5)
     assert waiting.until(lambda waited_s: len(seen) > 2, lambda: False)
     waiting.stand(0.0)
-    assert seen == ["waiting for text"] * 4 and mine.place().limit_s == NEARLY * 1800
+    phases, moves = zip(*seen, strict=True)
+    assert phases == ("waiting for text",) * 4 and mine.place().limit_s == NEARLY * 1800
+    assert len(set(moves)) == 4, "a stream may be quiet for longer than that"
 
 
 def test_an_evaluation_moves_with_every_batch(mine: Pulse) -> None:
