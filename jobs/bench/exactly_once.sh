@@ -15,6 +15,10 @@
 #   redis  seed 11  50 kills (rank 0 10, rank 1 16, reader 8, redis-server 16), 24 lives of the run, 1,560 documents in
 #                   the log, 1,542 in what was trained on or held out (the rest is less than a round), 322 rounds,
 #                   317 records equal bit by bit, 188 s
+#   redis  seed 101 50 kills with 'real gloo' (rank 0 12, rank 1 15, redis-server 23), 28 lives, 1,560 documents in the
+#                   log, 1,542 trained on or held out, 320 rounds, 317 records equal bit by bit, 286 s
+#   readers seed 103, gloo, acco: 20 kills (rank 0 5, rank 1 9, reader 6), 660 documents, 131 records equal bit by bit
+#   folder seed 104, gloo, delayed: 20 kills (rank 0 9, rank 1 3, reader 8), 660 documents, 131 records equal bit by bit
 #   folder seed 12  50 kills (rank 0 14, rank 1 21, reader 15), 30 lives, 1,560 documents in the log, 1,530 trained on or
 #                   held out, 326 rounds, 317 records equal bit by bit, 200 s
 set -euo pipefail
