@@ -72,7 +72,8 @@ def test_a_killed_rank_a_lost_node_and_a_stop(cluster: ray_cluster.Cluster, tmp_
         os.kill(cluster.ranks()[1], signal.SIGKILL)
         done = here.wait()
     assert done.code == 128 + signal.SIGKILL
-    (said,) = (line for line in done.out.splitlines() if line.startswith("hvdllm: "))
+    *_, before, said = (line for line in done.out.splitlines() if line.startswith("hvdllm: "))
+    assert before.startswith("hvdllm: rank 1 on host ") and "the same command with name=a goes on" in before
     assert said.startswith("hvdllm: rank 1 on node n2 (") and said.endswith(") was killed by SIGKILL")
     cluster.until(lambda: not cluster.ranks())
 
