@@ -47,6 +47,7 @@ POLL_S = 0.02
 SPARED = (
     "hvdllm.__main__",
     "hvdllm.bench",
+    "hvdllm.launch.ray_driver",
     "hvdllm.report",
     "hvdllm.track.wandb",
     "hvdllm.track.tensorboard",
