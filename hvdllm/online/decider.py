@@ -28,7 +28,7 @@ class Decider:
         losses: by which the past is weighted; None if all of it is alike.
 
     Attributes:
-        readers: those that this rank has started, if it has; see read_by.
+        readers: those that this rank has started, or None.
     """
 
     def __init__(

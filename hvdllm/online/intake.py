@@ -1,4 +1,4 @@
-"""The run's side of the reader: rank 0 starts it, passes on what it says, and starts it again if it dies."""
+"""The run's side of a reader: a rank starts it, passes on what it says, and starts it again if it dies."""
 
 from __future__ import annotations
 

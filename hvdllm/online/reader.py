@@ -1,4 +1,4 @@
-"""The process that reads a source and appends to the log. Rank 0 starts it, and starts it again if it dies (intake.py).
+"""The process that reads a source and appends to a log. A rank starts it, and starts it again if it dies (intake.py).
 
     python -m hvdllm.online.reader FILE_DESCRIPTOR
 

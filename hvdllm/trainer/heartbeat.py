@@ -162,7 +162,7 @@ class Heartbeat:
             return  # this rank has said why, and ends by itself
         if mine:
             self._await_others(verdict)
-            for line in filter(None, (self._own_line(verdict), verdict.text)):
+            for line in filter(None, (self._own_line(), verdict.text)):
                 print(line, file=sys.stderr, flush=True)
             with contextlib.suppress(OSError, untrusted.Unfit), untrusted.appended(self.run / "log.txt") as file:
                 file.write(screen.clean(verdict.text) + "\n")
@@ -198,7 +198,7 @@ class Heartbeat:
         heard = {rank: self.channel.heard(rank) for rank in range(len(self.peers))}
         return {rank: beat for rank, beat in heard.items() if beat is not None}
 
-    def _own_line(self, verdict: Verdict) -> str:
+    def _own_line(self) -> str:
         """What the loop of this rank has noticed of a rank that is gone."""
         return f"hvdllm: rank {self.channel.rank}: {screen.one_line(self.failing)}" if self.failing else ""
 
@@ -206,7 +206,7 @@ class Heartbeat:
         """Has the verdict printed once more, below what the launcher prints, by one rank on the launcher's host."""
         launcher = epilogue.launcher(signals.up_to_launcher())
         if launcher is not None and self.channel.claim("last", ""):
-            epilogue.start(verdict.text, *launcher)
+            epilogue.start(screen.one_line(verdict.text), *launcher)  # it was read from the run's folder
 
     def _end_stopped(self, verdict: Verdict) -> None:
         """Kills a rank on this host that was stopped, which no launcher's signal but SIGKILL would end."""
