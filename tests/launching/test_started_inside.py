@@ -7,11 +7,13 @@ import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hvdllm.cli import train
+from hvdllm.config.compose import compose
 from hvdllm.errors import STOPPED, UserError
 from hvdllm.interpreter import PYTHON
 from hvdllm.launch import local, slurm, sweep
@@ -58,6 +60,23 @@ def test_a_stop_is_one_of_this_life(tmp_path: Path) -> None:
     assert not sweep.stopped_since(tmp_path, 1), "it was killed"
     write(tmp_path, {"kind": "end", "reason": "failed"})
     assert not sweep.stopped_since(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("reason", "code", "shown"), [("stop", 0, STOPPED), ("stop", 1, STOPPED), ("budget", 0, 0)])
+def test_the_records_say_that_a_run_was_stopped(
+    reason: str, code: int, shown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: horovodrun that returns 0 after Ctrl-C."""
+
+    def launch(point: Point, *rest: object) -> int:
+        point.folder.mkdir()
+        write(point.folder, {"kind": "run"}, {"kind": "end", "reason": reason})
+        return code
+
+    monkeypatch.setattr(sweep, "launcher_of", lambda settings: SimpleNamespace(launch=launch))
+    monkeypatch.setattr(sweep, "prepare", lambda config: None)
+    words = ["launch=horovodrun", "launch.np=2", f"runs_dir={tmp_path}", "name=a"]
+    assert sweep.one(compose(words), words) == shown
 
 
 def test_the_tokens_of_a_stop_are_left_where_a_job_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

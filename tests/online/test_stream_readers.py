@@ -108,13 +108,19 @@ def test_it_is_over_when_all_readers_are_over(tmp_path: Path) -> None:
         assert bool(log.last.at.get("over")) == (k == 0)
 
 
-def test_a_line_that_a_kill_cut_short_is_joined_anew(tmp_path: Path) -> None:
-    part, found = Part(tmp_path, 0), joiner(tmp_path)
-    Part(tmp_path, 1)
+def three_joined(folder: Path) -> Part:
+    """The log of a reader whose three documents are joined, one by one. The other reader has none."""
+    part, found = Part(folder, 0), joiner(folder)
+    Part(folder, 1)
     for text in ("one", "two", "three"):
         part.add(text)
         found.join()
     found.close()
+    return part
+
+
+def test_a_line_that_a_kill_cut_short_is_joined_anew(tmp_path: Path) -> None:
+    three_joined(tmp_path)
     os.truncate(tmp_path / INDEX, (tmp_path / INDEX).stat().st_size - 5)
     assert texts_of(tmp_path) == ["one", "two"]
     joiner(tmp_path).join()
@@ -124,12 +130,7 @@ def test_a_line_that_a_kill_cut_short_is_joined_anew(tmp_path: Path) -> None:
 def test_a_reader_that_lost_its_newest_entries_reads_them_again(tmp_path: Path) -> None:
     """A host that loses power may lose what a joined log tells of. Its reader then takes the same text again, in other
     portions."""
-    part, found = Part(tmp_path, 0), joiner(tmp_path)
-    Part(tmp_path, 1)
-    for text in ("one", "two", "three"):
-        part.add(text)
-        found.join()
-    found.close()
+    part = three_joined(tmp_path)
     part.writer.close()
     (of_reader(tmp_path, 0) / INDEX).write_bytes((of_reader(tmp_path, 0) / INDEX).read_bytes().split(b"\n")[0] + b"\n")
     part, found = Part(tmp_path, 0), joiner(tmp_path)
