@@ -166,6 +166,7 @@ def test_nothing_heavy_is_loaded(words: str) -> None:
     "code",
     [
         "import hvdllm.models.size, hvdllm.config.check, hvdllm.world.detect, hvdllm.runs",
+        "from pathlib import Path; import hvdllm.cli.checkpoint as c, hvdllm.checkpoint.whole; c.problem_of(Path('.'))",
         "import hvdllm.report.page, hvdllm.report.draw, hvdllm.cli.report",
         "from hvdllm import registry; [registry.parts(group) for group in (*registry.GROUPS, 'transport')]",
         "from hvdllm.cli.main import main; main(['train', '--help'])",

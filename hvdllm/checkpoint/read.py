@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hvdllm import untrusted
-from hvdllm.checkpoint.whole import broken, newest, steps
+from hvdllm.checkpoint.whole import broken, newest, read_state, steps
 from hvdllm.checkpoint.write import not_shared
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat, TensorPart
@@ -30,21 +30,7 @@ WEIGHTS = ("model", "")  # the kinds of tensors that are weights
 TABLES = "tensor/table."  # what the names of the weights of tables begin with
 FLOATS = {"F32", "F64"}  # types of the vectors over the map
 OF_A_RUN = {"horizon": int, "data_hash": str, "seconds": float | int, "kinds": list, "stream": dict, "due": dict}
-MOST_STATE = 2**28  # bytes of a state.json, which has some hundred for each rank and a few for each lane
 T = TypeVar("T")
-
-
-def read_state(path: Path) -> Json:
-    """The state.json of a complete checkpoint. Raises UserError if it cannot be read."""
-    try:
-        values = untrusted.read_json(path / "state.json", MOST_STATE, path)
-    except (OSError, untrusted.Unfit) as error:
-        raise UserError(f"checkpoint {path} cannot be read: state.json {error}") from None
-    shared = values.get("shared") if isinstance(values, dict) else None
-    mine = values.get("mine") if isinstance(values, dict) else None
-    if not isinstance(shared, dict) or not (isinstance(mine, list) and mine):
-        raise UserError(f"checkpoint {path} cannot be read: state.json holds no state of a run")
-    return dict(values)
 
 
 def read_run(path: Path) -> Json:

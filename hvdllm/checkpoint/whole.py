@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and which of them are whole.
+"""Which checkpoints a run has, which of them are whole, and their plain values. Nothing here needs torch.
 
 A checkpoint is whole if all of its files are there, are regular, and have the sums that were written. The name of a
 folder alone says nothing, because somebody else may have made it.
@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvdllm import sums, untrusted
+from hvdllm.errors import UserError
+from hvdllm.plain import Json
 
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 16 * 2**20  # bytes, enough for a hundred thousand ranks
+MOST_STATE = 2**28  # bytes of a state.json, which has some hundred for each rank and a few for each lane
 TENSORS = re.compile(r"rank-[0-9]{5}\.safetensors")
 
 
@@ -63,3 +66,16 @@ def broken(path: Path) -> str | None:
     except (OSError, untrusted.Unfit) as error:
         return f"one of its files cannot be read ({error})"
     return None
+
+
+def read_state(path: Path) -> Json:
+    """The state.json of a complete checkpoint. Raises UserError if it cannot be read."""
+    try:
+        values = untrusted.read_json(path / "state.json", MOST_STATE, path)
+    except (OSError, untrusted.Unfit) as error:
+        raise UserError(f"checkpoint {path} cannot be read: state.json {error}") from None
+    shared = values.get("shared") if isinstance(values, dict) else None
+    mine = values.get("mine") if isinstance(values, dict) else None
+    if not isinstance(shared, dict) or not (isinstance(mine, list) and mine):
+        raise UserError(f"checkpoint {path} cannot be read: state.json holds no state of a run")
+    return dict(values)

@@ -6,6 +6,7 @@ The exit code of `verify` is 1 if something that was written is damaged. Neither
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -27,21 +28,20 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="only the checkpoint of this step")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     given = parser.parse_args(argv)
-    rows = list(checkpoints(given.run, given.step))
-    problems = 0
-    newest: str | None = None
-    for row in rows:
-        if given.what == "verify":
+    rows = checkpoints(given.run, given.step)
+    if given.what == "verify":
+        for row in rows:
             row["broken"] = problem_of(Path(row["path"]))
-            problems += row["broken"] is not None
-            newest = newest if row["broken"] or row["step"] is None else row["path"]
+        rows = [row for row in rows if Path(row["path"]).exists()]  # a run that trains deletes old checkpoints
+    problems = sum(row.get("broken") is not None for row in rows)
     if given.json:
         for row in rows:
             print(json.dumps(row))
         return min(1, problems)
     show(rows, given.run, verified=given.what == "verify")
     if given.what == "verify" and given.step is None:
-        print(f"a run that goes on begins from {newest}" if newest else "there is no whole checkpoint to go on from")
+        whole = [row["path"] for row in rows if row["step"] is not None and row["broken"] is None]
+        print(f"a run that goes on begins from {whole[-1]}" if whole else "there is no whole checkpoint to go on from")
     return min(1, problems)
 
 
@@ -55,9 +55,12 @@ def checkpoints(folder: Path, step: int | None = None) -> list[Json]:
 
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give that of a run, runs/<name>")
-    found = [about(path) for path in steps(folder) if step is None or int(path.name) == step]
-    if step is None and (folder / FINAL).exists():
-        found.append(about(folder / FINAL))
+    paths = [path for path in steps(folder) if step is None or int(path.name) == step]
+    paths += [folder / FINAL] * (step is None and (folder / FINAL).exists())
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # a run that trains deletes old checkpoints
+            found.append(about(path))
     if not found:
         which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         raise UserError(f"{folder} does not have {which}: look into {folder / 'checkpoints'}")
@@ -66,7 +69,7 @@ def checkpoints(folder: Path, step: int | None = None) -> list[Json]:
 
 def about(path: Path) -> Json:
     """What is known of a checkpoint, or of a file of weights, without reading its tensors."""
-    from hvdllm.checkpoint.read import read_state
+    from hvdllm.checkpoint.whole import read_state
     from hvdllm.errors import UserError
 
     row: Json = {"path": str(path), "step": None, "tokens": None, "ranks": None}

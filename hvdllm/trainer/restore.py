@@ -14,7 +14,7 @@ from torch import nn
 from hvdllm import device as devices
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import read
-from hvdllm.checkpoint.whole import MANIFEST
+from hvdllm.checkpoint.whole import MANIFEST, read_state
 from hvdllm.config.check import check_model
 from hvdllm.errors import UserError
 from hvdllm.flat import Flat
@@ -161,7 +161,7 @@ def read_again(config: Config, task: CausalLM, folder: Path, source: Path, path:
     if (source / MANIFEST).exists():
         rounds = Rounds(folder / FOLDER)
         with read.fitting(source):
-            state = read.read_state(source)
+            state = read_state(source)
             lanes = state["mine"][0].get("lanes")
             number = int(lanes["lane"][1] if lanes else state["stream"]["part"] // state["stream"]["parts"])
         whole = layout.place(rounds.get(number - 1) if number else None) // layout.slice

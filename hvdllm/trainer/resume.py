@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hvdllm import lock, registry, runs, untrusted
 from hvdllm.checkpoint import read
+from hvdllm.checkpoint.whole import read_state
 from hvdllm.config import compose
 from hvdllm.config.words import expand, key_of, last, of
 from hvdllm.errors import UserError
@@ -181,7 +182,7 @@ def decide(config: Config, say: Callable[[str], None]) -> Start:
         end = record if record.get("kind") == "end" else end
         if record.get("kind") == "run" and isinstance(record.get("data_hash"), str):
             data_hash = record["data_hash"]
-    tokens = read.tokens_of(read.read_state(checkpoint), checkpoint) if checkpoint else 0
+    tokens = read.tokens_of(read_state(checkpoint), checkpoint) if checkpoint else 0
     if end is not None and end.get("reason") == "budget":
         tokens = max(tokens, end["tokens"] if isinstance(end.get("tokens"), int) else 0)
     # A run that was killed or failed after its last checkpoint has no `end` record, or a failed one. Its last record

@@ -19,6 +19,7 @@ from torch import nn
 
 from hvdllm import registry, runs, sums, untrusted
 from hvdllm.checkpoint import hugging, read
+from hvdllm.checkpoint.whole import read_state
 from hvdllm.errors import UserError
 from hvdllm.exchange.base import Exchange
 from hvdllm.flat import Flat
@@ -213,7 +214,7 @@ def find(config: Config, files: dict[str, str], say: runs.Say) -> Trunk:
         raise UserError("its optimizer is that of its adapters, which are merged here: give init_optimizer=false")
     if config.init_optimizer and not adapters and getattr(config.model, "lora_rank", False):
         raise UserError("its optimizer knows nothing of adapters (model.lora_rank): give init_optimizer=false")
-    state = read.read_state(source) if whole else {}
+    state = read_state(source) if whole else {}
     if config.init_optimizer:
         if not whole:
             raise UserError("there is no optimizer in final/: give a checkpoint, or init_optimizer=false")

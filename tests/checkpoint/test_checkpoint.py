@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hvdllm.checkpoint import read, write
+from hvdllm.checkpoint.whole import read_state
 from hvdllm.errors import RunError, UserError
 from hvdllm.exchange.base import State
 from hvdllm.flat import Flat
@@ -38,7 +39,7 @@ def test_round_trip(tmp_path: Path) -> None:
     own = save(tmp_path, 3)
     path = read.newest(tmp_path, pytest.fail)
     assert path is not None and path.name == "3"
-    state = read.read_state(path)
+    state = read_state(path)
     assert state["shared"]["tokens"] == 30 and state["mine"] == [{"said": 1}] and state["horizon"] == 5
     assert torch.equal(read.share_vector(path, "model", own, SingleWorld()), own.x)
     other = Flat(nn.Sequential(nn.Linear(30, 7), nn.Linear(7, 3)), 5, 1e9)

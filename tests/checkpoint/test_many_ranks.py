@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hvdllm.checkpoint import read, write
+from hvdllm.checkpoint.whole import read_state
 from hvdllm.errors import PeerError, RunError, UserError
 from hvdllm.exchange.base import State
 from hvdllm.flat import Flat
@@ -90,7 +91,7 @@ def test_every_rank_writes_its_own_and_any_number_reads_all(n: int, tmp_path: Pa
     assert files == ["manifest.json", *[f"rank-{rank:05d}.safetensors" for rank in range(n)], "state.json"]
     named = json.loads((final / "manifest.json").read_text())["sha256"]
     assert sorted([*named, "manifest.json"]) == files
-    state = read.read_state(final)
+    state = read_state(final)
     assert state["mine"] == [{"rank": rank, "clock": 10 * rank} for rank in range(n)] and state["horizon"] == 5
     assert read.saved_ranks(state) == n and read.kinds_of(final, "summed") == ["error"]
     for m in (1, 2, 4):
